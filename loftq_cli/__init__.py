@@ -1,0 +1,123 @@
+"""LoftQ: a quantized backbone plus a LoRA adapter that already makes up for the quantization.
+
+The public Python API. Importing this package imports neither torch nor transformers; it makes
+transformers able to load layout ``loftq``, whichever of the two is imported first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.integrations import hook as _hook
+
+if TYPE_CHECKING:
+    import torch
+
+    from loftq_cli.numerics.alternation import Decomposition
+
+__all__ = ["convert", "decompose", "error_report", "inspect", "load"]
+
+_hook.install()
+
+
+def decompose(
+    weight: torch.Tensor,
+    bits: int | None = None,
+    method: str | None = None,
+    rank: int | None = None,
+    iters: int | None = None,
+    block_size: int | None = None,
+    scale: str | None = None,
+    order: str | None = None,
+    svd: str | None = None,
+    seed: int | None = None,
+    preset: str = "default",
+) -> Decomposition:
+    """LoftQ on one matrix: W (out, in), float32, float16 or bfloat16, to Q, A and B.
+
+    Arguments are those of ``loftq convert``, with its defaults where None. The adapter is in the
+    dtype of ``weight``. Returns a Decomposition: ``backbone()``, ``lora_A`` (rank, in), ``lora_B``
+    (out, rank), ``residuals`` per step, ``step``. Raises UsageError for bad settings and
+    NonFiniteWeightError for NaN or Inf.
+    """
+    from loftq_cli.conversion.single import decompose as run
+    from loftq_cli.recipe import Options
+
+    options = Options(
+        bits=bits,
+        method=method,
+        rank=rank,
+        iters=iters,
+        block_size=block_size,
+        scale=scale,
+        order=order,
+        svd=svd,
+        seed=seed,
+        preset=preset,
+    )
+    return run(weight, options)
+
+
+def convert(
+    model: str | Path,
+    output: str | Path = "out",
+    *,
+    overwrite: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Convert a checkpoint directory or hub id; the manifest as a dict.
+
+    ``settings`` are the long options of ``loftq convert`` with underscores: bits, method, rank,
+    iters, block_size, layout, scale, order, svd, preset, include, exclude, lora_alpha,
+    adapter_dtype, dense_dtype, device, threads, seed. Resumes an unfinished conversion with the
+    same settings. Raises the classes of ``loftq_cli.errors``.
+    """
+    from loftq_cli.conversion.observer import Observer
+    from loftq_cli.conversion.run import prepare, run
+    from loftq_cli.recipe import Options
+
+    observer = Observer()
+    options = Options.from_settings(settings)
+    plan, path = prepare(
+        str(model), output, options, revision=revision, offline=offline, observer=observer
+    )
+    return run(plan, path, overwrite=overwrite, observer=observer).manifest
+
+
+def inspect(directory: str | Path = "out", *, verify: bool = False) -> dict[str, Any]:
+    """What ``loftq inspect --json`` prints. ``verify`` re-hashes every file.
+
+    Raises InputError where ``directory`` is no finished conversion or was altered.
+    """
+    from loftq_cli.reporting.inspect import inspect as run
+
+    return run(Path(directory), verify=verify)
+
+
+def error_report(directory: str | Path = "out", source: str | Path | None = None) -> dict[str, Any]:
+    """What ``loftq error-report --json`` prints.
+
+    With ``source`` (a checkpoint directory or hub id) every residual is recomputed from the packed
+    bytes and the original weights; VerificationError where the manifest disagrees.
+    """
+    from loftq_cli.reporting.residuals import error_report as run
+
+    return run(Path(directory), None if source is None else str(source))
+
+
+def load(
+    directory: str | Path = "out",
+    auto_class: Any = None,
+    trainable: bool = True,
+    **from_pretrained: Any,
+) -> Any:
+    """The backbone with its adapter attached, a peft.PeftModel (needs the extra ``train``).
+
+    ``auto_class`` is a transformers class; None takes the one config.json names.
+    """
+    from loftq_cli.integrations.loading import load as run
+
+    return run(str(directory), auto_class, trainable, **from_pretrained)

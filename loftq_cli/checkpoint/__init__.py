@@ -1,0 +1,1 @@
+"""Reading checkpoints (headers, index, tensors, hub) and writing shards durably."""

@@ -163,6 +163,8 @@ class _Work:
             values = _as_stored(fitted.values, self.settings.backbone_dtype)
             torch.sub(weight, values, out=residual)
             sums.quantized += squared_norm(residual)
+        if not math.isfinite(sums.quantized):
+            raise _too_large("the quantized matrix", self.settings.backbone_dtype or torch.float32)
         return _Iterate(quantizer.assemble(codes, Parameters.join(parts)))
 
     def adapted_norm(self, iterate: _Iterate) -> float:
@@ -180,7 +182,7 @@ def decompose(weight: torch.Tensor, quantizer: Quantizer, settings: Settings) ->
 
     The weight must be finite (see :func:`loftq_cli.numerics.metrics.first_non_finite`). Raises
     ScaleRangeError where a scale does not fit float16, InputError where values are too large for
-    float32 arithmetic.
+    float32 arithmetic or for the dtype they are to be stored in.
     """
     work = _Work(weight, quantizer, settings)
     weight_norm = math.sqrt(sum(squared_norm(weight[rows]) for rows in work.pieces()))
@@ -235,26 +237,40 @@ def _fit_adapter(
 ) -> torch.Tensor | None:
     """Store the rank-r approximation of ``matrix`` in ``iterate``; returns the basis to carry."""
     rank = min(settings.rank, *matrix.shape)
-    if settings.svd == "exact":
-        low = lowrank.exact(matrix, rank)
-    else:
-        low = lowrank.subspace(matrix, rank, _generator(settings, "basis"), warm)
-    if not bool(torch.isfinite(low.sigma).all()):
-        raise InputError(
-            "the values are too large for float32 arithmetic",
-            hint="pass the tensor through with --exclude",
-        )
+    try:
+        if settings.svd == "exact":
+            low = lowrank.exact(matrix, rank)
+        else:
+            low = lowrank.subspace(matrix, rank, _generator(settings, "basis"), warm)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise _too_large("a product of the values", torch.float32) from error
     out_features, in_features = matrix.shape
-    left = torch.zeros((out_features, settings.rank), device=matrix.device)
-    right = _kaiming(settings, in_features).to(matrix.device)
+    B = (low.B / settings.scaling).to(settings.adapter_dtype)
+    A = low.A.to(settings.adapter_dtype)
+    if not bool(torch.isfinite(low.sigma).all()):
+        raise _too_large("a product of the values", torch.float32)
+    if not bool(torch.isfinite(A).all() & torch.isfinite(B).all()):
+        raise _too_large("the adapter", settings.adapter_dtype)
     # Rounding noise is no direction: where sigma vanishes B is zero and A is drawn, because an
     # adapter with A = B = 0 cannot train.
     alive = low.sigma > 10 * torch.finfo(torch.float32).eps * low.sigma[:1]
-    left[:, :rank] = torch.where(alive, low.B / settings.scaling, left[:, :rank])
-    right[:rank] = torch.where(alive[:, None], low.A, right[:rank])
-    iterate.lora_B = left.to(settings.adapter_dtype)
-    iterate.lora_A = right.to(settings.adapter_dtype)
+    alive &= (A != 0).any(dim=1) | (B != 0).any(dim=0)
+    left = torch.zeros(
+        (out_features, settings.rank), dtype=settings.adapter_dtype, device=matrix.device
+    )
+    right = _kaiming(settings, in_features).to(matrix.device, settings.adapter_dtype)
+    left[:, :rank] = torch.where(alive, B, left[:, :rank])
+    right[:rank] = torch.where(alive[:, None], A, right[:rank])
+    iterate.lora_A, iterate.lora_B = right, left
     return low.basis if bool(alive.any()) else None
+
+
+def _too_large(what: str, dtype: torch.dtype) -> InputError:
+    wider = "" if dtype == torch.float32 else "store it in a wider dtype, or "
+    return InputError(
+        f"{what} is too large for {str(dtype).removeprefix('torch.')}",
+        hint=f"{wider}pass the tensor through with --exclude",
+    )
 
 
 def _draw_adapter(iterate: _Iterate, weight: torch.Tensor, settings: Settings) -> None:

@@ -157,6 +157,7 @@ class _Table:
     lowest: float
     cell_code: torch.Tensor
     cell_boundary: torch.Tensor
+    reciprocal: bool
 
     def to(self, device: torch.device) -> _Table:
         if self.levels.device == device:
@@ -170,14 +171,18 @@ class _Table:
         )
 
 
-def make_table(levels: torch.Tensor) -> _Table:
+def make_table(levels: torch.Tensor, as_bitsandbytes: bool = False) -> _Table:
     """Divide the range of ``levels`` into equal cells with at most one decision boundary each.
+
+    ``as_bitsandbytes`` decides ties as its quantizer does, so that codes agree to the last bit:
+    at the rounded midpoints of the levels, and after multiplying by the scale's reciprocal. Both
+    differ from argmin over ``|x / scale - level|`` by one unit in the last place, if at all.
 
     Where a cell's boundary is, and which code applies below it, are two table look-ups; the
     search then costs the same at any width, and rounding cannot matter: the cell index is a
     monotone function of x, and inside a boundary's cell x is compared with the boundary itself.
     """
-    boundaries = decision_boundaries(levels)
+    boundaries = (levels[:-1] + levels[1:]) / 2 if as_bitsandbytes else decision_boundaries(levels)
     lowest = float(levels[0])
     cells = 64
     index = _cell_index(boundaries, lowest, cells)
@@ -191,7 +196,9 @@ def make_table(levels: torch.Tensor) -> _Table:
     occupied = torch.zeros(cells, dtype=torch.int64)
     occupied[index] = 1
     cell_code = (occupied.cumsum(0) - occupied).to(torch.uint8)
-    return _Table(levels, boundaries, cells, lowest, cell_code, cell_boundary)
+    return _Table(
+        levels, boundaries, cells, lowest, cell_code, cell_boundary, reciprocal=as_bitsandbytes
+    )
 
 
 def _cell_index(x: torch.Tensor, lowest: float, cells: int) -> torch.Tensor:
@@ -216,7 +223,8 @@ def nearest(x: torch.Tensor, table: _Table) -> torch.Tensor:
 def _named_table(method: str, bits: int) -> _Table:
     if method == "uniform-block":
         return make_table(evenly_spaced(bits))
-    return make_table(normal_float(bits, symmetric=method == "nf-symmetric"))
+    symmetric = method == "nf-symmetric"
+    return make_table(normal_float(bits, symmetric), as_bitsandbytes=bits == 4 and not symmetric)
 
 
 @dataclass(frozen=True)
@@ -270,9 +278,13 @@ class CodebookQuantizer:
             unit = _divide(blocks, scales)
         else:
             scales = blocks.abs().amax(dim=1)
-            unit = _divide(blocks, scales)
+            divide = _multiply_reciprocal if table.reciprocal else _divide
+            unit = divide(blocks, scales)
             if self.scale == "mse":
-                relative = self._search(unit, table) if begin is None else begin / _nonzero(scales)
+                if begin is None:
+                    relative = self._search(unit, table)
+                else:  # clamped: at a scale far too large every code would be zero for good
+                    relative = (begin / _nonzero(scales)).clamp_max_(2.0)
                 for _ in range(_REFINEMENTS):
                     relative = self._refine(unit, table, relative)
                 scales = scales * relative
@@ -364,7 +376,8 @@ class UniformQuantizer:
         absmax = blocks.abs().amax(dim=1)
         unit = _divide(blocks, absmax)
         if begin is not None and self.scale == "mse":
-            relative, zeros = begin[0] / _nonzero(absmax), begin[1]
+            # Clamped: at a scale far too large every code would be zero for good.
+            relative, zeros = (begin[0] / _nonzero(absmax)).clamp_max_(1.0), begin[1]
         else:
             relative, zeros = self._search(unit, top)
         if self.scale == "mse":
@@ -399,17 +412,17 @@ class UniformQuantizer:
         high = unit.amax(dim=1).clamp_min_(0)
         width = high - low
         position = -low * top / _nonzero(width)
+        best_zeros = position.round()
+        # Zero point 0 is not used: where it would be nearest, widen the steps to keep the range.
+        best = torch.where((best_zeros < 1) & (high > 0), high / max(top - 1, 1), width / top)
+        best_zeros = best_zeros.clamp_(1, top)
         if self.scale == "absmax":
-            zeros = position.round().clamp_(1, top)
-            one_sided = (low == 0) & (high > 0)  # zero point 0 is not used: keep the range
-            scales = torch.where(one_sided, high / max(top - 1, 1), width / top)
-            return scales, zeros
-        best = width / top
-        best_zeros = position.round().clamp_(1, top)
+            return best, best_zeros
+        step = best
         best_gain = torch.zeros_like(best)
         for zeros in (position.floor().clamp_(1, top), position.ceil().clamp_(1, top)):
             for fraction in _UNIFORM_GRID:
-                offsets = self._offsets(unit, width * (fraction / top), zeros, top)
+                offsets = self._offsets(unit, step * fraction, zeros, top)
                 numerator = torch.linalg.vecdot(unit, offsets)
                 denominator = torch.linalg.vecdot(offsets, offsets)
                 gain = _ratio(numerator.square(), denominator)
@@ -492,6 +505,15 @@ def _nonzero(scales: torch.Tensor) -> torch.Tensor:
 
 def _divide(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return blocks / _nonzero(scales)[:, None]
+
+
+def _multiply_reciprocal(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    divisor = _nonzero(scales)
+    unit = blocks * divisor.reciprocal()[:, None]
+    tiny = divisor < _TINY  # the reciprocal of a subnormal may overflow
+    if bool(tiny.any()):
+        unit[tiny] = blocks[tiny] / divisor[tiny, None]
+    return unit
 
 
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:

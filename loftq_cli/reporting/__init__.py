@@ -1,0 +1,1 @@
+"""Reading finished conversions: inspect, verify, error report."""

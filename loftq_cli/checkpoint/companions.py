@@ -1,0 +1,44 @@
+"""Which files travel with a checkpoint's weights into the output.
+
+An allowlist: configuration, tokenizer and licence. Never code, which a loader might run, and
+never other weights, which would shadow the converted ones.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+
+COPIED_FILES: tuple[str, ...] = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+)
+
+# A wildcard must not let through `LICENSE_model.py`, which a config's auto_map could name.
+_SUFFIXES = frozenset(("", ".txt", ".md", ".json", ".jinja", ".model"))
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name, in the same directory as the weights, is copied."""
+    path = PurePosixPath(name)
+    return (
+        path.name == name
+        and path.suffix in _SUFFIXES
+        and any(fnmatchcase(name, pattern) for pattern in COPIED_FILES)
+    )

@@ -1,0 +1,77 @@
+"""Writing so that a crash at any moment leaves either the old state or the new one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.errors import EnvironmentFailure
+
+_PIECE = 16 << 20
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into an EnvironmentFailure that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise EnvironmentFailure(
+            f"{error.filename or path}: {reason}",
+            hint="free space or fix the permissions; the same command then resumes",
+        ) from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace ``path`` atomically: temporary file, fsync, rename, fsync of the directory."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with explained(path):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            write_all(descriptor, content)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+
+
+def write_all(descriptor: int, content: bytes | memoryview, offset: int | None = None) -> None:
+    """Write every byte, at ``offset`` or appending. Raises OSError."""
+    view = memoryview(content).cast("B")
+    while view.nbytes:
+        if offset is None:
+            written = os.write(descriptor, view)
+        else:
+            written = os.pwrite(descriptor, view, offset)
+            offset += written
+        view = view[written:]
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and creations in ``path`` durable. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, read in pieces. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def pretty_json(value: Any) -> bytes:
+    """UTF-8, sorted keys, two spaces, a final newline."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,182 @@
+"""The safetensors header: parsed and checked here, before a byte of any tensor is believed.
+
+Format (https://github.com/huggingface/safetensors#format): eight bytes little-endian length, a
+JSON object of that length that maps tensor names to dtype, shape and data_offsets, then the data.
+The library accepts duplicate keys and does not tell what is wrong; here every fault is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+
+DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+"""Bits per element of every dtype tag of the format."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a header says of one tensor, without its place: ``dtype`` is the format's tag."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorSpec):
+    """A tensor in a file: ``start`` is the absolute offset of its first byte."""
+
+    start: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header: ``tensors`` in the order of their bytes, ``size`` of the whole file,
+    ``sha256`` of the length field and the JSON, ``data_start`` the offset of the first byte."""
+
+    tensors: tuple[StoredTensor, ...]
+    size: int
+    data_start: int
+    sha256: str
+
+
+class HeaderError(ValueError):
+    """The header is not well-formed; the message says how, without the file's name."""
+
+
+def read_header(path: Path) -> Header:
+    """Parse and check the header of ``path``. Raises HeaderError, or OSError from the file."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise HeaderError(f"{size} bytes are too few for a safetensors file")
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES:
+            raise HeaderError("not a safetensors file, or its header exceeds 100 MB")
+        if 8 + length > size:
+            raise HeaderError(f"the header claims {length} bytes, the file ends after {size - 8}")
+        raw = file.read(length)
+    if len(raw) < length:
+        raise HeaderError("the file was shortened while it was read")
+    tensors = _parse(raw, data_start=8 + length)
+    _check_extents(tensors, 8 + length, size)
+    digest = hashlib.sha256(prefix + raw).hexdigest()
+    return Header(tuple(tensors), size, 8 + length, digest)
+
+
+def strict_json(raw: bytes) -> Any:
+    """JSON from untrusted bytes. Raises ValueError on bad UTF-8, duplicate keys, or nesting that
+    exhausts the parser."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            raise ValueError(f"the key {counts.most_common(1)[0][0]!r} occurs twice")
+        return result
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _parse(raw: bytes, data_start: int) -> list[StoredTensor]:
+    try:
+        entries = strict_json(raw)
+    except ValueError as error:
+        raise HeaderError(f"the header is not valid JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise HeaderError("the header is not a JSON object")
+    tensors = []
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            tensors.append(_parse_entry(name, entry, data_start))
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
+    return tensors
+
+
+def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise HeaderError(f"tensor {name!r}: expected dtype, shape and data_offsets")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise HeaderError(f"tensor {name!r}: the name is not valid Unicode") from None
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise HeaderError(f"tensor {name!r}: unknown dtype {dtype!r}")
+    if not _is_sizes(shape):
+        raise HeaderError(f"tensor {name!r}: the shape {shape!r} is not a list of sizes")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise HeaderError(f"tensor {name!r}: bad data_offsets {offsets!r}")
+    spec = StoredTensor(name, dtype, tuple(shape), data_start + offsets[0])
+    bits = spec.elements * DTYPE_BITS[dtype]
+    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        raise HeaderError(
+            f"tensor {name!r}: shape {list(shape)} of {dtype} takes {bits / 8:.15g} bytes, "
+            f"the header gives it {offsets[1] - offsets[0]}"
+        )
+    return spec
+
+
+def _is_sizes(value: object) -> bool:
+    # bool is an int to Python; sizes above 2**62 cannot be real and would make huge products.
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 1 << 62 for item in value
+    )
+
+
+def _check_extents(tensors: Iterable[StoredTensor], data_start: int, size: int) -> None:
+    position = data_start
+    for tensor in tensors:
+        if tensor.start != position:
+            what = "overlaps the one before it" if tensor.start < position else "leaves a hole"
+            raise HeaderError(f"tensor {tensor.name!r} {what} at byte {position}")
+        position += tensor.nbytes
+    if position != size:
+        what = "is cut short" if size < position else "has bytes after its last tensor"
+        raise HeaderError(f"the file {what}: {size} bytes, {position} expected")

@@ -1,0 +1,120 @@
+"""Reading tensors with pread, one at a time or in pieces, hashing a shard as it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
+from loftq_cli.checkpoint.source import Shard
+from loftq_cli.errors import CorruptFileError, EnvironmentFailure, SourceChangedError
+
+PIECE = 16 << 20
+"""Bytes read at a time where a tensor is only copied or hashed."""
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+"""Tags that :func:`as_tensor` understands."""
+
+
+_File = TypeVar("_File", bound="TensorFile")
+
+
+class TensorFile:
+    """An open safetensors file. Never maps it: a file that shrinks raises instead of killing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_RDONLY)
+
+    def __enter__(self: _File) -> _File:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._file)
+
+    def read_range(self, start: int, length: int) -> bytearray:
+        """Exactly ``length`` bytes from ``start``. Raises CorruptFileError where the file ends
+        early and EnvironmentFailure on an I/O error."""
+        buffer = bytearray(length)
+        view = memoryview(buffer)
+        done = 0
+        while done < length:
+            try:
+                got = os.preadv(self._file, [view[done:]], start + done)
+            except OSError as error:
+                raise EnvironmentFailure(f"{self.path}: {error.strerror or error}") from error
+            if got == 0:
+                raise CorruptFileError(
+                    f"{self.path} ends at byte {start + done}, it was shortened while being read"
+                )
+            done += got
+        return buffer
+
+    def pieces(self, tensor: StoredTensor) -> Iterator[bytearray]:
+        """The bytes of ``tensor``, in order, PIECE at a time."""
+        for offset in range(0, tensor.nbytes, PIECE):
+            yield self.read_range(tensor.start + offset, min(PIECE, tensor.nbytes - offset))
+
+    def read(self, tensor: StoredTensor) -> torch.Tensor:
+        """The whole tensor, on the CPU, in its own dtype."""
+        return as_tensor(tensor, self.read_range(tensor.start, tensor.nbytes))
+
+
+class ShardReader(TensorFile):
+    """A source shard, read in file order so that its sha256 comes for free."""
+
+    def __init__(self, shard: Shard) -> None:
+        super().__init__(shard.path)
+        self._position = shard.header.data_start
+        prefix = self.read_range(0, shard.header.data_start)
+        self._digest = hashlib.sha256(prefix)
+        if self._digest.hexdigest() != shard.header.sha256:
+            raise SourceChangedError(f"{shard.path}: the header changed since it was checked")
+
+    def pieces(self, tensor: StoredTensor) -> Iterator[bytearray]:
+        self._advance(tensor)
+        for piece in super().pieces(tensor):
+            self._digest.update(piece)
+            yield piece
+
+    def read(self, tensor: StoredTensor) -> torch.Tensor:
+        self._advance(tensor)
+        buffer = self.read_range(tensor.start, tensor.nbytes)
+        self._digest.update(buffer)
+        return as_tensor(tensor, buffer)
+
+    def _advance(self, tensor: StoredTensor) -> None:
+        assert tensor.start == self._position, "a shard is read in file order"
+        self._position += tensor.nbytes
+
+    @property
+    def sha256(self) -> str:
+        """Of all bytes up to the end of the last tensor that was read."""
+        return self._digest.hexdigest()
+
+
+def as_tensor(spec: TensorSpec, buffer: bytearray) -> torch.Tensor:
+    """A tensor over ``buffer``, without a copy."""
+    dtype = TORCH_DTYPES[spec.dtype]
+    if not buffer:
+        return torch.empty(spec.shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype).view(spec.shape)

@@ -1,0 +1,177 @@
+"""A checkpoint directory: which shards, which tensors, checked from the headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.checkpoint.header import Header, HeaderError, StoredTensor, read_header, strict_json
+from loftq_cli.errors import CorruptFileError, SourceNotFoundError, UnsupportedInputError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+_MAX_JSON_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class SmallFile:
+    """A JSON file that was read whole."""
+
+    name: str
+    size: int
+    sha256: str
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file of the checkpoint."""
+
+    name: str
+    path: Path
+    header: Header
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked checkpoint. ``id`` is what the user typed, ``revision`` a hub commit or None,
+    ``resolved_from`` the id that was asked for where a twin repository was used instead."""
+
+    directory: Path
+    id: str
+    shards: tuple[Shard, ...]
+    config: SmallFile
+    index: SmallFile | None
+    revision: str | None = None
+    resolved_from: str | None = None
+
+    @property
+    def tensors(self) -> list[StoredTensor]:
+        return [tensor for shard in self.shards for tensor in shard.header.tensors]
+
+
+def open_source(
+    directory: Path,
+    *,
+    source_id: str | None = None,
+    revision: str | None = None,
+    resolved_from: str | None = None,
+) -> Source:
+    """Read the headers of the checkpoint in ``directory`` and check them against each other.
+
+    Raises SourceNotFoundError where there is nothing to convert and CorruptFileError with every
+    fault that the headers show, before anything is computed.
+    """
+    if not directory.exists():
+        raise SourceNotFoundError(f"{directory}: no such file or directory")
+    if not directory.is_dir():
+        raise SourceNotFoundError(
+            f"{directory} is a file, not a directory",
+            hint="give the directory that holds config.json and model.safetensors",
+        )
+    names, index = _shard_names(directory)
+    config = _read_json(directory / CONFIG)
+    faults: list[str] = []
+    shards = []
+    for name in names:
+        path = directory / name
+        try:
+            shards.append(Shard(name, path, read_header(path)))
+        except FileNotFoundError:
+            faults.append(f"{name}: missing, the index names it")
+        except HeaderError as error:
+            faults.append(f"{name}: {error}")
+        except OSError as error:
+            faults.append(f"{name}: cannot be read: {error.strerror or error}")
+    faults += _cross_check(shards, index, complete=len(shards) == len(names))
+    if faults:
+        count = f"{len(faults)} faults: " if len(faults) > 1 else ""
+        raise CorruptFileError(f"{directory}: {count}" + "; ".join(faults))
+    return Source(
+        directory,
+        source_id or str(directory),
+        tuple(shards),
+        config,
+        index,
+        revision,
+        resolved_from,
+    )
+
+
+def _shard_names(directory: Path) -> tuple[list[str], SmallFile | None]:
+    if (directory / SINGLE).exists():
+        return [SINGLE], None
+    if not (directory / INDEX).exists():
+        others = sorted(
+            path.name
+            for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf")
+            for path in directory.glob(pattern)
+        )
+        if any(name.endswith(".bin") for name in others):
+            raise UnsupportedInputError(
+                f"{directory} holds only pickled weights ({', '.join(others[:3])})",
+                hint="save the model with safetensors first: save_pretrained(DIR)",
+            )
+        found = f" (found {', '.join(others[:3])})" if others else ""
+        raise SourceNotFoundError(f"{directory} has no {SINGLE} and no {INDEX}{found}")
+    index = _read_json(directory / INDEX)
+    weight_map = index.content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(f"{directory / INDEX}: no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not is_plain_name(name):
+            raise CorruptFileError(
+                f"{directory / INDEX}: tensor {tensor!r} points to {name!r}, not a file beside it"
+            )
+    return sorted(set(weight_map.values())), index
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` names a file in its own directory: no separators, no parents, no NUL."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def _cross_check(shards: list[Shard], index: SmallFile | None, *, complete: bool) -> list[str]:
+    faults = []
+    home: dict[str, str] = {}
+    for shard in shards:
+        for tensor in shard.header.tensors:
+            if tensor.name in home:
+                faults.append(
+                    f"tensor {tensor.name!r} is in {home[tensor.name]} and again in {shard.name}"
+                )
+            home[tensor.name] = shard.name
+    if index is not None:
+        present = {shard.name for shard in shards}
+        for tensor_name, name in index.content["weight_map"].items():
+            if name in present and home.get(tensor_name) != name:
+                held = f", {home[tensor_name]} does" if tensor_name in home else ""
+                faults.append(
+                    f"the index puts tensor {tensor_name!r} in {name}, which does not hold it{held}"
+                )
+    if complete and not home:
+        faults.append("no tensors at all")
+    return faults
+
+
+def _read_json(path: Path) -> SmallFile:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CorruptFileError(f"{path}: larger than 100 MB")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise SourceNotFoundError(
+            f"{path}: missing", hint="a checkpoint directory needs its config.json"
+        ) from None
+    except OSError as error:
+        raise CorruptFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        content = strict_json(raw)
+    except ValueError as error:
+        raise CorruptFileError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CorruptFileError(f"{path}: not a JSON object")
+    return SmallFile(path.name, len(raw), hashlib.sha256(raw).hexdigest(), content)

@@ -1,0 +1,114 @@
+"""A safetensors file that grows tensor by tensor.
+
+All names, dtypes and shapes are known before the first value is computed, so the header is written
+first and every tensor has its place. Tensors are laid out by decreasing element size, as the
+format's own writer does: consumers view the file's bytes in place and need them aligned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from loftq_cli.checkpoint.durable import explained, write_all
+from loftq_cli.checkpoint.header import DTYPE_BITS, StoredTensor, TensorSpec
+from loftq_cli.checkpoint.reader import PIECE, TORCH_DTYPES, TensorFile
+
+DTYPE_TAGS = {dtype: tag for tag, dtype in TORCH_DTYPES.items()}
+"""Torch dtypes that can be written, to the format's tags."""
+
+_METADATA = {"format": "pt"}  # one key only: the library's order of several is random
+
+
+def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
+    """The spec of a tensor that is to be written."""
+    return TensorSpec(name, DTYPE_TAGS[tensor.dtype], tuple(tensor.shape))
+
+
+def place(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, StoredTensor]]:
+    """(length field and header, place of every tensor) of a file that holds ``specs``."""
+    ordered = sorted(specs, key=lambda spec: -DTYPE_BITS[spec.dtype])
+    entries: dict[str, object] = {"__metadata__": _METADATA}
+    position = 0
+    for spec in ordered:
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + spec.nbytes],
+        }
+        position += spec.nbytes
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    header = len(raw).to_bytes(8, "little") + raw
+    placed = {}
+    position = len(header)
+    for spec in ordered:
+        placed[spec.name] = StoredTensor(spec.name, spec.dtype, spec.shape, position)
+        position += spec.nbytes
+    return header, placed
+
+
+class GrowingShard:
+    """An output shard. Opening an existing file keeps what is in it, for a resumed conversion."""
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        self.path = path
+        header, self._placed = place(specs)
+        size = len(header) + sum(spec.nbytes for spec in specs)
+        with explained(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            os.ftruncate(self._file, size)
+            write_all(self._file, header, 0)
+
+    def __enter__(self) -> GrowingShard:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._file)
+
+    def write(self, name: str, tensor: torch.Tensor) -> str:
+        """Write a whole tensor; its sha256."""
+        place = self._placed[name]
+        assert spec_of(name, tensor) == TensorSpec(place.name, place.dtype, place.shape)
+        host = tensor.detach().cpu().contiguous()
+        # Through ctypes, not numpy: torch does not need numpy, and neither do we.
+        view = memoryview((ctypes.c_ubyte * place.nbytes).from_address(host.data_ptr()))
+        pieces = (view[start : start + PIECE] for start in range(0, place.nbytes, PIECE))
+        return self.write_pieces(name, pieces)
+
+    def write_pieces(self, name: str, pieces: Iterable[bytes | bytearray | memoryview]) -> str:
+        """Write a tensor's bytes in order; their sha256."""
+        digest = hashlib.sha256()
+        position = self._placed[name].start
+        for piece in pieces:
+            view = memoryview(piece)
+            with explained(self.path):
+                write_all(self._file, view, position)
+            digest.update(view)
+            position += view.nbytes
+        return digest.hexdigest()
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+        with explained(self.path):
+            os.fsync(self._file)
+
+    def sha256_of(self, name: str) -> str:
+        """sha256 of a tensor's bytes as they are in the file now."""
+        digest = hashlib.sha256()
+        with TensorFile(self.path) as file:
+            for piece in file.pieces(self._placed[name]):
+                digest.update(piece)
+        return digest.hexdigest()

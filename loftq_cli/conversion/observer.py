@@ -1,0 +1,25 @@
+"""How a conversion reports what it is doing, without knowing who listens."""
+
+from __future__ import annotations
+
+
+class Observer:
+    """Receives progress; this base class ignores it."""
+
+    def begin(self, total_bytes: int) -> None:
+        """The conversion starts; ``total_bytes`` of source tensors will be worked through."""
+
+    def working_on(self, name: str) -> None:
+        """The tensor ``name`` is next."""
+
+    def advance(self, nbytes: int) -> None:
+        """``nbytes`` more of the source are done."""
+
+    def note(self, text: str) -> None:
+        """A one-line remark for the user."""
+
+    def detail(self, text: str) -> None:
+        """A one-line remark for who asked for more (``-v``)."""
+
+    def end(self) -> None:
+        """No more progress will come, whatever happened."""

@@ -1,0 +1,334 @@
+"""What will be done, settled from the headers before anything is computed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
+from loftq_cli.checkpoint.source import Shard, Source
+from loftq_cli.checkpoint.writer import place
+from loftq_cli.conversion.selection import Selection, select, stacks
+from loftq_cli.errors import CorruptFileError, EnvironmentFailure, LayoutError, UsageError
+from loftq_cli.layouts import Layout, adapter, make_layout
+from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.recipe import FIXED_SCALE_METHODS, Options, Recipe, fingerprint
+
+KERNELS = "eager"
+"""The only variant of the inner loops so far."""
+
+_ADAPTER_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """A matrix with its adapter: ``rank`` as clamped, ``scaling`` as PEFT will apply it."""
+
+    matrix: Matrix
+    rank: int
+    scaling: float
+    adapter_dtype: str
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def adapter_specs(self) -> list[TensorSpec]:
+        matrix = self.matrix
+        return adapter.specs(matrix.module, matrix.shape, self.rank, self.adapter_dtype)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the backbone per weight: codes, scales, zero points and tables."""
+        return sum(spec.nbytes for spec in self.specs) * 8 / self.matrix.elements
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """An output shard and the source shard whose tensors it takes."""
+
+    source: Shard
+    name: str
+    specs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, before it starts. ``auto_layout``: the layout may still be changed to
+    ``loftq`` where a scale turns out not to fit float16."""
+
+    source: Source
+    recipe: Recipe
+    layout: Layout
+    auto_layout: bool
+    layout_note: str | None
+    matrices: Mapping[str, PlannedMatrix]
+    kept: Sequence[tuple[StoredTensor, str]]
+    shards: Sequence[PlannedShard]
+    surroundings: Surroundings
+    device: torch.device
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.recipe.as_dict(), source_identity(self.source))
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.source.tensors)
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.source.tensors)
+
+    @property
+    def backbone_bytes(self) -> int:
+        return sum(spec.nbytes for shard in self.shards for spec in shard.specs)
+
+    @property
+    def adapter_specs(self) -> list[TensorSpec]:
+        return [spec for item in self.matrices.values() for spec in item.adapter_specs]
+
+    @property
+    def adapter_bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.adapter_specs)
+
+    @property
+    def bits_per_weight(self) -> float:
+        stored = sum(spec.nbytes for item in self.matrices.values() for spec in item.specs)
+        return stored * 8 / sum(item.matrix.elements for item in self.matrices.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all tensor files, headers included."""
+        files = [list(shard.specs) for shard in self.shards] + [self.adapter_specs]
+        return sum(len(place(specs)[0]) + sum(spec.nbytes for spec in specs) for specs in files)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Estimated peak for the largest matrix, above what importing torch takes: the source's
+        bytes, W and W - Q in float32, three sets of codes, and the thin factors."""
+        return max(_working_set(item) for item in self.matrices.values())
+
+    def with_fallback(self) -> Plan:
+        """The plan that continues with layout ``loftq`` (see Recipe.with_fallback)."""
+        recipe = self.recipe.with_fallback()
+        return _assemble(
+            self.source,
+            recipe,
+            Selection([t for t in self.source.tensors if t.name in self.matrices], [*self.kept]),
+            self.device,
+            auto_layout=False,
+            layout_note=None,
+        )
+
+
+def source_identity(source: Source) -> list[tuple[str, int, str]]:
+    """(name, size, header sha256) of each shard; whole contents for the small JSON files."""
+    identity = [(shard.name, shard.header.size, shard.header.sha256) for shard in source.shards]
+    small = [source.config] + ([source.index] if source.index else [])
+    return identity + [(file.name, file.size, file.sha256) for file in small]
+
+
+def make_plan(source: Source, options: Options) -> Plan:
+    """Settle every automatic choice. ``options`` must be resolved.
+
+    Raises UsageError and its kin (exit 2) for settings that this checkpoint cannot have, and
+    InputError (exit 3) for checkpoints that cannot be converted.
+    """
+    selection = select(source.tensors, source.config.content, options.include, options.exclude)
+    device = _device(options.device or "auto")
+    method = resolve_method(options)
+    matrices = [_matrix(tensor, method, options) for tensor in selection.matrices]
+    surroundings = _surroundings(source, selection)
+    layout_name, note = _choose_layout(options, method, matrices, surroundings)
+    recipe = Recipe(
+        bits=_given(options.bits),
+        method=method,
+        rank=_given(options.rank),
+        iters=_given(options.iters),
+        block_size=_given(options.block_size),
+        layout=layout_name,
+        layout_fallback=None,
+        scale="fixed" if method in FIXED_SCALE_METHODS else _given(options.scale),
+        order=_given(options.order),
+        svd=_given(options.svd),
+        keep=_given(options.keep),
+        include=options.include,
+        exclude=options.exclude,
+        lora_alpha=options.lora_alpha,
+        adapter_dtype=_given(options.adapter_dtype),
+        dense_dtype=_given(options.dense_dtype),
+        device=device.type,
+        threads=options.threads or len(os.sched_getaffinity(0)),
+        seed=_given(options.seed),
+        kernels=KERNELS,
+    )
+    auto = options.layout == "auto"
+    return _assemble(source, recipe, selection, device, auto_layout=auto, layout_note=note)
+
+
+def _assemble(
+    source: Source,
+    recipe: Recipe,
+    selection: Selection,
+    device: torch.device,
+    *,
+    auto_layout: bool,
+    layout_note: str | None,
+) -> Plan:
+    layout = make_layout(recipe.layout, recipe.dense_dtype)
+    matrices = {}
+    for tensor in selection.matrices:
+        out_features, in_features = tensor.shape
+        matrix = Matrix(
+            tensor.name,
+            (out_features, in_features),
+            tensor.dtype,
+            recipe.method,
+            recipe.bits,
+            recipe.block_size,
+        )
+        rank = min(recipe.rank, out_features, in_features)
+        matrices[tensor.name] = PlannedMatrix(
+            matrix,
+            rank,
+            1.0 if recipe.lora_alpha is None else recipe.lora_alpha / rank,
+            _ADAPTER_TAGS.get(recipe.adapter_dtype, tensor.dtype),
+            tuple(layout.specs(matrix)),
+        )
+    return Plan(
+        source=source,
+        recipe=recipe,
+        layout=layout,
+        auto_layout=auto_layout and recipe.layout == "gptq",
+        layout_note=layout_note,
+        matrices=matrices,
+        kept=selection.kept,
+        shards=_output_shards(source, matrices),
+        surroundings=_surroundings(source, selection),
+        device=device,
+    )
+
+
+def _output_shards(source: Source, matrices: Mapping[str, PlannedMatrix]) -> list[PlannedShard]:
+    count = len(source.shards)
+    planned, seen = [], set[str]()
+    for number, shard in enumerate(source.shards, start=1):
+        specs: list[TensorSpec] = []
+        for tensor in shard.header.tensors:
+            item = matrices.get(tensor.name)
+            kept = TensorSpec(tensor.name, tensor.dtype, tensor.shape)
+            specs += item.specs if item else [kept]
+        for spec in specs:
+            if spec.name in seen:
+                raise CorruptFileError(f"{shard.name}: the name {spec.name!r} is already taken")
+            seen.add(spec.name)
+        single = "model.safetensors"
+        name = single if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        planned.append(PlannedShard(shard, name, tuple(specs)))
+    return planned
+
+
+def _matrix(tensor: StoredTensor, method: str, options: Options) -> Matrix:
+    rows, columns = tensor.shape
+    return Matrix(
+        tensor.name,
+        (rows, columns),
+        tensor.dtype,
+        method,
+        _given(options.bits),
+        _given(options.block_size),
+    )
+
+
+def resolve_method(options: Options) -> str:
+    """The method of resolved ``options``: auto is nf at 4 bits and uniform at 2, 3 and 8, so that
+    a decoder's default output loads in stock transformers (bnb, gptq)."""
+    if options.method is not None and options.method != "auto":
+        return options.method
+    if options.layout == "bnb":
+        return "nf"
+    return "nf" if options.bits == 4 and options.layout != "gptq" else "uniform"
+
+
+def _choose_layout(
+    options: Options, method: str, matrices: Sequence[Matrix], surroundings: Surroundings
+) -> tuple[str, str | None]:
+    """(layout, remark): auto takes what stock consumers load, where it holds every matrix."""
+    if options.layout != "auto":
+        wanted = make_layout(_given(options.layout))
+        obstacles = _obstacles(wanted, matrices, surroundings)
+        if obstacles:
+            raise LayoutError(f"--layout {wanted.name} cannot hold " + "; ".join(obstacles))
+        return wanted.name, None
+    if method == "nf" and options.bits == 4:
+        first = "bnb"
+    elif method == "uniform" and is_decoder_only(surroundings):
+        first = "gptq"
+    else:
+        return "loftq", None
+    obstacles = _obstacles(make_layout(first), matrices, surroundings)
+    if not obstacles:
+        return first, None
+    more = f" (and {len(obstacles) - 1} more)" if len(obstacles) > 1 else ""
+    return "loftq", f"layout loftq, because {first} cannot hold {obstacles[0]}{more}"
+
+
+def _obstacles(layout: Layout, matrices: Sequence[Matrix], surroundings: Surroundings) -> list[str]:
+    described = layout.cannot_describe(surroundings)
+    held = ((matrix.name, layout.cannot_hold(matrix)) for matrix in matrices)
+    return ([f"this model: {described}"] if described else []) + [
+        f"{name}: {reason}" for name, reason in held if reason
+    ]
+
+
+def is_decoder_only(surroundings: Surroundings) -> bool:
+    """Whether config.json names a causal language model with one stack of blocks."""
+    config = surroundings.config
+    architectures = config.get("architectures") or []
+    name = architectures[0] if architectures and isinstance(architectures[0], str) else ""
+    causal = name.endswith(("ForCausalLM", "LMHeadModel"))
+    return causal and not config.get("is_encoder_decoder") and len(surroundings.stacks) == 1
+
+
+def _surroundings(source: Source, selection: Selection) -> Surroundings:
+    kept_modules = [
+        tensor.name.removesuffix(".weight")
+        for tensor, _ in selection.kept
+        if tensor.name.endswith(".weight") and len(tensor.shape) == 2
+    ]
+    selected = stacks(tensor.name for tensor in selection.matrices)
+    outside = [t.name for t in selection.matrices if not stacks([t.name])]
+    return Surroundings(source.config.content, kept_modules, selected + outside)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise EnvironmentFailure(
+                f"--device {name}: torch sees {count} CUDA devices", hint="use --device cpu"
+            )
+    return device
+
+
+def _working_set(item: PlannedMatrix) -> int:
+    rows, columns = item.matrix.shape
+    thin = (rows + columns) * 2 * max(item.rank, 16) * 4 * 4
+    source = 0 if item.matrix.dtype == "F32" else 2
+    return round(item.matrix.elements * (source + 8 + 0.75)) + thin
+
+
+def _given(value: Any) -> Any:
+    assert value is not None, "options must be resolved"
+    return value

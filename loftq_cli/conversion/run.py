@@ -1,0 +1,123 @@
+"""From a model's name to a finished output: plan, resume or start, convert, publish."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.locate import locate
+from loftq_cli.conversion.engine import Conversion
+from loftq_cli.conversion.journal import Identity
+from loftq_cli.conversion.observer import Observer
+from loftq_cli.conversion.plan import Plan, make_plan, source_identity
+from loftq_cli.conversion.workspace import Workspace, check_output_path, check_space
+from loftq_cli.errors import InputError, ScaleRangeError, SourceChangedError
+from loftq_cli.recipe import Options
+from loftq_cli.reporting.output import verify
+
+_MARGIN = 4 << 20  # room for config, tokenizer, manifest and journal
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished conversion: its manifest, and whether there was nothing left to do."""
+
+    manifest: dict[str, Any]
+    nothing_to_do: bool = False
+
+
+def prepare(
+    model: str,
+    output: str | Path,
+    options: Options,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    observer: Observer,
+) -> tuple[Plan, Path]:
+    """The plan of a conversion and the absolute output path; nothing is written.
+
+    Raises UsageError for bad settings or an output inside the input, InputError for a bad source,
+    EnvironmentFailure where the hub or the device cannot be reached.
+    """
+    resolved = options.resolve()
+    source = locate(model, revision=revision, offline=offline, say=observer.note)
+    path = Path(output).absolute()
+    check_output_path(path, source.directory)
+    plan = make_plan(source, resolved)
+    if plan.layout_note:
+        observer.note(plan.layout_note)
+    return plan, path
+
+
+def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outcome:
+    """Convert, resume, or find that it is done already.
+
+    Raises OutputConflictError, EnvironmentFailure (disk, device), InputError (non-finite weights,
+    a source that changed), VerificationError (a complete output that was altered).
+    """
+    workspace = Workspace(path)
+    plans = [plan] + ([plan.with_fallback()] if plan.auto_layout else [])
+    accepted = {each.fingerprint: _identity(each) for each in plans}
+    with workspace.locked():
+        existing = workspace.complete_output()
+        if existing is not None and existing.fingerprint in accepted and not overwrite:
+            verify(existing)
+            workspace.discard()
+            return Outcome(existing.manifest, nothing_to_do=True)
+        workspace.refuse_other_output(overwrite)
+        resumed = workspace.refuse_other_partial(accepted, overwrite)
+        check_space(path.parent, plan.disk_bytes + _MARGIN - workspace.written())
+        if resumed is not None:
+            observer.note(f"resuming the unfinished conversion in {workspace.partial}")
+            plan = next(each for each in plans if each.fingerprint == resumed)
+        return _convert(plan, plans[-1], accepted, workspace, observer)
+
+
+def _convert(
+    plan: Plan,
+    fallback: Plan,
+    accepted: dict[str, Identity],
+    workspace: Workspace,
+    observer: Observer,
+) -> Outcome:
+    try:
+        with _threads(plan.recipe.threads):
+            conversion = Conversion(plan, workspace, observer)
+            manifest = conversion.run(accepted[plan.fingerprint])
+        workspace.publish()
+        return Outcome(manifest)
+    except ScaleRangeError as error:
+        workspace.discard_work()
+        if plan is fallback:
+            raise
+        observer.note(f"layout loftq, because gptq cannot hold it: {error.message}")
+        return _convert(fallback, fallback, accepted, workspace, observer)
+    except SourceChangedError:
+        raise
+    except InputError:
+        # The work cannot be of use: what repairs the input changes the fingerprint.
+        workspace.discard_work()
+        raise
+    finally:
+        observer.end()
+
+
+def _identity(plan: Plan) -> Identity:
+    return Identity(plan.fingerprint, plan.recipe.as_dict(), source_identity(plan.source))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """The thread count of the recipe: it changes the last bits of matrix products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,151 @@
+"""Which tensors are weight matrices to quantize, from their names, shapes and dtypes alone.
+
+By default: two-dimensional floating-point ``….weight`` tensors inside the repeated blocks (a path
+with a number in it), which are the linear layers of attention and MLP. Everything else is passed
+through, each tensor with the reason why.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.errors import PatternError, UnsupportedInputError, UsageError, printable
+
+FLOAT_DTYPES = ("F32", "F16", "BF16")
+"""Source dtypes that can be quantized."""
+
+_BLOCK = re.compile(r"(?:^|\.)\d+\.")
+_EMBEDDING = re.compile(
+    r"(?:^|[._])(?:embed\w*|\w*embeddings?|wte|wpe|shared|relative_attention_bias)(?:\.|$)"
+)
+_NORM = re.compile(r"(?:norm|(?:^|\.)ln_?\w*)\.weight$", re.IGNORECASE)
+_ROUTER = re.compile(r"(?:router\w*|(?:^|\.)gate|(?:^|\.)wg)\.weight$")
+_EXPERT = re.compile(r"(?:^|\.)experts\.")
+_HEAD = re.compile(
+    r"(?:^|\.)(?:lm_head|classifier|classification_heads?|pooler|score|qa_outputs|heads?)\."
+)
+
+# Families whose linear layers are Conv1D: stored transposed, loaded as something else.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "ctrl")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``matrices`` to quantize, in file order; ``kept``: (tensor, reason) for all others."""
+
+    matrices: list[StoredTensor]
+    kept: list[tuple[StoredTensor, str]]
+
+
+def select(
+    tensors: Sequence[StoredTensor],
+    config: Mapping[str, Any],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Selection:
+    """Split ``tensors`` by the default rule, plus ``include``, less ``exclude`` (globs on names).
+
+    Raises PatternError where a pattern matches nothing it could apply to, UsageError where an
+    embedding is included, UnsupportedInputError for checkpoints that are quantized already or
+    store their matrices transposed.
+    """
+    _refuse_unsupported(tensors, config)
+    names = [tensor.name for tensor in tensors]
+    quantizable = {tensor.name for tensor in tensors if _not_a_matrix(tensor) is None}
+    included = {
+        name for pattern in include for name in _matches("--include", pattern, names, quantizable)
+    }
+    excluded = {
+        name for pattern in exclude for name in _matches("--exclude", pattern, names, set(names))
+    }
+    matrices, kept = [], []
+    for tensor in tensors:
+        reason = _not_a_matrix(tensor) or _outside_rule(tensor.name)
+        if tensor.name in included and tensor.name in quantizable:
+            if _EMBEDDING.search(tensor.name):
+                raise UsageError(
+                    f"--include: {tensor.name} is an embedding, only linear layers are quantized",
+                    hint="narrow the pattern",
+                )
+            reason = None
+        if tensor.name in excluded:
+            reason = "excluded by --exclude"
+        if reason is None:
+            matrices.append(tensor)
+        else:
+            kept.append((tensor, reason))
+    if not matrices:
+        raise UnsupportedInputError(
+            "no weight matrix is selected",
+            hint="--dry-run shows why each tensor is passed through; --include selects more",
+        )
+    return Selection(matrices, kept)
+
+
+def stacks(names: Iterable[str]) -> list[str]:
+    """The paths of the stacks of blocks that ``names`` lie in: what precedes the first number."""
+    found = {match.group(1) for name in names if (match := re.match(r"(.*?)\.?\d+\.", name))}
+    return sorted(found)
+
+
+def _not_a_matrix(tensor: StoredTensor) -> str | None:
+    if not tensor.name.endswith(".weight"):
+        return "not a weight"
+    if tensor.dtype not in FLOAT_DTYPES:
+        return f"dtype {tensor.dtype}"
+    if len(tensor.shape) != 2:
+        return f"{len(tensor.shape)}-dimensional"
+    if tensor.elements == 0:
+        return "empty"
+    return None
+
+
+def _outside_rule(name: str) -> str | None:
+    for pattern, reason in (
+        (_EMBEDDING, "embedding"),
+        (_NORM, "normalisation"),
+        (_HEAD, "head"),
+        (_EXPERT, "expert: consumers fuse these in memory"),
+        (_ROUTER, "router"),
+    ):
+        if pattern.search(name):
+            return reason
+    return None if _BLOCK.search(name) else "outside the repeated blocks"
+
+
+def _matches(option: str, pattern: str, names: Sequence[str], eligible: set[str]) -> list[str]:
+    matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not matched:
+        near = difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.3)
+        near_text = f"; near names: {', '.join(printable(name) for name in near)}" if near else ""
+        raise PatternError(f"{option} {pattern!r} matches no tensor{near_text}")
+    if not eligible.intersection(matched):
+        raise PatternError(f"{option} {pattern!r} matches no weight matrix, only {matched[0]!r}")
+    return matched
+
+
+def _refuse_unsupported(tensors: Sequence[StoredTensor], config: Mapping[str, Any]) -> None:
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, Mapping):
+        method = quantized.get("quant_method", "unknown")
+        raise UnsupportedInputError(
+            f"config.json: the checkpoint is quantized already ({method})",
+            hint="convert the full-precision checkpoint it was made from",
+        )
+    for tensor in tensors:
+        if tensor.dtype.startswith(("F8", "F4", "F6")):
+            raise UnsupportedInputError(
+                f"tensor {tensor.name!r} is {tensor.dtype}: the checkpoint is quantized already",
+                hint="convert a 16- or 32-bit checkpoint of the same model",
+            )
+    if config.get("model_type") in _CONV1D_MODELS:
+        raise UnsupportedInputError(
+            f"config.json: {config['model_type']} stores its matrices transposed (Conv1D), "
+            "which is not supported"
+        )

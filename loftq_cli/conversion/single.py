@@ -1,0 +1,45 @@
+"""LoftQ on one matrix in memory, with the converter's settings and defaults."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from loftq_cli.conversion.plan import resolve_method
+from loftq_cli.errors import NonFiniteWeightError, UsageError
+from loftq_cli.numerics.alternation import Decomposition, Settings
+from loftq_cli.numerics.alternation import decompose as alternate
+from loftq_cli.numerics.metrics import first_non_finite
+from loftq_cli.numerics.quantizers import make_quantizer
+from loftq_cli.recipe import Options
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def decompose(weight: torch.Tensor, options: Options) -> Decomposition:
+    """Decompose ``weight`` (out, in); A and B in its dtype. See ``loftq_cli.decompose``."""
+    if weight.dim() != 2 or weight.dtype not in _DTYPES or weight.numel() == 0:
+        raise UsageError(
+            f"weight of shape {tuple(weight.shape)} and {weight.dtype}: a non-empty "
+            "two-dimensional float32, float16 or bfloat16 tensor is needed",
+            hint="",
+        )
+    resolved = options.resolve()
+    bad = first_non_finite(weight)
+    if bad is not None:
+        raise NonFiniteWeightError(f"weight holds {bad[1]} at {list(bad[0])}", hint="")
+    method = resolve_method(resolved)
+    quantizer = make_quantizer(
+        method, cast(int, resolved.bits), cast(int, resolved.block_size), cast(Any, resolved.scale)
+    )
+    settings = Settings(
+        rank=cast(int, resolved.rank),
+        iters=cast(int, resolved.iters),
+        order=cast(Any, resolved.order),
+        svd=cast(Any, resolved.svd),
+        keep=cast(Any, resolved.keep),
+        adapter_dtype=weight.dtype,
+        seed=cast(int, resolved.seed),
+    )
+    return alternate(weight.detach().to(torch.float32), quantizer, settings)

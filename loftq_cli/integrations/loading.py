@@ -1,0 +1,138 @@
+"""``load()``: an output directory of ``loftq convert`` as a PeftModel that is ready to train."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.checkpoint.header import read_header, strict_json
+from loftq_cli.errors import (
+    CorruptFileError,
+    EnvironmentFailure,
+    InputError,
+    SourceNotFoundError,
+    UnsupportedInputError,
+)
+from loftq_cli.integrations import hook
+from loftq_cli.layouts import adapter
+
+MANIFEST = "loftq_manifest.json"
+_MANIFEST_VERSION = 1
+_EXTRAS = {"gptq": "gptq"}
+
+
+def load(
+    path: str | os.PathLike[str] = "out",
+    auto_class: Any = None,
+    trainable: bool = True,
+    **from_pretrained: Any,
+) -> Any:
+    """The backbone in ``path`` with the adapter in its ``loftq_init`` attached.
+
+    ``auto_class`` is the class to load the backbone with (``AutoModelForSequenceClassification``);
+    without it, the one that config.json names. ``trainable`` makes the adapter's parameters
+    trainable, and nothing else. Everything else is handed to the class's ``from_pretrained``.
+
+    Returns a ``peft.PeftModel``. Raises EnvironmentFailure where the extra [train] or [gptq] is not
+    installed, and InputError where ``path`` is not the complete output of a conversion, is of a
+    newer format, or holds adapter tensors that the model has no place for.
+    """
+    directory = Path(path)
+    layout = _layout(directory)
+    peft, transformers = _required("peft", "train"), _required("transformers", "train")
+    hook.install()
+    model_class = auto_class or _model_class(directory, transformers)
+    try:
+        backbone = model_class.from_pretrained(directory, **from_pretrained)
+    except ImportError as error:
+        raise _missing_extra(error, _EXTRAS.get(layout, "train")) from error
+    model = peft.PeftModel.from_pretrained(
+        backbone, directory, subfolder=adapter.DIRECTORY, is_trainable=trainable
+    )
+    _check_complete(directory, peft.get_peft_model_state_dict(model))
+    return model
+
+
+def _layout(directory: Path) -> str:
+    """The layout that the manifest names, once the directory is known to be readable."""
+    file = directory / MANIFEST
+    if not directory.is_dir():
+        partial = directory.absolute().with_name(f".{directory.absolute().name}.loftq-partial")
+        if partial.is_dir():
+            raise SourceNotFoundError(
+                f"{directory}: the conversion is not finished",
+                hint="run the same `loftq convert` command again, it resumes",
+            )
+        raise SourceNotFoundError(
+            f"{directory}: no such directory", hint="give the output directory of `loftq convert`"
+        )
+    if not file.is_file():
+        raise SourceNotFoundError(
+            f"{directory}: no {MANIFEST} in it, this is not the output of `loftq convert`",
+            hint="give the output directory of `loftq convert`",
+        )
+    manifest = _read_object(file)
+    version = manifest.get("format_version")
+    if version != _MANIFEST_VERSION:
+        raise UnsupportedInputError(
+            f"{file}: format_version {version!r}, this loftq-cli reads {_MANIFEST_VERSION}",
+            hint="pip install --upgrade loftq-cli",
+        )
+    recipe = manifest.get("recipe")
+    return str(recipe.get("layout")) if isinstance(recipe, dict) else ""
+
+
+def _model_class(directory: Path, transformers: Any) -> Any:
+    file = directory / "config.json"
+    if not file.is_file():
+        raise SourceNotFoundError(f"{directory}: no config.json in it", hint="convert again")
+    architectures = _read_object(file).get("architectures") or [None]
+    found = getattr(transformers, str(architectures[0]), None)
+    if found is None:
+        raise UnsupportedInputError(
+            f"{file}: transformers has no class for architectures {architectures}",
+            hint="say which to load with auto_class=, for example transformers.AutoModel",
+        )
+    return found
+
+
+def _check_complete(directory: Path, loaded: dict[str, Any]) -> None:
+    """PEFT passes over tensors that it finds no module for, with a warning at most."""
+    file = directory / adapter.DIRECTORY / adapter.WEIGHTS
+    stored = {tensor.name for tensor in read_header(file).tensors}
+    for names, what in (
+        (sorted(stored - loaded.keys()), "has no module in the model for"),
+        (sorted(loaded.keys() - stored), "lacks"),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise InputError(
+                f"{file} {what} {', '.join(names[:3])}{more}",
+                hint="load the class that config.json names: leave out auto_class",
+            )
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = strict_json(file.read_bytes())
+    except ValueError as error:
+        raise CorruptFileError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CorruptFileError(f"{file}: not a JSON object")
+    return content
+
+
+def _required(package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise _missing_extra(error, extra) from error
+
+
+def _missing_extra(error: ImportError, extra: str) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f"loading needs a package that is not installed: {error}",
+        hint=f'pip install "loftq-cli[{extra}]"',
+    )

@@ -1,0 +1,161 @@
+"""A linear layer whose weight stays packed in memory.
+
+What is held is what layout ``loftq`` stores (:mod:`loftq_cli.layouts.packed`), byte for byte.
+Every forward and every backward decodes the weight anew and lets it go: that costs a decode per
+pass, and saves keeping 16 or 32 bits per weight alive between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from loftq_cli.layouts.packed import decode_packed, scale_count
+from loftq_cli.numerics.packing import packed_length
+
+_PACKED = ("weight", "weight_scales", "weight_levels", "weight_zeros")
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """How one matrix is packed: ``bits`` per code, ``block_size`` (0: one block for everything),
+    ``decoding`` "affine" or "codebook"."""
+
+    bits: int
+    block_size: int
+    decoding: str
+
+
+class PackedLinear(nn.Linear):
+    """``y = x @ dequantize(weight).T + bias`` for a frozen, packed weight.
+
+    ``weight`` uint8 (ceil(out*in*bits/8),), a Parameter without gradient; ``weight_scales``
+    float32 (blocks,); ``weight_levels`` float32 (2**bits,) for a codebook, or ``weight_zeros``
+    uint8 for zero points; ``bias`` (out,) or None. Input (..., in) of any floating dtype, output
+    (..., out) in the input's dtype, or autocast's. Gradients reach the input and the bias.
+
+    Scales and levels stay float32 and codes uint8 whatever dtype the module is moved to: rounding
+    them would change the weight that the adapter was fitted to.
+    """
+
+    weight_scales: torch.Tensor
+    weight_levels: torch.Tensor | None
+    weight_zeros: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        packing: PackedFormat,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """On the meta device, to be filled by assignment; ``dtype`` is the bias's."""
+        super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
+        self.packing = packing
+        bits = packing.bits
+        scales = scale_count((out_features, in_features), packing.block_size, packing.decoding)
+        codes = _empty(packed_length(out_features * in_features, bits), torch.uint8)
+        zeros = levels = None
+        if packing.decoding == "affine":
+            zeros = _empty(packed_length(scales, bits), torch.uint8)
+        else:
+            levels = _empty(2**bits, torch.float32)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("weight_scales", _empty(scales, torch.float32))
+        self.register_buffer("weight_levels", levels)
+        self.register_buffer("weight_zeros", zeros)
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight, float32 (out, in): exactly what the stored bytes mean."""
+        return decode_packed(
+            (self.out_features, self.in_features),
+            self.packing.bits,
+            self.packing.block_size,
+            self.weight,
+            self.weight_scales,
+            self.weight_zeros,
+            self.weight_levels,
+        )
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            input = input.to(torch.get_autocast_dtype(kind))
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        output: torch.Tensor = _PackedMatmul.apply(  # type: ignore[no-untyped-call]
+            input,
+            bias,
+            self.weight,
+            self.weight_scales,
+            self.weight_zeros,
+            self.weight_levels,
+            (self.out_features, self.in_features),
+            self.packing,
+        )
+        return output
+
+    def reset_parameters(self) -> None:
+        """Nothing: packed codes come from a checkpoint."""
+
+    def extra_repr(self) -> str:
+        packing = self.packing
+        return (
+            f"{super().extra_repr()}, bits={packing.bits}, block_size={packing.block_size}, "
+            f"decoding={packing.decoding}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        packed = [getattr(self, name) for name in _PACKED]
+
+        def keeping_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype and any(tensor is item for item in packed):
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keeping_dtype, recurse)  # type: ignore[no-untyped-call]
+
+
+class _PackedMatmul(torch.autograd.Function):
+    """``input @ weight.T + bias`` that saves the packed tensors, not the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        levels: torch.Tensor | None,
+        shape: tuple[int, int],
+        packing: PackedFormat,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, scales, zeros, levels)
+        ctx.shape, ctx.packing = shape, packing
+        dense = decode_packed(
+            shape, packing.bits, packing.block_size, weight, scales, zeros, levels
+        )
+        return functional.linear(input, dense.to(input.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        grad_input = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            packing = ctx.packing
+            dense = decode_packed(ctx.shape, packing.bits, packing.block_size, *ctx.saved_tensors)
+            grad_input = grad @ dense.to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
+        return grad_input, grad_bias, None, None, None, None, None, None
+
+
+def _empty(length: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(length, dtype=dtype, device="meta")

@@ -1,0 +1,167 @@
+"""The transformers quantizer ``loftq``: loads checkpoints of layout ``loftq``.
+
+Importing this module imports transformers; :mod:`loftq_cli.integrations.hook` does so once
+transformers is there, and registers both classes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from loftq_cli.errors import CorruptFileError, UnsupportedInputError
+from loftq_cli.integrations.modules import PackedFormat, PackedLinear
+from loftq_cli.layouts.packed import FORMAT_VERSION
+from loftq_cli.recipe import BITS, BLOCK_SIZES
+
+QUANT_METHOD = "loftq"
+_DECODINGS = ("affine", "codebook")
+_UPGRADE = "pip install --upgrade loftq-cli"
+
+
+class LoftqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of layout ``loftq``: how each quantized module is packed.
+
+    ``modules`` maps module names to ``{"bits", "block_size", "decoding"}``. Raises
+    UnsupportedInputError for a version, key or decoding of a newer format, CorruptFileError for
+    what no format has.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
+        format_version: int | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        if not _is_integer(format_version) or format_version < 1:
+            raise CorruptFileError(f"quantization_config: format_version {format_version!r}")
+        if format_version > FORMAT_VERSION:
+            raise UnsupportedInputError(
+                f"quantization_config: format_version {format_version}, "
+                f"this loftq-cli reads up to {FORMAT_VERSION}",
+                hint=_UPGRADE,
+            )
+        _refuse_unknown("quantization_config", unknown)
+        if not isinstance(modules, Mapping) or not modules:
+            raise CorruptFileError("quantization_config: no modules are listed")
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.modules = {name: dict(_checked(name, entry)) for name, entry in modules.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as it stands in config.json."""
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "modules": copy.deepcopy(self.modules),
+        }
+
+
+class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts a :class:`PackedLinear` in the place of every module that the config lists."""
+
+    requires_calibration = True  # to transformers: refuse anything not quantized already
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config
+        config.modules = _in_model(config.modules, model)
+        for name, entry in config.modules.items():
+            linear: Any = model.get_submodule(name)
+            packed = PackedLinear(
+                linear.in_features,
+                linear.out_features,
+                PackedFormat(**entry),
+                bias=linear.bias is not None,
+                dtype=linear.weight.dtype,
+            )
+            # A module that is not in the file would be initialised, which packed codes cannot be;
+            # after loading, what is missing is an error instead.
+            packed._is_hf_initialized = True  # type: ignore[assignment]
+            model.set_submodule(name, packed)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        missing = []  # transformers marks what it loaded; on meta is what was offloaded to disk
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                tensors = module.state_dict(keep_vars=True)
+                missing += [
+                    f"{name}.{key}"
+                    for key, tensor in tensors.items()
+                    if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False))
+                ]
+        if missing:
+            raise CorruptFileError(
+                f"the checkpoint lacks {_listed(missing)}", hint="convert the model again"
+            )
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _in_model(modules: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """``modules`` by their names in ``model``.
+
+    A checkpoint of the bare model is loaded into a task model under ``base_model_prefix``, and the
+    other way round; transformers renames the tensors by the same rule.
+    """
+    linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    prefix = getattr(model, "base_model_prefix", "")
+    found, lost = {}, []
+    for name, entry in modules.items():
+        stripped = [name.removeprefix(f"{prefix}.")] if name.startswith(f"{prefix}.") else []
+        candidates = [*stripped, f"{prefix}.{name}", name]
+        match = next((candidate for candidate in candidates if candidate in linears), None)
+        if match is None:
+            lost.append(name)
+        else:
+            found[match] = entry
+    if lost:
+        raise UnsupportedInputError(
+            f"{type(model).__name__} has no linear layer {_listed(lost)}, "
+            "which the checkpoint holds quantized",
+            hint="load it with the class that config.json names under architectures",
+        )
+    return found
+
+
+def _checked(name: str, entry: Any) -> Mapping[str, Any]:
+    where = f"quantization_config: module {name!r}"
+    if not isinstance(entry, Mapping) or not {"bits", "block_size", "decoding"} <= set(entry):
+        raise CorruptFileError(f"{where}: expected bits, block_size and decoding")
+    _refuse_unknown(where, set(entry) - {"bits", "block_size", "decoding"})
+    if entry["decoding"] not in _DECODINGS:
+        raise UnsupportedInputError(
+            f"{where}: decoding {entry['decoding']!r} is not one of {', '.join(_DECODINGS)}",
+            hint=_UPGRADE,
+        )
+    whole = (0,) if entry["decoding"] == "codebook" else ()
+    for key, allowed in (("bits", BITS), ("block_size", (*BLOCK_SIZES, *whole))):
+        if not _is_integer(entry[key]) or entry[key] not in allowed:
+            raise CorruptFileError(f"{where}: {key} {entry[key]!r} is not one of {allowed}")
+    return entry
+
+
+def _refuse_unknown(where: str, keys: Any) -> None:
+    if keys:
+        raise UnsupportedInputError(
+            f"{where}: unknown keys {', '.join(sorted(keys))}", hint=_UPGRADE
+        )
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,76 @@
+"""What a layout is: how a quantized matrix becomes named tensors and config entries, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.numerics.quantizers import Quantized
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix that is to be, or was, quantized.
+
+    ``name`` is the tensor's (``….weight``), ``dtype`` its safetensors tag in the source, ``shape``
+    (out, in).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    method: str
+    bits: int
+    block_size: int
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    @property
+    def elements(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What else a consumer's config needs to know: the source's config.json, the modules with
+    two-dimensional weights that stay as they are, and the path of each stack of blocks."""
+
+    config: Mapping[str, Any]
+    kept_modules: Sequence[str]
+    stacks: Sequence[str]
+
+
+class Layout(Protocol):
+    """One way to store quantized matrices. Stateless."""
+
+    name: str
+    scale_dtype: torch.dtype
+
+    def cannot_hold(self, matrix: Matrix) -> str | None:
+        """Why this layout cannot hold ``matrix``, or None."""
+
+    def cannot_describe(self, surroundings: Surroundings) -> str | None:
+        """Why this layout's config cannot name the quantized modules of this model, or None."""
+
+    def rounding(self, matrix: Matrix) -> torch.dtype | None:
+        """The dtype that Q itself is rounded to, None where codes and scales are stored."""
+
+    def specs(self, matrix: Matrix) -> list[TensorSpec]:
+        """The tensors that :meth:`encode` will return, known before anything is computed."""
+
+    def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
+        """The stored tensors of a quantized matrix, by name."""
+
+    def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Q, float32 (out, in), from the stored tensors."""
+
+    def quantization_config(
+        self, matrices: Sequence[Matrix], surroundings: Surroundings
+    ) -> dict[str, Any] | None:
+        """The entry for config.json, or None where the output is an ordinary checkpoint."""

@@ -1,0 +1,113 @@
+"""Layout ``bnb``: NF4 as bitsandbytes serialises it, loaded by stock transformers.
+
+``X.weight`` uint8 (n/2, 1), the first of two elements in the high nibble; ``X.weight.absmax``
+float32 (blocks,); ``X.weight.quant_map`` float32 (16,);
+``X.weight.quant_state.bitsandbytes__nf4`` uint8, JSON with quant_type, blocksize, dtype, shape.
+(bitsandbytes ``QuantState.as_dict(packed=True)``.)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.numerics.codebooks import normal_float
+from loftq_cli.numerics.quantizers import Quantized
+
+_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+# A task model adds heads that a bare checkpoint does not hold; bitsandbytes would quantize them.
+_HEADS = ("lm_head", "classifier", "pre_classifier", "score", "qa_outputs", "pooler", "cls")
+
+
+class BnbLayout:
+    """bitsandbytes NF4, blocks of 64."""
+
+    name = "bnb"
+    scale_dtype = torch.float32
+
+    def cannot_hold(self, matrix: Matrix) -> str | None:
+        if matrix.method != "nf" or matrix.bits != 4:
+            return f"bnb holds 4-bit nf, not {matrix.bits}-bit {matrix.method}"
+        if matrix.block_size != 64:
+            return f"bnb holds blocks of 64, not {matrix.block_size}"
+        if matrix.shape[1] % 64:
+            return f"in_features {matrix.shape[1]} is not a multiple of 64"
+        return None
+
+    def cannot_describe(self, surroundings: Surroundings) -> str | None:
+        return None
+
+    def rounding(self, matrix: Matrix) -> torch.dtype | None:
+        return None
+
+    def specs(self, matrix: Matrix) -> list[TensorSpec]:
+        blocks = matrix.elements // 64
+        state = len(self._state(matrix))
+        return [
+            TensorSpec(matrix.name, "U8", (matrix.elements // 2, 1)),
+            TensorSpec(f"{matrix.name}.absmax", "F32", (blocks,)),
+            TensorSpec(f"{matrix.name}.quant_map", "F32", (16,)),
+            TensorSpec(f"{matrix.name}.quant_state.bitsandbytes__nf4", "U8", (state,)),
+        ]
+
+    def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
+        codes = quantized.codes.reshape(-1, 2)
+        packed = (codes[:, :1] << 4) | codes[:, 1:]
+        state = torch.frombuffer(bytearray(self._state(matrix)), dtype=torch.uint8)
+        assert quantized.levels is not None
+        return {
+            matrix.name: packed,
+            f"{matrix.name}.absmax": quantized.scales,
+            f"{matrix.name}.quant_map": quantized.levels,
+            f"{matrix.name}.quant_state.bitsandbytes__nf4": state,
+        }
+
+    def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        packed = tensors[matrix.name].reshape(-1)
+        codes = torch.stack([packed >> 4, packed & 15], dim=1).view(matrix.shape)
+        return Quantized(
+            bits=4,
+            block_size=64,
+            codes=codes,
+            scales=tensors[f"{matrix.name}.absmax"],
+            levels=normal_float(4),
+        ).decode()
+
+    def quantization_config(
+        self, matrices: Sequence[Matrix], surroundings: Surroundings
+    ) -> dict[str, Any]:
+        compute = surroundings.config.get("dtype") or surroundings.config.get("torch_dtype")
+        selected = [matrix.module for matrix in matrices]
+        heads = [head for head in _HEADS if not any(_skips(head, name) for name in selected)]
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_compute_dtype": compute if isinstance(compute, str) else "float32",
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": sorted({*surroundings.kept_modules, *heads}),
+        }
+
+    @staticmethod
+    def _state(matrix: Matrix) -> bytes:
+        state = {
+            "quant_type": "nf4",
+            "blocksize": 64,
+            "dtype": _DTYPE_NAMES[matrix.dtype],
+            "shape": list(matrix.shape),
+        }
+        return json.dumps(state).encode()
+
+
+def _skips(key: str, module: str) -> bool:
+    """Whether transformers would skip ``module`` for the entry ``key`` of the skip list."""
+    return module.endswith(key) or re.match(rf"{key}(?:(?<=\.)|(?=\.|$))", module) is not None

@@ -1,0 +1,51 @@
+"""Layout ``dense``: Q written back in 16 or 32 bit, an ordinary checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.checkpoint.reader import TORCH_DTYPES
+from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.numerics.quantizers import Quantized
+
+_DTYPE_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class DenseLayout:
+    """Q in ``dtype`` ("source": the dtype the matrix had)."""
+
+    name = "dense"
+    scale_dtype = torch.float32
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
+
+    def _tag(self, matrix: Matrix) -> str:
+        return matrix.dtype if self._dtype == "source" else _DTYPE_TAGS[self._dtype]
+
+    def cannot_hold(self, matrix: Matrix) -> str | None:
+        return None
+
+    def cannot_describe(self, surroundings: Surroundings) -> str | None:
+        return None
+
+    def rounding(self, matrix: Matrix) -> torch.dtype | None:
+        return TORCH_DTYPES[self._tag(matrix)]
+
+    def specs(self, matrix: Matrix) -> list[TensorSpec]:
+        return [TensorSpec(matrix.name, self._tag(matrix), matrix.shape)]
+
+    def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
+        return {matrix.name: quantized.decode().to(TORCH_DTYPES[self._tag(matrix)])}
+
+    def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return tensors[matrix.name].float()
+
+    def quantization_config(
+        self, matrices: Sequence[Matrix], surroundings: Surroundings
+    ) -> dict[str, Any] | None:
+        return None

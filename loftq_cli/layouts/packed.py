@@ -1,0 +1,119 @@
+"""Layout ``loftq``: any codebook and width, packed. Normative text: docs/output-format.md.
+
+``X.weight`` uint8 (ceil(out*in*bits/8),), the bit stream of :mod:`loftq_cli.numerics.packing` over
+the row-major codes; ``X.weight_scales`` float32 (blocks,). With a codebook: ``X.weight_levels``
+float32 (2**bits,), blocks run over the flattened matrix. With zero points: ``X.weight_zeros``
+uint8, the packed zero points, one per scale; groups run along in_features, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.numerics.packing import pack, packed_length, unpack
+from loftq_cli.numerics.quantizers import Quantized, block_count
+
+FORMAT_VERSION = 1
+
+
+class PackedLayout:
+    """Everything the quantizers can produce, at its own width."""
+
+    name = "loftq"
+    scale_dtype = torch.float32
+
+    def cannot_hold(self, matrix: Matrix) -> str | None:
+        return None
+
+    def cannot_describe(self, surroundings: Surroundings) -> str | None:
+        return None
+
+    def rounding(self, matrix: Matrix) -> torch.dtype | None:
+        return None
+
+    def specs(self, matrix: Matrix) -> list[TensorSpec]:
+        scales = scale_count(matrix.shape, stored_block_size(matrix), decoding(matrix.method))
+        specs = [
+            TensorSpec(matrix.name, "U8", (packed_length(matrix.elements, matrix.bits),)),
+            TensorSpec(f"{matrix.name}_scales", "F32", (scales,)),
+        ]
+        if decoding(matrix.method) == "affine":
+            length = packed_length(scales, matrix.bits)
+            return [*specs, TensorSpec(f"{matrix.name}_zeros", "U8", (length,))]
+        return [*specs, TensorSpec(f"{matrix.name}_levels", "F32", (2**matrix.bits,))]
+
+    def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
+        tensors = {
+            matrix.name: pack(quantized.codes, quantized.bits),
+            f"{matrix.name}_scales": quantized.scales,
+        }
+        if quantized.zeros is not None:
+            tensors[f"{matrix.name}_zeros"] = pack(quantized.zeros, quantized.bits)
+        if quantized.levels is not None:
+            tensors[f"{matrix.name}_levels"] = quantized.levels
+        return tensors
+
+    def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return decode_packed(
+            matrix.shape,
+            matrix.bits,
+            stored_block_size(matrix),
+            tensors[matrix.name],
+            tensors[f"{matrix.name}_scales"],
+            tensors.get(f"{matrix.name}_zeros"),
+            tensors.get(f"{matrix.name}_levels"),
+        )
+
+    def quantization_config(
+        self, matrices: Sequence[Matrix], surroundings: Surroundings
+    ) -> dict[str, Any]:
+        return {
+            "quant_method": "loftq",
+            "format_version": FORMAT_VERSION,
+            "modules": {
+                matrix.module: {
+                    "bits": matrix.bits,
+                    "block_size": stored_block_size(matrix),
+                    "decoding": decoding(matrix.method),
+                }
+                for matrix in matrices
+            },
+        }
+
+
+def decoding(method: str) -> str:
+    """ "affine" (scale and zero point) or "codebook" (scale and level table)."""
+    return "affine" if method == "uniform" else "codebook"
+
+
+def stored_block_size(matrix: Matrix) -> int:
+    """The block size that decoding uses: 0, one block for everything, for uniform-tensor."""
+    return 0 if matrix.method == "uniform-tensor" else matrix.block_size
+
+
+def scale_count(shape: tuple[int, int], block_size: int, kind: str) -> int:
+    """Number of scales of a matrix (out, in)."""
+    if kind == "affine":
+        return shape[0] * block_count(shape[1], block_size)
+    return block_count(shape[0] * shape[1], block_size)
+
+
+def decode_packed(
+    shape: tuple[int, int],
+    bits: int,
+    block_size: int,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    levels: torch.Tensor | None,
+) -> torch.Tensor:
+    """Q, float32 (out, in), from the stored tensors of one matrix."""
+    codes = unpack(weight, bits, shape[0] * shape[1]).view(shape)
+    if zeros is not None:
+        zeros = unpack(zeros, bits, scales.numel())
+    return Quantized(bits, block_size, codes, scales, zeros, levels).decode()

@@ -1,0 +1,201 @@
+"""What was asked for: options with their defaults and presets, and the resolved recipe.
+
+``Options`` are the settings as given (None: not given). :meth:`Options.resolve` fills in the
+preset and the defaults and checks ranges; what depends on the checkpoint (``method`` and
+``layout`` auto) is settled by :mod:`loftq_cli.conversion.plan`, which makes the ``Recipe``.
+A recipe holds every setting that can change a byte of the output, and nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from loftq_cli.errors import UsageError
+
+BITS = (2, 3, 4, 8)
+BLOCK_SIZES = (32, 64, 128, 256)
+METHODS = ("auto", "nf", "nf-symmetric", "uniform", "uniform-block", "uniform-tensor")
+LAYOUTS = ("auto", "bnb", "gptq", "loftq", "dense")
+SCALES = ("mse", "absmax")
+ORDERS = ("quantize-first", "svd-first")
+SVDS = ("fast", "exact")
+PRESETS = ("default", "paper")
+ADAPTER_DTYPES = ("source", "float32", "float16", "bfloat16")
+DENSE_DTYPES = ADAPTER_DTYPES
+MAX_RANK = 65_536
+MAX_ITERS = 1_000
+
+FIXED_SCALE_METHODS = ("uniform-block", "uniform-tensor")
+"""Methods that define their own scale, so that ``--scale`` does not apply."""
+
+_DEFAULTS: dict[str, Any] = {
+    "bits": 4,
+    "method": "auto",
+    "rank": 16,
+    "iters": 5,
+    "block_size": 64,
+    "layout": "auto",
+    "scale": "mse",
+    "order": "quantize-first",
+    "svd": "fast",
+    "keep": "best",
+    "lora_alpha": None,
+    "adapter_dtype": "source",
+    "dense_dtype": "source",
+    "device": "auto",
+    "threads": None,
+    "seed": 0,
+}
+_PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # What the LoftQ reference code does.
+    "paper": {"method": "nf", "scale": "absmax", "svd": "exact", "keep": "last"},
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "bits": BITS,
+    "method": METHODS,
+    "block_size": BLOCK_SIZES,
+    "layout": LAYOUTS,
+    "scale": SCALES,
+    "order": ORDERS,
+    "svd": SVDS,
+    "adapter_dtype": ADAPTER_DTYPES,
+    "dense_dtype": DENSE_DTYPES,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings as given by the user; None means the preset's or the default value."""
+
+    bits: int | None = None
+    method: str | None = None
+    rank: int | None = None
+    iters: int | None = None
+    block_size: int | None = None
+    layout: str | None = None
+    scale: str | None = None
+    order: str | None = None
+    svd: str | None = None
+    keep: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    lora_alpha: float | None = None
+    adapter_dtype: str | None = None
+    dense_dtype: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    seed: int | None = None
+    preset: str = "default"
+
+    @staticmethod
+    def from_settings(settings: Mapping[str, Any]) -> Options:
+        """Options from keyword arguments. Raises UsageError for an unknown one."""
+        known = [field.name for field in fields(Options)]
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise UsageError(
+                    f"unknown setting {name!r}", hint=f"did you mean {near[0]!r}?" if near else ""
+                )
+        patterns = {
+            name: (settings[name],) if isinstance(settings[name], str) else tuple(settings[name])
+            for name in ("include", "exclude")
+            if settings.get(name) is not None
+        }
+        return Options(**{**settings, **patterns})
+
+    def resolve(self) -> Options:
+        """These options with preset and defaults filled in and every range checked.
+
+        Raises UsageError. ``method``, ``layout`` and ``device`` may still be "auto".
+        """
+        if self.preset not in PRESETS:
+            raise UsageError(f"--preset {self.preset}: not one of {', '.join(PRESETS)}")
+        supplied = {**_DEFAULTS, **_PRESET_DEFAULTS[self.preset]}
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        method = given.get("method", supplied["method"])
+        if method in FIXED_SCALE_METHODS and "scale" in given:
+            raise UsageError(f"--scale does not apply to --method {method}, which fixes its own")
+        options = Options(**{**supplied, **given})
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(options, name), choices)
+        _check_range("rank", options.rank, 1, MAX_RANK)
+        _check_range("iters", options.iters, 0, MAX_ITERS)
+        _check_range("seed", options.seed, 0, 2**63 - 1)
+        if options.threads is not None:
+            _check_range("threads", options.threads, 1, 1024)
+        alpha = options.lora_alpha
+        if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+            raise UsageError(f"--lora-alpha {alpha}: must be a positive number")
+        return options
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting that can change a byte of the output, resolved.
+
+    ``lora_alpha`` None means alpha = rank for every matrix; ``scale`` is "fixed" where the method
+    defines it; ``device`` is the device type; ``kernels`` the variant of the inner loops.
+    ``layout_fallback`` says why layout auto had to leave its first choice while converting.
+    """
+
+    bits: int
+    method: str
+    rank: int
+    iters: int
+    block_size: int
+    layout: str
+    layout_fallback: str | None
+    scale: str
+    order: str
+    svd: str
+    keep: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    lora_alpha: float | None
+    adapter_dtype: str
+    dense_dtype: str
+    device: str
+    threads: int
+    seed: int
+    kernels: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, as the manifest holds it."""
+        values = asdict(self)
+        values["include"], values["exclude"] = list(self.include), list(self.exclude)
+        return values
+
+    def with_fallback(self) -> Recipe:
+        """The recipe that layout auto continues with when a scale does not fit float16."""
+        return replace(self, layout="loftq", layout_fallback="float16-range")
+
+
+def fingerprint(recipe: dict[str, Any], sources: list[tuple[str, int, str]]) -> str:
+    """sha256 over the recipe and, per source file, (name, size, header sha256): never a path."""
+    text = json.dumps(
+        {"recipe": recipe, "sources": sorted(sources)}, sort_keys=True, separators=(",", ":")
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices or isinstance(value, bool):
+        listed = ", ".join(str(choice) for choice in choices)
+        raise UsageError(f"{_flag(name)} {value}: not one of {listed}")
+
+
+def _check_range(name: str, value: Any, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UsageError(f"{_flag(name)} {value}: must be a whole number from {low} to {high}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

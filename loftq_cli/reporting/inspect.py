@@ -1,0 +1,98 @@
+"""``loftq inspect``: what an output holds, from its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.checkpoint.header import DTYPE_BITS, strict_json
+from loftq_cli.reporting.output import Output, open_output
+from loftq_cli.reporting.output import verify as verify_files
+
+_ADAPTER_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+
+
+def inspect(directory: Path, *, verify: bool = False) -> dict[str, Any]:
+    """Totals, per-layer table and loading snippet of the conversion in ``directory``.
+
+    ``verify`` re-hashes every file. Raises InputError or VerificationError.
+    """
+    output = open_output(directory)
+    verified = verify_files(output) if verify else None
+    manifest = output.manifest
+    layers = [_layer(record, manifest["recipe"]) for record in output.records]
+    elements = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    adapter_bits = sum(layer["adapter_bytes"] for layer in layers) * 8
+    totals = dict(manifest["totals"])
+    totals["bits_per_weight_with_adapter"] = totals["bits_per_weight"] + adapter_bits / elements
+    totals["output_bytes"] = sum(entry["size"] for entry in manifest["outputs"])
+    return {
+        "directory": str(directory),
+        "format_version": manifest["format_version"],
+        "tool": manifest["tool"],
+        "source": {key: value for key, value in manifest["source"].items() if key != "files"},
+        "recipe": manifest["recipe"],
+        "fingerprint": manifest["fingerprint"],
+        "totals": totals,
+        "layers": layers,
+        "passed_through": len(manifest["passed_through"]),
+        "verified_files": verified,
+        "loading": snippet(output),
+    }
+
+
+def snippet(output: Output) -> str:
+    """Python that loads the backbone and attaches the adapter for training."""
+    registers = any(record["layout"] == "loftq" for record in output.records)
+    return (
+        ("import loftq_cli\n" if registers else "") + "from peft import PeftModel\n"
+        f"from transformers import {auto_class(output)}\n\n"
+        f"model = {auto_class(output)}.from_pretrained({str(output.directory)!r})\n"
+        f"model = PeftModel.from_pretrained(model, {str(output.directory)!r}, "
+        'subfolder="loftq_init", is_trainable=True)'
+    )
+
+
+def auto_class(output: Output) -> str:
+    """The transformers auto class for the architecture in the output's config.json."""
+    try:
+        config = strict_json((output.directory / "config.json").read_bytes())
+        name = config["architectures"][0]
+    except (OSError, ValueError, LookupError, TypeError):
+        return "AutoModel"
+    for suffix, result in (
+        ("ForCausalLM", "AutoModelForCausalLM"),
+        ("LMHeadModel", "AutoModelForCausalLM"),
+        ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+        ("ForTokenClassification", "AutoModelForTokenClassification"),
+        ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
+        ("ForMaskedLM", "AutoModelForMaskedLM"),
+    ):
+        if isinstance(name, str) and name.endswith(suffix):
+            return result
+    return "AutoModel"
+
+
+def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    rows, columns = record["shape"]
+    elements = rows * columns
+    source_bits = DTYPE_BITS[record["dtype"]]
+    width = _ADAPTER_BITS.get(recipe["adapter_dtype"], source_bits)
+    adapter_bytes = record["rank"] * (rows + columns) * width // 8
+    return {
+        "name": record["name"],
+        "shape": [rows, columns],
+        "dtype": record["dtype"],
+        "method": record["method"],
+        "bits": record["bits"],
+        "block_size": record["block_size"],
+        "rank": record["rank"],
+        "layout": record["layout"],
+        "bits_per_weight": record["bits_per_weight"],
+        "bits_per_weight_with_adapter": record["bits_per_weight"] + adapter_bytes * 8 / elements,
+        "source_bytes": elements * source_bits // 8,
+        "backbone_bytes": round(record["bits_per_weight"] * elements / 8),
+        "adapter_bytes": adapter_bytes,
+    }

@@ -1,0 +1,3 @@
+"""The version of the package, as the manifest and ``--version`` state it."""
+
+VERSION = "0.1.0"
