@@ -221,11 +221,7 @@ def _shards(index: Path, repo_id: str) -> list[str]:
         names = set(strict_json(raw)["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{repo_id}: {INDEX} is not a safetensors index") from error
-    refused = [
-        repr(name)
-        for name in names
-        if not isinstance(name, str) or not is_plain_name(name) or not name.endswith(".safetensors")
-    ]
+    refused = [repr(name) for name in names if not _is_shard_name(name)]
     if refused or not names:
         named = ", ".join(sorted(refused)) or "nothing"
         raise CorruptFileError(f"{repo_id}: {INDEX} must name safetensors files, not {named}")

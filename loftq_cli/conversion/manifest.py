@@ -71,7 +71,7 @@ def build(
                 "dtype": tensor.dtype,
                 "reason": reason,
             }
-            for tensor, reason in plan.kept
+            for tensor, reason in plan.selection.kept
         ],
         "totals": {
             "parameters": plan.parameters,

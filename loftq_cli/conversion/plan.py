@@ -65,7 +65,7 @@ class Plan:
     auto_layout: bool
     layout_note: str | None
     matrices: Mapping[str, PlannedMatrix]
-    kept: Sequence[tuple[StoredTensor, str]]
+    selection: Selection
     shards: Sequence[PlannedShard]
     surroundings: Surroundings
     device: torch.device
@@ -113,11 +113,10 @@ class Plan:
 
     def with_fallback(self) -> Plan:
         """The plan that continues with layout ``loftq`` (see Recipe.with_fallback)."""
-        recipe = self.recipe.with_fallback()
         return _assemble(
             self.source,
-            recipe,
-            Selection([t for t in self.source.tensors if t.name in self.matrices], [*self.kept]),
+            self.recipe.with_fallback(),
+            self.selection,
             self.device,
             auto_layout=False,
             layout_note=None,
@@ -205,7 +204,7 @@ def _assemble(
         auto_layout=auto_layout and recipe.layout == "gptq",
         layout_note=layout_note,
         matrices=matrices,
-        kept=selection.kept,
+        selection=selection,
         shards=_output_shards(source, matrices),
         surroundings=_surroundings(source, selection),
         device=device,

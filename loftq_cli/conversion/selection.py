@@ -37,10 +37,12 @@ _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "ctrl")
 
 @dataclass(frozen=True)
 class Selection:
-    """``matrices`` to quantize, in file order; ``kept``: (tensor, reason) for all others."""
+    """``matrices`` to quantize, in file order; ``kept``: (tensor, reason) for all others;
+    ``included``: the names that only ``--include`` selected."""
 
     matrices: list[StoredTensor]
     kept: list[tuple[StoredTensor, str]]
+    included: frozenset[str] = frozenset()
 
 
 def select(
@@ -64,7 +66,7 @@ def select(
     excluded = {
         name for pattern in exclude for name in _matches("--exclude", pattern, names, set(names))
     }
-    matrices, kept = [], []
+    matrices, kept, by_request = [], [], set[str]()
     for tensor in tensors:
         reason = _not_a_matrix(tensor) or _outside_rule(tensor.name)
         if tensor.name in included and tensor.name in quantizable:
@@ -73,6 +75,8 @@ def select(
                     f"--include: {tensor.name} is an embedding, only linear layers are quantized",
                     hint="narrow the pattern",
                 )
+            if reason is not None:
+                by_request.add(tensor.name)
             reason = None
         if tensor.name in excluded:
             reason = "excluded by --exclude"
@@ -85,7 +89,7 @@ def select(
             "no weight matrix is selected",
             hint="--dry-run shows why each tensor is passed through; --include selects more",
         )
-    return Selection(matrices, kept)
+    return Selection(matrices, kept, frozenset(by_request))
 
 
 def stacks(names: Iterable[str]) -> list[str]:

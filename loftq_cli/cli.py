@@ -1,0 +1,253 @@
+"""The click commands: parse, call, map errors to exit codes. No logic."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from loftq_cli import console, recipe
+from loftq_cli.errors import InterruptedConversion, LoftqError
+from loftq_cli.version import VERSION
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command ``-v`` and map what it raises to one line and an exit code."""
+
+    @click.option("-v", "--verbose", is_flag=True, help="Say more; show tracebacks.")
+    @functools.wraps(command)
+    def guarded(*args: Any, verbose: bool, **kwargs: Any) -> None:
+        try:
+            command(*args, verbose=verbose, **kwargs)
+        except KeyboardInterrupt:
+            _fail(_interruption(signal.SIGINT), verbose)
+        except LoftqError as error:
+            _fail(error, verbose)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader has gone; nothing is left to say
+            sys.exit(0)
+        except click.ClickException:
+            raise
+        except Exception as error:
+            if verbose:
+                traceback.print_exc()
+            console.complain(f"internal error: {type(error).__name__}: {error}")
+            console.complain("this is a bug in loftq; -v shows where it happened")
+            sys.exit(1)
+
+    return guarded
+
+
+def _fail(error: LoftqError, verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+    console.complain(f"error: {error}")
+    sys.exit(error.exit_code)
+
+
+def _interruption(number: signal.Signals) -> InterruptedConversion:
+    return InterruptedConversion(f"interrupted by {number.name}", signal_number=number)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise _interruption(signal.SIGTERM)
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")
+_directory = click.argument(
+    "directory", default="out", type=click.Path(path_type=Path), metavar="[DIR]"
+)
+
+
+def _choice(*names: str) -> click.Choice[str]:
+    return click.Choice(names)
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(VERSION, prog_name="loftq")
+def main() -> None:
+    """Turn a checkpoint into a quantized backbone plus a LoRA adapter that already makes up for
+    the quantization (LoftQ).
+
+    \b
+    loftq convert meta-llama/Llama-2-7b --bits 2 --rank 64 --iters 5
+    loftq inspect out/
+    loftq error-report
+    """
+
+
+@main.command(context_settings=_CONTEXT)
+@click.argument("model", type=str)
+@click.option(
+    "-o",
+    "--output",
+    default="out",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Directory to write.",
+)
+@click.option("--bits", type=int, help="Width of a code: 2, 3, 4 or 8.  [default: 4]")
+@click.option(
+    "--method",
+    type=_choice(*recipe.METHODS),
+    help="Quantizer.  [default: auto, which is nf at 4 bits and uniform at 2, 3 and 8]",
+)
+@click.option("--rank", type=int, help="Rank of the adapter.  [default: 16]")
+@click.option("--iters", type=int, help="Alternating steps; 0 is QLoRA's start.  [default: 5]")
+@click.option(
+    "--block-size", type=int, help="Weights per scale: 32, 64, 128 or 256.  [default: 64]"
+)
+@click.option(
+    "--layout",
+    type=_choice(*recipe.LAYOUTS),
+    help="How the backbone is stored.  [default: auto, which is what stock transformers loads "
+    "(bnb, gptq) where that holds every matrix, else loftq]",
+)
+@click.option(
+    "--scale",
+    type=_choice(*recipe.SCALES),
+    help="Fit scales to the least squared error, or take the largest magnitude.  [default: mse]",
+)
+@click.option(
+    "--order",
+    type=_choice(*recipe.ORDERS),
+    help="Start from the quantization or from the SVD of the weight.  [default: quantize-first]",
+)
+@click.option(
+    "--svd",
+    type=_choice(*recipe.SVDS),
+    help="Warm-started subspace iteration, or a full SVD every step.  [default: fast]",
+)
+@click.option(
+    "--preset",
+    type=_choice(*recipe.PRESETS),
+    default="default",
+    show_default=True,
+    help="Defaults to start from; paper is what the LoftQ reference code does.",
+)
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Quantize these tensors as well (glob over tensor names, repeatable).",
+)
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Pass these tensors through (glob over tensor names, repeatable).",
+)
+@click.option(
+    "--lora-alpha",
+    type=float,
+    help="lora_alpha of the adapter; B is divided by the scaling.  [default: the rank]",
+)
+@click.option(
+    "--adapter-dtype",
+    type=_choice(*recipe.ADAPTER_DTYPES),
+    help="dtype of A and B.  [default: source]",
+)
+@click.option(
+    "--dense-dtype",
+    type=_choice(*recipe.DENSE_DTYPES),
+    help="dtype of the backbone in layout dense.  [default: source]",
+)
+@click.option("--device", type=str, help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option("-t", "--threads", type=int, help="CPU threads.  [default: all]")
+@click.option("--seed", type=int, help="Seed of every random draw.  [default: 0]")
+@click.option("--revision", type=str, help="Branch, tag or commit on the hub.")
+@click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output once done.")
+@click.option("--dry-run", is_flag=True, help="Show the plan; read headers, write nothing.")
+@_json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+@_guarded
+def convert(
+    model: str,
+    output: Path,
+    revision: str | None,
+    offline: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **settings: Any,
+) -> None:
+    """Convert MODEL, a checkpoint directory or a hub id.
+
+    A path that starts with . or / (or exists) is a directory, anything else a hub id. Running the
+    same command again resumes an unfinished conversion.
+
+    \b
+    loftq convert meta-llama/Llama-2-7b --bits 2 --rank 64 --iters 5
+    loftq convert ./my-model -o quantized --bits 4 --dry-run
+    """
+    from loftq_cli.conversion.describe import describe
+    from loftq_cli.conversion.run import prepare, run
+
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    narrator = console.Narrator(quiet=quiet, verbose=verbose)
+    options = recipe.Options.from_settings(settings)
+    plan, path = prepare(
+        model, output, options, revision=revision, offline=offline, observer=narrator
+    )
+    if dry_run:
+        console.show_plan(describe(plan, path), as_json=as_json)
+        return
+    outcome = run(plan, path, overwrite=overwrite, observer=narrator)
+    if outcome.nothing_to_do:
+        narrator.note(f"nothing to do: {output} is complete and verified")
+    console.show_outcome(outcome.manifest, str(output), as_json=as_json)
+
+
+@main.command(context_settings=_CONTEXT)
+@_directory
+@click.option("--verify", is_flag=True, help="Re-hash every file.")
+@_json_option
+@_guarded
+def inspect(directory: Path, verify: bool, as_json: bool, verbose: bool) -> None:
+    """Show what a conversion holds: totals, bits per weight, layers, how to load it.
+
+    \b
+    loftq inspect out/
+    loftq inspect out/ --verify
+    """
+    from loftq_cli.reporting.inspect import inspect as run
+
+    console.show_inspection(run(directory, verify=verify), as_json=as_json)
+
+
+@main.command(name="error-report", context_settings=_CONTEXT)
+@_directory
+@click.option(
+    "--source",
+    metavar="MODEL",
+    help="Recompute everything from the packed bytes and these original weights.",
+)
+@_json_option
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a row per layer.")
+@_guarded
+def error_report(
+    directory: Path, source: str | None, as_json: bool, as_csv: bool, verbose: bool
+) -> None:
+    """Show how far Q + BA is from W: Frobenius residuals per layer.
+
+    \b
+    loftq error-report
+    loftq error-report out/ --source ./my-model
+    """
+    from loftq_cli.reporting.residuals import error_report as run
+
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other")
+    console.show_residuals(run(directory, source), as_json=as_json, as_csv=as_csv)

@@ -1,0 +1,301 @@
+"""The only module that prints: results on stdout, everything else on stderr.
+
+rich and tqdm are imported where they are used, so that ``loftq --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.conversion.observer import Observer
+from loftq_cli.errors import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from tqdm import tqdm
+
+_PIPE_WIDTH = 200  # columns where stdout is not a terminal: names are not to be cut
+
+
+class Narrator(Observer):
+    """The conversion's observer for a terminal: one progress bar over bytes, remarks as lines.
+
+    The bar is shown only where stderr is a terminal; ``quiet`` silences remarks as well.
+    """
+
+    def __init__(self, *, quiet: bool, verbose: bool) -> None:
+        self._quiet = quiet
+        self._verbose = verbose
+        self._bar: tqdm[Any] | None = None
+
+    def begin(self, total_bytes: int) -> None:
+        if self._quiet or not sys.stderr.isatty():
+            return
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total_bytes,
+            unit="B",
+            unit_scale=True,
+            desc="converting",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+
+    def working_on(self, name: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(printable(name), refresh=True)
+
+    def advance(self, nbytes: int) -> None:
+        if self._bar is not None:
+            self._bar.update(nbytes)
+
+    def note(self, text: str) -> None:
+        if not self._quiet:
+            self._line(text)
+
+    def detail(self, text: str) -> None:
+        if self._verbose:
+            self._line(text)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """One line on stderr."""
+    print(f"loftq: {printable(text)}", file=sys.stderr)
+
+
+def _json(value: Mapping[str, Any]) -> None:
+    """A JSON object on stdout, keys sorted."""
+    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """CSV on stdout."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    print(text.getvalue(), end="")
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first column is left-aligned, the others are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table: Table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    Console(width=width, highlight=False).print(table)
+
+
+def _pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
+    """Labelled values on stdout, one a line."""
+    width = max(len(label) for label, _ in pairs)
+    if title:
+        print(title)
+    for label, value in pairs:
+        print(f"  {label.ljust(width)}  {printable(value)}")
+
+
+def _size(nbytes: float) -> str:
+    """Bytes in decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
+    """What ``--dry-run`` found."""
+    if as_json:
+        _json(plan)
+        return
+    totals, recipe = plan["totals"], plan["recipe"]
+    _table(
+        f"selected: {len(plan['selected'])} matrices",
+        ("tensor", "shape", "dtype", "bits", "rank", "before", "after", "why"),
+        [
+            (
+                entry["name"],
+                _shape(entry["shape"]),
+                entry["dtype"],
+                str(recipe["bits"]),
+                str(entry["rank"]),
+                _size(entry["source_bytes"]),
+                _size(entry["backbone_bytes"]),
+                entry["reason"],
+            )
+            for entry in plan["selected"]
+        ],
+    )
+    _table(
+        f"passed through: {len(plan['passed_through'])} tensors",
+        ("tensor", "shape", "dtype", "bytes", "why"),
+        [
+            (
+                entry["name"],
+                _shape(entry["shape"]),
+                entry["dtype"],
+                _size(entry["bytes"]),
+                entry["reason"],
+            )
+            for entry in plan["passed_through"]
+        ],
+    )
+    _pairs(
+        "plan",
+        [
+            ("source", plan["source"]["id"]),
+            ("output", plan["output"]),
+            (
+                "method",
+                f"{recipe['bits']}-bit {recipe['method']}, blocks of {recipe['block_size']}",
+            ),
+            ("layout", recipe["layout"]),
+            ("backbone", f"{_size(totals['source_bytes'])} -> {_size(totals['backbone_bytes'])}"),
+            ("adapter", _size(totals["adapter_bytes"])),
+            ("bits per weight", f"{totals['bits_per_weight']:.3f}"),
+            ("memory", f"{_size(plan['memory_bytes'])} above importing torch"),
+            ("disk", f"{_size(plan['disk_bytes'])} of {_size(plan['free_disk_bytes'])} free"),
+        ],
+    )
+    print("nothing was written (dry run)")
+
+
+def show_outcome(manifest: Mapping[str, Any], output: str, *, as_json: bool) -> None:
+    """The summary at the end of a conversion, and what to type next."""
+    if as_json:
+        _json(manifest)
+        return
+    totals, environment, recipe = manifest["totals"], manifest["environment"], manifest["recipe"]
+    plain, final = totals["relative_residual_quantized"], totals["relative_residual"]
+    _pairs(
+        f"wrote {output}",
+        [
+            ("matrices", f"{len(manifest['matrices'])}, {recipe['bits']}-bit {recipe['method']}"),
+            ("layout", manifest["matrices"][0]["layout"]),
+            ("backbone", f"{_size(totals['source_bytes'])} -> {_size(totals['backbone_bytes'])}"),
+            ("adapter", _size(totals["adapter_bytes"])),
+            ("bits per weight", f"{totals['bits_per_weight']:.3f}"),
+            ("residual", f"{final:.4f} with the adapter, {plain:.4f} without (of the weights)"),
+            ("time", f"{environment['seconds']:.1f} s on {environment['device']}"),
+            ("peak memory", _size(environment["peak_host_bytes"])),
+        ],
+    )
+    print(f"next: loftq inspect {shlex.quote(output)}")
+
+
+def show_inspection(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """``loftq inspect``."""
+    if as_json:
+        _json(found)
+        return
+    _table(
+        f"{len(found['layers'])} quantized matrices",
+        ("tensor", "shape", "bits", "method", "rank", "layout", "bits/weight", "with adapter"),
+        [
+            (
+                layer["name"],
+                _shape(layer["shape"]),
+                str(layer["bits"]),
+                layer["method"],
+                str(layer["rank"]),
+                layer["layout"],
+                f"{layer['bits_per_weight']:.3f}",
+                f"{layer['bits_per_weight_with_adapter']:.3f}",
+            )
+            for layer in found["layers"]
+        ],
+    )
+    totals, source = found["totals"], found["source"]
+    revision = f" at {source['revision']}" if source["revision"] else ""
+    pairs = [
+        ("source", f"{source['id']}{revision}"),
+        ("made by", f"{found['tool']['name']} {found['tool']['version']}"),
+        ("parameters", f"{totals['parameters']:,}"),
+        ("passed through", f"{found['passed_through']} tensors"),
+        ("backbone", f"{_size(totals['source_bytes'])} -> {_size(totals['backbone_bytes'])}"),
+        ("adapter", _size(totals["adapter_bytes"])),
+        (
+            "bits per weight",
+            f"{totals['bits_per_weight']:.3f}, "
+            f"{totals['bits_per_weight_with_adapter']:.3f} with the adapter",
+        ),
+        ("residual", f"{totals['relative_residual']:.4f} of the weights"),
+    ]
+    if found["verified_files"] is not None:
+        pairs.append(("verified", f"{found['verified_files']} files match the manifest"))
+    _pairs(found["directory"], pairs)
+    print("load it with:\n")
+    print("\n".join(f"    {line}".rstrip() for line in found["loading"].splitlines()))
+
+
+def show_residuals(report: Mapping[str, Any], *, as_json: bool, as_csv: bool) -> None:
+    """``loftq error-report``."""
+    layers = report["layers"]
+    if as_json:
+        _json(report)
+        return
+    steps = max((len(layer["steps"]) for layer in layers), default=0)
+    if as_csv:
+        fields = ("name", "bits", "rank", "step", "weight", "quantized", "final")
+        relative = ("relative_residual_quantized", "relative_residual")
+        header = [*fields, *relative, *(f"step_{number}" for number in range(1, steps + 1))]
+        _csv(
+            header,
+            [[*(layer[name] for name in fields + relative), *layer["steps"]] for layer in layers],
+        )
+        return
+    title = "Frobenius residuals" + (", recomputed from the source" if report["recomputed"] else "")
+    columns = [f"step {number}" for number in range(1, steps + 1)]
+    _table(
+        f"{title} (relative to the weights, but for the absolute one)",
+        ("tensor", "absolute", "no adapter", *columns, "final", "final/no adapter"),
+        [
+            (
+                layer["name"],
+                f"{layer['final']:.4f}",
+                f"{layer['relative_residual_quantized']:.4f}",
+                *(f"{value / (layer['weight'] or 1):.4f}" for value in layer["steps"]),
+                f"{layer['relative_residual']:.4f}",
+                f"{layer['ratio']:.3f}",
+            )
+            for layer in layers
+        ],
+    )
+    totals = report["totals"]
+    _pairs(
+        report["directory"],
+        [
+            ("without adapter", f"{totals['relative_residual_quantized']:.4f}"),
+            ("with adapter", f"{totals['relative_residual']:.4f}"),
+            ("worst layers", ", ".join(report["worst"])),
+        ],
+    )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(str(side) for side in shape) or "scalar"
