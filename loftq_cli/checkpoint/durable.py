@@ -74,4 +74,6 @@ def file_sha256(path: Path) -> str:
 
 def pretty_json(value: Any) -> bytes:
     """UTF-8, sorted keys, two spaces, a final newline."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    # What UTF-8 cannot hold, lone surrogates from file names, becomes JSON's own escape.
+    return text.encode("utf-8", "backslashreplace")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from typing import Any
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+
+_MAX_SIZE = 1 << 62  # no real size is this large, and larger ones would make huge products
+_LONGEST_SHOWN = 200
 
 DTYPE_BITS = {
     "BOOL": 8,
@@ -88,6 +92,8 @@ class HeaderError(ValueError):
 
 def read_header(path: Path) -> Header:
     """Parse and check the header of ``path``. Raises HeaderError, or OSError from the file."""
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
+        raise HeaderError("not a regular file")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -115,13 +121,32 @@ def strict_json(raw: bytes) -> Any:
         result = dict(pairs)
         if len(result) < len(pairs):
             counts = Counter(key for key, _ in pairs)
-            raise ValueError(f"the key {counts.most_common(1)[0][0]!r} occurs twice")
+            raise ValueError(f"the key {shown(counts.most_common(1)[0][0])} occurs twice")
         return result
 
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def shown(value: object) -> str:
+    """The repr of a value from a file, cut where it would drown the message it is for."""
+    text = repr(value)
+    if len(text) <= _LONGEST_SHOWN:
+        return text
+    return f"{text[:_LONGEST_SHOWN]}... ({len(text)} characters)"
+
+
+def is_text(value: object) -> bool:
+    """Whether ``value`` is a string without lone surrogates, which JSON allows and UTF-8 not."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse(raw: bytes, data_start: int) -> list[StoredTensor]:
@@ -131,42 +156,49 @@ def _parse(raw: bytes, data_start: int) -> list[StoredTensor]:
         raise HeaderError(f"the header is not valid JSON: {error}") from error
     if not isinstance(entries, dict):
         raise HeaderError("the header is not a JSON object")
-    tensors = []
-    for name, entry in entries.items():
-        if name != "__metadata__":
-            tensors.append(_parse_entry(name, entry, data_start))
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not _is_text_map(metadata):
+        raise HeaderError("__metadata__ is not a map from text to text")
+    tensors = [_parse_entry(name, entry, data_start) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
     return tensors
 
 
 def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:
+    where = f"tensor {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise HeaderError(f"tensor {name!r}: expected dtype, shape and data_offsets")
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise HeaderError(f"tensor {name!r}: the name is not valid Unicode") from None
+        raise HeaderError(f"{where}: expected dtype, shape and data_offsets")
+    if not is_text(name):
+        raise HeaderError(f"{where}: the name is not valid Unicode")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise HeaderError(f"tensor {name!r}: unknown dtype {dtype!r}")
+        raise HeaderError(f"{where}: unknown dtype {shown(dtype)}")
     if not _is_sizes(shape):
-        raise HeaderError(f"tensor {name!r}: the shape {shape!r} is not a list of sizes")
+        raise HeaderError(f"{where}: the shape {shown(shape)} is not a list of sizes")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise HeaderError(f"tensor {name!r}: bad data_offsets {offsets!r}")
-    spec = StoredTensor(name, dtype, tuple(shape), data_start + offsets[0])
-    bits = spec.elements * DTYPE_BITS[dtype]
+        raise HeaderError(f"{where}: bad data_offsets {shown(offsets)}")
+    elements = 1
+    for side in shape:
+        elements *= side
+        if elements > _MAX_SIZE:
+            raise HeaderError(f"{where}: the shape {shown(shape)} is too large")
+    bits = elements * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise HeaderError(
-            f"tensor {name!r}: shape {list(shape)} of {dtype} takes {bits / 8:.15g} bytes, "
+            f"{where}: shape {shown(shape)} of {dtype} takes {bits / 8:.15g} bytes, "
             f"the header gives it {offsets[1] - offsets[0]}"
         )
-    return spec
+    return StoredTensor(name, dtype, tuple(shape), data_start + offsets[0])
+
+
+def _is_text_map(value: object) -> bool:
+    return isinstance(value, dict) and all(is_text(t) for item in value.items() for t in item)
 
 
 def _is_sizes(value: object) -> bool:
-    # bool is an int to Python; sizes above 2**62 cannot be real and would make huge products.
+    # bool is an int to Python
     return isinstance(value, list) and all(
-        type(item) is int and 0 <= item < 1 << 62 for item in value
+        type(item) is int and 0 <= item < _MAX_SIZE for item in value
     )
 
 
@@ -175,7 +207,7 @@ def _check_extents(tensors: Iterable[StoredTensor], data_start: int, size: int) 
     for tensor in tensors:
         if tensor.start != position:
             what = "overlaps the one before it" if tensor.start < position else "leaves a hole"
-            raise HeaderError(f"tensor {tensor.name!r} {what} at byte {position}")
+            raise HeaderError(f"tensor {shown(tensor.name)} {what} at byte {position}")
         position += tensor.nbytes
     if position != size:
         what = "is cut short" if size < position else "has bytes after its last tensor"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,8 @@ def locate(
 ) -> Source:
     """The source that ``model`` names: a path where it exists or starts with ``.`` or ``/``, else
     a hub id. Raises InputError for a bad checkpoint, EnvironmentFailure for hub access."""
-    if model.startswith((".", "/", "~")) or Path(model).exists():
-        return open_source(Path(model).expanduser(), source_id=model)
+    if model.startswith((".", "/", "~")) or os.path.exists(model):
+        return open_source(Path(os.path.expanduser(model)), source_id=model)
     # Imported here: a local conversion needs no hub client.
     from loftq_cli.checkpoint import hub
 

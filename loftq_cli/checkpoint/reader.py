@@ -34,11 +34,17 @@ _File = TypeVar("_File", bound="TensorFile")
 
 
 class TensorFile:
-    """An open safetensors file. Never maps it: a file that shrinks raises instead of killing."""
+    """An open safetensors file. Never maps it: a file that shrinks raises instead of killing.
+
+    Raises EnvironmentFailure where the file cannot be opened.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = os.open(path, os.O_RDONLY)
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise EnvironmentFailure(f"{path}: {error.strerror or error}") from error
 
     def __enter__(self: _File) -> _File:
         return self
@@ -85,10 +91,13 @@ class ShardReader(TensorFile):
     def __init__(self, shard: Shard) -> None:
         super().__init__(shard.path)
         self._position = shard.header.data_start
-        prefix = self.read_range(0, shard.header.data_start)
-        self._digest = hashlib.sha256(prefix)
-        if self._digest.hexdigest() != shard.header.sha256:
-            raise SourceChangedError(f"{shard.path}: the header changed since it was checked")
+        try:
+            self._digest = hashlib.sha256(self.read_range(0, shard.header.data_start))
+            if self._digest.hexdigest() != shard.header.sha256:
+                raise SourceChangedError(f"{shard.path}: the header changed since it was checked")
+        except BaseException:
+            os.close(self._file)
+            raise
 
     def pieces(self, tensor: StoredTensor) -> Iterator[bytearray]:
         self._advance(tensor)

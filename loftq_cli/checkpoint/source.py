@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.header import Header, HeaderError, StoredTensor, read_header, strict_json
+from loftq_cli.checkpoint.header import (
+    Header,
+    HeaderError,
+    StoredTensor,
+    is_text,
+    read_header,
+    shown,
+    strict_json,
+)
 from loftq_cli.errors import CorruptFileError, SourceNotFoundError, UnsupportedInputError
 
 SINGLE = "model.safetensors"
@@ -65,15 +75,17 @@ def open_source(
     Raises SourceNotFoundError where there is nothing to convert and CorruptFileError with every
     fault that the headers show, before anything is computed.
     """
-    if not directory.exists():
+    # os.path, because Path raises where a name is too long or a parent may not be searched
+    if not os.path.exists(directory):
         raise SourceNotFoundError(f"{directory}: no such file or directory")
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise SourceNotFoundError(
             f"{directory} is a file, not a directory",
             hint="give the directory that holds config.json and model.safetensors",
         )
     names, index = _shard_names(directory)
     config = _read_json(directory / CONFIG)
+    _check_architectures(directory / CONFIG, config.content)
     faults: list[str] = []
     shards = []
     for name in names:
@@ -110,7 +122,7 @@ def _shard_names(directory: Path) -> tuple[list[str], SmallFile | None]:
             for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf")
             for path in directory.glob(pattern)
         )
-        if any(name.endswith(".bin") for name in others):
+        if others and all(name.endswith((".bin", ".pth", ".pt")) for name in others):
             raise UnsupportedInputError(
                 f"{directory} holds only pickled weights ({', '.join(others[:3])})",
                 hint="save the model with safetensors first: save_pretrained(DIR)",
@@ -124,13 +136,19 @@ def _shard_names(directory: Path) -> tuple[list[str], SmallFile | None]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not is_plain_name(name):
             raise CorruptFileError(
-                f"{directory / INDEX}: tensor {tensor!r} points to {name!r}, not a file beside it"
+                f"{directory / INDEX}: tensor {shown(tensor)} points to {shown(name)}, "
+                "not a file beside it"
             )
     return sorted(set(weight_map.values())), index
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether ``name`` names a file in its own directory: no separators, no parents, no NUL."""
+    """Whether ``name`` names a file in its own directory: no separators, no parents, no NUL, and
+    nothing that a file system cannot spell."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
@@ -141,7 +159,8 @@ def _cross_check(shards: list[Shard], index: SmallFile | None, *, complete: bool
         for tensor in shard.header.tensors:
             if tensor.name in home:
                 faults.append(
-                    f"tensor {tensor.name!r} is in {home[tensor.name]} and again in {shard.name}"
+                    f"tensor {shown(tensor.name)} is in {home[tensor.name]} "
+                    f"and again in {shard.name}"
                 )
             home[tensor.name] = shard.name
     if index is not None:
@@ -150,16 +169,27 @@ def _cross_check(shards: list[Shard], index: SmallFile | None, *, complete: bool
             if name in present and home.get(tensor_name) != name:
                 held = f", {home[tensor_name]} does" if tensor_name in home else ""
                 faults.append(
-                    f"the index puts tensor {tensor_name!r} in {name}, which does not hold it{held}"
+                    f"the index puts tensor {shown(tensor_name)} in {name}, "
+                    f"which does not hold it{held}"
                 )
     if complete and not home:
         faults.append("no tensors at all")
     return faults
 
 
+def _check_architectures(path: Path, config: dict[str, Any]) -> None:
+    """Several modules read this field; what it is, is settled here."""
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(is_text(name) for name in names)):
+        raise CorruptFileError(f"{path}: architectures {shown(names)} is not a list of names")
+
+
 def _read_json(path: Path) -> SmallFile:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptFileError(f"{path}: not a regular file")
+        if status.st_size > _MAX_JSON_BYTES:
             raise CorruptFileError(f"{path}: larger than 100 MB")
         raw = path.read_bytes()
     except FileNotFoundError:

@@ -188,7 +188,12 @@ class Conversion:
         recipe, layout, matrix = self.plan.recipe, self.plan.layout, item.matrix
         scale = cast(Scale, recipe.scale)
         quantizer = make_quantizer(
-            matrix.method, matrix.bits, matrix.block_size, scale, layout.scale_dtype
+            matrix.method,
+            matrix.bits,
+            matrix.block_size,
+            scale,
+            layout.scale_dtype,
+            native=recipe.kernels == "native",
         )
         settings = Settings(
             rank=item.rank,

@@ -16,10 +16,8 @@ from loftq_cli.conversion.selection import Selection, select, stacks
 from loftq_cli.errors import CorruptFileError, EnvironmentFailure, LayoutError, UsageError
 from loftq_cli.layouts import Layout, adapter, make_layout
 from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.numerics import native
 from loftq_cli.recipe import FIXED_SCALE_METHODS, Options, Recipe, fingerprint
-
-KERNELS = "eager"
-"""The only variant of the inner loops so far."""
 
 _ADAPTER_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -137,7 +135,7 @@ def make_plan(source: Source, options: Options) -> Plan:
     InputError (exit 3) for checkpoints that cannot be converted.
     """
     selection = select(source.tensors, source.config.content, options.include, options.exclude)
-    device = _device(options.device or "auto")
+    device = _device(_given(options.device))
     method = resolve_method(options)
     matrices = [_matrix(tensor, method, options) for tensor in selection.matrices]
     surroundings = _surroundings(source, selection)
@@ -162,7 +160,7 @@ def make_plan(source: Source, options: Options) -> Plan:
         device=device.type,
         threads=options.threads or len(os.sched_getaffinity(0)),
         seed=_given(options.seed),
-        kernels=KERNELS,
+        kernels=choose_kernels(device, method, _given(options.scale)),
     )
     auto = options.layout == "auto"
     return _assemble(source, recipe, selection, device, auto_layout=auto, layout_note=note)
@@ -250,6 +248,12 @@ def resolve_method(options: Options) -> str:
     if options.layout == "bnb":
         return "nf"
     return "nf" if options.bits == 4 and options.layout != "gptq" else "uniform"
+
+
+def choose_kernels(device: torch.device, method: str, scale: str) -> str:
+    """ "native" where the compiled search for scales will run, else "tensor"."""
+    searches = scale == "mse" and method not in FIXED_SCALE_METHODS
+    return "native" if searches and device.type == "cpu" and native.available() else "tensor"
 
 
 def _choose_layout(

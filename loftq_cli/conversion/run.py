@@ -17,6 +17,7 @@ from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.plan import Plan, make_plan, source_identity
 from loftq_cli.conversion.workspace import Workspace, check_output_path, check_space
 from loftq_cli.errors import InputError, ScaleRangeError, SourceChangedError
+from loftq_cli.numerics import native
 from loftq_cli.recipe import Options
 from loftq_cli.reporting.output import verify
 
@@ -52,6 +53,9 @@ def prepare(
     plan = make_plan(source, resolved)
     if plan.layout_note:
         observer.note(plan.layout_note)
+    kernels = native.load()
+    if plan.recipe.kernels == "tensor" and kernels.reason:
+        observer.detail(f"slower without compiled kernels: {kernels.reason}")
     return plan, path
 
 

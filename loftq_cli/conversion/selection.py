@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +23,13 @@ FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 _BLOCK = re.compile(r"(?:^|\.)\d+\.")
 _EMBEDDING = re.compile(
-    r"(?:^|[._])(?:embed\w*|\w*embeddings?|wte|wpe|shared|relative_attention_bias)(?:\.|$)"
+    r"(?:^|[._])(?:embed(?!_out)\w*|\w*embeddings?|wte|wpe|shared|relative_attention_bias)(?:\.|$)"
 )
 _NORM = re.compile(r"(?:norm|(?:^|\.)ln_?\w*)\.weight$", re.IGNORECASE)
-_ROUTER = re.compile(r"(?:router\w*|(?:^|\.)gate|(?:^|\.)wg)\.weight$")
+_ROUTER = re.compile(r"(?:router\w*|(?:^|\.)(?:gate|wg|shared_expert_gate))\.weight$")
 _EXPERT = re.compile(r"(?:^|\.)experts\.")
 _HEAD = re.compile(
-    r"(?:^|\.)(?:lm_head|classifier|classification_heads?|pooler|score|qa_outputs|heads?)\."
+    r"(?:^|\.)(?:lm_head|embed_out|classifier|classification_heads?|pooler|score|qa_outputs|heads?)\."
 )
 
 # Families whose linear layers are Conv1D: stored transposed, loaded as something else.
@@ -67,9 +68,13 @@ def select(
         name for pattern in exclude for name in _matches("--exclude", pattern, names, set(names))
     }
     matrices, kept, by_request = [], [], set[str]()
+    emptied = False
     for tensor in tensors:
         reason = _not_a_matrix(tensor) or _outside_rule(tensor.name)
-        if tensor.name in included and tensor.name in quantizable:
+        if tensor.name in excluded:
+            emptied = emptied or reason is None
+            reason = "excluded by --exclude"
+        elif tensor.name in included and tensor.name in quantizable:
             if _EMBEDDING.search(tensor.name):
                 raise UsageError(
                     f"--include: {tensor.name} is an embedding, only linear layers are quantized",
@@ -78,16 +83,18 @@ def select(
             if reason is not None:
                 by_request.add(tensor.name)
             reason = None
-        if tensor.name in excluded:
-            reason = "excluded by --exclude"
         if reason is None:
             matrices.append(tensor)
         else:
             kept.append((tensor, reason))
     if not matrices:
+        if emptied:
+            raise UsageError("--exclude leaves no matrix to quantize", hint="narrow the patterns")
+        counts = Counter(reason for _, reason in kept)
+        listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         raise UnsupportedInputError(
-            "no weight matrix is selected",
-            hint="--dry-run shows why each tensor is passed through; --include selects more",
+            f"no weight matrix is selected; the tensors are: {listed}",
+            hint="--include selects what the default rule leaves out",
         )
     return Selection(matrices, kept, frozenset(by_request))
 
@@ -143,7 +150,7 @@ def _refuse_unsupported(tensors: Sequence[StoredTensor], config: Mapping[str, An
             hint="convert the full-precision checkpoint it was made from",
         )
     for tensor in tensors:
-        if tensor.dtype.startswith(("F8", "F4", "F6")):
+        if tensor.dtype.startswith(("F8_", "F4", "F6_")):
             raise UnsupportedInputError(
                 f"tensor {tensor.name!r} is {tensor.dtype}: the checkpoint is quantized already",
                 hint="convert a 16- or 32-bit checkpoint of the same model",

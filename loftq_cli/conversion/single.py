@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from loftq_cli.conversion.plan import resolve_method
+from loftq_cli.conversion.plan import choose_kernels, resolve_method
 from loftq_cli.errors import NonFiniteWeightError, UsageError
 from loftq_cli.numerics.alternation import Decomposition, Settings
 from loftq_cli.numerics.alternation import decompose as alternate
@@ -30,8 +30,13 @@ def decompose(weight: torch.Tensor, options: Options) -> Decomposition:
     if bad is not None:
         raise NonFiniteWeightError(f"weight holds {bad[1]} at {list(bad[0])}", hint="")
     method = resolve_method(resolved)
+    scale = cast(Any, resolved.scale)
     quantizer = make_quantizer(
-        method, cast(int, resolved.bits), cast(int, resolved.block_size), cast(Any, resolved.scale)
+        method,
+        cast(int, resolved.bits),
+        cast(int, resolved.block_size),
+        scale,
+        native=choose_kernels(weight.device, method, scale) == "native",
     )
     settings = Settings(
         rank=cast(int, resolved.rank),

@@ -48,10 +48,18 @@ def load(
         backbone = model_class.from_pretrained(directory, **from_pretrained)
     except ImportError as error:
         raise _missing_extra(error, _EXTRAS.get(layout, "train")) from error
+    file = directory / adapter.DIRECTORY / adapter.WEIGHTS
+    stored = {tensor.name for tensor in read_header(file).tensors}
+    # PEFT passes over tensors that it finds no module for, with a warning at most.
+    modules = {name for name, _ in backbone.named_modules()}
+    homeless = {name for name in stored if adapter.module_of(name) not in modules}
+    _refuse(homeless, f"{type(backbone).__name__} has no place for", file)
     model = peft.PeftModel.from_pretrained(
         backbone, directory, subfolder=adapter.DIRECTORY, is_trainable=trainable
     )
-    _check_complete(directory, peft.get_peft_model_state_dict(model))
+    # PEFT counts a head that has an adapter among the adapter's own tensors, unless told not to.
+    loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    _refuse(loaded ^ stored, "PEFT and the file disagree about", file)
     return model
 
 
@@ -98,20 +106,13 @@ def _model_class(directory: Path, transformers: Any) -> Any:
     return found
 
 
-def _check_complete(directory: Path, loaded: dict[str, Any]) -> None:
-    """PEFT passes over tensors that it finds no module for, with a warning at most."""
-    file = directory / adapter.DIRECTORY / adapter.WEIGHTS
-    stored = {tensor.name for tensor in read_header(file).tensors}
-    for names, what in (
-        (sorted(stored - loaded.keys()), "has no module in the model for"),
-        (sorted(loaded.keys() - stored), "lacks"),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(
-                f"{file} {what} {', '.join(names[:3])}{more}",
-                hint="load the class that config.json names: leave out auto_class",
-            )
+def _refuse(names: set[str], what: str, file: Path) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InputError(
+            f"{file}: {what} {', '.join(sorted(names)[:3])}{more}",
+            hint="load the class that config.json names, without auto_class",
+        )
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -17,12 +17,25 @@ from loftq_cli.checkpoint.header import TensorSpec
 DIRECTORY = "loftq_init"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+_DTYPE_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def stored_dtype(setting: str, source_dtype: str) -> str:
+    """The dtype tag of A and B under the setting ``adapter_dtype``."""
+    return source_dtype if setting == "source" else _DTYPE_TAGS[setting]
 
 
 def names(module: str) -> tuple[str, str]:
     """(name of A, name of B) of ``module`` in the adapter file."""
-    prefix = f"base_model.model.{module}"
-    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+
+
+def module_of(name: str) -> str:
+    """The module that a tensor of the adapter file belongs to; inverse of :func:`names`."""
+    return name.removeprefix(_PREFIX).rpartition(".lora_")[0]
 
 
 def specs(module: str, shape: tuple[int, int], rank: int, dtype: str) -> list[TensorSpec]:
@@ -74,14 +87,15 @@ def config(
 
 
 def task_type(architectures: Sequence[str]) -> str | None:
-    """PEFT's task type for the first of config.json's architectures, None where it has none."""
+    """PEFT's task type for the first of config.json's architectures, None where it has none.
+
+    None too for classification and question answering: PEFT's wrappers for these tasks look for
+    the head's tensors in the adapter, and fail where it holds none. The head is in the backbone.
+    """
     kinds = (
         ("ForCausalLM", "CAUSAL_LM"),
         ("LMHeadModel", "CAUSAL_LM"),
         ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-        ("ForSequenceClassification", "SEQ_CLS"),
-        ("ForTokenClassification", "TOKEN_CLS"),
-        ("ForQuestionAnswering", "QUESTION_ANS"),
         ("Model", "FEATURE_EXTRACTION"),
     )
     name = architectures[0] if architectures else ""

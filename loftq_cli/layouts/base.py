@@ -68,7 +68,9 @@ class Layout(Protocol):
         """The stored tensors of a quantized matrix, by name."""
 
     def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Q, float32 (out, in), from the stored tensors."""
+        """Q, float32 (out, in), from stored tensors of the dtypes and shapes of :meth:`specs`.
+
+        Raises CorruptFileError where their values make no sense."""
 
     def quantization_config(
         self, matrices: Sequence[Matrix], surroundings: Surroundings

@@ -17,7 +17,6 @@ import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.layouts.base import Matrix, Surroundings
-from loftq_cli.numerics.codebooks import normal_float
 from loftq_cli.numerics.quantizers import Quantized
 
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -77,7 +76,7 @@ class BnbLayout:
             block_size=64,
             codes=codes,
             scales=tensors[f"{matrix.name}.absmax"],
-            levels=normal_float(4),
+            levels=tensors[f"{matrix.name}.quant_map"],
         ).decode()
 
     def quantization_config(

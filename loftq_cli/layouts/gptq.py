@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.errors import CorruptFileError
 from loftq_cli.layouts.base import Matrix, Surroundings
 from loftq_cli.numerics.packing import pack, unpack
 from loftq_cli.numerics.quantizers import Quantized, block_count
@@ -88,6 +89,10 @@ class GptqLayout:
         zeros = _codes(tensors[f"{matrix.module}.qzeros"], matrix.bits).float().T + 1
         scales = tensors[f"{matrix.module}.scales"].float().T
         group = tensors[f"{matrix.module}.g_idx"].long()
+        if not bool(((group >= 0) & (group < scales.shape[1])).all()):
+            raise CorruptFileError(
+                f"tensor '{matrix.module}.g_idx' names a group that is not there"
+            )
         return (codes - zeros[:, group]) * scales[:, group]
 
     def quantization_config(

@@ -23,12 +23,13 @@ import torch
 from loftq_cli.errors import InputError
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.metrics import squared_norm
-from loftq_cli.numerics.quantizers import CHUNK_ELEMENTS, Parameters, Quantized, Quantizer
+from loftq_cli.numerics.quantizers import Parameters, Quantized, Quantizer
 
 Order = Literal["quantize-first", "svd-first"]
 Svd = Literal["fast", "exact"]
 Keep = Literal["best", "last"]
 
+_CHUNK_ELEMENTS = 1 << 19  # a few float32 copies of it stay in a CPU's caches
 _GPU_CHUNK_ELEMENTS = 1 << 26
 
 
@@ -116,7 +117,7 @@ class _Work:
 
     def pieces(self) -> Iterator[slice]:
         rows, columns = self.weight.shape
-        limit = _GPU_CHUNK_ELEMENTS if self.weight.is_cuda else CHUNK_ELEMENTS
+        limit = _GPU_CHUNK_ELEMENTS if self.weight.is_cuda else _CHUNK_ELEMENTS
         unit = self.quantizer.row_step(columns)
         step = max(limit // max(columns, 1) // unit, 1) * unit
         for start in range(0, rows, step):

@@ -9,6 +9,7 @@ zero; ``nf-symmetric`` is the variant of the LoftQ reference code, without a zer
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -82,3 +83,92 @@ def decision_boundaries(levels: torch.Tensor) -> torch.Tensor:
         wins = torch.where(lower_wins, middle, wins)
         loses = torch.where(lower_wins, loses, middle)
     return wins
+
+
+@dataclass(frozen=True)
+class Table:
+    """A codebook with what a fast nearest-level search needs (see :func:`nearest`).
+
+    ``reciprocal``: normalize by multiplying with 1 / scale, as bitsandbytes does.
+    """
+
+    levels: torch.Tensor
+    boundaries: torch.Tensor
+    lowest: float
+    cell_code: torch.Tensor
+    cell_boundary: torch.Tensor
+    reciprocal: bool
+
+    @property
+    def cells(self) -> int:
+        return self.cell_code.numel()
+
+    @property
+    def cells_per_unit(self) -> float:
+        return self.cells / (1.0 - self.lowest)
+
+    def to(self, device: torch.device) -> Table:
+        if self.levels.device == device:
+            return self
+        return replace(
+            self,
+            levels=self.levels.to(device),
+            boundaries=self.boundaries.to(device),
+            cell_code=self.cell_code.to(device),
+            cell_boundary=self.cell_boundary.to(device),
+        )
+
+
+def make_table(levels: torch.Tensor, as_bitsandbytes: bool = False) -> Table:
+    """Divide the range of ``levels`` into equal cells with at most one decision boundary each.
+
+    ``as_bitsandbytes`` decides ties as its quantizer does, so that codes agree to the last bit:
+    at the rounded midpoints of the levels, and after multiplying by the scale's reciprocal. Both
+    differ from argmin over ``|x / scale - level|`` by one unit in the last place, if at all.
+
+    Where a cell's boundary is, and which code applies below it, are two table look-ups; the
+    search then costs the same at any width, and rounding cannot matter: the cell index is a
+    monotone function of x, and inside a boundary's cell x is compared with the boundary itself.
+    """
+    boundaries = (levels[:-1] + levels[1:]) / 2 if as_bitsandbytes else decision_boundaries(levels)
+    lowest = float(levels[0])
+    cells = 64
+    index = _cell_index(boundaries, lowest, cells)
+    while not bool((index.diff() > 0).all()):
+        cells *= 2
+        if cells > 1 << 16:
+            raise ValueError("codebook levels are too close together")
+        index = _cell_index(boundaries, lowest, cells)
+    cell_boundary = torch.full((cells,), float("inf"))
+    cell_boundary[index] = boundaries
+    occupied = torch.zeros(cells, dtype=torch.int64)
+    occupied[index] = 1
+    cell_code = (occupied.cumsum(0) - occupied).to(torch.uint8)
+    return Table(levels, boundaries, lowest, cell_code, cell_boundary, as_bitsandbytes)
+
+
+def _cell_index(x: torch.Tensor, lowest: float, cells: int) -> torch.Tensor:
+    # The range is at most [-|lowest|, 1]; what lies outside it saturates into the outer cells.
+    position = (x - lowest) * (cells / (1.0 - lowest))
+    return position.clamp_(0, cells - 1).to(torch.int64)
+
+
+def nearest(x: torch.Tensor, table: Table) -> torch.Tensor:
+    """Index of the nearest level, ties to the lower one: uint8, the shape of ``x``."""
+    if table.levels.numel() == 4:
+        code = (x > table.boundaries[0]).view(torch.uint8)
+        for boundary in table.boundaries[1:]:
+            code.add_((x > boundary).view(torch.uint8))
+        return code
+    index = _cell_index(x, table.lowest, table.cells)
+    code = table.cell_code.take(index)
+    return code.add_((x > table.cell_boundary.take(index)).view(torch.uint8))
+
+
+@functools.cache
+def named_table(method: str, bits: int) -> Table:
+    """The table of a method name: nf, nf-symmetric or uniform-block."""
+    if method == "uniform-block":
+        return make_table(evenly_spaced(bits))
+    symmetric = method == "nf-symmetric"
+    return make_table(normal_float(bits, symmetric), as_bitsandbytes=bits == 4 and not symmetric)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.header import DTYPE_BITS, strict_json
+from loftq_cli.layouts import adapter
 from loftq_cli.reporting.output import Output, open_output
 from loftq_cli.reporting.output import verify as verify_files
-
-_ADAPTER_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 
 
 def inspect(directory: Path, *, verify: bool = False) -> dict[str, Any]:
@@ -78,9 +77,9 @@ def auto_class(output: Output) -> str:
 def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
     rows, columns = record["shape"]
     elements = rows * columns
-    source_bits = DTYPE_BITS[record["dtype"]]
-    width = _ADAPTER_BITS.get(recipe["adapter_dtype"], source_bits)
-    adapter_bytes = record["rank"] * (rows + columns) * width // 8
+    adapter_dtype = adapter.stored_dtype(recipe["adapter_dtype"], record["dtype"])
+    specs = adapter.specs(record["module"], (rows, columns), record["rank"], adapter_dtype)
+    adapter_bytes = sum(spec.nbytes for spec in specs)
     return {
         "name": record["name"],
         "shape": [rows, columns],
@@ -92,7 +91,7 @@ def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, An
         "layout": record["layout"],
         "bits_per_weight": record["bits_per_weight"],
         "bits_per_weight_with_adapter": record["bits_per_weight"] + adapter_bytes * 8 / elements,
-        "source_bytes": elements * source_bits // 8,
+        "source_bytes": elements * DTYPE_BITS[record["dtype"]] // 8,
         "backbone_bytes": round(record["bits_per_weight"] * elements / 8),
         "adapter_bytes": adapter_bytes,
     }

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.durable import file_sha256
-from loftq_cli.checkpoint.header import strict_json
+from loftq_cli.checkpoint.header import shown, strict_json
 from loftq_cli.checkpoint.source import is_plain_name
 from loftq_cli.errors import InputError, SourceNotFoundError, VerificationError
 from loftq_cli.layouts.base import Matrix
+from loftq_cli.reporting.schema import faults, manifest_schema
 
 MANIFEST = "loftq_manifest.json"
 FORMAT_VERSION = 1
 _MAX_MANIFEST_BYTES = 256 << 20
+_MOST_FAULTS = 5  # are listed
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,9 @@ def open_output(directory: Path) -> Output:
     VerificationError where it is broken, InputError where it is of a newer format.
     """
     path = directory / MANIFEST
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         partial = directory.absolute().parent / f".{directory.absolute().name}.loftq-partial"
-        if partial.exists():
+        if os.path.exists(partial):
             raise SourceNotFoundError(
                 f"{directory}: the conversion is not finished",
                 hint="run the same `loftq convert` command again, it resumes",
@@ -62,14 +66,14 @@ def open_output(directory: Path) -> Output:
     except ValueError as error:
         raise VerificationError(f"{path}: not valid JSON: {error}") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int or version < 1:
         raise VerificationError(f"{path}: no format_version")
     if version > FORMAT_VERSION:
         raise InputError(
             f"{path}: format version {version}, this loftq reads up to {FORMAT_VERSION}",
             hint="pip install --upgrade loftq-cli",
         )
-    _check_fields(path, manifest)
+    _check(path, manifest)
     return Output(directory, manifest)
 
 
@@ -106,22 +110,13 @@ def matrix_of(record: Mapping[str, Any]) -> Matrix:
     )
 
 
-def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
-    """What the readers rely on; the whole schema is loftq_cli/manifest.schema.json."""
-    kinds: dict[str, type] = {
-        "fingerprint": str,
-        "recipe": dict,
-        "source": dict,
-        "matrices": list,
-        "passed_through": list,
-        "totals": dict,
-        "outputs": list,
-        "environment": dict,
-    }
-    for field, kind in kinds.items():
-        if not isinstance(manifest.get(field), kind):
-            raise VerificationError(f"{path}: the field {field!r} is missing or damaged")
-    for entry in manifest["outputs"]:
-        name = entry.get("name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not all(is_plain_name(part) for part in name.split("/")):
-            raise VerificationError(f"{path}: bad entry in outputs: {entry!r}")
+def _check(path: Path, manifest: dict[str, Any]) -> None:
+    """Every field is what the format says, so that no reader meets another."""
+    wrong = list(islice(faults(manifest, manifest_schema()), _MOST_FAULTS))
+    wrong += [
+        f"outputs: {shown(entry['name'])} is not a file in the output"
+        for entry in (manifest["outputs"] if not wrong else ())
+        if not all(is_plain_name(part) for part in entry["name"].split("/"))
+    ]
+    if wrong:
+        raise VerificationError(f"{path}: the manifest is damaged: " + "; ".join(wrong))

@@ -14,21 +14,25 @@ from typing import Any, cast
 
 import torch
 
-from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header
+from loftq_cli.checkpoint.header import HeaderError, StoredTensor, TensorSpec, read_header
 from loftq_cli.checkpoint.locate import locate
-from loftq_cli.checkpoint.reader import TORCH_DTYPES, TensorFile
+from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.errors import InputError, VerificationError
 from loftq_cli.layouts import adapter, make_layout
+from loftq_cli.numerics import native
 from loftq_cli.numerics.alternation import Settings, decompose
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
 from loftq_cli.reporting.output import Output, matrix_of, open_output
 
+_FLOAT_DTYPES = ("F32", "F16", "BF16")
+
 WORST = 5
 """How many layers are listed as the worst."""
 
 _TOLERANCE = 1e-4
-"""Of the weight's norm: what recomputing on another machine may differ by."""
+_ROUNDING = 1e-6
+"""What recomputing on another machine may differ by: of the figure, and of the weight's norm."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,8 @@ def error_report(directory: Path, source: str | None = None) -> dict[str, Any]:
         )
         layers.append(_layer(record, norms))
     if recomputed is not None:
-        _compare(output, recomputed)
-    totals = {
-        "relative_residual": _total(layers, "final"),
-        "relative_residual_quantized": _total(layers, "quantized"),
-    }
+        _compare(output, layers)
+    totals = _totals(layers)
     worst = sorted(layers, key=lambda layer: -layer["relative_residual"])[:WORST]
     return {
         "directory": str(directory),
@@ -91,6 +92,11 @@ def recompute(output: Output, model: str) -> dict[str, Norms]:
                 hint="give the checkpoint that was converted",
             )
         path, tensor = found
+        if tensor.dtype not in _FLOAT_DTYPES:
+            raise InputError(
+                f"{model}: tensor {name!r} is {tensor.dtype}, not a floating-point matrix",
+                hint="give the checkpoint that was converted",
+            )
         with TensorFile(path) as file:
             weight = file.read(tensor).float()
         norms[name] = _norms(output, record, weight, stored)
@@ -106,10 +112,12 @@ def _norms(
     recipe = output.manifest["recipe"]
     matrix = matrix_of(record)
     layout = make_layout(record["layout"], recipe["dense_dtype"])
-    specs = layout.specs(matrix)
-    tensors = {spec.name: _read(output, stored, spec.name) for spec in specs}
-    name_a, name_b = adapter.names(matrix.module)
-    lora_A, lora_B = _read(output, stored, name_a), _read(output, stored, name_b)
+    tensors = {spec.name: _read(output, stored, spec) for spec in layout.specs(matrix)}
+    adapter_dtype = adapter.stored_dtype(recipe["adapter_dtype"], matrix.dtype)
+    lora_A, lora_B = (
+        _read(output, stored, spec)
+        for spec in adapter.specs(matrix.module, matrix.shape, record["rank"], adapter_dtype)
+    )
     alpha = recipe["lora_alpha"]
     scaling = 1.0 if alpha is None else alpha / record["rank"]
     residual = weight - layout.decode(matrix, tensors)
@@ -121,6 +129,7 @@ def _norms(
         matrix.block_size,
         cast(Scale, recipe["scale"]),
         layout.scale_dtype,
+        native=recipe["kernels"] == "native" and native.available(),
     )
     plain = decompose(
         weight, quantizer, Settings(rank=1, iters=0, backbone_dtype=layout.rounding(matrix))
@@ -142,30 +151,53 @@ def _stored_tensors(output: Output) -> dict[str, tuple[Path, StoredTensor]]:
 
 
 def _read(
-    output: Output, stored: Mapping[str, tuple[Path, StoredTensor]], name: str
+    output: Output, stored: Mapping[str, tuple[Path, StoredTensor]], spec: TensorSpec
 ) -> torch.Tensor:
-    if name not in stored:
-        raise VerificationError(f"{output.directory}: tensor {name!r} is missing")
-    path, tensor = stored[name]
-    if tensor.dtype in TORCH_DTYPES:
-        with TensorFile(path) as file:
-            return file.read(tensor)
-    raise VerificationError(f"{path}: tensor {name!r} has dtype {tensor.dtype}")
+    if spec.name not in stored:
+        raise VerificationError(f"{output.directory}: tensor {spec.name!r} is missing")
+    path, tensor = stored[spec.name]
+    if (tensor.dtype, tensor.shape) != (spec.dtype, spec.shape):
+        raise VerificationError(
+            f"{path}: tensor {spec.name!r} is {tensor.dtype} {list(tensor.shape)}, "
+            f"not {spec.dtype} {list(spec.shape)}"
+        )
+    with TensorFile(path) as file:
+        return file.read(tensor)
 
 
-def _compare(output: Output, recomputed: Mapping[str, Norms]) -> None:
+def _compare(output: Output, layers: Sequence[Mapping[str, Any]]) -> None:
+    """Raise VerificationError where the manifest disagrees with the recomputed ``layers``, or with
+    itself."""
     wrong = []
-    for record in output.records:
-        stated, actual = record["frobenius"], recomputed[record["name"]]
-        allowed = _TOLERANCE * max(actual.weight, stated["weight"])
-        for field in ("weight", "quantized", "final"):
-            value = getattr(actual, field)
-            if not abs(stated[field] - value) <= allowed:
-                wrong.append(
-                    f"{record['name']}: {field} {value:.6g}, the manifest says {stated[field]:.6g}"
-                )
+    for record, layer in zip(output.records, layers, strict=True):
+        stated = record["frobenius"]
+        figures = {name: (stated[name], layer[name]) for name in ("weight", "quantized", "final")}
+        if record["step"] > 0:
+            kept = stated["steps"][record["step"] - 1 : record["step"]]
+            figures[f"step {record['step']}"] = (kept[0] if kept else math.nan, layer["final"])
+        rounding = _ROUNDING * layer["weight"]
+        wrong += [f"{record['name']}: {fault}" for fault in _differences(figures, rounding)]
+    stated = output.manifest["totals"]
+    figures = {name: (stated[name], value) for name, value in _totals(layers).items()}
+    wrong += [f"totals: {fault}" for fault in _differences(figures, _ROUNDING)]
     if wrong:
         raise VerificationError(f"{output.directory}: the manifest disagrees: " + "; ".join(wrong))
+
+
+def _differences(figures: Mapping[str, tuple[float, float]], rounding: float) -> list[str]:
+    """What differs in (stated, recomputed) ``figures`` by more than rounding explains."""
+    return [
+        f"{name} {actual:.6g}, the manifest says {stated:.6g}"
+        for name, (stated, actual) in figures.items()
+        if not abs(stated - actual) <= _TOLERANCE * actual + rounding  # NaN differs
+    ]
+
+
+def _totals(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {
+        "relative_residual": _total(layers, "final"),
+        "relative_residual_quantized": _total(layers, "quantized"),
+    }
 
 
 def _layer(record: Mapping[str, Any], norms: Norms) -> dict[str, Any]:

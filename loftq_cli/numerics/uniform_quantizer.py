@@ -1,0 +1,210 @@
+"""Quantizers with evenly spaced levels: ``scale * (code - zero)``, and one table per matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from loftq_cli.errors import ScaleRangeError
+from loftq_cli.numerics import native
+from loftq_cli.numerics.blocks import (
+    Fitted,
+    Parameters,
+    Quantized,
+    block_count,
+    divide,
+    nonzero,
+    ratio,
+)
+
+REFINEMENTS = 2
+"""Least-squares steps after the grid, or from the previous alternation step's scales."""
+
+GRID = (1.0, 0.9, 0.8, 0.7, 0.6)
+"""Fractions of the min-max range that the search for a scale begins with."""
+
+
+@dataclass(frozen=True)
+class UniformQuantizer:
+    """``scale * (code - zero)`` in groups along in_features; ``scale_dtype`` is what is stored.
+
+    ``native``: search on the CPU with the compiled kernels.
+    """
+
+    bits: int
+    block_size: int
+    scale: Literal["mse", "absmax"]
+    scale_dtype: torch.dtype = torch.float32
+    native: bool = False
+
+    def row_step(self, columns: int) -> int:
+        return 1
+
+    def blocks_before(self, row: int, columns: int) -> int:
+        return row * block_count(columns, self.block_size)
+
+    def prepare(self, pieces: Callable[[], Iterable[torch.Tensor]]) -> UniformQuantizer:
+        return self
+
+    def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
+        if self.native and self.scale == "mse" and not rows.is_cuda:
+            return self._fit_native(rows, start)
+        count, columns = rows.shape
+        size = self.block_size
+        groups = block_count(columns, size)
+        whole = columns // size
+        codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+        values = torch.empty_like(rows)
+        scales = torch.empty((count, groups), dtype=self.scale_dtype, device=rows.device)
+        zeros = torch.empty((count, groups), dtype=torch.uint8, device=rows.device)
+        for first, last, width in ((0, whole, size), (whole, groups, columns - whole * size)):
+            if first == last:
+                continue
+            blocks = rows[:, first * size : first * size + (last - first) * width]
+            begin = None
+            if start is not None and start.zeros is not None:
+                begin = tuple(
+                    column.view(count, groups)[:, first:last].reshape(-1).float()
+                    for column in (start.scales, start.zeros)
+                )
+            part = self._fit(blocks.reshape(-1, width), begin)
+            area = (slice(None), slice(first * size, first * size + (last - first) * width))
+            codes[area] = part.codes.view(count, -1)
+            values[area] = part.values.view(count, -1)
+            scales[:, first:last] = part.parameters.scales.view(count, -1)
+            assert part.parameters.zeros is not None
+            zeros[:, first:last] = part.parameters.zeros.view(count, -1)
+        return Fitted(codes, Parameters(scales.view(-1), zeros.view(-1)), values)
+
+    def _fit(self, blocks: torch.Tensor, begin: tuple[torch.Tensor, ...] | None) -> Fitted:
+        top = 2**self.bits - 1
+        absmax = blocks.abs().amax(dim=1)
+        unit = divide(blocks, absmax)
+        if begin is not None and self.scale == "mse":
+            # Clamped: at a scale far too large every code would be zero for good.
+            relative, zeros = (begin[0] / nonzero(absmax)).clamp_max_(1.0), begin[1]
+        else:
+            relative, zeros = self._search(unit, top)
+        if self.scale == "mse":
+            for _ in range(REFINEMENTS):
+                offsets = self._offsets(unit, relative, zeros, top)
+                numerator = torch.linalg.vecdot(unit, offsets)
+                fitted = ratio(numerator, torch.linalg.vecdot(offsets, offsets))
+                relative = torch.where(numerator > 0, fitted, relative)
+        scales = self._stored(relative * absmax, absmax)
+        stored = scales.float()
+        offsets = self._offsets(blocks, stored, zeros, top)
+        codes = (offsets + zeros[:, None]).to(torch.uint8)
+        parameters = Parameters(scales, zeros.to(torch.uint8))
+        return Fitted(codes, parameters, offsets.mul_(stored[:, None]))
+
+    def _fit_native(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
+        begin = None
+        if start is not None and start.zeros is not None:
+            begin = (start.scales.float(), start.zeros.float())
+        absmax, fitted, zeros = native.uniform_fit(
+            rows, self.block_size, self.bits, torch.tensor(GRID), REFINEMENTS, begin
+        )
+        scales = self._stored(fitted, absmax)
+        codes, values = native.uniform_encode(
+            rows, self.block_size, self.bits, scales.float(), zeros
+        )
+        return Fitted(codes, Parameters(scales, zeros.to(torch.uint8)), values)
+
+    def _stored(self, scales: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+        """``scales`` in the storage dtype. Raises ScaleRangeError."""
+        stored = scales.to(self.scale_dtype)
+        if self.scale_dtype == torch.float16:
+            lost = torch.isinf(stored) | ((stored == 0) & (absmax > 0))
+            if bool(lost.any()):
+                raise ScaleRangeError("a group's scale does not fit float16")
+        return stored
+
+    @staticmethod
+    def _offsets(
+        blocks: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
+    ) -> torch.Tensor:
+        """code - zero, as float32, of every element."""
+        offsets = (blocks / nonzero(scales)[:, None]).round_()
+        return offsets.clamp_(-zeros[:, None], top - zeros[:, None])
+
+    def _search(self, unit: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scales, zeros) relative to ``unit``: min-max rounded to the nearest zero point for
+        absmax; for mse the best of a grid, with the zero point on either side."""
+        low = unit.amin(dim=1).clamp_max_(0)
+        high = unit.amax(dim=1).clamp_min_(0)
+        width = high - low
+        position = -low * top / nonzero(width)
+        best_zeros = position.round()
+        # Zero point 0 is not used: where it would be nearest, widen the steps to keep the range.
+        best = torch.where((best_zeros < 1) & (high > 0), high / max(top - 1, 1), width / top)
+        best_zeros = best_zeros.clamp_(1, top)
+        if self.scale == "absmax":
+            return best, best_zeros
+        step = best
+        best_gain = torch.zeros_like(best)
+        for zeros in (position.floor().clamp_(1, top), position.ceil().clamp_(1, top)):
+            for fraction in GRID:
+                offsets = self._offsets(unit, step * fraction, zeros, top)
+                numerator = torch.linalg.vecdot(unit, offsets)
+                denominator = torch.linalg.vecdot(offsets, offsets)
+                gain = ratio(numerator.square(), denominator)
+                better = (gain > best_gain) & (numerator > 0)
+                best = torch.where(better, ratio(numerator, denominator), best)
+                best_zeros = torch.where(better, zeros, best_zeros)
+                best_gain = torch.where(better, gain, best_gain)
+        return best, best_zeros
+
+    def assemble(self, codes: torch.Tensor, parameters: Parameters) -> Quantized:
+        return Quantized(self.bits, self.block_size, codes, parameters.scales, parameters.zeros)
+
+
+@dataclass(frozen=True)
+class TensorUniformQuantizer:
+    """The LoftQ reference code's per-tensor uniform (its DeBERTa results): evenly spaced levels
+    between the minimum and maximum of the matrix clipped to mean +- 2 standard deviations."""
+
+    bits: int
+    levels: torch.Tensor | None = None
+    block_size: int = 0
+
+    def row_step(self, columns: int) -> int:
+        return 1
+
+    def blocks_before(self, row: int, columns: int) -> int:
+        return 0 if row == 0 else 1
+
+    def prepare(self, pieces: Callable[[], Iterable[torch.Tensor]]) -> TensorUniformQuantizer:
+        count, total, squares = 0, 0.0, 0.0
+        low, high = math.inf, -math.inf
+        for piece in pieces():
+            wide = piece.double()
+            count += wide.numel()
+            total += float(wide.sum())
+            squares += float(wide.square().sum())
+            low, high = min(low, float(piece.min())), max(high, float(piece.max()))
+        mean = total / count
+        variance = max(squares - count * mean * mean, 0.0) / max(count - 1, 1)
+        reach = 2 * math.sqrt(variance)
+        levels = torch.linspace(
+            max(low, mean - reach), min(high, mean + reach), 2**self.bits, dtype=torch.float64
+        )
+        return replace(self, levels=levels.float())
+
+    def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
+        assert self.levels is not None
+        levels = self.levels.to(rows.device)
+        spacing = (levels[-1] - levels[0]) / (len(levels) - 1)
+        position = (rows - levels[0]) / torch.where(spacing == 0, torch.ones_like(spacing), spacing)
+        codes = position.round_().clamp_(0, len(levels) - 1).to(torch.uint8)
+        scales = torch.ones(1, dtype=torch.float32, device=rows.device)
+        return Fitted(codes, Parameters(scales, None), levels.take(codes.long()))
+
+    def assemble(self, codes: torch.Tensor, parameters: Parameters) -> Quantized:
+        assert self.levels is not None
+        levels = self.levels.to(codes.device)
+        return Quantized(self.bits, 0, codes, parameters.scales[:1], None, levels)
