@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import signal
 import sys
 import traceback
@@ -14,7 +16,7 @@ from typing import Any
 import click
 
 from loftq_cli import console, recipe
-from loftq_cli.errors import InterruptedConversion, LoftqError
+from loftq_cli.errors import EnvironmentFailure, InterruptedConversion, LoftqError
 from loftq_cli.version import VERSION
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -28,16 +30,21 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     def guarded(*args: Any, verbose: bool, **kwargs: Any) -> None:
         try:
             command(*args, verbose=verbose, **kwargs)
+            sys.stdout.flush()
         except KeyboardInterrupt:
             _fail(_interruption(signal.SIGINT), verbose)
         except LoftqError as error:
             _fail(error, verbose)
         except BrokenPipeError:
-            sys.stderr.close()  # the reader has gone; nothing is left to say
+            _drop_stdout()  # the reader has gone; nothing is left to say
             sys.exit(0)
         except click.ClickException:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                _drop_stdout()
+                where = error.filename or "standard output"
+                _fail(EnvironmentFailure(f"{where}: {error.strerror}"), verbose)
             if verbose:
                 traceback.print_exc()
             console.complain(f"internal error: {type(error).__name__}: {error}")
@@ -45,6 +52,11 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(1)
 
     return guarded
+
+
+def _drop_stdout() -> None:
+    """Keep the interpreter from trying again, at its exit, to write what it could not."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: LoftqError, verbose: bool) -> None:
@@ -207,7 +219,9 @@ def convert(
     outcome = run(plan, path, overwrite=overwrite, observer=narrator)
     if outcome.nothing_to_do:
         narrator.note(f"nothing to do: {output} is complete and verified")
-    console.show_outcome(outcome.manifest, str(output), as_json=as_json)
+    console.show_outcome(
+        outcome.manifest, str(output), nothing_to_do=outcome.nothing_to_do, as_json=as_json
+    )
 
 
 @main.command(context_settings=_CONTEXT)

@@ -83,7 +83,7 @@ def complain(text: str) -> None:
 
 def _json(value: Mapping[str, Any]) -> None:
     """A JSON object on stdout, keys sorted."""
-    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
+    print(json.dumps(value, indent=2, sort_keys=True))
 
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -107,14 +107,16 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    Console(width=width, highlight=False).print(table)
+    console = Console(width=width, highlight=False)
+    with console.capture() as text:  # rich would exit with 1 where the reader has gone
+        console.print(table)
+    print(text.get(), end="")
 
 
 def _pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Labelled values on stdout, one a line."""
     width = max(len(label) for label, _ in pairs)
-    if title:
-        print(title)
+    print(printable(title))
     for label, value in pairs:
         print(f"  {label.ljust(width)}  {printable(value)}")
 
@@ -185,7 +187,9 @@ def show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
     print("nothing was written (dry run)")
 
 
-def show_outcome(manifest: Mapping[str, Any], output: str, *, as_json: bool) -> None:
+def show_outcome(
+    manifest: Mapping[str, Any], output: str, *, nothing_to_do: bool, as_json: bool
+) -> None:
     """The summary at the end of a conversion, and what to type next."""
     if as_json:
         _json(manifest)
@@ -193,7 +197,7 @@ def show_outcome(manifest: Mapping[str, Any], output: str, *, as_json: bool) -> 
     totals, environment, recipe = manifest["totals"], manifest["environment"], manifest["recipe"]
     plain, final = totals["relative_residual_quantized"], totals["relative_residual"]
     _pairs(
-        f"wrote {output}",
+        f"{output}, as it was" if nothing_to_do else f"wrote {output}",
         [
             ("matrices", f"{len(manifest['matrices'])}, {recipe['bits']}-bit {recipe['method']}"),
             ("layout", manifest["matrices"][0]["layout"]),
@@ -205,7 +209,7 @@ def show_outcome(manifest: Mapping[str, Any], output: str, *, as_json: bool) -> 
             ("peak memory", _size(environment["peak_host_bytes"])),
         ],
     )
-    print(f"next: loftq inspect {shlex.quote(output)}")
+    print(f"next: loftq inspect {printable(shlex.quote(output))}")
 
 
 def show_inspection(found: Mapping[str, Any], *, as_json: bool) -> None:

@@ -26,6 +26,7 @@ SCALES = ("mse", "absmax")
 ORDERS = ("quantize-first", "svd-first")
 SVDS = ("fast", "exact")
 PRESETS = ("default", "paper")
+KEEPS = ("best", "last")
 ADAPTER_DTYPES = ("source", "float32", "float16", "bfloat16")
 DENSE_DTYPES = ADAPTER_DTYPES
 MAX_RANK = 65_536
@@ -65,6 +66,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "scale": SCALES,
     "order": ORDERS,
     "svd": SVDS,
+    "keep": KEEPS,
     "adapter_dtype": ADAPTER_DTYPES,
     "dense_dtype": DENSE_DTYPES,
 }
@@ -104,11 +106,7 @@ class Options:
                 raise UsageError(
                     f"unknown setting {name!r}", hint=f"did you mean {near[0]!r}?" if near else ""
                 )
-        patterns = {
-            name: (settings[name],) if isinstance(settings[name], str) else tuple(settings[name])
-            for name in ("include", "exclude")
-            if settings.get(name) is not None
-        }
+        patterns = {name: _patterns(name, settings.get(name)) for name in ("include", "exclude")}
         return Options(**{**settings, **patterns})
 
     def resolve(self) -> Options:
@@ -132,7 +130,7 @@ class Options:
         if options.threads is not None:
             _check_range("threads", options.threads, 1, 1024)
         alpha = options.lora_alpha
-        if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
             raise UsageError(f"--lora-alpha {alpha}: must be a positive number")
         return options
 
@@ -142,7 +140,8 @@ class Recipe:
     """Every setting that can change a byte of the output, resolved.
 
     ``lora_alpha`` None means alpha = rank for every matrix; ``scale`` is "fixed" where the method
-    defines it; ``device`` is the device type; ``kernels`` the variant of the inner loops.
+    defines it; ``device`` is the device type; ``kernels`` the variant of the inner loops
+    (plan.choose_kernels).
     ``layout_fallback`` says why layout auto had to leave its first choice while converting.
     """
 
@@ -186,8 +185,22 @@ def fingerprint(recipe: dict[str, Any], sources: list[tuple[str, int, str]]) -> 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    """One pattern, several, or none."""
+    if value is None:
+        return ()
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+        raise UsageError(f"{_flag(name)} {value!r}: must be a pattern or a list of patterns")
+    return tuple(patterns)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices or isinstance(value, bool):
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         listed = ", ".join(str(choice) for choice in choices)
         raise UsageError(f"{_flag(name)} {value}: not one of {listed}")
 

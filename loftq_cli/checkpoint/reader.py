@@ -30,6 +30,8 @@ TORCH_DTYPES = {
 """Tags that :func:`as_tensor` understands."""
 
 
+_HINT = "check that the file is still there, may be read, and that its disk is well"
+
 _File = TypeVar("_File", bound="TensorFile")
 
 
@@ -44,7 +46,7 @@ class TensorFile:
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise EnvironmentFailure(f"{path}: {error.strerror or error}") from error
+            raise EnvironmentFailure(f"{path}: {error.strerror or error}", hint=_HINT) from error
 
     def __enter__(self: _File) -> _File:
         return self
@@ -67,7 +69,9 @@ class TensorFile:
             try:
                 got = os.preadv(self._file, [view[done:]], start + done)
             except OSError as error:
-                raise EnvironmentFailure(f"{self.path}: {error.strerror or error}") from error
+                raise EnvironmentFailure(
+                    f"{self.path}: {error.strerror or error}", hint=_HINT
+                ) from error
             if got == 0:
                 raise CorruptFileError(
                     f"{self.path} ends at byte {start + done}, it was shortened while being read"

@@ -24,6 +24,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 _MAX_JSON_BYTES = 100_000_000
+_MAX_NESTING = 50  # of config.json; the JSON writer recurses
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def open_source(
         )
     names, index = _shard_names(directory)
     config = _read_json(directory / CONFIG)
-    _check_architectures(directory / CONFIG, config.content)
+    _check_config(directory / CONFIG, config.content)
     faults: list[str] = []
     shards = []
     for name in names:
@@ -177,11 +178,23 @@ def _cross_check(shards: list[Shard], index: SmallFile | None, *, complete: bool
     return faults
 
 
-def _check_architectures(path: Path, config: dict[str, Any]) -> None:
-    """Several modules read this field; what it is, is settled here."""
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    """That it can be written again, and that ``architectures``, which many read, is what it is."""
+    if not _can_be_written(config, _MAX_NESTING):
+        raise CorruptFileError(f"{path}: not valid Unicode, or nested too deeply")
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(is_text(name) for name in names)):
         raise CorruptFileError(f"{path}: architectures {shown(names)} is not a list of names")
+
+
+def _can_be_written(value: object, levels: int) -> bool:
+    if isinstance(value, str):
+        return is_text(value)
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return levels > 0 and all(_can_be_written(item, levels - 1) for item in value)
+    return True
 
 
 def _read_json(path: Path) -> SmallFile:

@@ -6,7 +6,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from loftq_cli.checkpoint.writer import GrowingShard
 from loftq_cli.conversion import manifest as manifests
 from loftq_cli.conversion.journal import Identity, Journal, Unit
 from loftq_cli.conversion.observer import Observer
-from loftq_cli.conversion.plan import Plan, PlannedMatrix, PlannedShard
+from loftq_cli.conversion.plan import Plan, PlannedMatrix, PlannedShard, parse_kernels
 from loftq_cli.conversion.workspace import Workspace
 from loftq_cli.errors import (
     EnvironmentFailure,
@@ -56,6 +57,7 @@ class Conversion:
         plan, output = self.plan, self.workspace.output
         with explained(output):
             (output / adapter.DIRECTORY).mkdir(parents=True, exist_ok=True)
+        self.workspace.keep_only({*(shard.name for shard in plan.shards), _ADAPTER_FILE})
         self.observer.begin(plan.source_bytes)
         with (
             Journal(self.workspace.journal, identity) as journal,
@@ -85,6 +87,8 @@ class Conversion:
         with GrowingShard(path, shard.specs) as backbone:
             files = {shard.name: backbone, _ADAPTER_FILE: adapters}
             finished = _verified(shard, journal, files)
+            for name in finished:
+                self.observer.detail(f"{name}: kept, it was finished before")
             self.records.update(
                 (unit.tensor, unit.record) for unit in finished.values() if unit.record
             )
@@ -136,6 +140,7 @@ class Conversion:
             else:
                 record, outputs = self._convert_matrix(shard, reader, tensor, item, files)
                 self.records[tensor.name] = record
+                self.observer.detail(_described(record))
             pending.append(Unit(tensor.name, reader.sha256, outputs, record))
             unsynced += tensor.nbytes
             if item is not None or unsynced > _UNSYNCED_LIMIT:
@@ -145,6 +150,17 @@ class Conversion:
         settle()
 
     def _convert_matrix(
+        self,
+        shard: PlannedShard,
+        reader: ShardReader,
+        tensor: StoredTensor,
+        item: PlannedMatrix,
+        files: Mapping[str, GrowingShard],
+    ) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+        with _memory_explained(tensor.name, self.plan.device):
+            return self._convert_in_memory(shard, reader, tensor, item, files)
+
+    def _convert_in_memory(
         self,
         shard: PlannedShard,
         reader: ShardReader,
@@ -166,13 +182,6 @@ class Conversion:
         except InputError as error:
             message = f"{shard.source.path}: tensor {tensor.name!r}: {error.message}"
             raise InputError(message, hint=error.hint) from error
-        except torch.OutOfMemoryError as error:
-            raise EnvironmentFailure(
-                f"tensor {tensor.name!r}: {self.plan.device} is out of memory",
-                hint="use --device cpu, or free the device",
-            ) from error
-        except MemoryError as error:
-            raise EnvironmentFailure(f"tensor {tensor.name!r}: out of memory") from error
         del weight
         groups = {
             shard.name: self.plan.layout.encode(item.matrix, result.quantized),
@@ -187,13 +196,14 @@ class Conversion:
     def _decompose(self, weight: torch.Tensor, item: PlannedMatrix) -> Decomposition:
         recipe, layout, matrix = self.plan.recipe, self.plan.layout, item.matrix
         scale = cast(Scale, recipe.scale)
+        native_search, products = parse_kernels(recipe.kernels)
         quantizer = make_quantizer(
             matrix.method,
             matrix.bits,
             matrix.block_size,
             scale,
             layout.scale_dtype,
-            native=recipe.kernels == "native",
+            native=native_search,
         )
         settings = Settings(
             rank=item.rank,
@@ -202,6 +212,7 @@ class Conversion:
             svd=cast(Any, recipe.svd),
             keep=cast(Any, recipe.keep),
             scaling=item.scaling,
+            products=products,
             adapter_dtype=TORCH_DTYPES[item.adapter_dtype],
             backbone_dtype=layout.rounding(matrix),
             seed=recipe.seed,
@@ -211,7 +222,9 @@ class Conversion:
 
     def _write_companions(self) -> None:
         directory = self.plan.source.directory
-        for path in sorted(directory.iterdir()):
+        with explained(directory):
+            paths = sorted(directory.iterdir())
+        for path in paths:
             if path.name != CONFIG and is_companion(path.name) and path.is_file():
                 with explained(path):
                     content = path.read_bytes()
@@ -268,6 +281,31 @@ def _verified(
         ):
             finished[tensor.name] = unit
     return finished
+
+
+@contextmanager
+def _memory_explained(name: str, device: torch.device) -> Iterator[None]:
+    """Turn running out of memory into an EnvironmentFailure that names the tensor."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentFailure(
+            f"tensor {name!r}: {device} is out of memory",
+            hint="use --device cpu, or free the device",
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        # torch's CPU allocator raises a plain RuntimeError.
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        raise EnvironmentFailure(
+            f"tensor {name!r}: out of memory", hint="--dry-run says how much is needed"
+        ) from error
+
+
+def _described(record: Mapping[str, Any]) -> str:
+    norms = record["frobenius"]
+    left = norms["final"] / (norms["weight"] or 1.0)
+    return f"{record['name']}: converted, residual {left:.4f} of the weight, step {record['step']}"
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -131,8 +131,10 @@ def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
             value = json.loads(line)
         except ValueError:
             break
+        if not line.endswith(b"\n") or not isinstance(value, dict):
+            break
         expected = "fingerprint" if not lines else ("shard" if "shard" in value else "tensor")
-        if not line.endswith(b"\n") or not isinstance(value, dict) or expected not in value:
+        if expected not in value:
             break
         if not lines and value.get("journal") != VERSION:
             break

@@ -16,7 +16,7 @@ from loftq_cli.conversion.selection import Selection, select, stacks
 from loftq_cli.errors import CorruptFileError, EnvironmentFailure, LayoutError, UsageError
 from loftq_cli.layouts import Layout, adapter, make_layout
 from loftq_cli.layouts.base import Matrix, Surroundings
-from loftq_cli.numerics import native
+from loftq_cli.numerics import lowrank, native
 from loftq_cli.recipe import FIXED_SCALE_METHODS, Options, Recipe, fingerprint
 
 _ADAPTER_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -158,9 +158,9 @@ def make_plan(source: Source, options: Options) -> Plan:
         adapter_dtype=_given(options.adapter_dtype),
         dense_dtype=_given(options.dense_dtype),
         device=device.type,
-        threads=options.threads or len(os.sched_getaffinity(0)),
+        threads=options.threads or _cpus(),
         seed=_given(options.seed),
-        kernels=choose_kernels(device, method, _given(options.scale)),
+        kernels=choose_kernels(device, method, _given(options.scale), _given(options.svd)),
     )
     auto = options.layout == "auto"
     return _assemble(source, recipe, selection, device, auto_layout=auto, layout_note=note)
@@ -250,10 +250,19 @@ def resolve_method(options: Options) -> str:
     return "nf" if options.bits == 4 and options.layout != "gptq" else "uniform"
 
 
-def choose_kernels(device: torch.device, method: str, scale: str) -> str:
-    """ "native" where the compiled search for scales will run, else "tensor"."""
+def choose_kernels(device: torch.device, method: str, scale: str, svd: str) -> str:
+    """The variant of the inner loops, SEARCH+PRODUCTS: the search for scales is "native" where the
+    compiled kernels run it, else "tensor"; products is the dtype of the fast SVD's passes."""
     searches = scale == "mse" and method not in FIXED_SCALE_METHODS
-    return "native" if searches and device.type == "cpu" and native.available() else "tensor"
+    native_search = searches and device.type == "cpu" and native.available()
+    products = lowrank.fastest_products(device) if svd == "fast" else torch.float32
+    return f"{'native' if native_search else 'tensor'}+{str(products).removeprefix('torch.')}"
+
+
+def parse_kernels(kernels: str) -> tuple[bool, torch.dtype]:
+    """(whether the search is native, dtype of the passes) of a recipe's ``kernels``."""
+    search, products = kernels.split("+")
+    return search == "native", {"bfloat16": torch.bfloat16, "float32": torch.float32}[products]
 
 
 def _choose_layout(
@@ -323,6 +332,13 @@ def _device(name: str) -> torch.device:
                 f"--device {name}: torch sees {count} CUDA devices", hint="use --device cpu"
             )
     return device
+
+
+def _cpus() -> int:
+    """The CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _working_set(item: PlannedMatrix) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,12 @@ def prepare(
     """
     resolved = options.resolve()
     source = locate(model, revision=revision, offline=offline, say=observer.note)
-    path = Path(output).absolute()
-    check_output_path(path, source.directory)
+    path = check_output_path(Path(output), source.directory)
     plan = make_plan(source, resolved)
     if plan.layout_note:
         observer.note(plan.layout_note)
     kernels = native.load()
-    if plan.recipe.kernels == "tensor" and kernels.reason:
+    if plan.recipe.kernels.startswith("tensor") and kernels.reason:
         observer.detail(f"slower without compiled kernels: {kernels.reason}")
     return plan, path
 
@@ -72,44 +71,59 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
         existing = workspace.complete_output()
         if existing is not None and existing.fingerprint in accepted and not overwrite:
             verify(existing)
-            workspace.discard()
+            workspace.discard_unless_other(accepted)
             return Outcome(existing.manifest, nothing_to_do=True)
-        workspace.refuse_other_output(overwrite)
+        workspace.refuse_other_output(_identity(plan), overwrite)
         resumed = workspace.refuse_other_partial(accepted, overwrite)
         check_space(path.parent, plan.disk_bytes + _MARGIN - workspace.written())
         if resumed is not None:
             observer.note(f"resuming the unfinished conversion in {workspace.partial}")
             plan = next(each for each in plans if each.fingerprint == resumed)
-        return _convert(plan, plans[-1], accepted, workspace, observer)
+        work = _Work(plan, plans[-1], workspace, overwrite, observer)
+        try:
+            return work.finish()
+        except SourceChangedError:
+            if resumed is None or not overwrite:
+                raise
+            observer.note("the source has changed since; starting again, as --overwrite says")
+            workspace.discard_work()
+            return work.finish()
 
 
-def _convert(
-    plan: Plan,
-    fallback: Plan,
-    accepted: dict[str, Identity],
-    workspace: Workspace,
-    observer: Observer,
-) -> Outcome:
-    try:
-        with _threads(plan.recipe.threads):
-            conversion = Conversion(plan, workspace, observer)
-            manifest = conversion.run(accepted[plan.fingerprint])
-        workspace.publish()
-        return Outcome(manifest)
-    except ScaleRangeError as error:
-        workspace.discard_work()
-        if plan is fallback:
+@dataclass(frozen=True)
+class _Work:
+    """A conversion whose workspace is locked and holds nothing but work on ``plan``."""
+
+    plan: Plan
+    fallback: Plan
+    workspace: Workspace
+    overwrite: bool
+    observer: Observer
+
+    def finish(self) -> Outcome:
+        """Convert what is left, and publish."""
+        identity = _identity(self.plan)
+        try:
+            with _threads(self.plan.recipe.threads):
+                conversion = Conversion(self.plan, self.workspace, self.observer)
+                manifest = conversion.run(identity)
+            self.workspace.publish(identity, self.overwrite)
+            return Outcome(manifest)
+        except ScaleRangeError as error:
+            self.workspace.discard_work()
+            if self.plan is self.fallback:
+                raise
+            message = error.message
+        except SourceChangedError:
             raise
-        observer.note(f"layout loftq, because gptq cannot hold it: {error.message}")
-        return _convert(fallback, fallback, accepted, workspace, observer)
-    except SourceChangedError:
-        raise
-    except InputError:
-        # The work cannot be of use: what repairs the input changes the fingerprint.
-        workspace.discard_work()
-        raise
-    finally:
-        observer.end()
+        except InputError:
+            # The work cannot be of use: what repairs the input changes the fingerprint.
+            self.workspace.discard_work()
+            raise
+        finally:
+            self.observer.end()
+        self.observer.note(f"layout loftq, because gptq cannot hold it: {message}")
+        return replace(self, plan=self.fallback).finish()
 
 
 def _identity(plan: Plan) -> Identity:

@@ -32,6 +32,19 @@ _HEAD = re.compile(
     r"(?:^|\.)(?:lm_head|embed_out|classifier|classification_heads?|pooler|score|qa_outputs|heads?)\."
 )
 
+# T5's feed-forward casts its input to the dtype of ``wo``, which packed codes would break;
+# transformers keeps that layer in floating point, and so do we.
+_WO_MODELS = (
+    "t5",
+    "mt5",
+    "umt5",
+    "longt5",
+    "udop",
+    "pop2piano",
+    "switch_transformers",
+    "pix2struct",
+)
+
 # Families whose linear layers are Conv1D: stored transposed, loaded as something else.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "ctrl")
 
@@ -71,6 +84,8 @@ def select(
     emptied = False
     for tensor in tensors:
         reason = _not_a_matrix(tensor) or _outside_rule(tensor.name)
+        if tensor.name.endswith(".wo.weight") and config.get("model_type") in _WO_MODELS:
+            reason = "kept in floating point by transformers"
         if tensor.name in excluded:
             emptied = emptied or reason is None
             reason = "excluded by --exclude"

@@ -13,9 +13,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from loftq_cli.checkpoint.durable import explained, sync_directory
 from loftq_cli.conversion.journal import Identity, identify
@@ -31,6 +32,7 @@ class Workspace:
         self.partial = output.parent / f".{output.name}.loftq-partial"
         self.output = self.partial / "output"
         self.journal = self.partial / "journal"
+        self._lock_file = self.partial / "lock"
         self._replaced = self.partial / "replaced"
 
     @contextmanager
@@ -42,31 +44,37 @@ class Workspace:
         try:
             yield
         finally:
-            if self.partial.exists() and not self.journal.exists():
+            # Once we have published, the directory may be another process's already.
+            if self._is_lock(descriptor) and not self.journal.exists():
                 self.discard()
             os.close(descriptor)
 
     def _lock(self) -> int:
-        lock = self.partial / "lock"
         while True:
             with explained(self.partial):
                 self.partial.parent.mkdir(parents=True, exist_ok=True)
                 self.partial.mkdir(exist_ok=True)
-                descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Its holder may have finished and removed the file between open and flock.
-                if os.fstat(descriptor).st_ino == os.stat(lock).st_ino:
-                    return descriptor
-            except FileNotFoundError:
-                pass
-            except BlockingIOError:
-                os.close(descriptor)
-                raise OutputConflictError(
-                    f"{self.final}: another process is converting to it",
-                    hint="wait for it, or choose another --output",
-                ) from None
-            os.close(descriptor)
+                try:
+                    descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o666)
+                except FileNotFoundError:
+                    continue  # its holder finished and removed the directory
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(descriptor)
+                    raise OutputConflictError(
+                        f"{self.final}: another process is converting to it",
+                        hint="wait for it, or choose another --output",
+                    ) from None
+            if self._is_lock(descriptor):
+                return descriptor
+            os.close(descriptor)  # its holder removed the file between open and flock
+
+    def _is_lock(self, descriptor: int) -> bool:
+        try:
+            return os.fstat(descriptor).st_ino == self._lock_file.stat().st_ino
+        except FileNotFoundError:
+            return False
 
     def complete_output(self) -> Output | None:
         """The output where it is there and readable, else None."""
@@ -76,9 +84,19 @@ class Workspace:
             return None
 
     def written(self) -> int:
-        """Bytes of unfinished work."""
+        """Bytes on disk of unfinished work: shards have their full size from the start, but hold
+        no space for what is not written yet."""
         files = (path for path in self.output.rglob("*") if path.is_file())
-        return sum(path.stat().st_size for path in files)
+        return sum(path.stat().st_blocks * 512 for path in files)
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Remove all files but these from the unfinished output: what a crash left of the files
+        that are written last must not be taken for theirs."""
+        kept = {self.output / name for name in names}
+        with explained(self.output):
+            for path in [path for path in self.output.rglob("*") if path.is_file()]:
+                if path not in kept:
+                    path.unlink()
 
     def refuse_other_partial(self, accepted: dict[str, Identity], overwrite: bool) -> str | None:
         """Whose work the partial directory holds: one of the ``accepted`` fingerprints, or None
@@ -100,10 +118,21 @@ class Workspace:
         self.discard_work()
         return None
 
-    def refuse_other_output(self, overwrite: bool) -> None:
+    def discard_unless_other(self, accepted: dict[str, Identity]) -> None:
+        """Remove the partial directory, unless it holds unfinished work of something else."""
+        found = identify(self.journal)
+        if found is None or found.fingerprint in accepted:
+            self.discard()
+
+    def refuse_other_output(self, wanted: Identity, overwrite: bool) -> None:
         """Raise OutputConflictError where the output exists and may not be replaced."""
         if not self.final.exists() and not self.final.is_symlink():
             return
+        if os.path.ismount(self.final):
+            raise OutputConflictError(
+                f"{self.final} is a mount point, onto which nothing can be renamed",
+                hint="choose a directory inside it",
+            )
         if self.final.is_dir() and not any(self.final.iterdir()):
             return
         ours = (self.final / MANIFEST).is_file()
@@ -113,20 +142,29 @@ class Workspace:
                 hint="choose another --output; --overwrite replaces only loftq's own outputs",
             )
         if not overwrite:
-            raise OutputConflictError(
-                f"{self.final} holds a conversion of something else or with other settings"
-            )
+            try:
+                recipe = open_output(self.final).manifest["recipe"]
+                what = "; ".join(_differing(recipe, wanted.recipe)) or "it is of another source"
+            except InputError as error:
+                what = error.message
+            raise OutputConflictError(f"{self.final} holds another conversion: {what}")
 
-    def publish(self) -> None:
-        """Rename the finished output into place and remove everything else."""
+    def publish(self, wanted: Identity, overwrite: bool) -> None:
+        """Rename the finished output into place and remove everything else.
+
+        Raises OutputConflictError where the output came into being meanwhile.
+        """
+        self.refuse_other_output(wanted, overwrite)
         with explained(self.final):
             for directory, _, _ in os.walk(self.output):
                 sync_directory(Path(directory))
             if self.final.is_dir() and any(self.final.iterdir()):
+                if self._replaced.exists():  # left by a crash right after an earlier rename
+                    shutil.rmtree(self._replaced)
                 os.rename(self.final, self._replaced)
             os.rename(self.output, self.final)
             sync_directory(self.final.parent)
-            shutil.rmtree(self.partial)
+            self.discard()
             sync_directory(self.final.parent)
 
     def discard_work(self) -> None:
@@ -144,13 +182,18 @@ class Workspace:
             shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def check_output_path(output: Path, source: Path) -> None:
-    """Raise UsageError where the output is the source directory or lies inside it."""
-    real_output, real_source = output.resolve(), source.resolve()
-    if real_output == real_source or real_source in real_output.parents:
-        raise UsageError(
-            f"--output {output} is inside the input {source}", hint="choose a directory outside it"
-        )
+def check_output_path(output: Path, source: Path) -> Path:
+    """The real path of ``output``. Raises UsageError where it is the source directory, lies inside
+    it or around it, or cannot be resolved."""
+    try:
+        real_output, real_source = output.resolve(), source.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise UsageError(f"--output {output}: {error}", hint="choose another") from error
+    inside = real_output == real_source or real_source in real_output.parents
+    if inside or real_output in real_source.parents:
+        how = "is inside the input" if inside else "contains the input"
+        raise UsageError(f"--output {output} {how} {source}", hint="choose a directory outside it")
+    return real_output
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -170,12 +213,16 @@ def check_space(directory: Path, needed: int) -> None:
 
 def differences(found: Identity, wanted: Identity) -> str:
     """The settings and source files in which two conversions differ, both values shown."""
-    parts = [
-        f"{name} {found.recipe.get(name)!r} there, {wanted.recipe.get(name)!r} now"
-        for name in sorted({*found.recipe, *wanted.recipe})
-        if found.recipe.get(name) != wanted.recipe.get(name)
-    ]
+    parts = _differing(found.recipe, wanted.recipe)
     there = {tuple(entry) for entry in found.sources}
     now = {tuple(entry) for entry in wanted.sources}
     parts += [f"source file {name} differs" for name in sorted({entry[0] for entry in there ^ now})]
     return "; ".join(parts) or "the fingerprints differ"
+
+
+def _differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {there.get(name)!r} there, {now.get(name)!r} now"
+        for name in sorted({*there, *now})
+        if there.get(name) != now.get(name)
+    ]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.header import read_header, strict_json
+from loftq_cli.checkpoint.header import HeaderError, read_header, strict_json
 from loftq_cli.errors import (
     CorruptFileError,
     EnvironmentFailure,
@@ -20,7 +20,6 @@ from loftq_cli.layouts import adapter
 
 MANIFEST = "loftq_manifest.json"
 _MANIFEST_VERSION = 1
-_EXTRAS = {"gptq": "gptq"}
 
 
 def load(
@@ -47,9 +46,9 @@ def load(
     try:
         backbone = model_class.from_pretrained(directory, **from_pretrained)
     except ImportError as error:
-        raise _missing_extra(error, _EXTRAS.get(layout, "train")) from error
+        raise _missing_extra(error, "gptq" if layout == "gptq" else "train") from error
     file = directory / adapter.DIRECTORY / adapter.WEIGHTS
-    stored = {tensor.name for tensor in read_header(file).tensors}
+    stored = _tensor_names(file)
     # PEFT passes over tensors that it finds no module for, with a warning at most.
     modules = {name for name, _ in backbone.named_modules()}
     homeless = {name for name in stored if adapter.module_of(name) not in modules}
@@ -104,6 +103,15 @@ def _model_class(directory: Path, transformers: Any) -> Any:
             hint="say which to load with auto_class=, for example transformers.AutoModel",
         )
     return found
+
+
+def _tensor_names(file: Path) -> set[str]:
+    try:
+        return {tensor.name for tensor in read_header(file).tensors}
+    except FileNotFoundError:
+        raise SourceNotFoundError(f"{file}: no such file", hint="convert again") from None
+    except HeaderError as error:
+        raise CorruptFileError(f"{file}: {error}", hint="convert again") from error
 
 
 def _refuse(names: set[str], what: str, file: Path) -> None:

@@ -37,7 +37,9 @@ class PackedLinear(nn.Linear):
     ``weight`` uint8 (ceil(out*in*bits/8),), a Parameter without gradient; ``weight_scales``
     float32 (blocks,); ``weight_levels`` float32 (2**bits,) for a codebook, or ``weight_zeros``
     uint8 for zero points; ``bias`` (out,) or None. Input (..., in) of any floating dtype, output
-    (..., out) in the input's dtype, or autocast's. Gradients reach the input and the bias.
+    (..., out) in the input's dtype, or autocast's. Gradients reach the input and the bias. Raises
+    TypeError for an input of integers: model code that casts to the dtype of ``weight`` would
+    otherwise pass rounded activations.
 
     Scales and levels stay float32 and codes uint8 whatever dtype the module is moved to: rounding
     them would change the weight that the adapter was fitted to.
@@ -84,6 +86,8 @@ class PackedLinear(nn.Linear):
         )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not input.is_floating_point():
+            raise TypeError(f"PackedLinear takes floating-point input, not {input.dtype}")
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))

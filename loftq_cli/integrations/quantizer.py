@@ -21,6 +21,7 @@ from loftq_cli.recipe import BITS, BLOCK_SIZES
 
 QUANT_METHOD = "loftq"
 _DECODINGS = ("affine", "codebook")
+_LINEARS = ("Linear", "FalconLinear")  # other subclasses may compute something else
 _UPGRADE = "pip install --upgrade loftq-cli"
 
 
@@ -114,7 +115,11 @@ def _in_model(modules: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     A checkpoint of the bare model is loaded into a task model under ``base_model_prefix``, and the
     other way round; transformers renames the tensors by the same rule.
     """
-    linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__name__ in _LINEARS
+    }
     prefix = getattr(model, "base_model_prefix", "")
     found, lost = {}, []
     for name, entry in modules.items():

@@ -46,6 +46,14 @@ class Surroundings:
     stacks: Sequence[str]
 
 
+def unreplaceable(config: Mapping[str, Any]) -> str | None:
+    """Why libraries that replace exactly ``nn.Linear`` cannot load this model, or None. They would
+    leave such layers as they are, some with random weights and no error."""
+    if config.get("model_type") == "falcon":
+        return "falcon has a linear layer class of its own, which consumers do not replace"
+    return None
+
+
 class Layout(Protocol):
     """One way to store quantized matrices. Stateless."""
 

@@ -16,13 +16,39 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
-from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.layouts.base import Matrix, Surroundings, unreplaceable
 from loftq_cli.numerics.quantizers import Quantized
 
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-# A task model adds heads that a bare checkpoint does not hold; bitsandbytes would quantize them.
-_HEADS = ("lm_head", "classifier", "pre_classifier", "score", "qa_outputs", "pooler", "cls")
+# Heads that the model class has and the checkpoint may not: those that a task adds to a bare model,
+# and those tied to the embeddings. bitsandbytes would quantize them.
+_HEADS = (
+    "classification_head",
+    "classifier",
+    "cls",
+    "decoder",
+    "discriminator_predictions",
+    "embed_out",
+    "generator_lm_head",
+    "generator_predictions",
+    "head",
+    "lm_head",
+    "lm_loss",
+    "lm_predictions",
+    "logits_proj",
+    "output_projection",
+    "pooler",
+    "pre_classifier",
+    "pred_layer",
+    "predictions",
+    "proj_out",
+    "qa_outputs",
+    "score",
+    "sop_classifier",
+    "vocab_projector",
+    "vocab_transform",
+)
 
 
 class BnbLayout:
@@ -41,7 +67,7 @@ class BnbLayout:
         return None
 
     def cannot_describe(self, surroundings: Surroundings) -> str | None:
-        return None
+        return unreplaceable(surroundings.config)
 
     def rounding(self, matrix: Matrix) -> torch.dtype | None:
         return None
@@ -83,8 +109,13 @@ class BnbLayout:
         self, matrices: Sequence[Matrix], surroundings: Surroundings
     ) -> dict[str, Any]:
         compute = surroundings.config.get("dtype") or surroundings.config.get("torch_dtype")
-        selected = [matrix.module for matrix in matrices]
-        heads = [head for head in _HEADS if not any(_skips(head, name) for name in selected)]
+        kept = surroundings.kept_modules
+        bare = [name.partition(".")[2] for name in kept if "." in name]
+        added = [
+            key
+            for key in (*bare, *_HEADS)
+            if not any(_skips(key, matrix.module) for matrix in matrices)
+        ]
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -93,7 +124,7 @@ class BnbLayout:
             "bnb_4bit_use_double_quant": False,
             "bnb_4bit_compute_dtype": compute if isinstance(compute, str) else "float32",
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": sorted({*surroundings.kept_modules, *heads}),
+            "llm_int8_skip_modules": sorted({*kept, *added}),
         }
 
     @staticmethod

@@ -15,7 +15,7 @@ import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.errors import CorruptFileError
-from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.layouts.base import Matrix, Surroundings, unreplaceable
 from loftq_cli.numerics.packing import pack, unpack
 from loftq_cli.numerics.quantizers import Quantized, block_count
 
@@ -54,7 +54,9 @@ class GptqLayout:
         if len(surroundings.stacks) != 1:
             stacks = ", ".join(surroundings.stacks) or "none"
             return f"optimum loads gptq layers from one stack of blocks, this model has: {stacks}"
-        return None
+        if surroundings.config.get("model_type") == "gpt_bigcode":
+            return "transformers initialises gpt_bigcode through weights that gptqmodel hides"
+        return unreplaceable(surroundings.config)
 
     def rounding(self, matrix: Matrix) -> torch.dtype | None:
         return None

@@ -37,9 +37,10 @@ _GPU_CHUNK_ELEMENTS = 1 << 26
 class Settings:
     """How one matrix is decomposed.
 
-    ``rank`` r, ``iters`` T; ``scaling`` is lora_alpha / r as the consumer will apply it, folded
-    out of B; ``adapter_dtype`` and ``backbone_dtype`` are what A, B and (dense layout only) Q are
-    stored as; ``seed`` and ``name`` seed every random draw.
+    ``rank`` r, ``iters`` T; ``products`` is the dtype that the fast SVD's passes multiply in;
+    ``scaling`` is lora_alpha / r as the consumer will apply it, folded out of B;
+    ``adapter_dtype`` and ``backbone_dtype`` are what A, B and (dense layout only) Q are stored as;
+    ``seed`` and ``name`` seed every random draw.
     """
 
     rank: int
@@ -48,6 +49,7 @@ class Settings:
     svd: Svd = "fast"
     keep: Keep = "best"
     scaling: float = 1.0
+    products: torch.dtype = torch.float32
     adapter_dtype: torch.dtype = torch.float32
     backbone_dtype: torch.dtype | None = None
     seed: int = 0
@@ -201,7 +203,7 @@ def decompose(weight: torch.Tensor, quantizer: Quantizer, settings: Settings) ->
         quantized_norm = math.sqrt(sums.quantized)
         previous = _Iterate()
         _fit_adapter(previous, weight, None, settings)
-    basis: torch.Tensor | None = None
+    basis: lowrank.Basis | None = None
     residuals: list[float] = []
     best: tuple[float, int, _Iterate] | None = None
     for step in range(1, settings.iters + 1):
@@ -234,15 +236,17 @@ def _better(
 
 
 def _fit_adapter(
-    iterate: _Iterate, matrix: torch.Tensor, warm: torch.Tensor | None, settings: Settings
-) -> torch.Tensor | None:
+    iterate: _Iterate, matrix: torch.Tensor, warm: lowrank.Basis | None, settings: Settings
+) -> lowrank.Basis | None:
     """Store the rank-r approximation of ``matrix`` in ``iterate``; returns the basis to carry."""
     rank = min(settings.rank, *matrix.shape)
     try:
         if settings.svd == "exact":
             low = lowrank.exact(matrix, rank)
         else:
-            low = lowrank.subspace(matrix, rank, _generator(settings, "basis"), warm)
+            low = lowrank.subspace(
+                matrix, rank, _generator(settings, "basis"), warm, settings.products
+            )
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise _too_large("a product of the values", torch.float32) from error
     out_features, in_features = matrix.shape
@@ -263,7 +267,8 @@ def _fit_adapter(
     left[:, :rank] = torch.where(alive, B, left[:, :rank])
     right[:rank] = torch.where(alive[:, None], A, right[:rank])
     iterate.lora_A, iterate.lora_B = right, left
-    return low.basis if bool(alive.any()) else None
+    # A basis with dead directions would never find what the next residual has there: go cold.
+    return low.basis if bool(alive.all()) else None
 
 
 def _too_large(what: str, dtype: torch.dtype) -> InputError:

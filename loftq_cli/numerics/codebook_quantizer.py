@@ -53,7 +53,8 @@ class CodebookQuantizer:
         return self
 
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
-        if self.native and self.scale == "mse" and not rows.is_cuda:
+        fits = self.block_size <= native.LARGEST_BLOCK
+        if self.native and fits and self.scale == "mse" and not rows.is_cuda:
             return self._fit_native(rows, start)
         flat = rows.reshape(-1)
         size = self.block_size

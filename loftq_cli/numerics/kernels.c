@@ -76,7 +76,7 @@ typedef struct {
 
 static inline int32_t code_of(const Table *table, float y) {
     float position = (y - table->lowest) * table->per_cell;
-    position = position < 0.0f ? 0.0f : position;
+    position = position > 0.0f ? position : 0.0f; /* NaN too: an index must stay in range */
     position = position > (float)(table->cells - 1) ? (float)(table->cells - 1) : position;
     int32_t cell = (int32_t)position;
     return table->cell_code[cell] + (y > table->cell_bound[cell]);
@@ -137,7 +137,7 @@ void loftq_codebook(const float *x, int64_t columns, int64_t size, int64_t first
         for (int i = 0; i < n; i++) unit[i] = source[i] / a;
         if (start) {
             scale = start[block] / a;
-            if (!(scale > 0.0f)) scale = 1.0f;
+            if (!(scale > TINY)) scale = 1.0f;
             if (scale > 2.0f) scale = 2.0f; /* far too large, every code would stay zero */
         } else {
             float gain = 0.0f;
@@ -205,20 +205,22 @@ void loftq_uniform_fit(const float *x, int64_t columns, int64_t size, int64_t fi
             low = unit[i] < low ? unit[i] : low;
             high = unit[i] > high ? unit[i] : high;
         }
-        float width = high - low, position = -low * top / width;
+        float width = high - low, position = -low * top / width, step = width / top;
+        /* Zero point 0 is not used: where it would be nearest, widen the steps to keep the range. */
+        if (rintf(position) < 1.0f && high > 0.0f) step = high / (top > 1 ? top - 1 : 1);
         if (start) {
             scale = start[block] / a;
             zero = start_zeros[block];
-            if (!(scale > 0.0f)) scale = width / top;
+            if (!(scale > TINY)) scale = step;
             if (scale > 1.0f) scale = 1.0f; /* far too large, every code would stay at zero */
         } else {
             float gain = 0.0f;
-            scale = width / top;
+            scale = step;
             zero = clamped(rintf(position), 1.0f, top);
             for (int side = 0; side < 2; side++) {
                 float z = clamped(side ? ceilf(position) : floorf(position), 1.0f, top);
                 for (int g = 0; g < grid_size; g++) {
-                    offset_products(unit, n, top / (width * grid[g]), -z, top - z, &numerator,
+                    offset_products(unit, n, 1.0f / (step * grid[g]), -z, top - z, &numerator,
                                     &denominator);
                     float ratio = numerator / (denominator > TINY ? denominator : TINY);
                     if (numerator > 0.0f && numerator * ratio > gain) {

@@ -1,10 +1,18 @@
-"""The best rank-r approximation of a residual: exact SVD, or subspace iteration.
+"""The best rank-r approximation of a residual: exact SVD, or shifted subspace iteration.
 
-Subspace iteration (Halko, Martinsson, Tropp, arXiv:0909.4061, algorithm 4.4) multiplies the matrix
-by thin ones only and orthonormalises at every half step. The first call starts from a random
-basis; later calls of the same alternation start from the basis that the previous one ended with,
-which is close, because the residual changes little from step to step. What is carried is the
-orthonormal basis, never V*sqrt(sigma): its columns keep their weight however small their sigma.
+Subspace iteration (Halko, Martinsson, Tropp, arXiv:0909.4061) multiplies the matrix by thin ones
+only. Residuals of a quantization have flat spectra, on which it converges slowly; subtracting a
+shift below the wanted part of the spectrum, ``(R^T R - alpha) V``, with alpha half the smallest
+squared singular value found so far, doubles the rate at no cost (Feng, Yu, Xie, "Algorithm 1043:
+Faster randomized SVD with dynamic shifts", ACM TOMS 2024, arXiv:2404.09276).
+
+The first call of an alternation starts from a random basis. Later calls start from the basis that
+the previous one ended with, and its shift: the residual changes little from step to step, one pass
+is enough. What is carried is the orthonormal basis, never V*sqrt(sigma): its columns keep their
+weight however small their sigma.
+
+The passes may multiply in bfloat16, where the device is faster at it: the basis then is off by
+0.4 %, which costs the square of that in residual. The projection onto it is always in float32.
 """
 
 from __future__ import annotations
@@ -13,14 +21,25 @@ from dataclasses import dataclass
 
 import torch
 
-COLD_PASSES = 4
-WARM_PASSES = 2
+COLD_PASSES = 6
+WARM_PASSES = 1
 MIN_OVERSAMPLING = 16
+
+_SMALLEST = 1e-37  # below this a reciprocal overflows float32
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a call leaves to the next one: ``right`` float32 (in, k), orthonormal, and ``edge``,
+    the smallest of its k singular values, a float32 scalar tensor."""
+
+    right: torch.Tensor
+    edge: torch.Tensor
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """``B @ A`` approximates the matrix; ``basis`` (in, k) float32 orthonormal, or None (exact).
+    """``B @ A`` approximates the matrix; ``basis`` to carry, or None (exact).
 
     ``sigma`` float32 (rank,) descending; ``B`` = U sqrt(sigma) (out, rank); ``A`` = sqrt(sigma) V^T
     (rank, in).
@@ -29,7 +48,7 @@ class LowRank:
     A: torch.Tensor
     B: torch.Tensor
     sigma: torch.Tensor
-    basis: torch.Tensor | None
+    basis: Basis | None
 
 
 def exact(matrix: torch.Tensor, rank: int) -> LowRank:
@@ -42,42 +61,80 @@ def subspace(
     matrix: torch.Tensor,
     rank: int,
     generator: torch.Generator,
-    warm: torch.Tensor | None = None,
+    warm: Basis | None = None,
+    products: torch.dtype = torch.float32,
 ) -> LowRank:
     """Rank-``rank`` approximation of float32 (out, in), rank <= min side.
 
-    ``warm``: an orthonormal basis of (nearly) the leading row space, (in, k), from an earlier
-    call; None draws one from ``generator`` (a CPU generator, so that every device starts alike).
+    ``warm``: the basis of an earlier call for nearly the same matrix; None draws one from
+    ``generator`` (a CPU generator, so that every device starts alike). ``products``: the dtype in
+    which the passes multiply.
     """
     rows, columns = matrix.shape
-    width = min(rank + max(MIN_OVERSAMPLING, rank), rows, columns)
+    width = rank + max(MIN_OVERSAMPLING, rank // 2)
+    if width >= min(rows, columns):
+        return exact(matrix, rank)
+    # Dividing every product by the largest entry keeps squares of sigma inside float32's range.
+    unit = 1 / matrix.abs().amax().clamp_min(_SMALLEST)
+    wide = matrix.to(products)
+
+    def times(thin: torch.Tensor) -> torch.Tensor:
+        return (wide @ thin.to(products)).float() * unit
+
+    def transposed_times(thin: torch.Tensor) -> torch.Tensor:
+        return (wide.T @ thin.to(products)).float() * unit
+
     if warm is None:
-        start = torch.randn((columns, width), generator=generator, dtype=torch.float32)
-        right = start.to(matrix.device)
+        start = torch.randn((rows, width), generator=generator, dtype=torch.float32)
+        right, _ = _orthonormal(transposed_times(start.to(matrix.device)))
+        shift = torch.zeros((), device=matrix.device)
         passes = COLD_PASSES
     else:
-        right = warm
+        right = warm.right
+        shift = (warm.edge * unit).square() / 2
         passes = WARM_PASSES
-    left = _orthonormal(matrix @ right)
-    for _ in range(passes - 1):
-        right = _orthonormal(matrix.T @ left)
-        left = _orthonormal(matrix @ right)
-    # matrix ~ left @ small; the SVD of the thin `small` is that of its triangular factor.
-    basis, triangle = torch.linalg.qr(matrix.T @ left)
-    inner_left, sigma, inner_right = torch.linalg.svd(triangle.T, full_matrices=False)
-    right_vectors = (basis @ inner_right.T).contiguous()
-    return _split(
-        left @ inner_left[:, :rank], sigma[:rank], right_vectors[:, :rank].T, right_vectors
-    )
+    for _ in range(passes):
+        right, smallest = _orthonormal(transposed_times(times(right)) - shift * right)
+        shift = torch.where(smallest > shift, (shift + smallest) / 2, shift)
+    left, _ = _orthonormal(times(right))
+    left, _ = _orthonormal(left)  # twice: the first leaves what float32 lost to conditioning
+    projected = (matrix.T @ left) * unit
+    inner, sigma = _eigen(projected)
+    right = projected @ (inner / sigma.clamp_min(_floor(sigma))).float()
+    sigma = sigma.float() / unit
+    low = _split((left @ inner.float())[:, :rank], sigma[:rank], right[:, :rank].T, None)
+    return LowRank(low.A, low.B, low.sigma, Basis(right, sigma[-1]))
 
 
-def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
-    basis: torch.Tensor = torch.linalg.qr(columns).Q
-    return basis
+def _eigen(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(right singular vectors (k, k), singular values (k,) descending), float64, of float32
+    (n, k) by its Gram matrix: accurate down to 1e-7 of the largest, and quick for thin ones."""
+    gram = (columns.T @ columns).double()
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors.flip(1), values.flip(0).clamp_min(0).sqrt()
+
+
+def _orthonormal(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(an orthonormal basis of the span of float32 (n, k), the smallest singular value)."""
+    vectors, values = _eigen(columns)
+    return columns @ (vectors / values.clamp_min(_floor(values))).float(), values[-1].float()
+
+
+def _floor(values: torch.Tensor) -> torch.Tensor:
+    """Below this a singular value is noise: its direction is left short, not blown up to one."""
+    return (values[0] * 1e-6).clamp_min(_SMALLEST)
 
 
 def _split(
-    left: torch.Tensor, sigma: torch.Tensor, right: torch.Tensor, basis: torch.Tensor | None
+    left: torch.Tensor, sigma: torch.Tensor, right: torch.Tensor, basis: Basis | None
 ) -> LowRank:
     root = sigma.sqrt()
     return LowRank((root[:, None] * right).contiguous(), (left * root).contiguous(), sigma, basis)
+
+
+def fastest_products(device: torch.device) -> torch.dtype:
+    """bfloat16 where ``device`` has instructions for it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if supported() else torch.float32

@@ -26,10 +26,17 @@ from pathlib import Path
 import torch
 
 _SOURCE = Path(__file__).with_name("kernels.c")
-# Reordered sums are wanted (they vectorize); NaN and Inf must keep their meaning.
-_FLAGS = ("-O3", "-ffast-math", "-fno-finite-math-only", "-shared", "-fPIC", "-std=c11")
+# Reordered sums are wanted (they vectorize); NaN and Inf must keep their meaning. Not -ffast-math:
+# up to GCC 12 a library linked with it flushes subnormals to zero in the whole process.
+_FLAGS = (
+    *("-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
+    *("-shared", "-fPIC", "-std=c11"),
+)
 _TUNING = (("-march=native",), ("-mcpu=native",), ())
 _BLOCKS_PER_TASK = 2048
+
+LARGEST_BLOCK = 256
+"""Elements of a block that the kernels have room for."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class UniformQuantizer:
         return self
 
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
-        if self.native and self.scale == "mse" and not rows.is_cuda:
+        fits = self.block_size <= native.LARGEST_BLOCK
+        if self.native and fits and self.scale == "mse" and not rows.is_cuda:
             return self._fit_native(rows, start)
         count, columns = rows.shape
         size = self.block_size

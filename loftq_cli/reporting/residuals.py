@@ -17,11 +17,11 @@ import torch
 from loftq_cli.checkpoint.header import HeaderError, StoredTensor, TensorSpec, read_header
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.reader import TensorFile
-from loftq_cli.errors import InputError, VerificationError
+from loftq_cli.errors import InputError, LoftqError, NonFiniteWeightError, VerificationError
 from loftq_cli.layouts import adapter, make_layout
 from loftq_cli.numerics import native
 from loftq_cli.numerics.alternation import Settings, decompose
-from loftq_cli.numerics.metrics import squared_norm
+from loftq_cli.numerics.metrics import first_non_finite, squared_norm
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
 from loftq_cli.reporting.output import Output, matrix_of, open_output
 
@@ -99,6 +99,9 @@ def recompute(output: Output, model: str) -> dict[str, Norms]:
             )
         with TensorFile(path) as file:
             weight = file.read(tensor).float()
+        bad = first_non_finite(weight)
+        if bad is not None:
+            raise NonFiniteWeightError(f"{model}: tensor {name!r} holds {bad[1]} at {list(bad[0])}")
         norms[name] = _norms(output, record, weight, stored)
     return norms
 
@@ -129,11 +132,16 @@ def _norms(
         matrix.block_size,
         cast(Scale, recipe["scale"]),
         layout.scale_dtype,
-        native=recipe["kernels"] == "native" and native.available(),
+        native=recipe["kernels"].startswith("native") and native.available(),
     )
-    plain = decompose(
-        weight, quantizer, Settings(rank=1, iters=0, backbone_dtype=layout.rounding(matrix))
-    )
+    settings = Settings(rank=1, iters=0, backbone_dtype=layout.rounding(matrix))
+    try:
+        plain = decompose(weight, quantizer, settings)
+    except LoftqError as error:  # the weights that were converted could be quantized
+        raise InputError(
+            f"tensor {matrix.name!r}: {error.message}",
+            hint="give the checkpoint that was converted",
+        ) from error
     return Norms(plain.weight_norm, plain.quantized_norm, final)
 
 

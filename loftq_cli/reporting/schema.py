@@ -67,6 +67,11 @@ def _minimum(value: Any, least: float, schema: Mapping[str, Any], path: str) -> 
         yield f"{path}: {value} is below {least}"
 
 
+def _maximum(value: Any, most: float, schema: Mapping[str, Any], path: str) -> Iterator[str]:
+    if _is_number(value) and value > most:
+        yield f"{path}: {shown(value)} is above {most}"
+
+
 def _above(value: Any, bound: float, schema: Mapping[str, Any], path: str) -> Iterator[str]:
     if _is_number(value) and value <= bound:
         yield f"{path}: {value} is not above {bound}"
@@ -124,6 +129,7 @@ _CHECKS: dict[str, Callable[[Any, Any, Mapping[str, Any], str], Iterator[str]]] 
     "const": _const,
     "minimum": _minimum,
     "exclusiveMinimum": _above,
+    "maximum": _maximum,
     "pattern": _pattern,
     "minItems": _fewest,
     "maxItems": _most,

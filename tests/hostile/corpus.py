@@ -1,0 +1,262 @@
+"""Checkpoints that lie, one builder each: a name, what is wrong, and a word the message holds."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tests import checkpoints
+from tests.makers import container, entry, shorten
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+Build = Callable[[Path], object]
+CORPUS: dict[str, tuple[Build, str]] = {}
+
+
+def case(word: str) -> Callable[[Build], Build]:
+    """Enter a builder into the corpus; it gets the directory of a good checkpoint to spoil."""
+
+    def enter(build: Build) -> Build:
+        CORPUS[build.__name__] = (build, word)
+        return build
+
+    return enter
+
+
+def raw_header(directory: Path, header: object, data: bytes = b"", **options: Any) -> None:
+    (directory / SINGLE).write_bytes(container(header, data, **options))
+
+
+def index(directory: Path, weight_map: object) -> None:
+    (directory / SINGLE).unlink()
+    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def with_tensor(directory: Path, name: str, tensor: torch.Tensor) -> None:
+    save_file(checkpoints.llama() | {name: tensor}, directory / SINGLE)
+
+
+@case("cut short")
+def truncated(directory: Path) -> None:
+    shorten(directory / SINGLE)
+
+
+@case("bytes after its last tensor")
+def trailing_bytes(directory: Path) -> None:
+    with (directory / SINGLE).open("ab") as file:
+        file.write(b"#!/bin/sh\n")
+
+
+@case("100 MB")
+def header_of_eight_exabytes(directory: Path) -> None:
+    raw_header(directory, b"{}", length=2**63 - 1)
+
+
+@case("the file ends after")
+def header_longer_than_the_file(directory: Path) -> None:
+    raw_header(directory, b"{}", length=90_000_000)
+
+
+@case("nested too deeply")
+def bracket_bomb_header(directory: Path) -> None:
+    raw_header(directory, b'{"a":' + b"[" * 1_000_000)
+
+
+@case("nested too deeply")
+def bracket_bomb_config(directory: Path) -> None:
+    (directory / CONFIG).write_bytes(b"[" * 1_000_000)
+
+
+@case("nested too deeply")
+def bracket_bomb_that_parses(directory: Path) -> None:
+    (directory / CONFIG).write_bytes(b'{"a":' + b"[" * 500 + b"]" * 500 + b"}")
+
+
+@case("Exceeds the limit")
+def number_bomb(directory: Path) -> None:
+    (directory / CONFIG).write_bytes(b'{"a":' + b"9" * 1_000_000 + b"}")
+
+
+@case("too large")
+def shape_bomb(directory: Path) -> None:
+    raw_header(directory, {"model.layers.0.a.weight": entry("F32", [2**61 - 1] * 200_000, 0, 0)})
+
+
+@case("takes")
+def petabyte_matrix(directory: Path) -> None:
+    shape = [2**25, 2**25]
+    raw_header(directory, {"model.layers.0.a.weight": entry("F32", shape, 0, 64)}, bytes(64))
+
+
+@case("is not a list of sizes")
+def negative_sides(directory: Path) -> None:
+    raw_header(directory, {"model.layers.0.a.weight": entry("F32", [-4, -4], 0, 64)}, bytes(64))
+
+
+@case("overlaps")
+def two_tensors_over_the_same_bytes(directory: Path) -> None:
+    names = ("model.layers.0.a.weight", "model.layers.0.b.weight")
+    raw_header(directory, {name: entry("F32", [4, 4], 0, 64) for name in names}, bytes(64))
+
+
+@case("occurs twice")
+def one_tensor_with_two_meanings(directory: Path) -> None:
+    text = json.dumps(entry("F32", [4, 4], 0, 64))
+    raw_header(directory, f'{{"a": {text}, "a": {text}}}'.encode(), bytes(64))
+
+
+@case("occurs twice")
+def config_with_two_meanings(directory: Path) -> None:
+    (directory / CONFIG).write_text('{"model_type": "llama", "model_type": "gpt2"}')
+
+
+@case("not valid Unicode")
+def surrogate_in_a_tensor_name(directory: Path) -> None:
+    raw_header(directory, {"model.layers.0.\ud800.weight": entry("F32", [4, 4], 0, 64)}, bytes(64))
+
+
+@case("not valid Unicode")
+def surrogate_in_the_config(directory: Path) -> None:
+    (directory / CONFIG).write_text('{"name": "\\ud800"}')
+
+
+@case("\\x1b[2J")
+def terminal_escape_in_a_tensor_name(directory: Path) -> None:
+    raw_header(directory, {"\x1b[2J\r\x07": entry("F31", [4, 4], 0, 64)}, bytes(64))
+
+
+@case("not a file beside it")
+def index_that_climbs(directory: Path) -> None:
+    (directory.parent / "outside.safetensors").write_bytes((directory / SINGLE).read_bytes())
+    index(directory, {"model.layers.0.a.weight": "../outside.safetensors"})
+
+
+@case("not a file beside it")
+def index_to_the_system(directory: Path) -> None:
+    index(directory, {"model.layers.0.a.weight": "/etc/passwd"})
+
+
+@case("not a file beside it")
+def index_to_a_name_that_no_system_can_spell(directory: Path) -> None:
+    index(directory, {"model.layers.0.a.weight": "\ud800"})
+
+
+@case("cannot be read: File name too long")
+def index_to_a_name_that_is_too_long(directory: Path) -> None:
+    index(directory, {"model.layers.0.a.weight": "x" * 300})
+
+
+@case("config.json: not a safetensors file")
+def index_to_the_config(directory: Path) -> None:
+    index(directory, {"model.layers.0.a.weight": "config.json"})
+
+
+@case("no weight_map")
+def index_without_a_map(directory: Path) -> None:
+    index(directory, ["model.safetensors"])
+
+
+@case("not a regular file")
+def pipe_for_weights(directory: Path) -> None:
+    (directory / SINGLE).unlink()
+    os.mkfifo(directory / SINGLE)
+
+
+@case("not a regular file")
+def pipe_for_a_config(directory: Path) -> None:
+    (directory / CONFIG).unlink()
+    os.mkfifo(directory / CONFIG)
+
+
+@case("not a regular file")
+def endless_device_for_a_config(directory: Path) -> None:
+    (directory / CONFIG).unlink()
+    (directory / CONFIG).symlink_to("/dev/zero")
+
+
+@case("config.json")
+def link_to_itself(directory: Path) -> None:
+    (directory / CONFIG).unlink()
+    (directory / CONFIG).symlink_to(CONFIG)
+
+
+@case("larger than 100 MB")
+def huge_config(directory: Path) -> None:
+    os.truncate(directory / CONFIG, 100_000_001)
+
+
+class Bomb:
+    """Unpickling it would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@case("not a safetensors file")
+def pickle_under_another_name(directory: Path) -> None:
+    (directory / SINGLE).write_bytes(pickle.dumps(Bomb(directory.parent / "exploded")))
+
+
+@case("not a safetensors file")
+def torch_archive_under_another_name(directory: Path) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps(Bomb(directory.parent / "exploded")))
+    (directory / SINGLE).write_bytes(archive.getvalue())
+
+
+@case("pickled")
+def pickle_as_such(directory: Path) -> None:
+    (directory / SINGLE).unlink()
+    content = pickle.dumps(Bomb(directory.parent / "exploded"))
+    (directory / "pytorch_model.bin").write_bytes(content)
+
+
+@case("architectures")
+def architectures_of_another_type(directory: Path) -> None:
+    (directory / CONFIG).write_text('{"architectures": {"0": "LlamaForCausalLM"}}')
+
+
+@case("already taken")
+def tensor_in_the_place_of_an_output(directory: Path) -> None:
+    with_tensor(directory, "model.layers.0.mlp.up_proj.weight.absmax", torch.zeros(2))
+
+
+@case("holds nan at [1, 2]")
+def a_nan(directory: Path) -> None:
+    weight = torch.ones(64, 64)
+    weight[1, 2] = float("nan")
+    with_tensor(directory, "model.layers.0.self_attn.q_proj.weight", weight)
+
+
+@case("holds -inf at [63, 63]")
+def an_infinity(directory: Path) -> None:
+    weight = torch.ones(64, 64)
+    weight[63, 63] = -float("inf")
+    with_tensor(directory, "model.layers.0.self_attn.q_proj.weight", weight)
+
+
+@case("quantized already")
+def quantized_already(directory: Path) -> None:
+    (directory / CONFIG).write_text('{"quantization_config": {"quant_method": "gptq"}}')
+
+
+@case("quantized already")
+def float8_weights(directory: Path) -> None:
+    weight = torch.zeros(64, 64, dtype=torch.float8_e4m3fn)
+    with_tensor(directory, "model.layers.0.self_attn.q_proj.weight", weight)

@@ -1,0 +1,50 @@
+"""Decoders of single matrices, written from the definitions of the formats, one code at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+Tensors = Mapping[str, torch.Tensor]
+Matrix = list[list[float]]
+
+
+def gptq(tensors: Tensors, module: str, bits: int) -> Matrix:
+    """w[o][i] = scales[g][o] * (code - (qzero + 1)), as GPTQ-for-LLaMa's format says."""
+    codes = [_fields(column, 32, bits) for column in tensors[f"{module}.qweight"].T.tolist()]
+    zeros = [_fields(row, 32, bits) for row in tensors[f"{module}.qzeros"].tolist()]
+    scales, groups = tensors[f"{module}.scales"].tolist(), tensors[f"{module}.g_idx"].tolist()
+    return [
+        [scales[g][o] * (code - zeros[g][o] - 1) for g, code in zip(groups, row, strict=True)]
+        for o, row in enumerate(codes)
+    ]
+
+
+def loftq(tensors: Tensors, name: str, shape: tuple[int, int], entry: Mapping[str, Any]) -> Matrix:
+    """docs/output-format.md; ``entry`` is the module's in the quantization_config."""
+    rows, columns = shape
+    bits, size = entry["bits"], entry["block_size"]
+    codes = _fields(tensors[name].tolist(), 8, bits)
+    scales = tensors[f"{name}_scales"].tolist()
+    if entry["decoding"] == "codebook":
+        levels = tensors[f"{name}_levels"].tolist()
+        flat = [scales[k // size if size else 0] * levels[codes[k]] for k in range(rows * columns)]
+        return [flat[row * columns :][:columns] for row in range(rows)]
+    zeros = _fields(tensors[f"{name}_zeros"].tolist(), 8, bits)
+    groups = -(-columns // size)
+    return [
+        [
+            scales[row * groups + column // size]
+            * (codes[row * columns + column] - zeros[row * groups + column // size])
+            for column in range(columns)
+        ]
+        for row in range(rows)
+    ]
+
+
+def _fields(words: list[int], width: int, bits: int) -> list[int]:
+    """The fields of a row of words: the first in the lowest bits, running on across words."""
+    stream = sum((word % 2**width) << (width * number) for number, word in enumerate(words))
+    return [(stream >> (bits * k)) % 2**bits for k in range(len(words) * width // bits)]

@@ -1,0 +1,226 @@
+"""Settings: what is allowed, what a preset supplies, and what the fingerprint depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from loftq_cli.errors import UsageError
+from loftq_cli.recipe import (
+    BITS,
+    BLOCK_SIZES,
+    DENSE_DTYPES,
+    LAYOUTS,
+    METHODS,
+    ORDERS,
+    PRESETS,
+    SCALES,
+    SVDS,
+    Options,
+    Recipe,
+    fingerprint,
+)
+
+RECIPE = Recipe(
+    bits=4,
+    method="nf",
+    rank=16,
+    iters=5,
+    block_size=64,
+    layout="bnb",
+    layout_fallback=None,
+    scale="mse",
+    order="quantize-first",
+    svd="fast",
+    keep="best",
+    include=("a", "b"),
+    exclude=(),
+    lora_alpha=None,
+    adapter_dtype="source",
+    dense_dtype="source",
+    device="cpu",
+    threads=2,
+    seed=0,
+    kernels="eager",
+)
+SOURCES = [("config.json", 10, "aa"), ("model.safetensors", 20, "bb")]
+
+
+def usage_error(**settings: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        Options.from_settings(settings).resolve()
+    assert caught.value.exit_code == 2
+    return caught.value.message
+
+
+def test_the_defaults_are_those_documented():
+    resolved = Options().resolve()
+    assert (resolved.bits, resolved.rank, resolved.iters, resolved.block_size) == (4, 16, 5, 64)
+    assert (resolved.method, resolved.layout, resolved.device) == ("auto", "auto", "auto")
+    assert (resolved.scale, resolved.order, resolved.svd) == ("mse", "quantize-first", "fast")
+    assert (resolved.adapter_dtype, resolved.dense_dtype) == ("source", "source")
+    assert (resolved.lora_alpha, resolved.threads, resolved.seed) == (None, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("bits", BITS),
+        ("method", METHODS),
+        ("block_size", BLOCK_SIZES),
+        ("layout", LAYOUTS),
+        ("scale", SCALES),
+        ("order", ORDERS),
+        ("svd", SVDS),
+        ("adapter_dtype", DENSE_DTYPES),
+        ("dense_dtype", DENSE_DTYPES),
+        ("preset", PRESETS),
+    ],
+)
+def test_choices(name, choices):
+    for choice in choices:
+        assert getattr(Options.from_settings({name: choice}).resolve(), name) == choice
+    for wrong in (0, -4, 5, "", "NF", "mse ", True):
+        message = usage_error(**{name: wrong})
+        assert message.startswith(f"--{name.replace('_', '-')} {wrong}: not one of ")
+        assert all(str(choice) in message for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("name", "lowest", "highest"),
+    [
+        ("rank", 1, 65_536),
+        ("iters", 0, 1_000),
+        ("seed", 0, 2**63 - 1),
+        ("threads", 1, 1024),
+    ],
+)
+def test_ranges(name, lowest, highest):
+    for value in (lowest, highest):
+        assert getattr(Options.from_settings({name: value}).resolve(), name) == value
+    for wrong in (lowest - 1, highest + 1, -(10**30), 1.5, float("nan"), "3", True):
+        assert usage_error(**{name: wrong}) == (
+            f"--{name} {wrong}: must be a whole number from {lowest} to {highest}"
+        )
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0, -1, float("nan"), float("inf"), float("-inf")])
+def test_lora_alpha_is_a_positive_number(alpha):
+    assert usage_error(lora_alpha=alpha) == f"--lora-alpha {alpha}: must be a positive number"
+    assert Options(lora_alpha=0.5).resolve().lora_alpha == 0.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ("bit", "did you mean 'bits'?"),
+        ("blocksize", "did you mean 'block_size'?"),
+        ("block-size", "did you mean 'block_size'?"),
+        ("lora_alfa", "did you mean 'lora_alpha'?"),
+        ("xyzzy", ""),
+    ],
+)
+def test_an_unknown_setting_shows_a_near_name(wrong, hint):
+    with pytest.raises(UsageError) as caught:
+        Options.from_settings({"bits": 2, wrong: 4})
+    assert caught.value.message == f"unknown setting {wrong!r}"
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize("name", ["include", "exclude"])
+def test_one_pattern_or_several(name):
+    for given, expected in (
+        ("*.q_proj.weight", ("*.q_proj.weight",)),
+        (["a", "b"], ("a", "b")),
+        ((), ()),
+        (None, ()),
+    ):
+        options = Options.from_settings({name: given} if given is not None else {})
+        assert getattr(options, name) == expected
+
+
+def test_the_preset_paper_is_the_reference_code():
+    resolved = Options(preset="paper").resolve()
+    assert (resolved.method, resolved.scale, resolved.svd, resolved.keep) == (
+        "nf",
+        "absmax",
+        "exact",
+        "last",
+    )
+    assert (resolved.bits, resolved.rank, resolved.iters) == (4, 16, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("method", "uniform"), ("scale", "mse"), ("svd", "fast"), ("bits", 2)]
+)
+def test_an_explicit_option_wins_over_the_preset(name, value):
+    paper = dataclasses.asdict(Options(preset="paper").resolve())
+    resolved = dataclasses.asdict(Options.from_settings({"preset": "paper", name: value}).resolve())
+    assert resolved == paper | {name: value}
+
+
+@pytest.mark.parametrize("method", ["uniform-block", "uniform-tensor"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_methods_with_a_scale_of_their_own_refuse_another(method, scale):
+    assert usage_error(method=method, scale=scale) == (
+        f"--scale does not apply to --method {method}, which fixes its own"
+    )
+    assert Options(method=method, preset="paper").resolve().method == method
+
+
+def test_resolving_twice_changes_nothing():
+    resolved = Options(bits=2, preset="paper", include=("a",)).resolve()
+    assert resolved.resolve() == resolved
+
+
+def test_a_recipe_is_json_and_holds_every_field():
+    as_dict = RECIPE.as_dict()
+    assert set(as_dict) == {field.name for field in dataclasses.fields(Recipe)}
+    assert json.loads(json.dumps(as_dict)) == as_dict
+    assert as_dict["include"] == ["a", "b"]
+
+
+def test_the_fallback_differs_in_the_layout_and_says_why():
+    changed = dataclasses.replace(RECIPE, layout="gptq").with_fallback()
+    assert changed == dataclasses.replace(RECIPE, layout="loftq", layout_fallback="float16-range")
+
+
+def test_the_fingerprint_ignores_the_order_of_keys_and_files():
+    expected = fingerprint(RECIPE.as_dict(), SOURCES)
+    reordered = dict(reversed(RECIPE.as_dict().items()))
+    assert fingerprint(reordered, SOURCES[::-1]) == expected
+    assert len(expected) == 64
+
+
+def test_the_fingerprint_is_of_these_bytes():
+    """What is hashed is part of the format: journals and manifests of older versions hold it."""
+    recipe = {"bits": 4, "method": "nf"}
+    # printf '{"recipe":{"bits":4,"method":"nf"},"sources":[["m",3,"aa"]]}' | sha256sum
+    assert fingerprint(recipe, [("m", 3, "aa")]) == (
+        "da05edd06672c67fb9d0410bdba1c1efc103f7cc08f7e697c8ec4371335601fe"
+    )
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Recipe), ids=lambda field: field.name)
+def test_the_fingerprint_changes_with_every_setting(field):
+    old = getattr(RECIPE, field.name)
+    new = {int: 7, str: "other", tuple: ("other",), type(None): 3}[type(old)]
+    changed = dataclasses.replace(RECIPE, **{field.name: new})
+    assert fingerprint(changed.as_dict(), SOURCES) != fingerprint(RECIPE.as_dict(), SOURCES)
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        SOURCES[:1],
+        [*SOURCES, ("z", 1, "cc")],
+        [("config.json", 11, "aa"), SOURCES[1]],
+        [("config.json", 10, "ab"), SOURCES[1]],
+        [("config2.json", 10, "aa"), SOURCES[1]],
+    ],
+)
+def test_the_fingerprint_changes_with_the_source(sources):
+    assert fingerprint(RECIPE.as_dict(), sources) != fingerprint(RECIPE.as_dict(), SOURCES)
