@@ -109,10 +109,10 @@ class Options:
         patterns = {name: _patterns(name, settings.get(name)) for name in ("include", "exclude")}
         return Options(**{**settings, **patterns})
 
-    def resolve(self) -> Options:
-        """These options with preset and defaults filled in and every range checked.
+    def resolve(self) -> Settings:
+        """The settings that these options, the preset and the defaults make, every range checked.
 
-        Raises UsageError. ``method``, ``layout`` and ``device`` may still be "auto".
+        Raises UsageError.
         """
         if self.preset not in PRESETS:
             raise UsageError(f"--preset {self.preset}: not one of {', '.join(PRESETS)}")
@@ -121,18 +121,45 @@ class Options:
         method = given.get("method", supplied["method"])
         if method in FIXED_SCALE_METHODS and "scale" in given:
             raise UsageError(f"--scale does not apply to --method {method}, which fixes its own")
-        options = Options(**{**supplied, **given})
+        del given["preset"]
+        settings = Settings(**{**supplied, **given})
         for name, choices in _CHOICES.items():
-            _check_choice(name, getattr(options, name), choices)
-        _check_range("rank", options.rank, 1, MAX_RANK)
-        _check_range("iters", options.iters, 0, MAX_ITERS)
-        _check_range("seed", options.seed, 0, 2**63 - 1)
-        if options.threads is not None:
-            _check_range("threads", options.threads, 1, 1024)
-        alpha = options.lora_alpha
+            _check_choice(name, getattr(settings, name), choices)
+        _check_range("rank", settings.rank, 1, MAX_RANK)
+        _check_range("iters", settings.iters, 0, MAX_ITERS)
+        _check_range("seed", settings.seed, 0, 2**63 - 1)
+        if settings.threads is not None:
+            _check_range("threads", settings.threads, 1, 1024)
+        alpha = settings.lora_alpha
         if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
             raise UsageError(f"--lora-alpha {alpha}: must be a positive number")
-        return options
+        return settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting has a value, but ``method``, ``layout`` and ``device`` may still be "auto",
+    which the checkpoint and the machine decide. ``lora_alpha`` None: the rank; ``threads`` None:
+    all."""
+
+    bits: int
+    method: str
+    rank: int
+    iters: int
+    block_size: int
+    layout: str
+    scale: str
+    order: str
+    svd: str
+    keep: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    lora_alpha: float | None
+    adapter_dtype: str
+    dense_dtype: str
+    device: str
+    threads: int | None
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -141,7 +168,7 @@ class Recipe:
 
     ``lora_alpha`` None means alpha = rank for every matrix; ``scale`` is "fixed" where the method
     defines it; ``device`` is the device type; ``kernels`` the variant of the inner loops
-    (plan.choose_kernels).
+    (choices.choose_kernels).
     ``layout_fallback`` says why layout auto had to leave its first choice while converting.
     """
 

@@ -20,9 +20,10 @@ from loftq_cli.checkpoint.reader import TORCH_DTYPES, ShardReader
 from loftq_cli.checkpoint.source import CONFIG, INDEX
 from loftq_cli.checkpoint.writer import GrowingShard
 from loftq_cli.conversion import manifest as manifests
+from loftq_cli.conversion.choices import parse_kernels
 from loftq_cli.conversion.journal import Identity, Journal, Unit
 from loftq_cli.conversion.observer import Observer
-from loftq_cli.conversion.plan import Plan, PlannedMatrix, PlannedShard, parse_kernels
+from loftq_cli.conversion.plan import Plan, PlannedMatrix, PlannedShard
 from loftq_cli.conversion.workspace import Workspace
 from loftq_cli.errors import (
     EnvironmentFailure,

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.source import Shard, Source
 from loftq_cli.checkpoint.writer import place
+from loftq_cli.conversion.choices import (
+    choose_device,
+    choose_kernels,
+    choose_layout,
+    count_cpus,
+    resolve_method,
+)
 from loftq_cli.conversion.selection import Selection, select, stacks
-from loftq_cli.errors import CorruptFileError, EnvironmentFailure, LayoutError, UsageError
+from loftq_cli.errors import CorruptFileError
 from loftq_cli.layouts import Layout, adapter, make_layout
 from loftq_cli.layouts.base import Matrix, Surroundings
-from loftq_cli.numerics import lowrank, native
-from loftq_cli.recipe import FIXED_SCALE_METHODS, Options, Recipe, fingerprint
+from loftq_cli.recipe import FIXED_SCALE_METHODS, Recipe, Settings, fingerprint
 
 _ADAPTER_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -128,41 +132,43 @@ def source_identity(source: Source) -> list[tuple[str, int, str]]:
     return identity + [(file.name, file.size, file.sha256) for file in small]
 
 
-def make_plan(source: Source, options: Options) -> Plan:
-    """Settle every automatic choice. ``options`` must be resolved.
+def make_plan(source: Source, settings: Settings) -> Plan:
+    """Settle every automatic choice.
 
     Raises UsageError and its kin (exit 2) for settings that this checkpoint cannot have, and
     InputError (exit 3) for checkpoints that cannot be converted.
     """
-    selection = select(source.tensors, source.config.content, options.include, options.exclude)
-    device = _device(_given(options.device))
-    method = resolve_method(options)
-    matrices = [_matrix(tensor, method, options) for tensor in selection.matrices]
+    selection = select(source.tensors, source.config.content, settings.include, settings.exclude)
+    device = choose_device(settings.device)
+    method = resolve_method(settings)
+    matrices = [
+        _matrix(tensor, method, settings.bits, settings.block_size) for tensor in selection.matrices
+    ]
     surroundings = _surroundings(source, selection)
-    layout_name, note = _choose_layout(options, method, matrices, surroundings)
+    layout_name, note = choose_layout(settings, method, matrices, surroundings)
     recipe = Recipe(
-        bits=_given(options.bits),
+        bits=settings.bits,
         method=method,
-        rank=_given(options.rank),
-        iters=_given(options.iters),
-        block_size=_given(options.block_size),
+        rank=settings.rank,
+        iters=settings.iters,
+        block_size=settings.block_size,
         layout=layout_name,
         layout_fallback=None,
-        scale="fixed" if method in FIXED_SCALE_METHODS else _given(options.scale),
-        order=_given(options.order),
-        svd=_given(options.svd),
-        keep=_given(options.keep),
-        include=options.include,
-        exclude=options.exclude,
-        lora_alpha=options.lora_alpha,
-        adapter_dtype=_given(options.adapter_dtype),
-        dense_dtype=_given(options.dense_dtype),
+        scale="fixed" if method in FIXED_SCALE_METHODS else settings.scale,
+        order=settings.order,
+        svd=settings.svd,
+        keep=settings.keep,
+        include=settings.include,
+        exclude=settings.exclude,
+        lora_alpha=settings.lora_alpha,
+        adapter_dtype=settings.adapter_dtype,
+        dense_dtype=settings.dense_dtype,
         device=device.type,
-        threads=options.threads or _cpus(),
-        seed=_given(options.seed),
-        kernels=choose_kernels(device, method, _given(options.scale), _given(options.svd)),
+        threads=settings.threads or count_cpus(),
+        seed=settings.seed,
+        kernels=choose_kernels(device, method, settings.scale, settings.svd),
     )
-    auto = options.layout == "auto"
+    auto = settings.layout == "auto"
     return _assemble(source, recipe, selection, device, auto_layout=auto, layout_note=note)
 
 
@@ -178,16 +184,8 @@ def _assemble(
     layout = make_layout(recipe.layout, recipe.dense_dtype)
     matrices = {}
     for tensor in selection.matrices:
-        out_features, in_features = tensor.shape
-        matrix = Matrix(
-            tensor.name,
-            (out_features, in_features),
-            tensor.dtype,
-            recipe.method,
-            recipe.bits,
-            recipe.block_size,
-        )
-        rank = min(recipe.rank, out_features, in_features)
+        matrix = _matrix(tensor, recipe.method, recipe.bits, recipe.block_size)
+        rank = min(recipe.rank, *matrix.shape)
         matrices[tensor.name] = PlannedMatrix(
             matrix,
             rank,
@@ -228,81 +226,9 @@ def _output_shards(source: Source, matrices: Mapping[str, PlannedMatrix]) -> lis
     return planned
 
 
-def _matrix(tensor: StoredTensor, method: str, options: Options) -> Matrix:
+def _matrix(tensor: StoredTensor, method: str, bits: int, block_size: int) -> Matrix:
     rows, columns = tensor.shape
-    return Matrix(
-        tensor.name,
-        (rows, columns),
-        tensor.dtype,
-        method,
-        _given(options.bits),
-        _given(options.block_size),
-    )
-
-
-def resolve_method(options: Options) -> str:
-    """The method of resolved ``options``: auto is nf at 4 bits and uniform at 2, 3 and 8, so that
-    a decoder's default output loads in stock transformers (bnb, gptq)."""
-    if options.method is not None and options.method != "auto":
-        return options.method
-    if options.layout == "bnb":
-        return "nf"
-    return "nf" if options.bits == 4 and options.layout != "gptq" else "uniform"
-
-
-def choose_kernels(device: torch.device, method: str, scale: str, svd: str) -> str:
-    """The variant of the inner loops, SEARCH+PRODUCTS: the search for scales is "native" where the
-    compiled kernels run it, else "tensor"; products is the dtype of the fast SVD's passes."""
-    searches = scale == "mse" and method not in FIXED_SCALE_METHODS
-    native_search = searches and device.type == "cpu" and native.available()
-    products = lowrank.fastest_products(device) if svd == "fast" else torch.float32
-    return f"{'native' if native_search else 'tensor'}+{str(products).removeprefix('torch.')}"
-
-
-def parse_kernels(kernels: str) -> tuple[bool, torch.dtype]:
-    """(whether the search is native, dtype of the passes) of a recipe's ``kernels``."""
-    search, products = kernels.split("+")
-    return search == "native", {"bfloat16": torch.bfloat16, "float32": torch.float32}[products]
-
-
-def _choose_layout(
-    options: Options, method: str, matrices: Sequence[Matrix], surroundings: Surroundings
-) -> tuple[str, str | None]:
-    """(layout, remark): auto takes what stock consumers load, where it holds every matrix."""
-    if options.layout != "auto":
-        wanted = make_layout(_given(options.layout))
-        obstacles = _obstacles(wanted, matrices, surroundings)
-        if obstacles:
-            raise LayoutError(f"--layout {wanted.name} cannot hold " + "; ".join(obstacles))
-        return wanted.name, None
-    if method == "nf" and options.bits == 4:
-        first = "bnb"
-    elif method == "uniform" and is_decoder_only(surroundings):
-        first = "gptq"
-    else:
-        return "loftq", None
-    obstacles = _obstacles(make_layout(first), matrices, surroundings)
-    if not obstacles:
-        return first, None
-    more = f" (and {len(obstacles) - 1} more)" if len(obstacles) > 1 else ""
-    return "loftq", f"layout loftq, because {first} cannot hold {obstacles[0]}{more}"
-
-
-def _obstacles(layout: Layout, matrices: Sequence[Matrix], surroundings: Surroundings) -> list[str]:
-    described = layout.cannot_describe(surroundings)
-    held = ((matrix.name, layout.cannot_hold(matrix)) for matrix in matrices)
-    return ([f"this model: {described}"] if described else []) + [
-        f"{name}: {reason}" for name, reason in held if reason
-    ]
-
-
-def is_decoder_only(surroundings: Surroundings) -> bool:
-    """Whether config.json names a causal language model with one stack of blocks."""
-    config = surroundings.config
-    architectures = config.get("architectures") or []
-    name = architectures[0] if architectures and isinstance(architectures[0], str) else ""
-    causal = name.endswith(("ForCausalLM", "LMHeadModel"))
-    return causal and not config.get("is_encoder_decoder") and len(surroundings.stacks) == 1
+    return Matrix(tensor.name, (rows, columns), tensor.dtype, method, bits, block_size)
 
 
 def _surroundings(source: Source, selection: Selection) -> Surroundings:
@@ -316,38 +242,8 @@ def _surroundings(source: Source, selection: Selection) -> Surroundings:
     return Surroundings(source.config.content, kept_modules, selected + outside)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise EnvironmentFailure(
-                f"--device {name}: torch sees {count} CUDA devices", hint="use --device cpu"
-            )
-    return device
-
-
-def _cpus() -> int:
-    """The CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _working_set(item: PlannedMatrix) -> int:
     rows, columns = item.matrix.shape
     thin = (rows + columns) * 2 * max(item.rank, 16) * 4 * 4
     source = 0 if item.matrix.dtype == "F32" else 2
     return round(item.matrix.elements * (source + 8 + 0.75)) + thin
-
-
-def _given(value: Any) -> Any:
-    assert value is not None, "options must be resolved"
-    return value

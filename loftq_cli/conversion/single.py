@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from loftq_cli.conversion.plan import choose_kernels, parse_kernels, resolve_method
+from loftq_cli.conversion.choices import choose_kernels, parse_kernels, resolve_method
 from loftq_cli.errors import NonFiniteWeightError, UsageError
 from loftq_cli.numerics.alternation import Decomposition, Settings
 from loftq_cli.numerics.alternation import decompose as alternate
@@ -31,23 +31,23 @@ def decompose(weight: torch.Tensor, options: Options) -> Decomposition:
         raise NonFiniteWeightError(f"weight holds {bad[1]} at {list(bad[0])}", hint="")
     method = resolve_method(resolved)
     scale = cast(Any, resolved.scale)
-    kernels = choose_kernels(weight.device, method, scale, cast(str, resolved.svd))
+    kernels = choose_kernels(weight.device, method, scale, resolved.svd)
     native_search, products = parse_kernels(kernels)
     quantizer = make_quantizer(
         method,
-        cast(int, resolved.bits),
-        cast(int, resolved.block_size),
+        resolved.bits,
+        resolved.block_size,
         scale,
         native=native_search,
     )
     settings = Settings(
-        rank=cast(int, resolved.rank),
-        iters=cast(int, resolved.iters),
+        rank=resolved.rank,
+        iters=resolved.iters,
         order=cast(Any, resolved.order),
         svd=cast(Any, resolved.svd),
         keep=cast(Any, resolved.keep),
         products=products,
         adapter_dtype=weight.dtype,
-        seed=cast(int, resolved.seed),
+        seed=resolved.seed,
     )
     return alternate(weight.detach().to(torch.float32), quantizer, settings)
