@@ -13,6 +13,7 @@ from loftq_cli.recipe import (
     BITS,
     BLOCK_SIZES,
     DENSE_DTYPES,
+    KEEPS,
     LAYOUTS,
     METHODS,
     ORDERS,
@@ -77,7 +78,7 @@ def test_the_defaults_are_those_documented():
         ("svd", SVDS),
         ("adapter_dtype", DENSE_DTYPES),
         ("dense_dtype", DENSE_DTYPES),
-        ("preset", PRESETS),
+        ("keep", KEEPS),
     ],
 )
 def test_choices(name, choices):
@@ -87,6 +88,12 @@ def test_choices(name, choices):
         message = usage_error(**{name: wrong})
         assert message.startswith(f"--{name.replace('_', '-')} {wrong}: not one of ")
         assert all(str(choice) in message for choice in choices)
+
+
+def test_the_presets_are_named_where_one_is_unknown():
+    message = usage_error(preset="papers")
+    assert message.startswith("--preset papers: not one of ")
+    assert all(preset in message for preset in PRESETS)
 
 
 @pytest.mark.parametrize(
@@ -169,11 +176,6 @@ def test_methods_with_a_scale_of_their_own_refuse_another(method, scale):
         f"--scale does not apply to --method {method}, which fixes its own"
     )
     assert Options(method=method, preset="paper").resolve().method == method
-
-
-def test_resolving_twice_changes_nothing():
-    resolved = Options(bits=2, preset="paper", include=("a",)).resolve()
-    assert resolved.resolve() == resolved
 
 
 def test_a_recipe_is_json_and_holds_every_field():
