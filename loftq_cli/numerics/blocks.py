@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-_TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny
+"""The smallest normal float32: its reciprocal is finite."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def multiply_reciprocal(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Ten
     """blocks times (1 / scale) per row, which rounds as bitsandbytes does."""
     divisor = nonzero(scales)
     unit = blocks * divisor.reciprocal()[:, None]
-    tiny = divisor < _TINY  # the reciprocal of a subnormal may overflow
+    tiny = divisor < TINY  # the reciprocal of a subnormal may overflow
     if bool(tiny.any()):
         unit[tiny] = blocks[tiny] / divisor[tiny, None]
     return unit
@@ -114,4 +115,4 @@ def multiply_reciprocal(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Ten
 
 def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """numerator / denominator, finite where the denominator is zero."""
-    return numerator / denominator.clamp_min(_TINY)
+    return numerator / denominator.clamp_min(TINY)

@@ -11,6 +11,7 @@ import torch
 
 from loftq_cli.numerics import native
 from loftq_cli.numerics.blocks import (
+    TINY,
     Fitted,
     Parameters,
     Quantized,
@@ -21,12 +22,7 @@ from loftq_cli.numerics.blocks import (
     ratio,
 )
 from loftq_cli.numerics.codebooks import Table, nearest
-
-REFINEMENTS = 2
-"""Least-squares steps after the grid, or from the previous alternation step's scales."""
-
-GRID = (1.0, 0.9, 0.8, 0.7, 0.6)
-"""Fractions of the largest magnitude that the search for a scale begins with."""
+from loftq_cli.numerics.search import REFINEMENTS, grid
 
 
 @dataclass(frozen=True)
@@ -91,12 +87,7 @@ class CodebookQuantizer:
             normalize = multiply_reciprocal if table.reciprocal else divide
             unit = normalize(blocks, scales)
             if self.scale == "mse":
-                if begin is None:
-                    relative = self._search(unit, table)
-                else:  # clamped: at a scale far too large every code would be zero for good
-                    relative = (begin / nonzero(scales)).clamp_max_(2.0)
-                for _ in range(REFINEMENTS):
-                    relative = self._refine(unit, table, relative)
+                relative = self._search(unit, table, scales, begin)
                 scales = scales * relative
                 unit = unit.div_(nonzero(relative)[:, None])
         codes = nearest(unit, table)
@@ -111,28 +102,33 @@ class CodebookQuantizer:
             table.levels,
             table.boundaries,
             (table.lowest, table.cells_per_unit, table.cell_code.int(), table.cell_boundary),
-            torch.tensor(GRID),
+            torch.tensor(grid(self.bits, warm=start is not None)),
             REFINEMENTS,
             None if start is None else start.scales,
         )
         return Fitted(codes, Parameters(scales, None), values)
 
-    def _search(self, unit: torch.Tensor, table: Table) -> torch.Tensor:
-        """Of a grid of scales, the least-squares scale of the codes that fit best."""
-        best = unit.new_ones(len(unit))
-        best_gain = unit.new_zeros(len(unit))
-        for fraction in GRID:
-            scales = torch.full_like(best, fraction)
-            numerator, denominator = self._products(unit, table, scales)
+    def _search(
+        self, unit: torch.Tensor, table: Table, absmax: torch.Tensor, begin: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Least-squares scales relative to ``absmax``: the best of a grid, refined."""
+        base = torch.ones_like(absmax)
+        if begin is not None:
+            # Clamped: at a scale far too large every code would be zero for good.
+            carried = (begin / nonzero(absmax)).clamp_max_(2.0)
+            base = torch.where(carried > TINY, carried, base)
+        best = base
+        best_gain = torch.zeros_like(base)
+        for multiple in grid(self.bits, warm=begin is not None):
+            numerator, denominator = self._products(unit, table, base * multiple)
             gain = ratio(numerator.square(), denominator)
             better = (gain > best_gain) & (numerator > 0)
             best = torch.where(better, ratio(numerator, denominator), best)
             best_gain = torch.where(better, gain, best_gain)
+        for _ in range(REFINEMENTS):
+            numerator, denominator = self._products(unit, table, best)
+            best = torch.where(numerator > 0, ratio(numerator, denominator), best)
         return best
-
-    def _refine(self, unit: torch.Tensor, table: Table, scales: torch.Tensor) -> torch.Tensor:
-        numerator, denominator = self._products(unit, table, scales)
-        return torch.where(numerator > 0, ratio(numerator, denominator), scales)
 
     def _products(
         self, unit: torch.Tensor, table: Table, scales: torch.Tensor

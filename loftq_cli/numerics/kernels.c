@@ -114,7 +114,7 @@ static void encode(const Table *table, const float *restrict u, int n, float inv
         }
 }
 
-/* `start`: scales to begin at, or NULL to search the grid (fractions of the largest magnitude). */
+/* The grid is of multiples of `start`, or of the largest magnitude where that is NULL. */
 void loftq_codebook(const float *x, int64_t columns, int64_t size, int64_t first, int64_t last,
                     const float *levels, const float *bounds, int count, float lowest,
                     float per_cell, int cells, const int32_t *cell_code, const float *cell_bound,
@@ -135,20 +135,16 @@ void loftq_codebook(const float *x, int64_t columns, int64_t size, int64_t first
             continue;
         }
         for (int i = 0; i < n; i++) unit[i] = source[i] / a;
-        if (start) {
-            scale = start[block] / a;
-            if (!(scale > TINY)) scale = 1.0f;
-            if (scale > 2.0f) scale = 2.0f; /* far too large, every code would stay zero */
-        } else {
-            float gain = 0.0f;
-            scale = 1.0f;
-            for (int g = 0; g < grid_size; g++) {
-                products(&table, unit, n, 1.0f / grid[g], &numerator, &denominator);
-                float ratio = numerator / (denominator > TINY ? denominator : TINY);
-                if (numerator > 0.0f && numerator * ratio > gain) {
-                    gain = numerator * ratio;
-                    scale = ratio;
-                }
+        float base = start ? start[block] / a : 1.0f, gain = 0.0f;
+        if (!(base > TINY)) base = 1.0f;
+        if (base > 2.0f) base = 2.0f; /* far too large, every code would stay zero */
+        scale = base;
+        for (int g = 0; g < grid_size; g++) {
+            products(&table, unit, n, 1.0f / (base * grid[g]), &numerator, &denominator);
+            float ratio = numerator / (denominator > TINY ? denominator : TINY);
+            if (numerator > 0.0f && numerator * ratio > gain) {
+                gain = numerator * ratio;
+                scale = ratio;
             }
         }
         for (int r = 0; r < refinements; r++) {
@@ -180,10 +176,11 @@ static float clamped(float value, float low, float high) {
     return value < low ? low : value > high ? high : value;
 }
 
-/* First of two passes: the best scale (float32, not yet rounded for storage) and zero point. */
+/* First of two passes: the best scale (float32, not yet rounded for storage) and zero point. The
+ * grid is of multiples of `start`, or of the min-max step where that is NULL. */
 void loftq_uniform_fit(const float *x, int64_t columns, int64_t size, int64_t first, int64_t last,
                        int top, const float *grid, int grid_size, int refinements,
-                       const float *start, const float *start_zeros, float *absmax, float *scales,
+                       const float *start, float *absmax, float *scales,
                        float *zeros) {
     int64_t groups = (columns + size - 1) / size;
     float unit[256];
@@ -208,26 +205,21 @@ void loftq_uniform_fit(const float *x, int64_t columns, int64_t size, int64_t fi
         float width = high - low, position = -low * top / width, step = width / top;
         /* Zero point 0 is not used: where it would be nearest, widen the steps to keep the range. */
         if (rintf(position) < 1.0f && high > 0.0f) step = high / (top > 1 ? top - 1 : 1);
-        if (start) {
-            scale = start[block] / a;
-            zero = start_zeros[block];
-            if (!(scale > TINY)) scale = step;
-            if (scale > 1.0f) scale = 1.0f; /* far too large, every code would stay at zero */
-        } else {
-            float gain = 0.0f;
-            scale = step;
-            zero = clamped(rintf(position), 1.0f, top);
-            for (int side = 0; side < 2; side++) {
-                float z = clamped(side ? ceilf(position) : floorf(position), 1.0f, top);
-                for (int g = 0; g < grid_size; g++) {
-                    offset_products(unit, n, 1.0f / (step * grid[g]), -z, top - z, &numerator,
-                                    &denominator);
-                    float ratio = numerator / (denominator > TINY ? denominator : TINY);
-                    if (numerator > 0.0f && numerator * ratio > gain) {
-                        gain = numerator * ratio;
-                        scale = ratio;
-                        zero = z;
-                    }
+        float base = start ? start[block] / a : step, gain = 0.0f;
+        if (!(base > TINY)) base = step;
+        if (base > 1.0f) base = 1.0f; /* far too large, every code would stay at zero */
+        scale = base;
+        zero = clamped(rintf(position), 1.0f, top);
+        for (int side = 0; side < 2; side++) {
+            float z = clamped(side ? ceilf(position) : floorf(position), 1.0f, top);
+            for (int g = 0; g < grid_size; g++) {
+                offset_products(unit, n, 1.0f / (base * grid[g]), -z, top - z, &numerator,
+                                &denominator);
+                float ratio = numerator / (denominator > TINY ? denominator : TINY);
+                if (numerator > 0.0f && numerator * ratio > gain) {
+                    gain = numerator * ratio;
+                    scale = ratio;
+                    zero = z;
                 }
             }
         }

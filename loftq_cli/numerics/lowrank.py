@@ -11,8 +11,9 @@ the previous one ended with, and its shift: the residual changes little from ste
 is enough. What is carried is the orthonormal basis, never V*sqrt(sigma): its columns keep their
 weight however small their sigma.
 
-The passes may multiply in bfloat16, where the device is faster at it: the basis then is off by
-0.4 %, which costs the square of that in residual. The projection onto it is always in float32.
+The products may be in bfloat16, where the device is faster at it. Rounding then moves the basis
+and the projection by 0.4 % at most, which enters the residual squared: 1e-5 of what the adapter
+holds, against a remainder of a third and more.
 """
 
 from __future__ import annotations
@@ -75,14 +76,18 @@ def subspace(
     if width >= min(rows, columns):
         return exact(matrix, rank)
     # Dividing every product by the largest entry keeps squares of sigma inside float32's range.
-    unit = 1 / matrix.abs().amax().clamp_min(_SMALLEST)
+    unit = 1 / torch.linalg.vector_norm(matrix, ord=torch.inf).clamp_min(_SMALLEST)
     wide = matrix.to(products)
 
     def times(thin: torch.Tensor) -> torch.Tensor:
-        return (wide @ thin.to(products)).float() * unit
+        product: torch.Tensor = wide @ thin.to(products)
+        scaled: torch.Tensor = product.float() * unit
+        return scaled
 
     def transposed_times(thin: torch.Tensor) -> torch.Tensor:
-        return (wide.T @ thin.to(products)).float() * unit
+        product: torch.Tensor = wide.T @ thin.to(products)
+        scaled: torch.Tensor = product.float() * unit
+        return scaled
 
     if warm is None:
         start = torch.randn((rows, width), generator=generator, dtype=torch.float32)
@@ -98,7 +103,7 @@ def subspace(
         shift = torch.where(smallest > shift, (shift + smallest) / 2, shift)
     left, _ = _orthonormal(times(right))
     left, _ = _orthonormal(left)  # twice: the first leaves what float32 lost to conditioning
-    projected = (matrix.T @ left) * unit
+    projected = transposed_times(left)
     inner, sigma = _eigen(projected)
     right = projected @ (inner / sigma.clamp_min(_floor(sigma))).float()
     sigma = sigma.float() / unit

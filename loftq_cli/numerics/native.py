@@ -155,13 +155,12 @@ def uniform_fit(
     bits: int,
     grid: torch.Tensor,
     refinements: int,
-    start: tuple[torch.Tensor, torch.Tensor] | None,
+    start: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(absmax, scales, zeros), float32 (blocks,), of groups of ``size`` along each row."""
     rows = rows.contiguous()
     blocks = rows.shape[0] * -(-rows.shape[1] // size)
     absmax, scales, zeros = (torch.empty(blocks) for _ in range(3))
-    start_scales, start_zeros = (None, None) if start is None else start
     function = _function("loftq_uniform_fit")
 
     def work(first: int, last: int) -> None:
@@ -175,8 +174,7 @@ def uniform_fit(
             _pointer(grid),
             ctypes.c_int(grid.numel()),
             ctypes.c_int(refinements),
-            _pointer(start_scales),
-            _pointer(start_zeros),
+            _pointer(start),
             _pointer(absmax),
             _pointer(scales),
             _pointer(zeros),

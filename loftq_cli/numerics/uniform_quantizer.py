@@ -12,6 +12,7 @@ import torch
 from loftq_cli.errors import ScaleRangeError
 from loftq_cli.numerics import native
 from loftq_cli.numerics.blocks import (
+    TINY,
     Fitted,
     Parameters,
     Quantized,
@@ -20,12 +21,7 @@ from loftq_cli.numerics.blocks import (
     nonzero,
     ratio,
 )
-
-REFINEMENTS = 2
-"""Least-squares steps after the grid, or from the previous alternation step's scales."""
-
-GRID = (1.0, 0.9, 0.8, 0.7, 0.6)
-"""Fractions of the min-max range that the search for a scale begins with."""
+from loftq_cli.numerics.search import REFINEMENTS, grid
 
 
 @dataclass(frozen=True)
@@ -67,11 +63,8 @@ class UniformQuantizer:
                 continue
             blocks = rows[:, first * size : first * size + (last - first) * width]
             begin = None
-            if start is not None and start.zeros is not None:
-                begin = tuple(
-                    column.view(count, groups)[:, first:last].reshape(-1).float()
-                    for column in (start.scales, start.zeros)
-                )
+            if start is not None:
+                begin = start.scales.view(count, groups)[:, first:last].reshape(-1).float()
             part = self._fit(blocks.reshape(-1, width), begin)
             area = (slice(None), slice(first * size, first * size + (last - first) * width))
             codes[area] = part.codes.view(count, -1)
@@ -81,21 +74,12 @@ class UniformQuantizer:
             zeros[:, first:last] = part.parameters.zeros.view(count, -1)
         return Fitted(codes, Parameters(scales.view(-1), zeros.view(-1)), values)
 
-    def _fit(self, blocks: torch.Tensor, begin: tuple[torch.Tensor, ...] | None) -> Fitted:
+    def _fit(self, blocks: torch.Tensor, begin: torch.Tensor | None) -> Fitted:
         top = 2**self.bits - 1
         absmax = blocks.abs().amax(dim=1)
         unit = divide(blocks, absmax)
-        if begin is not None and self.scale == "mse":
-            # Clamped: at a scale far too large every code would be zero for good.
-            relative, zeros = (begin[0] / nonzero(absmax)).clamp_max_(1.0), begin[1]
-        else:
-            relative, zeros = self._search(unit, top)
-        if self.scale == "mse":
-            for _ in range(REFINEMENTS):
-                offsets = self._offsets(unit, relative, zeros, top)
-                numerator = torch.linalg.vecdot(unit, offsets)
-                fitted = ratio(numerator, torch.linalg.vecdot(offsets, offsets))
-                relative = torch.where(numerator > 0, fitted, relative)
+        carried = None if begin is None else (begin / nonzero(absmax)).clamp_max_(1.0)
+        relative, zeros = self._search(unit, top, carried)
         scales = self._stored(relative * absmax, absmax)
         stored = scales.float()
         offsets = self._offsets(blocks, stored, zeros, top)
@@ -104,11 +88,10 @@ class UniformQuantizer:
         return Fitted(codes, parameters, offsets.mul_(stored[:, None]))
 
     def _fit_native(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
-        begin = None
-        if start is not None and start.zeros is not None:
-            begin = (start.scales.float(), start.zeros.float())
+        begin = None if start is None else start.scales.float()
+        multiples = torch.tensor(grid(self.bits, warm=start is not None))
         absmax, fitted, zeros = native.uniform_fit(
-            rows, self.block_size, self.bits, torch.tensor(GRID), REFINEMENTS, begin
+            rows, self.block_size, self.bits, multiples, REFINEMENTS, begin
         )
         scales = self._stored(fitted, absmax)
         codes, values = native.uniform_encode(
@@ -133,9 +116,15 @@ class UniformQuantizer:
         offsets = (blocks / nonzero(scales)[:, None]).round_()
         return offsets.clamp_(-zeros[:, None], top - zeros[:, None])
 
-    def _search(self, unit: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _search(
+        self, unit: torch.Tensor, top: int, carried: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(scales, zeros) relative to ``unit``: min-max rounded to the nearest zero point for
-        absmax; for mse the best of a grid, with the zero point on either side."""
+        absmax; for mse the best of a grid, with the zero point on either side, refined.
+
+        ``carried``: the previous step's scales, at most 1 (at a scale far too large every code
+        would stay at zero).
+        """
         low = unit.amin(dim=1).clamp_max_(0)
         high = unit.amax(dim=1).clamp_min_(0)
         width = high - low
@@ -146,19 +135,27 @@ class UniformQuantizer:
         best_zeros = best_zeros.clamp_(1, top)
         if self.scale == "absmax":
             return best, best_zeros
-        step = best
-        best_gain = torch.zeros_like(best)
+        base = best if carried is None else torch.where(carried > TINY, carried, best)
+        best, best_gain = base, torch.zeros_like(base)
         for zeros in (position.floor().clamp_(1, top), position.ceil().clamp_(1, top)):
-            for fraction in GRID:
-                offsets = self._offsets(unit, step * fraction, zeros, top)
-                numerator = torch.linalg.vecdot(unit, offsets)
-                denominator = torch.linalg.vecdot(offsets, offsets)
+            for multiple in grid(self.bits, warm=carried is not None):
+                numerator, denominator = self._products(unit, base * multiple, zeros, top)
                 gain = ratio(numerator.square(), denominator)
                 better = (gain > best_gain) & (numerator > 0)
                 best = torch.where(better, ratio(numerator, denominator), best)
                 best_zeros = torch.where(better, zeros, best_zeros)
                 best_gain = torch.where(better, gain, best_gain)
+        for _ in range(REFINEMENTS):
+            numerator, denominator = self._products(unit, best, best_zeros, top)
+            best = torch.where(numerator > 0, ratio(numerator, denominator), best)
         return best, best_zeros
+
+    def _products(
+        self, unit: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """<x, q> and <q, q> per group, where q are the code - zero chosen at ``scales``."""
+        offsets = self._offsets(unit, scales, zeros, top)
+        return torch.linalg.vecdot(unit, offsets), torch.linalg.vecdot(offsets, offsets)
 
     def assemble(self, codes: torch.Tensor, parameters: Parameters) -> Quantized:
         return Quantized(self.bits, self.block_size, codes, parameters.scales, parameters.zeros)

@@ -1,0 +1,26 @@
+"""Where the search for least-squares scales begins; shared by all quantizers and both kernels.
+
+The first alternation step evaluates a grid of scales and refines the best by least squares. Later
+steps begin beside the previous step's scale, never at it: a least-squares scale is a fixed point
+of its own codes, and an alternation that starts there leaves almost every code where it was.
+Displacing the start by about half the spacing of the levels lets codes move, and every further step
+gains: 1 % of the residual at 2 bits, 2 % at 3 and 4 (docs/algorithm.md).
+"""
+
+from __future__ import annotations
+
+REFINEMENTS = 2
+"""Least-squares steps after the best start."""
+
+COLD_GRID = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Multiples of absmax (codebooks) or of the min-max step (uniform)."""
+
+_DISPLACEMENTS = {2: 0.15, 3: 0.12, 4: 0.05, 8: 0.004}
+
+
+def grid(bits: int, *, warm: bool) -> tuple[float, ...]:
+    """Multiples of the base scale to begin at: of the previous step's where ``warm``."""
+    if not warm:
+        return COLD_GRID
+    displacement = _DISPLACEMENTS[bits]
+    return (1 - displacement, 1 + displacement)

@@ -1,0 +1,117 @@
+"""The manual and the help texts say what there is, and their examples work."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from loftq_cli import errors
+from loftq_cli.checkpoint import hub
+from loftq_cli.checkpoint.hub import HubSnapshot
+from loftq_cli.cli import main
+from loftq_cli.version import VERSION
+from tests.cli.common import Command
+
+HERE = Path(__file__).parent
+MANUAL = (HERE.parents[1] / "docs/cli.md").read_text("utf-8")
+TESTS = "".join(path.read_text("utf-8") for path in sorted(HERE.glob("test_*.py")))
+OPTIONS = [
+    pytest.param(name, option, id=f"{name} {option}")
+    for name, command in main.commands.items()
+    for parameter in command.params
+    if isinstance(parameter, click.Option)
+    for option in parameter.opts
+]
+
+every_command = pytest.mark.parametrize("name", main.commands)
+
+
+def section(command: str) -> str:
+    """The manual's chapter on a command."""
+    found = re.search(rf"^## loftq {command}$(.*?)(?=^## |\Z)", MANUAL, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"docs/cli.md has no chapter `## loftq {command}`"
+    return found.group(1)
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS)
+def test_every_option_is_in_the_manual_and_in_a_test(command: str, option: str) -> None:
+    assert re.search(rf"`[^`]*(?<![\w-]){option}(?![\w-])", section(command))
+    assert f'"{option}"' in TESTS
+
+
+def test_the_manual_names_no_option_that_does_not_exist() -> None:
+    known = {
+        option
+        for command in [main, *main.commands.values()]
+        for parameter in command.params
+        for option in parameter.opts
+    }
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", MANUAL)) <= known | {"--help"}
+
+
+@pytest.mark.parametrize("command", ["convert"])
+def test_the_manual_lists_every_choice_of_an_option(command: str) -> None:
+    for parameter in main.commands[command].params:
+        if isinstance(parameter.type, click.Choice):
+            rows = [line for line in section(command).splitlines() if parameter.opts[-1] in line]
+            for choice in parameter.type.choices:
+                assert any(f"`{choice}`" in row for row in rows), f"{parameter.opts[-1]} {choice}"
+
+
+def test_the_manual_lists_every_exit_code() -> None:
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", MANUAL, re.MULTILINE)}
+    raised = {
+        error.exit_code
+        for error in vars(errors).values()
+        if isinstance(error, type) and issubclass(error, errors.LoftqError)
+    }
+    assert listed == raised | {0, 130, 143}
+
+
+def test_the_examples_of_the_manual_work(
+    place: Path, loftq: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(repo_id: str, revision: str | None = None, **options: Any) -> HubSnapshot:
+        return HubSnapshot(place / "model", repo_id, "0" * 40, None)
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    (place / "model").rename(place / "my-model")
+    (place / "model").symlink_to("my-model")
+    examples = re.findall(r"^\$ loftq (.*)$", MANUAL, re.MULTILINE)
+    assert len(examples) >= len(main.commands)
+    for example in examples:
+        result = loftq(*shlex.split(example, comments=True))
+        assert result.exit_code == 0, f"loftq {example}: {result.stderr}"
+
+
+@every_command
+def test_every_help_text_has_an_example(name: str, loftq: Command) -> None:
+    for flag in ("--help", "-h"):
+        result = loftq(name, flag)
+        assert result.exit_code == 0
+        assert re.search(rf"^ +loftq {name}\b", result.stdout, re.MULTILINE)
+
+
+def test_the_general_help_lists_the_commands(loftq: Command) -> None:
+    text = loftq("--help").stdout
+    for name in main.commands:
+        assert f"  {name}" in text
+    assert "loftq convert" in text
+
+
+def test_the_version(loftq: Command) -> None:
+    assert loftq("--version").stdout == f"loftq, version {VERSION}\n"
+    assert importlib.metadata.version("loftq-cli") == VERSION
+
+
+def test_the_command_is_installed_under_its_name() -> None:
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="loftq")
+    assert entry.load() is main

@@ -1,0 +1,258 @@
+"""Every way to fail: one line on stderr, the right exit code, nothing on stdout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+
+import loftq_cli.conversion.run
+import loftq_cli.reporting.inspect
+from tests import checkpoints
+from tests.cli.common import QUICK, Command
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--bits", "5"], "--bits 5: not one of 2, 3, 4, 8"),
+        (["--bits", "0"], "--bits 0"),
+        (["--rank", "0"], "--rank 0: must be a whole number from 1"),
+        (["--rank", "-1"], "--rank -1"),
+        (["--iters", "-1"], "--iters -1: must be a whole number from 0"),
+        (["--block-size", "48"], "--block-size 48: not one of 32, 64, 128, 256"),
+        (["--threads", "0"], "--threads 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--lora-alpha", "0"], "--lora-alpha 0"),
+        (["--lora-alpha", "nan"], "--lora-alpha nan"),
+        (["--device", "tpu"], "--device tpu: use auto, cpu, cuda or cuda:N"),
+        (["--method", "uniform-block", "--scale", "mse"], "--scale does not apply"),
+        (["--include", "*nothing*"], "--include '*nothing*' matches no tensor"),
+        (["--exclude", "*nothing*"], "--exclude '*nothing*' matches no tensor"),
+        (["--layout", "bnb", "--bits", "2"], "--layout bnb cannot hold"),
+        (["--output", "model/out"], "inside the input"),
+    ],
+)
+def test_bad_settings_are_usage_errors(words: list[str], said: str, loftq: Command) -> None:
+    result = loftq("convert", "model", *words)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("loftq: error: ")
+    assert said in line
+    assert os.listdir() == ["model"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert"],
+        ["convert", "model", "--bits", "four"],
+        ["convert", "model", "--method", "best"],
+        ["convert", "model", "--nonsense"],
+        ["convert", "model", "another"],
+        ["inspect", "--nonsense"],
+        ["error-report", "--json", "--csv"],
+        ["nonsense"],
+        ["--nonsense"],
+    ],
+)
+def test_what_click_refuses_is_a_usage_error_too(words: list[str], loftq: Command) -> None:
+    result = loftq(*words)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Error: " in result.stderr
+
+
+def empty(path: Path) -> None:
+    path.mkdir()
+
+
+def only_pickles(path: Path) -> None:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def lacks_a_shard(path: Path) -> None:
+    checkpoints.write(path, checkpoints.llama(), cuts=(4,))
+    (path / "model-00002-of-00002.safetensors").unlink()
+
+
+def holds_nan(path: Path) -> None:
+    tensors = checkpoints.llama()
+    tensors["model.layers.0.mlp.up_proj.weight"][1, 2] = torch.nan
+    checkpoints.write(path, tensors)
+
+
+def quantized_already(path: Path) -> None:
+    checkpoints.write(path, checkpoints.llama(), {"quantization_config": {"quant_method": "awq"}})
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (None, "./bad: no such file or directory"),
+        (Path.touch, "is a file, not a directory"),
+        (empty, "no model.safetensors"),
+        (only_pickles, "pytorch_model.bin"),
+        (lacks_a_shard, "model-00002-of-00002.safetensors: missing"),
+        (holds_nan, "tensor 'model.layers.0.mlp.up_proj.weight' holds nan at [1, 2]"),
+        (quantized_already, "quantized already"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(make: Any, said: str, loftq: Command) -> None:
+    if make:
+        make(Path("bad"))
+    before = sorted(os.listdir())
+    result = loftq("convert", "./bad")
+    assert result.exit_code == 3
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert said.removeprefix("./") in line
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("model", ["/no/such/place", "no/such/place", "what is this?"])
+def test_what_is_neither_a_path_nor_a_hub_id_is_bad_input(model: str, loftq: Command) -> None:
+    result = loftq("convert", model)
+    assert result.exit_code == 3
+    assert model in result.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "error-report"])
+def test_reports_on_what_is_no_conversion_are_bad_input(command: str, loftq: Command) -> None:
+    for words in ([command], [command, "model"]):
+        result = loftq(*words)
+        assert result.exit_code == 3
+        assert result.stdout == ""
+        (line,) = result.stderr.splitlines()
+        assert f"{words[-1] if len(words) > 1 else 'out'}: no loftq_manifest.json" in line
+
+
+def test_an_output_in_the_way_is_a_conflict(loftq: Command) -> None:
+    Path("out").write_text("mine")
+    result = loftq("convert", "model", *QUICK)
+    assert result.exit_code == 4
+    assert len(result.stderr.splitlines()) == 1
+    assert Path("out").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_the_environments_fault(loftq: Command) -> None:
+    result = loftq("convert", "model", "-o", "/proc/nowhere/out", *QUICK)
+    assert result.exit_code == 5
+    assert "/proc/nowhere" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_names_from_files_cannot_drive_the_terminal(loftq: Command) -> None:
+    tensors = checkpoints.llama()
+    tensors["model.layers.1.\x1b[31mred\n.weight"] = torch.full((4, 4), torch.nan)
+    checkpoints.write(Path("hostile"), tensors)
+    result = loftq("convert", "hostile")
+    assert result.exit_code == 3
+    assert "\x1b" not in result.stderr
+    assert all(line.startswith("loftq: ") for line in result.stderr.splitlines())
+    shown = loftq("convert", "hostile", "--dry-run").stdout
+    assert "\x1b" not in shown
+    assert r"\x1b[31mred\n.weight" in shown
+
+
+@pytest.mark.parametrize("json", [False, True])
+def test_a_path_that_is_not_unicode_can_be_printed(json: bool, loftq: Command) -> None:
+    name = os.fsdecode(b"out-\xff")
+    result = loftq("convert", "model", "-o", name, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    result = loftq("inspect", name, *(["--json"] if json else []))
+    assert result.exit_code == 0, result.stderr
+    assert r"\udcff" in result.stdout
+
+
+# Tracebacks and bugs
+
+
+def test_there_is_a_traceback_only_when_asked_for(loftq: Command) -> None:
+    assert "Traceback" not in loftq("convert", "./nowhere").stderr
+    result = loftq("convert", "./nowhere", "-v")
+    assert "Traceback" in result.stderr
+    assert result.exit_code == 3
+    assert result.stderr.splitlines()[-1].startswith("loftq: error: ")
+
+
+@pytest.mark.parametrize("flags", [[], ["-v"]])
+def test_an_unforeseen_error_says_that_it_is_a_bug(
+    flags: list[str], loftq: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*arguments: Any, **options: Any) -> None:
+        raise ZeroDivisionError("by\nnothing")
+
+    monkeypatch.setattr(loftq_cli.conversion.run, "prepare", prepare)
+    result = loftq("convert", "model", *flags)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    *_, what, bug = result.stderr.splitlines()
+    assert what == r"loftq: internal error: ZeroDivisionError: by\nnothing"
+    assert "this is a bug in loftq" in bug
+    assert ("Traceback" in result.stderr) == bool(flags)
+
+
+@pytest.mark.parametrize("command", ["inspect", "error-report"])
+@pytest.mark.usefixtures("out")
+def test_the_reports_too(command: str, loftq: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*arguments: Any) -> None:
+        raise RuntimeError("boom")
+
+    for module in ("inspect", "residuals"):
+        monkeypatch.setattr(f"loftq_cli.reporting.{module}.open_output", explode)
+    result = loftq(command)
+    assert result.exit_code == 1
+    assert "this is a bug in loftq" in result.stderr
+
+
+def test_ctrl_c_exits_with_130(loftq: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loftq_cli.conversion.run, "prepare", prepare)
+    result = loftq("convert", "model")
+    assert result.exit_code == 128 + signal.SIGINT
+    (line,) = result.stderr.splitlines()
+    assert "interrupted by SIGINT" in line
+
+
+def inspect_into(stdout: BinaryIO, place: Path) -> tuple[int, str]:
+    """(exit code, stderr) of ``loftq inspect`` with this stdout."""
+    result = subprocess.run(
+        [sys.executable, "-m", "loftq_cli", "inspect"],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        cwd=place,
+        text=True,
+        check=False,
+    )
+    return result.returncode, result.stderr
+
+
+@pytest.mark.usefixtures("out")
+def test_a_reader_that_goes_away_is_no_error(place: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        code, said = inspect_into(pipe, place)
+    assert (code, said) == (0, "")
+
+
+@pytest.mark.usefixtures("out")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_results_that_do_not_fit_on_the_disk_are_the_environments_fault(place: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        code, said = inspect_into(full, place)
+    assert code == 5
+    (line,) = said.splitlines()
+    assert line == "loftq: error: standard output: No space left on device"

@@ -1,0 +1,122 @@
+"""``loftq inspect`` and ``loftq error-report``, and the three commands as the README has them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import loftq_cli
+from tests import checkpoints
+from tests.cli.common import Command
+
+INSPECT_KEYS = {
+    *("directory", "fingerprint", "format_version", "layers", "loading"),
+    *("passed_through", "recipe", "source", "tool", "totals", "verified_files"),
+}
+INSPECT_LAYER_KEYS = {
+    *("adapter_bytes", "backbone_bytes", "bits", "bits_per_weight"),
+    *("bits_per_weight_with_adapter", "block_size", "dtype", "layout", "method"),
+    *("name", "rank", "shape", "source_bytes"),
+}
+TOTALS_KEYS = {
+    *("adapter_bytes", "backbone_bytes", "bits_per_weight", "bits_per_weight_with_adapter"),
+    *("output_bytes", "parameters", "relative_residual", "relative_residual_quantized"),
+    "source_bytes",
+}
+REPORT_KEYS = {"directory", "layers", "recomputed", "source", "totals", "worst"}
+REPORT_LAYER_KEYS = {
+    *("bits", "final", "name", "quantized", "rank", "ratio", "relative_residual"),
+    *("relative_residual_quantized", "shape", "step", "steps", "weight"),
+}
+MATRICES = checkpoints.matrices(checkpoints.llama())
+
+
+def test_the_three_commands_work_in_one_directory_as_typed(place: Path) -> None:
+    said = []
+    for words in ("convert ./model --bits 2 --rank 4 --iters 2", "inspect out/", "error-report"):
+        command = [sys.executable, "-m", "loftq_cli", *words.split()]
+        result = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        said.append(result.stdout)
+    assert said[0].splitlines()[-1] == "next: loftq inspect out"
+    for name in MATRICES:
+        assert name in said[1]
+        assert name in said[2]
+
+
+@pytest.mark.usefixtures("out")
+@pytest.mark.parametrize("words", [[], ["out"], ["out/"], ["./out"]])
+def test_reports_read_out_unless_told_otherwise(words: list[str], loftq: Command) -> None:
+    for command in ("inspect", "error-report"):
+        result = loftq(command, *words)
+        assert result.exit_code == 0
+        assert result.stderr == ""
+        assert all(name in result.stdout for name in MATRICES)
+
+
+@pytest.mark.usefixtures("out")
+def test_inspect_as_json(loftq: Command) -> None:
+    found = json.loads(loftq("inspect", "--json").stdout)
+    assert set(found) == INSPECT_KEYS
+    assert set(found["totals"]) == TOTALS_KEYS
+    assert {key for layer in found["layers"] for key in layer} == INSPECT_LAYER_KEYS
+    assert [layer["name"] for layer in found["layers"]] == sorted(MATRICES)
+    assert found == loftq_cli.inspect()
+    assert found["verified_files"] is None
+
+
+def test_inspect_verifies_when_asked(out: Path, loftq: Command) -> None:
+    count = sum(path.is_file() for path in out.rglob("*")) - 1  # the manifest does not list itself
+    assert f"{count} files match the manifest" in loftq("inspect", "--verify").stdout
+    assert json.loads(loftq("inspect", "--verify", "--json").stdout)["verified_files"] == count
+    with (out / "config.json").open("a") as file:
+        file.write(" ")
+    assert loftq("inspect").exit_code == 0
+    result = loftq("inspect", "--verify")
+    assert result.exit_code == 3
+    assert result.stdout == ""
+    assert "config.json" in result.stderr
+
+
+@pytest.mark.usefixtures("out")
+def test_error_report_as_json(loftq: Command) -> None:
+    found = json.loads(loftq("error-report", "--json").stdout)
+    assert set(found) == REPORT_KEYS
+    assert {key for layer in found["layers"] for key in layer} == REPORT_LAYER_KEYS
+    assert found == loftq_cli.error_report()
+    assert not found["recomputed"]
+    residuals = {layer["name"]: layer["relative_residual"] for layer in found["layers"]}
+    assert found["worst"] == sorted(residuals, key=lambda name: -residuals[name])[:5]
+
+
+@pytest.mark.usefixtures("out")
+def test_error_report_as_csv(loftq: Command) -> None:
+    found = json.loads(loftq("error-report", "--json").stdout)
+    rows = list(csv.DictReader(io.StringIO(loftq("error-report", "--csv").stdout)))
+    assert [row["name"] for row in rows] == [layer["name"] for layer in found["layers"]]
+    for row, layer in zip(rows, found["layers"], strict=True):
+        assert set(row) == {
+            *("name", "bits", "rank", "step", "weight", "quantized", "final"),
+            *("relative_residual_quantized", "relative_residual", "step_1", "step_2"),
+        }
+        assert [float(row["step_1"]), float(row["step_2"])] == layer["steps"]
+        assert float(row["final"]) == layer["final"]
+
+
+@pytest.mark.usefixtures("out")
+def test_error_report_recomputes_from_the_source(loftq: Command) -> None:
+    result = loftq("error-report", "--source", "./model", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["recomputed"]
+    checkpoints.write(Path("model"), checkpoints.llama(seed=1))
+    result = loftq("error-report", "--source", "./model")
+    assert result.exit_code == 3
+    assert "the manifest disagrees" in result.stderr
+    assert all(name in result.stderr for name in MATRICES)

@@ -1,0 +1,41 @@
+"""Sources, and conversions of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import loftq_cli
+from tests import checkpoints
+from tests.checkpoints import LLAMA
+from tests.conversion.bench import Bench
+from tests.conversion.contents import FAST, Converter
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A bench with a small Llama in two shards as its source."""
+    bench = Bench(tmp_path)
+    bench.write(checkpoints.llama(), cuts=(5,))
+    return bench
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> Converter:
+    """The output of a conversion of these tensors; the source is beside it, in ``model``."""
+
+    def convert(
+        tensors: Mapping[str, torch.Tensor],
+        config: Mapping[str, Any] = LLAMA,
+        cuts: tuple[int, ...] = (),
+        **settings: Any,
+    ) -> Path:
+        source = checkpoints.write(tmp_path / "model", tensors, config, cuts)
+        loftq_cli.convert(source, output=tmp_path / "out", **{**FAST, **settings})
+        return tmp_path / "out"
+
+    return convert

@@ -1,0 +1,60 @@
+"""The lock on an output, held by one process at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loftq_cli.conversion.workspace import Workspace
+from loftq_cli.errors import OutputConflictError
+
+
+def test_nothing_is_left_of_a_lock_that_was_held_for_nothing(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "out").locked():
+        assert (tmp_path / ".out.loftq-partial/lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_is_held_is_refused_and_stays(tmp_path: Path) -> None:
+    first, second = Workspace(tmp_path / "out"), Workspace(tmp_path / "out")
+    with first.locked():
+        with pytest.raises(OutputConflictError, match="another process"), second.locked():
+            pass
+        assert (tmp_path / ".out.loftq-partial/lock").exists()
+    with second.locked():
+        pass
+
+
+def test_whoever_comes_after_publishing_keeps_his_lock(tmp_path: Path) -> None:
+    first, second = Workspace(tmp_path / "out"), Workspace(tmp_path / "out")
+    lock = tmp_path / ".out.loftq-partial/lock"
+    holder = first.locked()
+    holder.__enter__()
+    shutil.rmtree(first.partial)  # as publishing ends
+    with second.locked():
+        holder.__exit__(None, None, None)
+        assert lock.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_vanishes_under_the_lock_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / ".out.loftq-partial/lock"
+    real, opened = os.open, []
+
+    def vanishing(path: Any, *arguments: Any, **options: Any) -> int:
+        if path == lock:
+            opened.append(path)
+            if len(opened) == 1:  # another process has just finished and removed it
+                shutil.rmtree(lock.parent)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", vanishing)
+    with Workspace(tmp_path / "out").locked():
+        assert lock.exists()
+    assert len(opened) == 2

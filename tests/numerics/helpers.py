@@ -1,0 +1,59 @@
+"""What several tests of the numerics share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+from loftq_cli.numerics import native
+from loftq_cli.numerics.alternation import Decomposition
+from loftq_cli.numerics.quantizers import Fitted, Quantizer, make_quantizer
+
+# No deadline: a test must not fail because the machine is busy. The same examples in every run.
+PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
+
+CODEBOOK_METHODS = ("nf", "nf-symmetric", "uniform-block")
+METHODS = (*CODEBOOK_METHODS, "uniform", "uniform-tensor")
+SCALED_METHODS = ("nf", "nf-symmetric", "uniform")  # those that can search for scales
+WIDTHS = (2, 3, 4, 8)
+
+needs_kernels = pytest.mark.skipif(not native.available(), reason="no compiled kernels here")
+SCALES_HERE = ("absmax", "mse", *(["mse-native"] if native.available() else []))
+SEARCHES = ("mse", pytest.param("mse-native", marks=needs_kernels))
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantizer_of(
+    method: str, bits: int, block_size: int, scale: str, dtype: torch.dtype = torch.float32
+) -> Quantizer:
+    """A quantizer; scale "mse-native" is "mse" searched by the compiled kernels."""
+    scale, _, kernels = scale.partition("-")
+    return make_quantizer(method, bits, block_size, scale, dtype, native=kernels == "native")
+
+
+def fit(quantizer: Quantizer, weight: torch.Tensor) -> Fitted:
+    """Quantize a whole matrix in one piece, with no earlier scales to start from."""
+    return quantizer.prepare(lambda: [weight]).fit(weight, None)
+
+
+def squared_error(values: torch.Tensor, weight: torch.Tensor) -> float:
+    return float((values.double() - weight.double()).square().sum())
+
+
+def best_possible(weight: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Distance of every element to the nearest of the levels in the last dimension, float64."""
+    return (weight.double()[..., None] - levels.double()).abs().amin(dim=-1)
+
+
+def effective(d: Decomposition) -> torch.Tensor:
+    """What a consumer computes with, in float64: Q + scaling B A."""
+    return d.backbone().double() + d.scaling * d.lora_B.double() @ d.lora_A.double()
+
+
+def recomputed(d: Decomposition, weight: torch.Tensor) -> float:
+    """The residual of what was returned, in float64."""
+    return float((weight.double() - effective(d)).norm())
