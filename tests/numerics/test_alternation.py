@@ -176,13 +176,13 @@ every_degenerate = pytest.mark.parametrize("weight", DEGENERATE.values(), ids=DE
 
 @every_degenerate
 @every_svd
-@every_order
 @pytest.mark.parametrize("iters", [0, 1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_direction_of_the_adapter_can_train(weight, svd, order, iters, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_direction_of_the_adapter_can_train(weight, svd, iters, dtype):
     rank, bound = 10, weight.shape[1] ** -0.5
-    settings = Settings(rank=rank, iters=iters, svd=svd, order=order, adapter_dtype=dtype)
-    for method in ("nf", "nf-symmetric", "uniform"):
+    orders, methods = ("quantize-first", "svd-first"), ("nf", "nf-symmetric", "uniform")
+    for order, method in itertools.product(orders, methods):
+        settings = Settings(rank=rank, iters=iters, svd=svd, order=order, adapter_dtype=dtype)
         d = decompose(weight, make_quantizer(method, 2, 64, "mse"), settings)
         assert d.lora_A.shape == (rank, weight.shape[1])
         assert d.lora_B.shape == (weight.shape[0], rank)

@@ -64,10 +64,10 @@ def test_cold_subspace_is_close_to_the_best(name, rank, products):
 
 
 @every_matrix
-def test_warm_subspace_follows_a_matrix_that_changed_a_little(name):
+def test_one_warm_call_follows_a_matrix_that_changed(name):
     matrix, rank = MATRICES[name], 16
     first = subspace(matrix, rank, generator())
-    changed = matrix + 0.1 * matrix.std() * gaussian(*matrix.shape, seed=9)
+    changed = matrix + 0.6 * matrix.std() * gaussian(*matrix.shape, seed=9)
     low = subspace(changed, rank, generator(), first.basis)
     sigma = torch.linalg.svdvals(changed.double())
     assert distance(changed, low) <= 1.003 * smallest_distance(sigma, rank)

@@ -45,7 +45,9 @@ def energy(weight: torch.Tensor) -> float:
 
 def assert_not_worse(method: str, bits: int, search: str, weight: torch.Tensor) -> None:
     absmax, searched = (error(method, bits, 32, s, weight) for s in ("absmax", search))
-    assert searched <= absmax * (1 + 1e-5) + 1e-12 * energy(weight)
+    # Candidates are compared by float32 sums over the block, which are this exact.
+    rounding = 1e-7 * energy(weight)
+    assert searched <= absmax * (1 + 1e-5) + rounding
 
 
 @scaled_methods
@@ -67,9 +69,15 @@ def test_searched_scales_are_never_worse_than_absmax(method, search, bits, value
 @every_search
 @pytest.mark.parametrize("shift", [0.0, 0.5, 1.0, -1.0])
 def test_searched_scales_are_not_worse_in_any_block(method, search, shift):
-    weight = torch.rand(64, 32, generator=torch.Generator().manual_seed(0)) - 0.5 + shift
-    for bits, row in itertools.product(WIDTHS, weight.split(1)):
-        assert_not_worse(method, bits, search, row)
+    weight = torch.rand(256, 32, generator=torch.Generator().manual_seed(0)) - 0.5 + shift
+    for bits in WIDTHS:
+        absmax, searched = (
+            (fit(quantizer_of(method, bits, 32, scale), weight).values - weight)
+            .double()
+            .norm(dim=1)
+            for scale in ("absmax", search)
+        )
+        assert bool((searched <= absmax * (1 + 1e-5) + 1e-6 * weight.norm(dim=1)).all())
 
 
 @every_search

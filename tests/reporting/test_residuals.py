@@ -207,8 +207,8 @@ def test_altered_weights_are_found_without_the_hashes(case, file, converted, sou
     tensors = load_file(output / file)
     for name, tensor in tensors.items():
         if record["module"] in name and not name.endswith(("quant_map", "g_idx", "nf4")):
-            first = tensor.view(-1)[:1].contiguous().view(torch.uint8)
-            tensor.view(-1)[:1] = (first ^ 0x24).view(tensor.dtype)
+            first = tensor.view(-1)[:16].contiguous().view(torch.uint8)
+            tensor.view(-1)[:16] = (first ^ 0x24).view(tensor.dtype)
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, output / file)
     with pytest.raises(VerificationError, match=record["name"]):
         loftq_cli.error_report(output, source(""))
