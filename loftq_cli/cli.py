@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -28,6 +29,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("-v", "--verbose", is_flag=True, help="Say more; show tracebacks.")
     @functools.wraps(command)
     def guarded(*args: Any, verbose: bool, **kwargs: Any) -> None:
+        # torch says this where numpy is not installed; nothing here needs it.
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         try:
             command(*args, verbose=verbose, **kwargs)
             sys.stdout.flush()

@@ -16,6 +16,7 @@ import torch
 from loftq_cli.checkpoint.companions import is_companion
 from loftq_cli.checkpoint.durable import explained, pretty_json, write_file
 from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.checkpoint.output import MANIFEST
 from loftq_cli.checkpoint.reader import TORCH_DTYPES, ShardReader
 from loftq_cli.checkpoint.source import CONFIG, INDEX
 from loftq_cli.checkpoint.writer import GrowingShard
@@ -36,7 +37,6 @@ from loftq_cli.layouts import adapter
 from loftq_cli.numerics.alternation import Decomposition, Settings, decompose
 from loftq_cli.numerics.metrics import first_non_finite
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
-from loftq_cli.reporting.output import MANIFEST
 
 _ADAPTER_FILE = f"{adapter.DIRECTORY}/{adapter.WEIGHTS}"
 _UNSYNCED_LIMIT = 64 << 20  # bytes of passed-through tensors between two journal entries

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.locate import locate
+from loftq_cli.checkpoint.output import verify
 from loftq_cli.conversion.engine import Conversion
 from loftq_cli.conversion.journal import Identity
 from loftq_cli.conversion.observer import Observer
@@ -19,7 +20,6 @@ from loftq_cli.conversion.workspace import Workspace, check_output_path, check_s
 from loftq_cli.errors import InputError, ScaleRangeError, SourceChangedError
 from loftq_cli.numerics import native
 from loftq_cli.recipe import Options
-from loftq_cli.reporting.output import verify
 
 _MARGIN = 4 << 20  # room for config, tokenizer, manifest and journal
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.durable import explained, sync_directory
+from loftq_cli.checkpoint.output import MANIFEST, Output, open_output
 from loftq_cli.conversion.journal import Identity, identify
 from loftq_cli.errors import EnvironmentFailure, InputError, OutputConflictError, UsageError
-from loftq_cli.reporting.output import MANIFEST, Output, open_output
 
 
 class Workspace:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.header import HeaderError, read_header, strict_json
+from loftq_cli.checkpoint.output import open_output
 from loftq_cli.errors import (
     CorruptFileError,
     EnvironmentFailure,
@@ -17,9 +18,6 @@ from loftq_cli.errors import (
 )
 from loftq_cli.integrations import hook
 from loftq_cli.layouts import adapter
-
-MANIFEST = "loftq_manifest.json"
-_MANIFEST_VERSION = 1
 
 
 def load(
@@ -39,7 +37,7 @@ def load(
     newer format, or holds adapter tensors that the model has no place for.
     """
     directory = Path(path)
-    layout = _layout(directory)
+    layout = open_output(directory).manifest["recipe"]["layout"]
     peft, transformers = _required("peft", "train"), _required("transformers", "train")
     hook.install()
     model_class = auto_class or _model_class(directory, transformers)
@@ -60,35 +58,6 @@ def load(
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     _refuse(loaded ^ stored, "PEFT and the file disagree about", file)
     return model
-
-
-def _layout(directory: Path) -> str:
-    """The layout that the manifest names, once the directory is known to be readable."""
-    file = directory / MANIFEST
-    if not directory.is_dir():
-        partial = directory.absolute().with_name(f".{directory.absolute().name}.loftq-partial")
-        if partial.is_dir():
-            raise SourceNotFoundError(
-                f"{directory}: the conversion is not finished",
-                hint="run the same `loftq convert` command again, it resumes",
-            )
-        raise SourceNotFoundError(
-            f"{directory}: no such directory", hint="give the output directory of `loftq convert`"
-        )
-    if not file.is_file():
-        raise SourceNotFoundError(
-            f"{directory}: no {MANIFEST} in it, this is not the output of `loftq convert`",
-            hint="give the output directory of `loftq convert`",
-        )
-    manifest = _read_object(file)
-    version = manifest.get("format_version")
-    if version != _MANIFEST_VERSION:
-        raise UnsupportedInputError(
-            f"{file}: format_version {version!r}, this loftq-cli reads {_MANIFEST_VERSION}",
-            hint="pip install --upgrade loftq-cli",
-        )
-    recipe = manifest.get("recipe")
-    return str(recipe.get("layout")) if isinstance(recipe, dict) else ""
 
 
 def _model_class(directory: Path, transformers: Any) -> Any:

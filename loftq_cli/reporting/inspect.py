@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.header import DTYPE_BITS, strict_json
+from loftq_cli.checkpoint.output import Output, open_output
+from loftq_cli.checkpoint.output import verify as verify_files
 from loftq_cli.layouts import adapter
-from loftq_cli.reporting.output import Output, open_output
-from loftq_cli.reporting.output import verify as verify_files
 
 
 def inspect(directory: Path, *, verify: bool = False) -> dict[str, Any]:

@@ -16,14 +16,15 @@ import torch
 
 from loftq_cli.checkpoint.header import HeaderError, StoredTensor, TensorSpec, read_header
 from loftq_cli.checkpoint.locate import locate
+from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.errors import InputError, LoftqError, NonFiniteWeightError, VerificationError
 from loftq_cli.layouts import adapter, make_layout
+from loftq_cli.layouts.base import Matrix
 from loftq_cli.numerics import native
 from loftq_cli.numerics.alternation import Settings, decompose
 from loftq_cli.numerics.metrics import first_non_finite, squared_norm
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
-from loftq_cli.reporting.output import Output, matrix_of, open_output
 
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
 
@@ -143,6 +144,19 @@ def _norms(
             hint="give the checkpoint that was converted",
         ) from error
     return Norms(plain.weight_norm, plain.quantized_norm, final)
+
+
+def matrix_of(record: Mapping[str, Any]) -> Matrix:
+    """The matrix that a manifest entry describes."""
+    rows, columns = record["shape"]
+    return Matrix(
+        record["name"],
+        (rows, columns),
+        record["dtype"],
+        record["method"],
+        record["bits"],
+        record["block_size"],
+    )
 
 
 def _stored_tensors(output: Output) -> dict[str, tuple[Path, StoredTensor]]:

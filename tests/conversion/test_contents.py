@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import loftq_cli
-from loftq_cli.reporting.output import open_output, verify
+from loftq_cli.checkpoint.output import open_output, verify
 from tests import checkpoints
 from tests.checkpoints import BERT, LLAMA
 from tests.conversion.bench import QUERY

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 import loftq_cli
+from loftq_cli.checkpoint.output import open_output, verify
 from loftq_cli.errors import OutputConflictError
-from loftq_cli.reporting.output import open_output, verify
 from tests import checkpoints
 from tests.crash import processes
 

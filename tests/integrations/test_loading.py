@@ -22,6 +22,7 @@ from loftq_cli.errors import (
     InputError,
     SourceNotFoundError,
     UnsupportedInputError,
+    VerificationError,
 )
 
 # peft asks transformers under a name that transformers is giving up.
@@ -149,9 +150,9 @@ def test_a_directory_that_is_no_output(converted) -> None:
 @pytest.mark.parametrize(
     ("content", "error", "named"),
     [
-        ({"format_version": 2}, UnsupportedInputError, "format_version 2.*upgrade loftq-cli"),
-        ({}, UnsupportedInputError, "format_version None"),
-        ([], CorruptFileError, "not a JSON object"),
+        ({"format_version": 2}, InputError, "format version 2.*upgrade loftq-cli"),
+        ({}, VerificationError, "no format_version"),
+        ([], VerificationError, "no format_version"),
     ],
 )
 def test_a_manifest_of_another_format(copied, content, error, named) -> None:

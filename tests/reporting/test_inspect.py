@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import loftq_cli
+from loftq_cli.checkpoint.output import open_output
 from loftq_cli.reporting.inspect import auto_class, snippet
-from loftq_cli.reporting.output import open_output
 from tests.reporting.conftest import CASES
 
 every_case = pytest.mark.parametrize("case", CASES)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import loftq_cli
-from loftq_cli.reporting.schema import faults, manifest_schema
+from loftq_cli.checkpoint.schema import faults, manifest_schema
 from tests.makers import PROPERTY
 from tests.reporting.conftest import CASES
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import loftq_cli
+from loftq_cli.checkpoint.output import open_output, verify
 from loftq_cli.errors import InputError, LoftqError, SourceNotFoundError, VerificationError
-from loftq_cli.reporting.output import open_output, verify
 from tests.makers import PROPERTY, flip_bit, shorten
 from tests.reporting.test_manifest import mutate
 
@@ -48,8 +48,10 @@ def test_a_good_output(output):
 
 def test_what_is_no_output(tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path, tmp_path / "none", tmp_path / "file", Path("x" * 5000), Path("a\0b")):
+    for path in (tmp_path, tmp_path / "file"):
         assert f"no {MANIFEST}, this is not the output" in failure(path, SourceNotFoundError)
+    for path in (tmp_path / "none", Path("x" * 5000), Path("a\0b")):
+        assert "no such directory" in failure(path, SourceNotFoundError)
 
 
 def test_an_unfinished_conversion_is_called_that(tmp_path, monkeypatch):

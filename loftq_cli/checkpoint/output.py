@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 
 from loftq_cli.checkpoint.durable import file_sha256
 from loftq_cli.checkpoint.header import shown, strict_json
+from loftq_cli.checkpoint.schema import faults, manifest_schema
 from loftq_cli.checkpoint.source import is_plain_name
 from loftq_cli.errors import InputError, SourceNotFoundError, VerificationError
-from loftq_cli.layouts.base import Matrix
-from loftq_cli.reporting.schema import faults, manifest_schema
 
 MANIFEST = "loftq_manifest.json"
 FORMAT_VERSION = 1
@@ -52,6 +50,11 @@ def open_output(directory: Path) -> Output:
             raise SourceNotFoundError(
                 f"{directory}: the conversion is not finished",
                 hint="run the same `loftq convert` command again, it resumes",
+            )
+        if not os.path.exists(directory):
+            raise SourceNotFoundError(
+                f"{directory}: no such directory",
+                hint="give the directory that `loftq convert` wrote",
             )
         raise SourceNotFoundError(
             f"{directory}: no {MANIFEST}, this is not the output of a conversion",
@@ -95,19 +98,6 @@ def verify(output: Output) -> int:
     if faults:
         raise VerificationError(f"{output.directory}: " + "; ".join(faults))
     return len(entries)
-
-
-def matrix_of(record: Mapping[str, Any]) -> Matrix:
-    """The matrix that a manifest entry describes."""
-    rows, columns = record["shape"]
-    return Matrix(
-        record["name"],
-        (rows, columns),
-        record["dtype"],
-        record["method"],
-        record["bits"],
-        record["block_size"],
-    )
 
 
 def _check(path: Path, manifest: dict[str, Any]) -> None:
