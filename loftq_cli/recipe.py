@@ -168,7 +168,7 @@ class Recipe:
 
     ``lora_alpha`` None means alpha = rank for every matrix; ``scale`` is "fixed" where the method
     defines it; ``device`` is the device type; ``kernels`` the variant of the inner loops
-    (choices.choose_kernels).
+    (numerics.variant).
     ``layout_fallback`` says why layout auto had to leave its first choice while converting.
     """
 

@@ -45,7 +45,7 @@ RECIPE = Recipe(
     device="cpu",
     threads=2,
     seed=0,
-    kernels="eager",
+    kernels="1:tensor+float32",
 )
 SOURCES = [("config.json", 10, "aa"), ("model.safetensors", 20, "bb")]
 

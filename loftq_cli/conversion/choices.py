@@ -1,4 +1,4 @@
-"""What "auto" means for a checkpoint: method, layout, device, kernels and threads."""
+"""What "auto" means for a checkpoint: method, layout, device, variant and threads."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from loftq_cli.errors import EnvironmentFailure, LayoutError, UsageError
 from loftq_cli.layouts import Layout, make_layout
 from loftq_cli.layouts.base import Matrix, Surroundings
 from loftq_cli.numerics import lowrank, native
+from loftq_cli.numerics.variant import Variant
 from loftq_cli.recipe import FIXED_SCALE_METHODS, Settings
 
 
@@ -24,19 +25,14 @@ def resolve_method(settings: Settings) -> str:
     return "nf" if settings.bits == 4 and settings.layout != "gptq" else "uniform"
 
 
-def choose_kernels(device: torch.device, method: str, scale: str, svd: str) -> str:
-    """The variant of the inner loops, SEARCH+PRODUCTS: the search for scales is "native" where the
-    compiled kernels run it, else "tensor"; products is the dtype of the fast SVD's passes."""
+def choose_variant(device: torch.device, method: str, scale: str, svd: str) -> Variant:
+    """The compiled search where there is a compiler and something to search for, and the fastest
+    products of the device."""
     searches = scale == "mse" and method not in FIXED_SCALE_METHODS
-    native_search = searches and device.type == "cpu" and native.available()
-    products = lowrank.fastest_products(device) if svd == "fast" else torch.float32
-    return f"{'native' if native_search else 'tensor'}+{str(products).removeprefix('torch.')}"
-
-
-def parse_kernels(kernels: str) -> tuple[bool, torch.dtype]:
-    """(whether the search is native, dtype of the passes) of a recipe's ``kernels``."""
-    search, products = kernels.split("+")
-    return search == "native", {"bfloat16": torch.bfloat16, "float32": torch.float32}[products]
+    return Variant(
+        native=searches and device.type == "cpu" and native.available(),
+        products=lowrank.fastest_products(device) if svd == "fast" else torch.float32,
+    )
 
 
 def choose_layout(

@@ -21,7 +21,6 @@ from loftq_cli.checkpoint.reader import TORCH_DTYPES, ShardReader
 from loftq_cli.checkpoint.source import CONFIG, INDEX
 from loftq_cli.checkpoint.writer import GrowingShard
 from loftq_cli.conversion import manifest as manifests
-from loftq_cli.conversion.choices import parse_kernels
 from loftq_cli.conversion.journal import Identity, Journal, Unit
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.plan import Plan, PlannedMatrix, PlannedShard
@@ -37,6 +36,7 @@ from loftq_cli.layouts import adapter
 from loftq_cli.numerics.alternation import Decomposition, Settings, decompose
 from loftq_cli.numerics.metrics import first_non_finite
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
+from loftq_cli.numerics.variant import Variant
 
 _ADAPTER_FILE = f"{adapter.DIRECTORY}/{adapter.WEIGHTS}"
 _UNSYNCED_LIMIT = 64 << 20  # bytes of passed-through tensors between two journal entries
@@ -197,14 +197,14 @@ class Conversion:
     def _decompose(self, weight: torch.Tensor, item: PlannedMatrix) -> Decomposition:
         recipe, layout, matrix = self.plan.recipe, self.plan.layout, item.matrix
         scale = cast(Scale, recipe.scale)
-        native_search, products = parse_kernels(recipe.kernels)
+        variant = Variant.parse(recipe.kernels)
         quantizer = make_quantizer(
             matrix.method,
             matrix.bits,
             matrix.block_size,
             scale,
             layout.scale_dtype,
-            native=native_search,
+            native=variant.native,
         )
         settings = Settings(
             rank=item.rank,
@@ -213,7 +213,7 @@ class Conversion:
             svd=cast(Any, recipe.svd),
             keep=cast(Any, recipe.keep),
             scaling=item.scaling,
-            products=products,
+            products=variant.products,
             adapter_dtype=TORCH_DTYPES[item.adapter_dtype],
             backbone_dtype=layout.rounding(matrix),
             seed=recipe.seed,

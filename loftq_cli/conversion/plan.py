@@ -12,8 +12,8 @@ from loftq_cli.checkpoint.source import Shard, Source
 from loftq_cli.checkpoint.writer import place
 from loftq_cli.conversion.choices import (
     choose_device,
-    choose_kernels,
     choose_layout,
+    choose_variant,
     count_cpus,
     resolve_method,
 )
@@ -166,7 +166,7 @@ def make_plan(source: Source, settings: Settings) -> Plan:
         device=device.type,
         threads=settings.threads or count_cpus(),
         seed=settings.seed,
-        kernels=choose_kernels(device, method, settings.scale, settings.svd),
+        kernels=str(choose_variant(device, method, settings.scale, settings.svd)),
     )
     auto = settings.layout == "auto"
     return _assemble(source, recipe, selection, device, auto_layout=auto, layout_note=note)

@@ -52,9 +52,8 @@ def prepare(
     plan = make_plan(source, resolved)
     if plan.layout_note:
         observer.note(plan.layout_note)
-    kernels = native.load()
-    if plan.recipe.kernels.startswith("tensor") and kernels.reason:
-        observer.detail(f"slower without compiled kernels: {kernels.reason}")
+    if native.load().reason:
+        observer.detail(f"slower without compiled kernels: {native.load().reason}")
     return plan, path
 
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from loftq_cli.conversion.choices import choose_kernels, parse_kernels, resolve_method
+from loftq_cli.conversion.choices import choose_variant, resolve_method
 from loftq_cli.errors import NonFiniteWeightError, UsageError
 from loftq_cli.numerics.alternation import Decomposition, Settings
 from loftq_cli.numerics.alternation import decompose as alternate
@@ -31,14 +31,13 @@ def decompose(weight: torch.Tensor, options: Options) -> Decomposition:
         raise NonFiniteWeightError(f"weight holds {bad[1]} at {list(bad[0])}", hint="")
     method = resolve_method(resolved)
     scale = cast(Any, resolved.scale)
-    kernels = choose_kernels(weight.device, method, scale, resolved.svd)
-    native_search, products = parse_kernels(kernels)
+    variant = choose_variant(weight.device, method, scale, resolved.svd)
     quantizer = make_quantizer(
         method,
         resolved.bits,
         resolved.block_size,
         scale,
-        native=native_search,
+        native=variant.native,
     )
     settings = Settings(
         rank=resolved.rank,
@@ -46,7 +45,7 @@ def decompose(weight: torch.Tensor, options: Options) -> Decomposition:
         order=cast(Any, resolved.order),
         svd=cast(Any, resolved.svd),
         keep=cast(Any, resolved.keep),
-        products=products,
+        products=variant.products,
         adapter_dtype=weight.dtype,
         seed=resolved.seed,
     )

@@ -25,6 +25,7 @@ from loftq_cli.numerics import native
 from loftq_cli.numerics.alternation import Settings, decompose
 from loftq_cli.numerics.metrics import first_non_finite, squared_norm
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
+from loftq_cli.numerics.variant import Variant
 
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
 
@@ -133,7 +134,7 @@ def _norms(
         matrix.block_size,
         cast(Scale, recipe["scale"]),
         layout.scale_dtype,
-        native=recipe["kernels"].startswith("native") and native.available(),
+        native=Variant.parse(recipe["kernels"]).native and native.available(),
     )
     settings = Settings(rank=1, iters=0, backbone_dtype=layout.rounding(matrix))
     try:
