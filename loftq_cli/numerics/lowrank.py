@@ -76,8 +76,8 @@ def subspace(
     if width >= min(rows, columns):
         return exact(matrix, rank)
     # Dividing every product by the largest entry keeps squares of sigma inside float32's range.
-    low, high = matrix.aminmax()
-    unit = 1 / torch.maximum(-low, high).clamp_min(_SMALLEST)
+    lowest, highest = matrix.aminmax()
+    unit = 1 / torch.maximum(-lowest, highest).clamp_min(_SMALLEST)
     wide = matrix.to(products)
 
     def times(thin: torch.Tensor) -> torch.Tensor:
