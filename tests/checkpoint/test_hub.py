@@ -253,7 +253,7 @@ def test_no_weights(server: HubServer, others: dict[str, bytes]) -> None:
     "name",
     [
         "../../evil.safetensors",
-        "/tmp/evil.safetensors",
+        "/evil.safetensors",
         "onnx/model.safetensors",
         "onnx\\model.safetensors",
         "nul\0.safetensors",
