@@ -162,35 +162,18 @@ class Settings:
     seed: int
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
     """Every setting that can change a byte of the output, resolved.
 
-    ``lora_alpha`` None means alpha = rank for every matrix; ``scale`` is "fixed" where the method
+    ``method``, ``layout`` and ``threads`` are settled; ``scale`` is "fixed" where the method
     defines it; ``device`` is the device type; ``kernels`` the variant of the inner loops
-    (numerics.variant).
-    ``layout_fallback`` says why layout auto had to leave its first choice while converting.
+    (numerics.variant). ``layout_fallback`` says why layout auto had to leave its first choice while
+    converting.
     """
 
-    bits: int
-    method: str
-    rank: int
-    iters: int
-    block_size: int
-    layout: str
-    layout_fallback: str | None
-    scale: str
-    order: str
-    svd: str
-    keep: str
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    lora_alpha: float | None
-    adapter_dtype: str
-    dense_dtype: str
-    device: str
     threads: int
-    seed: int
+    layout_fallback: str | None
     kernels: str
 
     def as_dict(self) -> dict[str, Any]:
