@@ -139,7 +139,8 @@ class Conversion:
                 outputs = {shard.name: {tensor.name: digest}}
                 record = None
             else:
-                record, outputs = self._convert_matrix(shard, reader, tensor, item, files)
+                with _memory_explained(tensor.name, self.plan.device):
+                    record, outputs = self._convert_matrix(shard, reader, tensor, item, files)
                 self.records[tensor.name] = record
                 self.observer.detail(_described(record))
             pending.append(Unit(tensor.name, reader.sha256, outputs, record))
@@ -151,17 +152,6 @@ class Conversion:
         settle()
 
     def _convert_matrix(
-        self,
-        shard: PlannedShard,
-        reader: ShardReader,
-        tensor: StoredTensor,
-        item: PlannedMatrix,
-        files: Mapping[str, GrowingShard],
-    ) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
-        with _memory_explained(tensor.name, self.plan.device):
-            return self._convert_in_memory(shard, reader, tensor, item, files)
-
-    def _convert_in_memory(
         self,
         shard: PlannedShard,
         reader: ShardReader,

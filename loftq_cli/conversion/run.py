@@ -52,7 +52,8 @@ def prepare(
     plan = make_plan(source, resolved)
     if plan.layout_note:
         observer.note(plan.layout_note)
-    if native.load().reason:
+    # Only where there is a search to speed up: asking builds the kernels.
+    if plan.recipe.scale == "mse" and plan.device.type == "cpu" and native.load().reason:
         observer.detail(f"slower without compiled kernels: {native.load().reason}")
     return plan, path
 
