@@ -7,15 +7,15 @@ Every residual is of the values as they will be stored: A and B rounded to the a
 scales to theirs, Q to the dense dtype where the backbone is written dense. The next step starts
 from the same rounded values, so what is written is what was measured.
 
-A matrix is swept in row ranges that fit the cache; beside W only R = W - Q is held in float32.
+The passes over a matrix are in :mod:`loftq_cli.numerics.sweep`, the products in
+:mod:`loftq_cli.numerics.lowrank`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,14 +23,13 @@ import torch
 from loftq_cli.errors import InputError
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.metrics import squared_norm
+from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.quantizers import Parameters, Quantized, Quantizer
+from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep, as_stored
 
 Order = Literal["quantize-first", "svd-first"]
 Svd = Literal["fast", "exact"]
 Keep = Literal["best", "last"]
-
-_CHUNK_ELEMENTS = 1 << 19  # a few float32 copies of it stay in a CPU's caches
-_GPU_CHUNK_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -79,105 +78,22 @@ class Decomposition:
 
     def backbone(self) -> torch.Tensor:
         """Q, float32 (out, in), decoded from the codes and the stored scales."""
-        return _as_stored(self.quantized.decode(), self.backbone_dtype)
+        return as_stored(self.quantized.decode(), self.backbone_dtype)
 
 
 @dataclass
 class _Iterate:
-    """(Q_t, A_t, B_t) as stored; svd-first's zeroth has no Q, a fresh one no adapter yet."""
+    """(Q_t, A_t, B_t) as stored; svd-first's zeroth has no Q."""
 
-    quantized: Quantized | None = None
-    lora_A: torch.Tensor | None = None
-    lora_B: torch.Tensor | None = None
+    quantized: Quantized | None
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
 
     @property
     def parameters(self) -> Parameters | None:
         if self.quantized is None:
             return None
         return Parameters(self.quantized.scales, self.quantized.zeros)
-
-
-@dataclass
-class _Sums:
-    """Squared norms gathered during a sweep."""
-
-    quantized: float = 0.0
-    adapted: float = 0.0
-
-
-@dataclass
-class _Work:
-    """The buffers of one decomposition: W, R = W - Q, and the iterates worth keeping."""
-
-    weight: torch.Tensor
-    quantizer: Quantizer
-    settings: Settings
-    residual: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.residual = torch.empty_like(self.weight)
-
-    def pieces(self) -> Iterator[slice]:
-        rows, columns = self.weight.shape
-        limit = _GPU_CHUNK_ELEMENTS if self.weight.is_cuda else _CHUNK_ELEMENTS
-        unit = self.quantizer.row_step(columns)
-        step = max(limit // max(columns, 1) // unit, 1) * unit
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
-
-    def product(self, rows: slice, iterate: _Iterate | None) -> torch.Tensor | None:
-        """scaling * B A of a row range, from the stored values."""
-        if iterate is None or iterate.lora_A is None or iterate.lora_B is None:
-            return None
-        left = iterate.lora_B[rows].float() * self.settings.scaling
-        return left @ iterate.lora_A.float()
-
-    def targets(self, previous: _Iterate | None) -> Iterator[torch.Tensor]:
-        """W - (previous product), piece by piece."""
-        for rows in self.pieces():
-            product = self.product(rows, previous)
-            yield self.weight[rows] if product is None else self.weight[rows] - product
-
-    def quantize(self, previous: _Iterate | None, sums: _Sums) -> _Iterate:
-        """Quantize W - (previous product) into a new iterate and leave R = W - Q behind.
-
-        ``sums.adapted`` receives the previous iterate's squared residual, which is the old R less
-        the same product, and ``sums.quantized`` the new R's.
-        """
-        columns = self.weight.shape[1]
-        start = None if previous is None else previous.parameters
-        quantizer = self.quantizer.prepare(lambda: self.targets(previous))
-        codes = torch.empty(self.weight.shape, dtype=torch.uint8, device=self.weight.device)
-        parts: list[Parameters] = []
-        for rows in self.pieces():
-            weight, residual = self.weight[rows], self.residual[rows]
-            product = self.product(rows, previous)
-            target = weight
-            if product is not None:
-                target = weight - product
-                sums.adapted += squared_norm(residual.sub_(product))
-            blocks = slice(
-                quantizer.blocks_before(rows.start, columns),
-                quantizer.blocks_before(rows.stop, columns),
-            )
-            fitted = quantizer.fit(target, None if start is None else start[blocks])
-            codes[rows] = fitted.codes
-            parts.append(fitted.parameters)
-            values = _as_stored(fitted.values, self.settings.backbone_dtype)
-            torch.sub(weight, values, out=residual)
-            sums.quantized += squared_norm(residual)
-        if not math.isfinite(sums.quantized):
-            raise _too_large("the quantized matrix", self.settings.backbone_dtype or torch.float32)
-        return _Iterate(quantizer.assemble(codes, Parameters.join(parts)))
-
-    def adapted_norm(self, iterate: _Iterate) -> float:
-        """||R - scaling * B A||_F."""
-        total = 0.0
-        for rows in self.pieces():
-            product = self.product(rows, iterate)
-            assert product is not None
-            total += squared_norm(torch.sub(self.residual[rows], product, out=product))
-        return math.sqrt(total)
 
 
 def decompose(weight: torch.Tensor, quantizer: Quantizer, settings: Settings) -> Decomposition:
@@ -187,40 +103,64 @@ def decompose(weight: torch.Tensor, quantizer: Quantizer, settings: Settings) ->
     ScaleRangeError where a scale does not fit float16, InputError where values are too large for
     float32 arithmetic or for the dtype they are to be stored in.
     """
-    work = _Work(weight, quantizer, settings)
-    weight_norm = math.sqrt(sum(squared_norm(weight[rows]) for rows in work.pieces()))
-    sums = _Sums()
+    weight_norm = math.sqrt(squared_norm(weight))
+    sweep = make_sweep(weight, quantizer, settings)
     if settings.iters == 0:
-        iterate = work.quantize(None, sums)
-        _draw_adapter(iterate, weight, settings)
-        norm = math.sqrt(sums.quantized)
-        return _finish(settings, iterate, [], 0, weight_norm, norm, norm)
+        quantized, norm, _ = _quantize(sweep, None, settings)
+        return _finish(settings, _drawn(quantized, settings), [], 0, weight_norm, norm, norm)
 
     previous: _Iterate | None = None
     quantized_norm = 0.0
     if settings.order == "svd-first":
-        work.quantize(None, sums)
-        quantized_norm = math.sqrt(sums.quantized)
-        previous = _Iterate()
-        _fit_adapter(previous, weight, None, settings)
+        _, quantized_norm, _ = _quantize(sweep, None, settings)
+        wide = weight.to(settings.products)
+        A, B, _ = _fit_adapter(weight, wide, weight_norm, None, settings)
+        previous = _Iterate(None, A, B)
+        del wide
     basis: lowrank.Basis | None = None
     residuals: list[float] = []
     best: tuple[float, int, _Iterate] | None = None
     for step in range(1, settings.iters + 1):
-        sums = _Sums()
-        iterate = work.quantize(previous, sums)
+        quantized, norm, adapted = _quantize(sweep, previous, settings)
         if step > 1:
             assert previous is not None
-            residuals.append(math.sqrt(sums.adapted))
-            best = _better(best, residuals[-1], step - 1, previous, settings.keep)
+            residuals.append(adapted)
+            best = _better(best, adapted, step - 1, previous, settings.keep)
         elif settings.order == "quantize-first":
-            quantized_norm = math.sqrt(sums.quantized)
-        basis = _fit_adapter(iterate, work.residual, basis, settings)
-        previous = iterate
+            quantized_norm = norm
+        A, B, basis = _fit_adapter(sweep.residual, sweep.wide, norm, basis, settings)
+        previous = _Iterate(quantized, A, B)
     assert previous is not None
-    residuals.append(work.adapted_norm(previous))
+    residuals.append(math.sqrt(sweep.remainder(_product(previous, settings))))
     final, step, iterate = _better(best, residuals[-1], settings.iters, previous, settings.keep)
     return _finish(settings, iterate, residuals, step, weight_norm, quantized_norm, final)
+
+
+def make_sweep(weight: torch.Tensor, quantizer: Quantizer, settings: Settings) -> Sweep:
+    """In the compiled kernels where they can run this quantizer, else in tensor operations."""
+    # The exact SVD multiplies nothing but float32.
+    products = torch.float32 if settings.svd == "exact" else settings.products
+    search = quantizer.search()
+    if search is None or weight.device.type != "cpu":
+        return TensorSweep(weight, quantizer, products, settings.backbone_dtype)
+    return NativeSweep(weight, quantizer, search, products, settings.backbone_dtype)
+
+
+def _product(iterate: _Iterate, settings: Settings) -> Product:
+    return Product(iterate.lora_B.float() * settings.scaling, iterate.lora_A.float())
+
+
+def _quantize(
+    sweep: Sweep, previous: _Iterate | None, settings: Settings
+) -> tuple[Quantized, float, float]:
+    """(Q_t, ||W - Q_t||, ||W - Q_{t-1} - B_{t-1} A_{t-1}||)."""
+    if previous is None:
+        swept = sweep.quantize(None, None)
+    else:
+        swept = sweep.quantize(previous.parameters, _product(previous, settings))
+    if not math.isfinite(swept.squared):
+        raise _too_large("the quantized matrix", settings.backbone_dtype or torch.float32)
+    return swept.quantized, math.sqrt(swept.squared), math.sqrt(swept.previous)
 
 
 def _better(
@@ -236,17 +176,22 @@ def _better(
 
 
 def _fit_adapter(
-    iterate: _Iterate, matrix: torch.Tensor, warm: lowrank.Basis | None, settings: Settings
-) -> lowrank.Basis | None:
-    """Store the rank-r approximation of ``matrix`` in ``iterate``; returns the basis to carry."""
+    matrix: torch.Tensor,
+    wide: torch.Tensor,
+    norm: float,
+    warm: lowrank.Basis | None,
+    settings: Settings,
+) -> tuple[torch.Tensor, torch.Tensor, lowrank.Basis | None]:
+    """(A, B) as stored, the rank-r approximation of ``matrix``, and the basis to carry.
+
+    ``wide``: the matrix in the products' dtype; ``norm`` its Frobenius norm.
+    """
     rank = min(settings.rank, *matrix.shape)
     try:
-        if settings.svd == "exact":
+        if settings.svd == "exact" or not lowrank.is_thin(rank, matrix.shape):
             low = lowrank.exact(matrix, rank)
         else:
-            low = lowrank.subspace(
-                matrix, rank, _generator(settings, "basis"), warm, settings.products
-            )
+            low = lowrank.subspace(wide, norm, rank, _generator(settings, "basis"), warm)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise _too_large("a product of the values", torch.float32) from error
     out_features, in_features = matrix.shape
@@ -260,15 +205,16 @@ def _fit_adapter(
     # adapter with A = B = 0 cannot train.
     alive = low.sigma > 10 * torch.finfo(torch.float32).eps * low.sigma[:1]
     alive &= (A != 0).any(dim=1) | (B != 0).any(dim=0)
+    if rank == settings.rank and bool(alive.all()):
+        return A, B, low.basis
     left = torch.zeros(
         (out_features, settings.rank), dtype=settings.adapter_dtype, device=matrix.device
     )
     right = _kaiming(settings, in_features).to(matrix.device, settings.adapter_dtype)
     left[:, :rank] = torch.where(alive, B, left[:, :rank])
     right[:rank] = torch.where(alive[:, None], A, right[:rank])
-    iterate.lora_A, iterate.lora_B = right, left
     # A basis with dead directions would never find what the next residual has there: go cold.
-    return low.basis if bool(alive.all()) else None
+    return right, left, low.basis if bool(alive.all()) else None
 
 
 def _too_large(what: str, dtype: torch.dtype) -> InputError:
@@ -279,13 +225,13 @@ def _too_large(what: str, dtype: torch.dtype) -> InputError:
     )
 
 
-def _draw_adapter(iterate: _Iterate, weight: torch.Tensor, settings: Settings) -> None:
+def _drawn(quantized: Quantized, settings: Settings) -> _Iterate:
     """LoRA's own start: B = 0, A Kaiming uniform."""
-    out_features, in_features = weight.shape
-    drawn = _kaiming(settings, in_features).to(weight.device)
-    iterate.lora_A = drawn.to(settings.adapter_dtype)
-    iterate.lora_B = torch.zeros(
-        (out_features, settings.rank), dtype=settings.adapter_dtype, device=weight.device
+    out_features, in_features = quantized.shape
+    device, dtype = quantized.codes.device, settings.adapter_dtype
+    A = _kaiming(settings, in_features).to(device, dtype)
+    return _Iterate(
+        quantized, A, torch.zeros((out_features, settings.rank), dtype=dtype).to(device)
     )
 
 
@@ -304,10 +250,6 @@ def _generator(settings: Settings, purpose: str) -> torch.Generator:
     return generator
 
 
-def _as_stored(values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return values if dtype is None else values.to(dtype).float()
-
-
 def _finish(
     settings: Settings,
     iterate: _Iterate,
@@ -318,8 +260,6 @@ def _finish(
     final: float,
 ) -> Decomposition:
     assert iterate.quantized is not None
-    assert iterate.lora_A is not None
-    assert iterate.lora_B is not None
     return Decomposition(
         quantized=iterate.quantized,
         lora_A=iterate.lora_A,

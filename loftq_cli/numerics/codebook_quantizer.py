@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 
-from loftq_cli.numerics import native
 from loftq_cli.numerics.blocks import (
     TINY,
     Fitted,
@@ -22,15 +21,15 @@ from loftq_cli.numerics.blocks import (
     ratio,
 )
 from loftq_cli.numerics.codebooks import Table, nearest
-from loftq_cli.numerics.search import REFINEMENTS, grid
+from loftq_cli.numerics.search import LARGEST_BLOCK, REFINEMENTS, Search, grid
 
 
 @dataclass(frozen=True)
 class CodebookQuantizer:
     """``scale * levels[code]`` in blocks over the row-major flattened matrix.
 
-    ``scale``: "spread" is the reference's mean + 2.5 standard deviations. ``native``: search on the
-    CPU with the compiled kernels.
+    ``scale``: "spread" is the reference's mean + 2.5 standard deviations. ``native``: on a CPU
+    the compiled kernels may search.
     """
 
     table: Table
@@ -48,10 +47,12 @@ class CodebookQuantizer:
     def prepare(self, pieces: Callable[[], Iterable[torch.Tensor]]) -> CodebookQuantizer:
         return self
 
+    def search(self) -> Search | None:
+        if not self.native or self.scale != "mse" or self.block_size > LARGEST_BLOCK:
+            return None
+        return Search(self.bits, self.block_size, self.table)
+
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
-        fits = self.block_size <= native.LARGEST_BLOCK
-        if self.native and fits and self.scale == "mse" and not rows.is_cuda:
-            return self._fit_native(rows, start)
         flat = rows.reshape(-1)
         size = self.block_size
         whole = flat.numel() // size * size
@@ -93,20 +94,6 @@ class CodebookQuantizer:
         codes = nearest(unit, table)
         values = table.levels.take(codes.long()) * scales[:, None]
         return codes, scales, values
-
-    def _fit_native(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
-        table = self.table
-        codes, scales, values = native.codebook(
-            rows,
-            self.block_size,
-            table.levels,
-            table.boundaries,
-            (table.lowest, table.cells_per_unit, table.cell_code.int(), table.cell_boundary),
-            torch.tensor(grid(self.bits, warm=start is not None)),
-            REFINEMENTS,
-            None if start is None else start.scales,
-        )
-        return Fitted(codes, Parameters(scales, None), values)
 
     def _search(
         self, unit: torch.Tensor, table: Table, absmax: torch.Tensor, begin: torch.Tensor | None

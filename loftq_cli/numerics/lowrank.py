@@ -18,6 +18,7 @@ holds, against a remainder of a third and more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,8 @@ _SMALLEST = 1e-37  # below this a reciprocal overflows float32
 
 @dataclass(frozen=True)
 class Basis:
-    """What a call leaves to the next one: ``right`` float32 (in, k), orthonormal, and ``edge``,
-    the smallest of its k singular values, a float32 scalar tensor."""
+    """What a call leaves to the next one: ``right`` float32 (k, in), orthonormal rows, and
+    ``edge``, the smallest of their k singular values, a float32 scalar tensor."""
 
     right: torch.Tensor
     edge: torch.Tensor
@@ -58,40 +59,41 @@ def exact(matrix: torch.Tensor, rank: int) -> LowRank:
     return _split(left[:, :rank], sigma[:rank], right[:rank], None)
 
 
+def is_thin(rank: int, shape: Sequence[int]) -> bool:
+    """Whether :func:`subspace` can work on such a matrix: its basis is narrower than both sides."""
+    return _width(rank) < min(shape)
+
+
+def _width(rank: int) -> int:
+    return rank + max(MIN_OVERSAMPLING, rank // 2)
+
+
 def subspace(
     matrix: torch.Tensor,
+    norm: float,
     rank: int,
     generator: torch.Generator,
     warm: Basis | None = None,
-    products: torch.dtype = torch.float32,
 ) -> LowRank:
-    """Rank-``rank`` approximation of float32 (out, in), rank <= min side.
+    """Rank-``rank`` approximation of ``matrix`` (out, in), which must be thin enough
+    (:func:`is_thin`), in the dtype that the passes are to multiply in.
 
-    ``warm``: the basis of an earlier call for nearly the same matrix; None draws one from
-    ``generator`` (a CPU generator, so that every device starts alike). ``products``: the dtype in
-    which the passes multiply.
+    ``norm``: its Frobenius norm. ``warm``: the basis of an earlier call for nearly the same matrix;
+    None draws one from ``generator`` (a CPU generator, so that every device starts alike).
     """
-    rows, columns = matrix.shape
-    width = rank + max(MIN_OVERSAMPLING, rank // 2)
-    if width >= min(rows, columns):
-        return exact(matrix, rank)
-    # Dividing every product by the largest entry keeps squares of sigma inside float32's range.
-    lowest, highest = matrix.aminmax()
-    unit = 1 / torch.maximum(-lowest, highest).clamp_min(_SMALLEST)
-    wide = matrix.to(products)
+    rows = matrix.shape[0]
+    # Dividing every product by the norm keeps squares of sigma inside float32's range.
+    unit = 1 / max(norm, _SMALLEST)
 
+    # Thin matrices are kept as rows: CPU libraries multiply those faster.
     def times(thin: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = wide @ thin.to(products)
-        scaled: torch.Tensor = product.float() * unit
-        return scaled
+        return (thin.to(matrix.dtype) @ matrix.T).float() * unit
 
     def transposed_times(thin: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = wide.T @ thin.to(products)
-        scaled: torch.Tensor = product.float() * unit
-        return scaled
+        return (thin.to(matrix.dtype) @ matrix).float() * unit
 
     if warm is None:
-        start = torch.randn((rows, width), generator=generator, dtype=torch.float32)
+        start = torch.randn((_width(rank), rows), generator=generator, dtype=torch.float32)
         right, _ = _orthonormal(transposed_times(start.to(matrix.device)))
         shift = torch.zeros((), device=matrix.device)
         passes = COLD_PASSES
@@ -106,25 +108,27 @@ def subspace(
     left, _ = _orthonormal(left)  # twice: the first leaves what float32 lost to conditioning
     projected = transposed_times(left)
     inner, sigma = _eigen(projected)
-    right = projected @ (inner / sigma.clamp_min(_floor(sigma))).float()
+    right = (inner.T / sigma.clamp_min(_floor(sigma))[:, None]).float() @ projected
     sigma = sigma.float() / unit
-    low = _split((left @ inner.float())[:, :rank], sigma[:rank], right[:, :rank].T, None)
+    kept = inner[:, :rank].float()
+    low = _split((kept.T @ left).T, sigma[:rank], right[:rank], None)
     return LowRank(low.A, low.B, low.sigma, Basis(right, sigma[-1]))
 
 
-def _eigen(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(right singular vectors (k, k), singular values (k,) descending), float64, of float32
-    (n, k) by its Gram matrix: quick for thin ones, and good to about 3e-4 of the largest value,
+def _eigen(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(left singular vectors (k, k), singular values (k,) descending), float64, of float32
+    (k, n) by its Gram matrix: quick for thin ones, and good to about 3e-4 of the largest value,
     which the flat spectra of residuals stay above."""
-    gram = (columns.T @ columns).double()
+    gram = (rows @ rows.T).double()
     values, vectors = torch.linalg.eigh(gram)
     return vectors.flip(1), values.flip(0).clamp_min(0).sqrt()
 
 
-def _orthonormal(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(an orthonormal basis of the span of float32 (n, k), the smallest singular value)."""
-    vectors, values = _eigen(columns)
-    return columns @ (vectors / values.clamp_min(_floor(values))).float(), values[-1].float()
+def _orthonormal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(an orthonormal basis of the row span of float32 (k, n), the smallest singular value)."""
+    vectors, values = _eigen(rows)
+    scaled = vectors.T / values.clamp_min(_floor(values))[:, None]
+    return scaled.float() @ rows, values[-1].float()
 
 
 def _floor(values: torch.Tensor) -> torch.Tensor:

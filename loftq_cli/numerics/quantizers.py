@@ -28,6 +28,7 @@ import torch
 from loftq_cli.numerics.blocks import Fitted, Parameters, Quantized, block_count
 from loftq_cli.numerics.codebook_quantizer import CodebookQuantizer
 from loftq_cli.numerics.codebooks import named_table
+from loftq_cli.numerics.search import Search
 from loftq_cli.numerics.uniform_quantizer import TensorUniformQuantizer, UniformQuantizer
 
 __all__ = [
@@ -55,6 +56,9 @@ class Quantizer(Protocol):
     def prepare(self, pieces: Callable[[], Iterable[torch.Tensor]]) -> Quantizer:
         """The quantizer to use for one matrix, given its pieces (for whole-tensor statistics)."""
 
+    def search(self) -> Search | None:
+        """What the compiled kernels need to do the same, or None where they are not to."""
+
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
         """Quantize float32 (rows, in), beginning the search at ``start`` where scales are
         searched for. Raises ScaleRangeError where a scale does not fit its storage dtype."""
@@ -71,8 +75,8 @@ def make_quantizer(
     scale_dtype: torch.dtype = torch.float32,
     native: bool = False,
 ) -> Quantizer:
-    """The quantizer of a method name; ``scale_dtype`` concerns ``uniform`` only, ``native`` the
-    search for mse scales on a CPU."""
+    """The quantizer of a method name; ``scale_dtype`` concerns ``uniform`` only; ``native``:
+    the compiled kernels may search for mse scales."""
     if method == "uniform":
         return UniformQuantizer(bits, block_size, scale, scale_dtype, native)
     if method == "uniform-tensor":

@@ -9,6 +9,15 @@ gains: 1 % of the residual at 2 bits, 2 % at 3 and 4 (docs/algorithm.md).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
+from loftq_cli.numerics.codebooks import Table
+
+LARGEST_BLOCK = 256
+"""Elements of a block that the compiled kernels have room for."""
+
 REFINEMENTS = 2
 """Least-squares steps after the best start."""
 
@@ -24,3 +33,14 @@ def grid(bits: int, *, warm: bool) -> tuple[float, ...]:
         return COLD_GRID
     displacement = _DISPLACEMENTS[bits]
     return (1 - displacement, 1 + displacement)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A quantizer with searched scales, as the compiled kernels take it: a codebook ``table``
+    (blocks over the flattened matrix), or zero points where it is None (along each row)."""
+
+    bits: int
+    block_size: int
+    table: Table | None
+    scale_dtype: torch.dtype = torch.float32

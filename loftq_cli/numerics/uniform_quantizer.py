@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 
 from loftq_cli.errors import ScaleRangeError
-from loftq_cli.numerics import native
 from loftq_cli.numerics.blocks import (
     TINY,
     Fitted,
@@ -21,14 +20,14 @@ from loftq_cli.numerics.blocks import (
     nonzero,
     ratio,
 )
-from loftq_cli.numerics.search import REFINEMENTS, grid
+from loftq_cli.numerics.search import LARGEST_BLOCK, REFINEMENTS, Search, grid
 
 
 @dataclass(frozen=True)
 class UniformQuantizer:
     """``scale * (code - zero)`` in groups along in_features; ``scale_dtype`` is what is stored.
 
-    ``native``: search on the CPU with the compiled kernels.
+    ``native``: on a CPU the compiled kernels may search.
     """
 
     bits: int
@@ -46,10 +45,12 @@ class UniformQuantizer:
     def prepare(self, pieces: Callable[[], Iterable[torch.Tensor]]) -> UniformQuantizer:
         return self
 
+    def search(self) -> Search | None:
+        if not self.native or self.scale != "mse" or self.block_size > LARGEST_BLOCK:
+            return None
+        return Search(self.bits, self.block_size, None, self.scale_dtype)
+
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
-        fits = self.block_size <= native.LARGEST_BLOCK
-        if self.native and fits and self.scale == "mse" and not rows.is_cuda:
-            return self._fit_native(rows, start)
         count, columns = rows.shape
         size = self.block_size
         groups = block_count(columns, size)
@@ -86,18 +87,6 @@ class UniformQuantizer:
         codes = (offsets + zeros[:, None]).to(torch.uint8)
         parameters = Parameters(scales, zeros.to(torch.uint8))
         return Fitted(codes, parameters, offsets.mul_(stored[:, None]))
-
-    def _fit_native(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
-        begin = None if start is None else start.scales.float()
-        multiples = torch.tensor(grid(self.bits, warm=start is not None))
-        absmax, fitted, zeros = native.uniform_fit(
-            rows, self.block_size, self.bits, multiples, REFINEMENTS, begin
-        )
-        scales = self._stored(fitted, absmax)
-        codes, values = native.uniform_encode(
-            rows, self.block_size, self.bits, scales.float(), zeros
-        )
-        return Fitted(codes, Parameters(scales, zeros.to(torch.uint8)), values)
 
     def _stored(self, scales: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
         """``scales`` in the storage dtype. Raises ScaleRangeError."""
@@ -192,6 +181,9 @@ class TensorUniformQuantizer:
             max(low, mean - reach), min(high, mean + reach), 2**self.bits, dtype=torch.float64
         )
         return replace(self, levels=levels.float())
+
+    def search(self) -> Search | None:
+        return None
 
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
         assert self.levels is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-REVISION = 1
+REVISION = 2
 """Raised whenever the same settings begin to give other bytes, so that a conversion begun by one
 version of this package is not finished by another."""
 
@@ -15,7 +15,7 @@ _PRODUCTS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Variant:
-    """``native``: the search for scales runs in the compiled kernels, else in tensor operations;
+    """``native``: the sweeps run in the compiled kernels, else in tensor operations;
     ``products``: the dtype that the fast SVD multiplies in."""
 
     native: bool

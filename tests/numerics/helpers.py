@@ -7,8 +7,8 @@ import torch
 from hypothesis import settings
 
 from loftq_cli.numerics import native
-from loftq_cli.numerics.alternation import Decomposition
-from loftq_cli.numerics.quantizers import Fitted, Quantizer, make_quantizer
+from loftq_cli.numerics.alternation import Decomposition, Settings, make_sweep
+from loftq_cli.numerics.quantizers import Fitted, Parameters, Quantizer, make_quantizer
 
 # No deadline: a test must not fail because the machine is busy. The same examples in every run.
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
@@ -35,9 +35,12 @@ def quantizer_of(
     return make_quantizer(method, bits, block_size, scale, dtype, native=kernels == "native")
 
 
-def fit(quantizer: Quantizer, weight: torch.Tensor) -> Fitted:
-    """Quantize a whole matrix in one piece, with no earlier scales to start from."""
-    return quantizer.prepare(lambda: [weight]).fit(weight, None)
+def fit(quantizer: Quantizer, weight: torch.Tensor, start: Parameters | None = None) -> Fitted:
+    """Quantize a whole matrix, by the compiled kernels where the quantizer may use them."""
+    sweep = make_sweep(weight, quantizer, Settings(rank=1, iters=0))
+    quantized = sweep.quantize(start, None).quantized
+    parameters = Parameters(quantized.scales, quantized.zeros)
+    return Fitted(quantized.codes, parameters, quantized.decode())
 
 
 def squared_error(values: torch.Tensor, weight: torch.Tensor) -> float:

@@ -1,0 +1,51 @@
+#ifndef LOFTQ_COMMON_H
+#define LOFTQ_COMMON_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define TINY 1.17549435e-38f
+#define LARGEST_BLOCK 256
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* A grid of scales relative to a start, then least-squares refinements of the best. */
+typedef struct {
+    const float *grid;
+    int32_t grid_size, refinements;
+} Search;
+
+static float largest(const float *x, int n) {
+    float a = 0.0f;
+    for (int i = 0; i < n; i++) {
+        float m = fabsf(x[i]);
+        a = m > a ? m : a;
+    }
+    return a;
+}
+
+/* To the nearest, ties to even; never called with NaN. */
+static inline uint16_t bfloat16_bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+static inline float as_bfloat16(float x) {
+    uint32_t u = (uint32_t)bfloat16_bits(x) << 16;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+static inline float as_float16(float x) {
+    float a = fabsf(x);
+    if (a < 6.103515625e-05f) return rintf(x * 16777216.0f) / 16777216.0f; /* multiples of 2^-24 */
+    if (!(a < 65520.0f)) return copysignf(INFINITY, x);
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    u = (u + 0xfffu + ((u >> 13) & 1u)) & ~0x1fffu;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+#endif

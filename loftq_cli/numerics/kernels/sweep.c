@@ -1,0 +1,138 @@
+/* One pass of an alternation step over a range of rows: subtract the previous product, search for
+ * scales, quantize, leave the new residual behind. A group of rows stays in the second-level cache
+ * through all of it, a block of 64 in the first.
+ */
+#include <stdlib.h>
+
+#include "codebook.h"
+#include "common.h"
+#include "product.h"
+#include "uniform.h"
+
+enum { DONE = 0, NO_MEMORY = 1, SCALE_LOST = 2 };
+enum { AS_FLOAT32 = 0, AS_BFLOAT16 = 1, AS_FLOAT16 = 2 };
+
+/* The fields of native.py's _Sweep, in its order. All matrices are row-major float32. */
+typedef struct {
+    int64_t rows, columns;
+    int64_t group;       /* rows of one group; groups begin at block boundaries */
+    int64_t size;        /* elements of a block, the last one short */
+    int32_t flattened;   /* blocks run over the flattened matrix, else along each row */
+    int32_t store;       /* what the values are rounded to before they are subtracted */
+    const Codebook *codebook; /* or NULL */
+    Uniform uniform;
+    Search search;
+    int32_t rank;        /* of the product; 0: there is none */
+    const float *left;   /* (rows, rank) */
+    const float *tiles;  /* [columns / 64][rank][64] */
+    const float *weight;
+    float *residual;     /* in: of the previous step; out: weight - values */
+    uint16_t *wide;      /* out: the residual in bfloat16, or NULL */
+    const float *start;  /* the previous step's scales, or NULL */
+    uint8_t *codes;      /* out; NULL: quantize nothing, only sum */
+    float *scales;
+    uint8_t *zeros;
+    double *sums;        /* out, two a group: squares of residual - product, and of the new one */
+} Sweep;
+
+/* target = weight - product; returns the sum of squares of residual - product. */
+static double subtract_product(const Sweep *s, int64_t first, int64_t last, float *target) {
+    double total = 0.0;
+    for (int64_t column = 0; column < s->columns; column += TILE) {
+        const float *tile = s->tiles + column * s->rank;
+        int width = (int)(s->columns - column < TILE ? s->columns - column : TILE);
+        for (int64_t row = first; row < last; row += TILE_ROWS) {
+            float product[TILE_ROWS][TILE];
+            const float *rows[TILE_ROWS];
+            int height = (int)(last - row < TILE_ROWS ? last - row : TILE_ROWS);
+            for (int i = 0; i < TILE_ROWS; i++)
+                rows[i] = s->left + (row + (i < height ? i : 0)) * s->rank;
+            multiply_tile(rows, tile, s->rank, product);
+            for (int i = 0; i < height; i++) {
+                int64_t at = (row + i) * s->columns + column;
+                const float *restrict weight = s->weight + at, *restrict residual = s->residual + at;
+                float *restrict out = target + at - first * s->columns;
+                for (int j = 0; j < width; j++) {
+                    double rest = (double)(residual[j] - product[i][j]);
+                    total += rest * rest;
+                }
+                if (s->codes)
+                    for (int j = 0; j < width; j++) out[j] = weight[j] - product[i][j];
+            }
+        }
+    }
+    return total;
+}
+
+/* residual = weight - values, as stored; returns its sum of squares. */
+static double subtract_values(const Sweep *s, int64_t at, int n, float *restrict values) {
+    const float *restrict weight = s->weight + at;
+    float *restrict residual = s->residual + at;
+    double total = 0.0;
+    if (s->store == AS_BFLOAT16)
+        for (int i = 0; i < n; i++) values[i] = as_bfloat16(values[i]);
+    else if (s->store == AS_FLOAT16)
+        for (int i = 0; i < n; i++) values[i] = as_float16(values[i]);
+    for (int i = 0; i < n; i++) {
+        float rest = weight[i] - values[i];
+        residual[i] = rest;
+        total += (double)rest * (double)rest;
+    }
+    if (s->wide) {
+        uint16_t *restrict wide = s->wide + at;
+        for (int i = 0; i < n; i++) wide[i] = bfloat16_bits(residual[i]);
+    }
+    return total;
+}
+
+/* One run of `length` elements that begins at block `block` and element `at`. */
+static int quantize_run(const Sweep *s, const float *target, int64_t at, int64_t length,
+                        int64_t block, double *total) {
+    float values[LARGEST_BLOCK];
+    for (int64_t offset = 0; offset < length; offset += s->size, block++) {
+        int n = (int)(length - offset < s->size ? length - offset : s->size);
+        const float *start = s->start ? s->start + block : NULL, *x = target + offset;
+        uint8_t *codes = s->codes + at + offset;
+        float scale = s->codebook
+            ? codebook_fit(s->codebook, &s->search, x, n, start, codes, values)
+            : uniform_fit(&s->uniform, &s->search, x, n, start, codes, s->zeros + block, values);
+        if (s->uniform.half_scales && isnan(scale)) return SCALE_LOST;
+        s->scales[block] = scale;
+        *total += subtract_values(s, at + offset, n, values);
+    }
+    return DONE;
+}
+
+/* Groups [first, last). */
+int loftq_sweep(const Sweep *s, int64_t first, int64_t last) {
+    float *buffer = NULL;
+    int status = DONE;
+    if (s->rank && s->codes) {
+        buffer = malloc((size_t)(s->group * s->columns) * sizeof(float));
+        if (!buffer) return NO_MEMORY;
+    }
+    for (int64_t group = first; group < last && status == DONE; group++) {
+        int64_t begin = group * s->group, end = begin + s->group;
+        if (end > s->rows) end = s->rows;
+        int64_t at = begin * s->columns;
+        double *sums = s->sums + 2 * group;
+        const float *target = s->weight + at;
+        sums[0] = sums[1] = 0.0;
+        if (s->rank) {
+            sums[0] = subtract_product(s, begin, end, buffer);
+            target = buffer;
+        }
+        if (!s->codes) continue;
+        if (s->flattened) {
+            int64_t length = (end - begin) * s->columns;
+            status = quantize_run(s, target, at, length, at / s->size, &sums[1]);
+        } else {
+            int64_t blocks = (s->columns + s->size - 1) / s->size;
+            for (int64_t row = begin; row < end && status == DONE; row++)
+                status = quantize_run(s, target + (row - begin) * s->columns, row * s->columns,
+                                      s->columns, row * blocks, &sums[1]);
+        }
+    }
+    free(buffer);
+    return status;
+}

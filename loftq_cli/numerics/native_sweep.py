@@ -1,0 +1,181 @@
+"""Sweeps in C (kernels/sweep.c): a group of rows stays in the cache through subtraction of the
+previous product, scale search, quantization and the new residual. Written in tensor operations each
+of these is several passes over memory; this is 10 to 40 times faster."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from loftq_cli.errors import ScaleRangeError
+from loftq_cli.numerics import native
+from loftq_cli.numerics.blocks import Parameters, block_count
+from loftq_cli.numerics.quantizers import Quantizer
+from loftq_cli.numerics.search import REFINEMENTS, Search, grid
+from loftq_cli.numerics.sweep import Product, Swept
+
+_TILE = 64  # columns; TILE in kernels/product.h
+_ROWS = 16  # of a group, so that a tile of A is used often enough
+_BUFFER_ELEMENTS = 1 << 18  # of a group's targets: 1 MiB
+_STORES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NO_MEMORY, _SCALE_LOST = 1, 2
+
+
+class _Codebook(ctypes.Structure):
+    _fields_ = (
+        ("levels", ctypes.c_void_p),
+        ("bounds", ctypes.c_void_p),
+        ("count", ctypes.c_int32),
+        ("lowest", ctypes.c_float),
+        ("per_cell", ctypes.c_float),
+        ("cells", ctypes.c_int32),
+        ("cell_code", ctypes.c_void_p),
+        ("cell_bound", ctypes.c_void_p),
+    )
+
+
+class _Uniform(ctypes.Structure):
+    _fields_ = (("top", ctypes.c_int32), ("half_scales", ctypes.c_int32))
+
+
+class _Search(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_void_p),
+        ("grid_size", ctypes.c_int32),
+        ("refinements", ctypes.c_int32),
+    )
+
+
+class _Sweep(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("flattened", ctypes.c_int32),
+        ("store", ctypes.c_int32),
+        ("codebook", ctypes.POINTER(_Codebook)),
+        ("uniform", _Uniform),
+        ("search", _Search),
+        ("rank", ctypes.c_int32),
+        ("left", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("wide", ctypes.c_void_p),
+        ("start", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+    )
+
+
+class NativeSweep:
+    """The passes over one float32 matrix on the CPU; see :class:`loftq_cli.numerics.sweep.Sweep`.
+
+    The result does not depend on the number of threads: groups are independent, their sums are
+    added in order.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        quantizer: Quantizer,
+        search: Search,
+        products: torch.dtype,
+        backbone_dtype: torch.dtype | None,
+    ) -> None:
+        self._weight = weight.contiguous()
+        self._quantizer = quantizer
+        self._search = search
+        self._store = _STORES[backbone_dtype or torch.float32]
+        self.residual = torch.empty_like(self._weight)
+        half = products == torch.bfloat16
+        self.wide = torch.empty_like(self._weight, dtype=products) if half else self.residual
+        columns = weight.shape[1]
+        unit = quantizer.row_step(columns)
+        wanted = min(_ROWS, max(_BUFFER_ELEMENTS // columns, 1))
+        self._group = max(wanted // unit, 1) * unit
+
+    def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
+        search, weight = self._search, self._weight
+        rows, columns = weight.shape
+        table = search.table
+        if table is None:
+            blocks = rows * block_count(columns, search.block_size)
+        else:
+            blocks = block_count(rows * columns, search.block_size)
+        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        scales = torch.empty(blocks)
+        zeros = torch.empty(blocks, dtype=torch.uint8) if table is None else None
+        begin = None if start is None else start.scales.float()
+        multiples = torch.tensor(grid(search.bits, warm=start is not None))
+        book = None
+        if table is not None:
+            cell_code = table.cell_code.int()
+            book = _Codebook(
+                levels=table.levels.data_ptr(),
+                bounds=table.boundaries.data_ptr(),
+                count=table.levels.numel(),
+                lowest=table.lowest,
+                per_cell=table.cells_per_unit,
+                cells=cell_code.numel(),
+                cell_code=cell_code.data_ptr(),
+                cell_bound=table.cell_boundary.data_ptr(),
+            )
+        half = search.scale_dtype == torch.float16
+        call = _Sweep(
+            size=search.block_size,
+            flattened=table is not None,
+            store=self._store,
+            codebook=None if book is None else ctypes.pointer(book),
+            uniform=_Uniform(2**search.bits - 1, half),
+            search=_Search(multiples.data_ptr(), multiples.numel(), REFINEMENTS),
+            wide=None if self.wide is self.residual else self.wide.data_ptr(),
+            start=None if begin is None else begin.data_ptr(),
+            codes=codes.data_ptr(),
+            scales=scales.data_ptr(),
+            zeros=None if zeros is None else zeros.data_ptr(),
+        )
+        before, after = self._run(call, product)
+        parameters = Parameters(scales.to(search.scale_dtype), zeros)
+        return Swept(self._quantizer.assemble(codes, parameters), after, before)
+
+    def remainder(self, product: Product) -> float:
+        before, _ = self._run(_Sweep(), product)
+        return before
+
+    def _run(self, call: _Sweep, product: Product | None) -> tuple[float, float]:
+        """The two sums of squares, over all groups."""
+        weight = self._weight
+        call.rows, call.columns = weight.shape
+        call.group = self._group
+        call.weight, call.residual = weight.data_ptr(), self.residual.data_ptr()
+        if product is not None:
+            left, tiles = product.left.contiguous(), _tiles(product.right)
+            call.rank = left.shape[1]
+            call.left, call.tiles = left.data_ptr(), tiles.data_ptr()
+        groups = -(-call.rows // call.group)
+        sums = torch.empty((groups, 2), dtype=torch.float64)
+        call.sums = sums.data_ptr()
+        function = native.function("loftq_sweep")
+
+        def work(first: int, last: int) -> None:
+            status = function(ctypes.byref(call), ctypes.c_int64(first), ctypes.c_int64(last))
+            if status == _NO_MEMORY:
+                raise MemoryError
+            if status == _SCALE_LOST:
+                raise ScaleRangeError("a group's scale does not fit float16")
+
+        native.divide(work, groups)
+        before, after = sums.sum(dim=0).tolist()
+        return before, after
+
+
+def _tiles(right: torch.Tensor) -> torch.Tensor:
+    """(rank, columns) as kernels/product.h reads it: [tile][rank][64], padded with zeros."""
+    rank, columns = right.shape
+    padded = torch.nn.functional.pad(right, (0, -columns % _TILE))
+    return padded.view(rank, -1, _TILE).transpose(0, 1).contiguous()

@@ -1,0 +1,124 @@
+"""One alternation step's passes over the matrix: subtract the product, quantize, keep R = W - Q.
+
+A matrix is swept in row ranges that fit the cache. Beside W, R is held in float32, for residuals,
+and in the dtype that the low-rank step multiplies in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from loftq_cli.numerics.blocks import Parameters, Quantized
+from loftq_cli.numerics.metrics import squared_norm
+from loftq_cli.numerics.quantizers import Quantizer
+
+_CHUNK_ELEMENTS = 1 << 19  # a few float32 copies of it stay in a CPU's caches
+_GPU_CHUNK_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Product:
+    """``left`` (out, r) @ ``right`` (r, in), float32: what the adapter adds, from its stored
+    values."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A quantized matrix, ``squared`` = ||W - Q||^2, and ``previous`` = ||R - product||^2, of the
+    R that was there before: the residual of the previous step."""
+
+    quantized: Quantized
+    squared: float
+    previous: float
+
+
+class Sweep(Protocol):
+    """``residual`` R float32 (out, in) and ``wide``, the same in the products' dtype (the same
+    tensor where that is float32), as the last :meth:`quantize` left them."""
+
+    residual: torch.Tensor
+    wide: torch.Tensor
+
+    def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
+        """Quantize W - product, beginning beside the scales of ``start``. Raises
+        ScaleRangeError."""
+
+    def remainder(self, product: Product) -> float:
+        """||R - product||^2."""
+
+
+class TensorSweep:
+    """A sweep in tensor operations, on any device. Values are rounded to ``backbone_dtype`` before
+    they are subtracted, where the backbone is stored dense."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        quantizer: Quantizer,
+        products: torch.dtype,
+        backbone_dtype: torch.dtype | None,
+    ) -> None:
+        self._weight = weight
+        self._quantizer = quantizer
+        self._backbone_dtype = backbone_dtype
+        self.residual = torch.empty_like(weight)
+        same = products == torch.float32
+        self.wide = self.residual if same else torch.empty_like(weight, dtype=products)
+
+    def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
+        columns = self._weight.shape[1]
+        quantizer = self._quantizer.prepare(lambda: self._targets(product))
+        codes = torch.empty(self._weight.shape, dtype=torch.uint8, device=self._weight.device)
+        parts: list[Parameters] = []
+        squared = previous = 0.0
+        for rows in self._pieces():
+            weight, residual = self._weight[rows], self.residual[rows]
+            target = weight
+            if product is not None:
+                delta = product.left[rows] @ product.right
+                previous += squared_norm(residual.sub_(delta))
+                target = weight - delta
+            blocks = slice(
+                quantizer.blocks_before(rows.start, columns),
+                quantizer.blocks_before(rows.stop, columns),
+            )
+            fitted = quantizer.fit(target, None if start is None else start[blocks])
+            codes[rows] = fitted.codes
+            parts.append(fitted.parameters)
+            torch.sub(weight, as_stored(fitted.values, self._backbone_dtype), out=residual)
+            squared += squared_norm(residual)
+            if self.wide is not self.residual:
+                self.wide[rows] = residual
+        return Swept(quantizer.assemble(codes, Parameters.join(parts)), squared, previous)
+
+    def remainder(self, product: Product) -> float:
+        total = 0.0
+        for rows in self._pieces():
+            delta = product.left[rows] @ product.right
+            total += squared_norm(torch.sub(self.residual[rows], delta, out=delta))
+        return total
+
+    def _pieces(self) -> Iterator[slice]:
+        rows, columns = self._weight.shape
+        limit = _GPU_CHUNK_ELEMENTS if self._weight.is_cuda else _CHUNK_ELEMENTS
+        unit = self._quantizer.row_step(columns)
+        step = max(limit // max(columns, 1) // unit, 1) * unit
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+
+    def _targets(self, product: Product | None) -> Iterator[torch.Tensor]:
+        for rows in self._pieces():
+            weight = self._weight[rows]
+            yield weight if product is None else weight - product.left[rows] @ product.right
+
+
+def as_stored(values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Float32 ``values`` rounded to ``dtype``, or as they are."""
+    return values if dtype is None else values.to(dtype).float()
