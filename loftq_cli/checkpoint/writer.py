@@ -90,15 +90,14 @@ class GrowingShard:
 
     def write_pieces(self, name: str, pieces: Iterable[bytes | bytearray | memoryview]) -> str:
         """Write a tensor's bytes in order; their sha256."""
-        digest = hashlib.sha256()
-        position = self._placed[name].start
+        writer = self.tensor(name)
         for piece in pieces:
-            view = memoryview(piece)
-            with explained(self.path):
-                write_all(self._file, view, position)
-            digest.update(view)
-            position += view.nbytes
-        return digest.hexdigest()
+            writer.append(piece)
+        return writer.sha256
+
+    def tensor(self, name: str) -> TensorWriter:
+        """Writes the tensor ``name`` piece by piece."""
+        return TensorWriter(self.path, self._file, self._placed[name].start)
 
     def sync(self) -> None:
         """Make everything written so far durable."""
@@ -112,3 +111,25 @@ class GrowingShard:
             for piece in file.pieces(self._placed[name]):
                 digest.update(piece)
         return digest.hexdigest()
+
+
+class TensorWriter:
+    """Bytes of one tensor, appended in order at its place in an open file."""
+
+    def __init__(self, path: Path, file: int, position: int) -> None:
+        self._path = path
+        self._file = file
+        self._position = position
+        self._digest = hashlib.sha256()
+
+    def append(self, piece: bytes | bytearray | memoryview) -> None:
+        view = memoryview(piece)
+        with explained(self._path):
+            write_all(self._file, view, self._position)
+        self._digest.update(view)
+        self._position += view.nbytes
+
+    @property
+    def sha256(self) -> str:
+        """Of all bytes appended so far."""
+        return self._digest.hexdigest()

@@ -23,7 +23,9 @@ from loftq_cli.checkpoint.writer import GrowingShard
 from loftq_cli.conversion import manifest as manifests
 from loftq_cli.conversion.journal import Identity, Journal, Unit
 from loftq_cli.conversion.observer import Observer
+from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
 from loftq_cli.conversion.plan import Plan, PlannedMatrix, PlannedShard
+from loftq_cli.conversion.shard_output import ShardOutput
 from loftq_cli.conversion.workspace import Workspace
 from loftq_cli.errors import (
     EnvironmentFailure,
@@ -39,7 +41,18 @@ from loftq_cli.numerics.quantizers import Scale, make_quantizer
 from loftq_cli.numerics.variant import Variant
 
 _ADAPTER_FILE = f"{adapter.DIRECTORY}/{adapter.WEIGHTS}"
-_UNSYNCED_LIMIT = 64 << 20  # bytes of passed-through tensors between two journal entries
+
+
+@dataclass
+class _Item:
+    """A tensor of the source as it was read: a ``weight`` to convert, a ``piece`` to copy, or
+    neither where it was finished before. ``prefix_sha256``: of the shard up to the tensor's end, on
+    its last item."""
+
+    tensor: StoredTensor
+    prefix_sha256: str | None
+    weight: torch.Tensor | None = None
+    piece: bytearray | None = None
 
 
 @dataclass
@@ -87,42 +100,33 @@ class Conversion:
         path = self.workspace.output / shard.name
         with GrowingShard(path, shard.specs) as backbone:
             files = {shard.name: backbone, _ADAPTER_FILE: adapters}
-            finished = _verified(shard, journal, files)
-            for name in finished:
-                self.observer.detail(f"{name}: kept, it was finished before")
-            self.records.update(
-                (unit.tensor, unit.record) for unit in finished.values() if unit.record
-            )
+            output = ShardOutput(journal, files, shard.name)
             tensors = shard.source.header.tensors
+            found = ((tensor.name, output.finished(tensor)) for tensor in tensors)
+            finished = {name: unit for name, unit in found if unit is not None}
+            for name, unit in finished.items():
+                self.observer.detail(f"{name}: kept, it was finished before")
+                if unit.record:
+                    self.records[name] = unit.record
             known = journal.shards.get(shard.source.name)
             if known is not None and len(finished) == len(tensors):
                 self.source_hashes[shard.source.name] = known
                 self.observer.advance(sum(tensor.nbytes for tensor in tensors))
                 return
             with ShardReader(shard.source) as reader:
-                self._convert_tensors(shard, reader, finished, journal, files)
+                items = self._read(shard, reader, finished)
+                with WriteBehind() as behind, ReadAhead(items) as ahead:
+                    for item in ahead:
+                        self._convert_item(shard, item, output, behind)
+                output.settle()
                 self.source_hashes[shard.source.name] = reader.sha256
                 journal.add_shard(shard.source.name, reader.sha256)
 
-    def _convert_tensors(
-        self,
-        shard: PlannedShard,
-        reader: ShardReader,
-        finished: Mapping[str, Unit],
-        journal: Journal,
-        files: Mapping[str, GrowingShard],
-    ) -> None:
-        pending: list[Unit] = []
-        unsynced = 0
-
-        def settle() -> None:
-            for file in files.values():
-                file.sync()
-            journal.add(pending)
-            pending.clear()
-
+    def _read(
+        self, shard: PlannedShard, reader: ShardReader, finished: Mapping[str, Unit]
+    ) -> Iterator[_Item]:
+        """The shard's tensors in file order: matrices whole, the others in pieces."""
         for tensor in shard.source.header.tensors:
-            self.observer.working_on(tensor.name)
             if tensor.name in finished:
                 for _ in reader.pieces(tensor):
                     pass
@@ -131,35 +135,57 @@ class Conversion:
                         f"{shard.source.path}: the contents up to tensor {tensor.name!r} are not "
                         "those that the unfinished conversion read"
                     )
-                self.observer.advance(tensor.nbytes)
-                continue
-            item = self.plan.matrices.get(tensor.name)
-            if item is None:
-                digest = files[shard.name].write_pieces(tensor.name, reader.pieces(tensor))
-                outputs = {shard.name: {tensor.name: digest}}
-                record = None
+                yield _Item(tensor, reader.sha256)
+            elif tensor.name in self.plan.matrices:
+                weight = reader.read(tensor)
+                if self.plan.device.type == "cuda":
+                    weight = weight.pin_memory()
+                yield _Item(tensor, reader.sha256, weight=weight)
             else:
-                with _memory_explained(tensor.name, self.plan.device):
-                    record, outputs = self._convert_matrix(shard, reader, tensor, item, files)
-                self.records[tensor.name] = record
-                self.observer.detail(_described(record))
-            pending.append(Unit(tensor.name, reader.sha256, outputs, record))
-            unsynced += tensor.nbytes
-            if item is not None or unsynced > _UNSYNCED_LIMIT:
-                settle()
-                unsynced = 0
+                pieces = reader.pieces(tensor)
+                piece = next(pieces, bytearray())
+                for following in pieces:
+                    yield _Item(tensor, None, piece=piece)
+                    piece = following
+                yield _Item(tensor, reader.sha256, piece=piece)
+
+    def _convert_item(
+        self, shard: PlannedShard, item: _Item, output: ShardOutput, behind: WriteBehind
+    ) -> None:
+        tensor, prefix = item.tensor, item.prefix_sha256
+        self.observer.working_on(tensor.name)
+        if item.weight is not None:
+            assert prefix is not None
+            planned = self.plan.matrices[tensor.name]
+            with _memory_explained(tensor.name, self.plan.device):
+                result = self._convert_matrix(shard, tensor, item, planned)
+            record = manifests.matrix_record(planned, self.plan.layout.name, result)
+            self.records[tensor.name] = record
+            self.observer.detail(_described(record))
+
+            def write() -> None:
+                module = planned.matrix.module
+                groups = {
+                    shard.name: self.plan.layout.encode(planned.matrix, result.quantized),
+                    _ADAPTER_FILE: adapter.tensors(module, result.lora_A, result.lora_B),
+                }
+                output.write(tensor, prefix, groups, record)
+
+            behind.submit(write)
+        elif item.piece is not None:
+            piece = item.piece
+            behind.submit(lambda: output.copy(tensor.name, piece))
+            if prefix is not None:
+                behind.submit(lambda: output.end_copy(tensor, prefix))
+        if prefix is not None:
             self.observer.advance(tensor.nbytes)
-        settle()
 
     def _convert_matrix(
-        self,
-        shard: PlannedShard,
-        reader: ShardReader,
-        tensor: StoredTensor,
-        item: PlannedMatrix,
-        files: Mapping[str, GrowingShard],
-    ) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
-        weight = reader.read(tensor).to(self.plan.device, torch.float32)
+        self, shard: PlannedShard, tensor: StoredTensor, item: _Item, planned: PlannedMatrix
+    ) -> Decomposition:
+        assert item.weight is not None
+        weight = item.weight.to(self.plan.device, torch.float32, non_blocking=True)
+        item.weight = None  # in its own dtype it is not needed any more
         bad = first_non_finite(weight)
         if bad is not None:
             index, value = bad
@@ -167,22 +193,12 @@ class Conversion:
                 f"{shard.source.path}: tensor {tensor.name!r} holds {value} at {list(index)}"
             )
         try:
-            result = self._decompose(weight, item)
+            return self._decompose(weight, planned)
         except ScaleRangeError as error:
             raise ScaleRangeError(f"tensor {tensor.name!r}: {error.message}") from error
         except InputError as error:
             message = f"{shard.source.path}: tensor {tensor.name!r}: {error.message}"
             raise InputError(message, hint=error.hint) from error
-        del weight
-        groups = {
-            shard.name: self.plan.layout.encode(item.matrix, result.quantized),
-            _ADAPTER_FILE: adapter.tensors(item.matrix.module, result.lora_A, result.lora_B),
-        }
-        outputs = {
-            file: {name: files[file].write(name, value) for name, value in group.items()}
-            for file, group in groups.items()
-        }
-        return manifests.matrix_record(item, self.plan.layout.name, result), outputs
 
     def _decompose(self, weight: torch.Tensor, item: PlannedMatrix) -> Decomposition:
         recipe, layout, matrix = self.plan.recipe, self.plan.layout, item.matrix
@@ -256,22 +272,6 @@ class Conversion:
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
             "peak_device_bytes": torch.cuda.max_memory_allocated(device) if cuda else 0,
         }
-
-
-def _verified(
-    shard: PlannedShard, journal: Journal, files: Mapping[str, GrowingShard]
-) -> dict[str, Unit]:
-    """The journal's units of this shard whose bytes on disk are still those it recorded."""
-    finished = {}
-    for tensor in shard.source.header.tensors:
-        unit = journal.units.get(tensor.name)
-        if unit is not None and all(
-            files[file].sha256_of(name) == digest
-            for file, digests in unit.outputs.items()
-            for name, digest in digests.items()
-        ):
-            finished[tensor.name] = unit
-    return finished
 
 
 @contextmanager

@@ -1,0 +1,77 @@
+"""Reading ahead and writing behind."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
+
+_PATIENCE = 30.0  # seconds until a test that hangs is given up
+
+
+def test_items_come_in_order():
+    with ReadAhead(iter(range(50))) as ahead:
+        assert list(ahead) == list(range(50))
+
+
+def test_one_item_is_made_ahead_and_no_more():
+    made: list[int] = []
+    arrived = threading.Semaphore(0)
+
+    def items():
+        for number in range(5):
+            made.append(number)
+            arrived.release()
+            yield number
+
+    with ReadAhead(items()) as ahead:
+        for taken in ahead:
+            expected = min(taken + 2, 5)
+            while len(made) < expected:
+                assert arrived.acquire(timeout=_PATIENCE)
+            assert len(made) == expected
+
+
+def test_an_error_in_reading_comes_in_its_turn():
+    def items():
+        yield 1
+        yield 2
+        raise OSError("torn")
+
+    taken = []
+    with ReadAhead(items()) as ahead, pytest.raises(OSError, match="torn"):
+        for item in ahead:
+            taken.append(item)
+    assert taken == [1, 2]
+
+
+def test_tasks_run_in_order_beside_the_caller():
+    gate, done = threading.Event(), []
+    with WriteBehind() as behind:
+        behind.submit(lambda: done.append(gate.wait(_PATIENCE)))
+        assert done == []  # the caller was not held up
+        gate.set()
+        behind.submit(lambda: done.append("second"))
+    assert done == [True, "second"]
+
+
+def test_an_error_in_writing_is_raised_by_the_next_call_or_at_the_end():
+    def fail() -> None:
+        raise OSError("full")
+
+    with WriteBehind() as behind:
+        behind.submit(fail)
+        with pytest.raises(OSError, match="full"):
+            behind.submit(lambda: None)
+    with pytest.raises(OSError, match="full"), WriteBehind() as behind:
+        behind.submit(fail)
+
+
+def test_what_was_handed_over_is_written_when_the_caller_fails():
+    done = []
+    with pytest.raises(KeyboardInterrupt), WriteBehind() as behind:
+        behind.submit(lambda: done.append("written"))
+        raise KeyboardInterrupt
+    assert done == ["written"]
