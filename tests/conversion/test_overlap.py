@@ -40,11 +40,10 @@ def test_an_error_in_reading_comes_in_its_turn():
         yield 2
         raise OSError("torn")
 
-    taken = []
-    with ReadAhead(items()) as ahead, pytest.raises(OSError, match="torn"):
-        for item in ahead:
-            taken.append(item)
-    assert taken == [1, 2]
+    with ReadAhead(items()) as ahead:
+        assert [next(ahead), next(ahead)] == [1, 2]
+        with pytest.raises(OSError, match="torn"):
+            next(ahead)
 
 
 def test_tasks_run_in_order_beside_the_caller():
@@ -71,7 +70,12 @@ def test_an_error_in_writing_is_raised_by_the_next_call_or_at_the_end():
 
 def test_what_was_handed_over_is_written_when_the_caller_fails():
     done = []
-    with pytest.raises(KeyboardInterrupt), WriteBehind() as behind:
-        behind.submit(lambda: done.append("written"))
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with WriteBehind() as behind:
+            behind.submit(lambda: done.append("written"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert done == ["written"]
