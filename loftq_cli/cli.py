@@ -70,7 +70,11 @@ def _fail(error: LoftqError, verbose: bool) -> None:
 
 
 def _interruption(number: signal.Signals) -> InterruptedConversion:
-    return InterruptedConversion(f"interrupted by {number.name}", signal_number=number)
+    context = click.get_current_context(silent=True)
+    resumes = context is not None and context.info_name == "convert"
+    hint = None if resumes else "nothing was written"
+    message = f"interrupted by {number.name}"
+    return InterruptedConversion(message, signal_number=number, hint=hint)
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
@@ -225,6 +229,55 @@ def convert(
     console.show_outcome(
         outcome.manifest, str(output), nothing_to_do=outcome.nothing_to_do, as_json=as_json
     )
+
+
+@main.command(context_settings=_CONTEXT)
+@_directory
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write."
+)
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Directory, or adapter_model.safetensors in it, that training saved.  "
+    "[default: DIR/loftq_init]",
+)
+@click.option(
+    "--dtype",
+    type=_choice("float32", "float16", "bfloat16"),
+    help="dtype of the merged matrices.  [default: what they had before the conversion]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier merge once done.")
+@_json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+@_guarded
+def merge(
+    directory: Path,
+    output: Path,
+    adapter: Path | None,
+    dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Merge a conversion and its adapter, trained or not, into an ordinary checkpoint.
+
+    The result loads in stock transformers, without loftq and without peft.
+
+    \b
+    loftq merge out/ -o merged
+    loftq merge out/ -o merged --adapter trained --dtype bfloat16
+    """
+    from loftq_cli.conversion.merge import merge as run
+
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    narrator = console.Narrator(quiet=quiet, verbose=verbose, doing="merging")
+    result = run(
+        directory, output, adapter=adapter, dtype=dtype, overwrite=overwrite, observer=narrator
+    )
+    console.show_merge(result, as_json=as_json)
 
 
 @main.command(context_settings=_CONTEXT)

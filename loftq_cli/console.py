@@ -24,13 +24,14 @@ _PIPE_WIDTH = 200  # columns where stdout is not a terminal: names are not to be
 
 
 class Narrator(Observer):
-    """The conversion's observer for a terminal: one progress bar over bytes, remarks as lines.
+    """The observer for a terminal: one progress bar over bytes, remarks as lines.
 
     The bar is shown only where stderr is a terminal; ``quiet`` silences remarks as well.
     """
 
-    def __init__(self, *, quiet: bool, verbose: bool) -> None:
+    def __init__(self, *, quiet: bool, verbose: bool, doing: str = "converting") -> None:
         self._quiet = quiet
+        self._doing = doing
         self._verbose = verbose
         self._bar: tqdm[Any] | None = None
 
@@ -43,7 +44,7 @@ class Narrator(Observer):
             total=total_bytes,
             unit="B",
             unit_scale=True,
-            desc="converting",
+            desc=self._doing,
             file=sys.stderr,
             dynamic_ncols=True,
             smoothing=0.1,
@@ -253,8 +254,28 @@ def show_inspection(found: Mapping[str, Any], *, as_json: bool) -> None:
     if found["verified_files"] is not None:
         pairs.append(("verified", f"{found['verified_files']} files match the manifest"))
     _pairs(found["directory"], pairs)
+    _show_loading(found["loading"])
+
+
+def show_merge(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The summary at the end of ``loftq merge``, and how to load the result."""
+    if as_json:
+        _json(result)
+        return
+    pairs = [
+        ("matrices", f"{result['matrices']}, {result['dtype'] or 'of several dtypes'}"),
+        ("adapter", result["adapter"]),
+        ("whole tensors", f"{len(result['replaced'])} replaced, {len(result['added'])} added"),
+        ("size", _size(result["bytes"])),
+        ("time", f"{result['seconds']:.1f} s"),
+    ]
+    _pairs(f"wrote {result['output']}", pairs)
+    _show_loading(result["loading"])
+
+
+def _show_loading(snippet: str) -> None:
     print("load it with:\n")
-    print("\n".join(f"    {line}".rstrip() for line in found["loading"].splitlines()))
+    print("\n".join(f"    {line}".rstrip() for line in snippet.splitlines()))
 
 
 def show_residuals(report: Mapping[str, Any], *, as_json: bool, as_csv: bool) -> None:

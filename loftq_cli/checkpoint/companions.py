@@ -7,7 +7,9 @@ never other weights, which would shadow the converted ones.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+
+from loftq_cli.checkpoint.durable import explained, write_file
 
 COPIED_FILES: tuple[str, ...] = (
     "config.json",
@@ -42,3 +44,15 @@ def is_companion(name: str) -> bool:
         and path.suffix in _SUFFIXES
         and any(fnmatchcase(name, pattern) for pattern in COPIED_FILES)
     )
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the companions in ``source``, but for config.json, which is not copied as it is, to
+    ``target``. Raises EnvironmentFailure."""
+    with explained(source):
+        paths = sorted(source.iterdir())
+    for path in paths:
+        if path.name != "config.json" and is_companion(path.name) and path.is_file():
+            with explained(path):
+                content = path.read_bytes()
+            write_file(target / path.name, content)

@@ -85,7 +85,7 @@ def open_source(
             hint="give the directory that holds config.json and model.safetensors",
         )
     names, index = _shard_names(directory)
-    config = _read_json(directory / CONFIG)
+    config = read_json(directory / CONFIG)
     _check_config(directory / CONFIG, config.content)
     faults: list[str] = []
     shards = []
@@ -130,7 +130,7 @@ def _shard_names(directory: Path) -> tuple[list[str], SmallFile | None]:
             )
         found = f" (found {', '.join(others[:3])})" if others else ""
         raise SourceNotFoundError(f"{directory} has no {SINGLE} and no {INDEX}{found}")
-    index = _read_json(directory / INDEX)
+    index = read_json(directory / INDEX)
     weight_map = index.content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{directory / INDEX}: no weight_map")
@@ -197,7 +197,8 @@ def _can_be_written(value: object, levels: int) -> bool:
     return True
 
 
-def _read_json(path: Path) -> SmallFile:
+def read_json(path: Path) -> SmallFile:
+    """A JSON object from a file. Raises SourceNotFoundError and CorruptFileError."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

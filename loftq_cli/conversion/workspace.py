@@ -27,9 +27,14 @@ from loftq_cli.errors import EnvironmentFailure, InputError, OutputConflictError
 class Workspace:
     """Paths of one output and of the work on it."""
 
+    suffix = "loftq-partial"
+    marker = MANIFEST
+    """The file by which an output that may be replaced is known."""
+    kind = "the output of a conversion"
+
     def __init__(self, output: Path) -> None:
         self.final = output
-        self.partial = output.parent / f".{output.name}.loftq-partial"
+        self.partial = output.parent / f".{output.name}.{self.suffix}"
         self.output = self.partial / "output"
         self.journal = self.partial / "journal"
         self._lock_file = self.partial / "lock"
@@ -124,7 +129,7 @@ class Workspace:
         if found is None or found.fingerprint in accepted:
             self.discard()
 
-    def refuse_other_output(self, wanted: Identity, overwrite: bool) -> None:
+    def refuse_other_output(self, wanted: Identity | None, overwrite: bool) -> None:
         """Raise OutputConflictError where the output exists and may not be replaced."""
         if not self.final.exists() and not self.final.is_symlink():
             return
@@ -135,21 +140,27 @@ class Workspace:
             )
         if self.final.is_dir() and not any(self.final.iterdir()):
             return
-        ours = (self.final / MANIFEST).is_file()
+        ours = (self.final / self.marker).is_file()
         if not ours:
             raise OutputConflictError(
-                f"{self.final} exists and is not the output of a conversion",
+                f"{self.final} exists and is not {self.kind}",
                 hint="choose another --output; --overwrite replaces only loftq's own outputs",
             )
         if not overwrite:
-            try:
-                recipe = open_output(self.final).manifest["recipe"]
-                what = "; ".join(_differing(recipe, wanted.recipe)) or "it is of another source"
-            except InputError as error:
-                what = error.message
-            raise OutputConflictError(f"{self.final} holds another conversion: {what}")
+            raise OutputConflictError(f"{self.final} holds {self._held(wanted)}")
 
-    def publish(self, wanted: Identity, overwrite: bool) -> None:
+    def _held(self, wanted: Identity | None) -> str:
+        """What an output of ours is that is not the ``wanted`` one."""
+        if wanted is None:
+            return self.kind
+        try:
+            recipe = open_output(self.final).manifest["recipe"]
+            what = "; ".join(_differing(recipe, wanted.recipe)) or "it is of another source"
+        except InputError as error:
+            what = error.message
+        return f"another conversion: {what}"
+
+    def publish(self, wanted: Identity | None, overwrite: bool) -> None:
         """Rename the finished output into place and remove everything else.
 
         Raises OutputConflictError where the output came into being meanwhile.

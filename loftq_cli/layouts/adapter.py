@@ -17,7 +17,7 @@ from loftq_cli.checkpoint.header import TensorSpec
 DIRECTORY = "loftq_init"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 _DTYPE_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -30,12 +30,12 @@ def stored_dtype(setting: str, source_dtype: str) -> str:
 
 def names(module: str) -> tuple[str, str]:
     """(name of A, name of B) of ``module`` in the adapter file."""
-    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
 def module_of(name: str) -> str:
     """The module that a tensor of the adapter file belongs to; inverse of :func:`names`."""
-    return name.removeprefix(_PREFIX).rpartition(".lora_")[0]
+    return name.removeprefix(PREFIX).rpartition(".lora_")[0]
 
 
 def specs(module: str, shape: tuple[int, int], rank: int, dtype: str) -> list[TensorSpec]:

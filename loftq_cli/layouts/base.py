@@ -36,6 +36,19 @@ class Matrix:
         return self.shape[0] * self.shape[1]
 
 
+def matrix_of(record: Mapping[str, Any]) -> Matrix:
+    """The matrix that an entry of the manifest's ``matrices`` describes."""
+    rows, columns = record["shape"]
+    return Matrix(
+        record["name"],
+        (rows, columns),
+        record["dtype"],
+        record["method"],
+        record["bits"],
+        record["block_size"],
+    )
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What else a consumer's config needs to know: the source's config.json, the modules with

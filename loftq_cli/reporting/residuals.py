@@ -14,13 +14,14 @@ from typing import Any, cast
 
 import torch
 
-from loftq_cli.checkpoint.header import HeaderError, StoredTensor, TensorSpec, read_header
+from loftq_cli.checkpoint.header import HeaderError, read_header
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.checkpoint.stored import Stored, read
 from loftq_cli.errors import InputError, LoftqError, NonFiniteWeightError, VerificationError
 from loftq_cli.layouts import adapter, make_layout
-from loftq_cli.layouts.base import Matrix
+from loftq_cli.layouts.base import matrix_of
 from loftq_cli.numerics import native
 from loftq_cli.numerics.alternation import Settings, decompose
 from loftq_cli.numerics.metrics import first_non_finite, squared_norm
@@ -112,15 +113,15 @@ def _norms(
     output: Output,
     record: Mapping[str, Any],
     weight: torch.Tensor,
-    stored: Mapping[str, tuple[Path, StoredTensor]],
+    stored: Stored,
 ) -> Norms:
     recipe = output.manifest["recipe"]
     matrix = matrix_of(record)
     layout = make_layout(record["layout"], recipe["dense_dtype"])
-    tensors = {spec.name: _read(output, stored, spec) for spec in layout.specs(matrix)}
+    tensors = {spec.name: read(output.directory, stored, spec) for spec in layout.specs(matrix)}
     adapter_dtype = adapter.stored_dtype(recipe["adapter_dtype"], matrix.dtype)
     lora_A, lora_B = (
-        _read(output, stored, spec)
+        read(output.directory, stored, spec)
         for spec in adapter.specs(matrix.module, matrix.shape, record["rank"], adapter_dtype)
     )
     alpha = recipe["lora_alpha"]
@@ -147,20 +148,7 @@ def _norms(
     return Norms(plain.weight_norm, plain.quantized_norm, final)
 
 
-def matrix_of(record: Mapping[str, Any]) -> Matrix:
-    """The matrix that a manifest entry describes."""
-    rows, columns = record["shape"]
-    return Matrix(
-        record["name"],
-        (rows, columns),
-        record["dtype"],
-        record["method"],
-        record["bits"],
-        record["block_size"],
-    )
-
-
-def _stored_tensors(output: Output) -> dict[str, tuple[Path, StoredTensor]]:
+def _stored_tensors(output: Output) -> Stored:
     stored = {}
     for entry in output.manifest["outputs"]:
         if entry["name"].endswith(".safetensors"):
@@ -171,21 +159,6 @@ def _stored_tensors(output: Output) -> dict[str, tuple[Path, StoredTensor]]:
                 raise VerificationError(f"{path}: {error}") from error
             stored.update({tensor.name: (path, tensor) for tensor in header.tensors})
     return stored
-
-
-def _read(
-    output: Output, stored: Mapping[str, tuple[Path, StoredTensor]], spec: TensorSpec
-) -> torch.Tensor:
-    if spec.name not in stored:
-        raise VerificationError(f"{output.directory}: tensor {spec.name!r} is missing")
-    path, tensor = stored[spec.name]
-    if (tensor.dtype, tensor.shape) != (spec.dtype, spec.shape):
-        raise VerificationError(
-            f"{path}: tensor {spec.name!r} is {tensor.dtype} {list(tensor.shape)}, "
-            f"not {spec.dtype} {list(spec.shape)}"
-        )
-    with TensorFile(path) as file:
-        return file.read(tensor)
 
 
 def _compare(output: Output, layers: Sequence[Mapping[str, Any]]) -> None:

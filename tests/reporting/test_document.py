@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from loftq_cli.checkpoint.output import FORMAT_VERSION as MANIFEST_VERSION
 from loftq_cli.checkpoint.schema import manifest_schema
+from loftq_cli.layouts.base import matrix_of
 from loftq_cli.layouts.packed import FORMAT_VERSION, PackedLayout
 from loftq_cli.numerics.packing import pack, unpack
 from loftq_cli.recipe import BITS, BLOCK_SIZES, fingerprint
-from loftq_cli.reporting.residuals import matrix_of
 from tests.reporting.conftest import CASES
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "output-format.md").read_text("utf-8")

@@ -1,0 +1,206 @@
+"""``loftq merge``: a backbone and an adapter, trained or not, to an ordinary checkpoint.
+
+Every quantized matrix becomes one tensor, Q + scaling * B A, computed in float32 as PEFT does and
+rounded once; all other tensors are copied. One matrix is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.companions import copy_companions
+from loftq_cli.checkpoint.durable import explained, pretty_json, write_file
+from loftq_cli.checkpoint.output import open_output
+from loftq_cli.checkpoint.reader import TORCH_DTYPES, TensorFile
+from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
+from loftq_cli.checkpoint.stored import read
+from loftq_cli.checkpoint.writer import GrowingShard
+from loftq_cli.conversion.merge_config import (
+    DTYPE_TAGS,
+    dtype_name,
+    merged_config,
+    provenance,
+    snippet,
+)
+from loftq_cli.conversion.merge_plan import Copied, Merged, MergePlan, make_merge_plan
+from loftq_cli.conversion.observer import Observer
+from loftq_cli.conversion.workspace import Workspace, check_output_path, check_space
+from loftq_cli.errors import EnvironmentFailure, NonFiniteWeightError, UsageError
+from loftq_cli.layouts import adapter as adapters
+from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
+from loftq_cli.numerics.metrics import first_non_finite
+
+MARKER = "loftq_merge.json"
+_MARGIN = 4 << 20  # room for config, tokenizer and the marker
+
+
+class MergeWorkspace(Workspace):
+    """The life of a merged checkpoint; there is no journal, what is interrupted is begun anew."""
+
+    suffix = "loftq-merge"
+    marker = MARKER
+    kind = "a merged checkpoint"
+
+
+def merge(
+    directory: Path,
+    output: Path,
+    *,
+    adapter: Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Merge the conversion in ``directory`` with ``adapter`` (None: its own) into ``output``.
+
+    ``dtype`` is that of the merged matrices, None the one they had before the conversion. Returns
+    what ``--json`` prints. Raises InputError where backbone or adapter are damaged or do not belong
+    together, UsageError for an output inside the input or a dtype that cannot hold a value,
+    OutputConflictError, EnvironmentFailure.
+    """
+    started = time.monotonic()
+    found = open_output(directory)
+    trained = open_adapter(directory / adapters.DIRECTORY if adapter is None else adapter)
+    final = check_output_path(output, directory)
+    _keep_adapter(output, final, trained)
+    plan = make_merge_plan(found, open_source(directory), trained, dtype and DTYPE_TAGS[dtype])
+    _remark(plan, observer)
+    workspace = MergeWorkspace(final)
+    with workspace.locked():
+        workspace.refuse_other_output(None, overwrite)
+        workspace.discard_work()  # what a crash left
+        check_space(final.parent, plan.disk_bytes + _MARGIN)
+        try:
+            _write(plan, workspace.output, observer)
+        finally:
+            observer.end()
+        workspace.publish(None, overwrite)
+    return {
+        "adapter": str(trained.file),
+        "added": _added(plan),
+        "bytes": plan.tensor_bytes,
+        "directory": str(directory),
+        "dtype": dtype_name(plan.dtype),
+        "loading": snippet(plan, output, final),
+        "matrices": len(plan.merged),
+        "output": str(output),
+        "replaced": sorted(plan.replaced),
+        "seconds": round(time.monotonic() - started, 3),
+        "without_adapter": _without_adapter(plan),
+    }
+
+
+def _keep_adapter(output: Path, final: Path, trained: TrainedAdapter) -> None:
+    """Raise UsageError where --overwrite would delete the adapter with the old output."""
+    home = trained.file.resolve().parent
+    if final == home or final in home.parents:
+        raise UsageError(
+            f"--output {output} holds the adapter {trained.file}", hint="choose another directory"
+        )
+
+
+def _remark(plan: MergePlan, observer: Observer) -> None:
+    bare = _without_adapter(plan)
+    if bare:
+        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
+        observer.note(f"the adapter has nothing for {bare[0]}{more}: merged as quantized")
+    if plan.added:
+        observer.note(f"the adapter brings {', '.join(_added(plan))}")
+
+
+def _without_adapter(plan: MergePlan) -> list[str]:
+    return sorted(item.spec.name for item in plan.merged if item.pair is None)
+
+
+def _added(plan: MergePlan) -> list[str]:
+    return sorted(spec.name for spec in plan.added)
+
+
+def _write(plan: MergePlan, target: Path, observer: Observer) -> None:
+    """Write every file of the result to ``target``."""
+    with explained(target):
+        target.mkdir()
+    observer.begin(plan.tensor_bytes)
+    for name, items in plan.shards:
+        with GrowingShard(target / name, [item.spec for item in items]) as shard:
+            for item in items:
+                observer.working_on(item.spec.name)
+                if isinstance(item, Copied):
+                    with TensorFile(item.file) as file:
+                        shard.write_pieces(item.spec.name, file.pieces(item.tensor))
+                else:
+                    with _memory_explained(item.spec.name):
+                        shard.write(item.spec.name, _value(plan, item))
+                observer.advance(item.spec.nbytes)
+            shard.sync()
+    if len(plan.shards) > 1:
+        write_file(target / INDEX, pretty_json(_index(plan)))
+    copy_companions(plan.backbone.directory, target)
+    text = (
+        json.dumps(merged_config(plan), indent=2, ensure_ascii=False) + "\n"
+    )  # in the source's order
+    write_file(target / CONFIG, text.encode())
+    write_file(target / MARKER, pretty_json(provenance(plan)))
+
+
+def _value(plan: MergePlan, item: Merged) -> torch.Tensor:
+    """A merged matrix, (out, in), in its final dtype."""
+    name, directory, stored = item.spec.name, plan.output.directory, plan.stored
+    if item.quantized is None:
+        path, tensor = stored[name]
+        with TensorFile(path) as file:
+            value = file.read(tensor).float()
+    else:
+        layout, matrix = item.quantized
+        parts = {spec.name: read(directory, stored, spec) for spec in layout.specs(matrix)}
+        value = layout.decode(matrix, parts)
+    if item.pair is not None:
+        with TensorFile(plan.adapter.file) as file:
+            lora_A, lora_B = file.read(item.pair.lora_A), file.read(item.pair.lora_B)
+        # Product, scaling and sum are rounded one by one, as PEFT does.
+        value += (lora_B.float() @ lora_A.float()).mul_(item.pair.scaling)
+    bad = first_non_finite(value)
+    if bad is not None:
+        raise NonFiniteWeightError(
+            f"{directory} and {plan.adapter.file}: tensor {name!r} becomes {bad[1]} "
+            f"at {list(bad[0])}",
+            hint="the backbone or the adapter is damaged, or its training diverged",
+        )
+    result = value.to(TORCH_DTYPES[item.spec.dtype])
+    bad = first_non_finite(result)
+    if bad is not None:
+        raise UsageError(
+            f"tensor {name!r}: {float(value[bad[0]]):.6g} at {list(bad[0])} does not fit "
+            f"{dtype_name(item.spec.dtype)}",
+            hint="use --dtype float32, or for values up to 3e38 --dtype bfloat16",
+        )
+    return result
+
+
+def _index(plan: MergePlan) -> dict[str, Any]:
+    return {
+        "metadata": {"total_size": plan.tensor_bytes},
+        "weight_map": {item.spec.name: name for name, items in plan.shards for item in items},
+    }
+
+
+@contextmanager
+def _memory_explained(name: str) -> Iterator[None]:
+    """Turn running out of memory into an EnvironmentFailure that names the tensor."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch's CPU allocator raises a plain RuntimeError.
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        raise EnvironmentFailure(
+            f"tensor {name!r}: out of memory",
+            hint="free memory for several float32 copies of this matrix",
+        ) from error

@@ -1,0 +1,94 @@
+"""What a merged checkpoint says of itself: its config.json, where it comes from, how it loads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.checkpoint.durable import explained, file_sha256
+from loftq_cli.checkpoint.output import Output
+from loftq_cli.conversion.merge_plan import MergePlan
+from loftq_cli.reporting.inspect import auto_class
+from loftq_cli.version import VERSION
+
+FORMAT_VERSION = 1
+DTYPE_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_NAMES = {tag: name for name, tag in DTYPE_TAGS.items()}
+
+# The layer of a classification head that has an output per label.
+_LABELS = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj)?\.weight")
+_CLASSIFIERS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+def dtype_name(tag: str | None) -> str | None:
+    """``float32`` for ``F32``; None stays None."""
+    return tag and _NAMES[tag]
+
+
+def merged_config(plan: MergePlan) -> dict[str, Any]:
+    """The backbone's config.json without its quantization, with the dtype that the matrices have
+    now; where a head was added, with the class that was trained and its number of labels."""
+    config = dict(plan.backbone.config.content)
+    config.pop("quantization_config", None)
+    name = dtype_name(plan.dtype)
+    if name:
+        config = _with_dtype(config, name)
+        if "torch_dtype" not in config:
+            config["dtype"] = name
+    if not plan.added:
+        return config
+    trained = plan.adapter.config.get("auto_mapping")
+    if isinstance(trained, dict) and str(trained.get("parent_library")).startswith("transformers."):
+        config["architectures"] = [str(trained.get("base_model_class"))]
+    for spec in plan.added:
+        if _LABELS.search(spec.name) and len(spec.shape) == 2:
+            config |= _labels(config, spec.shape[0])
+    return config
+
+
+def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """``config`` with its dtype replaced, and that of the configs in it (``text_config``)."""
+    return {
+        key: name
+        if key in ("dtype", "torch_dtype")
+        else _with_dtype(value, name)
+        if key.endswith("_config") and isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
+
+
+def _labels(config: dict[str, Any], count: int) -> dict[str, Any]:
+    """The entries that transformers writes for ``count`` labels, unless there are as many."""
+    known = config.get("id2label")
+    if (len(known) if isinstance(known, dict) else 2) == count:
+        return {}
+    labels = {str(number): f"LABEL_{number}" for number in range(count)}
+    return {"id2label": labels, "label2id": {label: int(n) for n, label in labels.items()}}
+
+
+def provenance(plan: MergePlan) -> dict[str, Any]:
+    source = plan.output.manifest["source"]
+    with explained(plan.adapter.file):
+        digest = file_sha256(plan.adapter.file)
+    return {
+        "format_version": FORMAT_VERSION,
+        "tool": {"name": "loftq-cli", "version": VERSION},
+        "source": {key: value for key, value in source.items() if key != "files"},
+        "fingerprint": plan.output.fingerprint,
+        "adapter_sha256": digest,
+        "dtype": dtype_name(plan.dtype),
+    }
+
+
+def snippet(plan: MergePlan, output: Path, final: Path) -> str:
+    """Python that loads the result."""
+    task = plan.adapter.config.get("task_type")
+    name = _CLASSIFIERS.get(str(task)) if plan.added else None
+    name = name or auto_class(Output(final, plan.output.manifest))
+    return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({str(output)!r})"
