@@ -102,19 +102,21 @@ class CodebookQuantizer:
         base = torch.ones_like(absmax)
         if begin is not None:
             # Clamped: at a scale far too large every code would be zero for good.
-            carried = (begin / nonzero(absmax)).clamp_max_(2.0)
-            base = torch.where(carried > TINY, carried, base)
+            carried = (begin / nonzero(absmax)).clamp_(-2.0, 2.0)
+            base = torch.where(carried.abs() > TINY, carried, base)
         best = base
         best_gain = torch.zeros_like(base)
-        for multiple in grid(self.bits, warm=begin is not None):
-            numerator, denominator = self._products(unit, table, base * multiple)
+        mirrored = not table.symmetric
+        for multiple in grid(self.bits, warm=begin is not None, mirrored=mirrored):
+            candidate = base * multiple
+            numerator, denominator = self._products(unit, table, candidate)
             gain = ratio(numerator.square(), denominator)
-            better = (gain > best_gain) & (numerator > 0)
+            better = (gain > best_gain) & (numerator * candidate > 0)
             best = torch.where(better, ratio(numerator, denominator), best)
             best_gain = torch.where(better, gain, best_gain)
         for _ in range(REFINEMENTS):
             numerator, denominator = self._products(unit, table, best)
-            best = torch.where(numerator > 0, ratio(numerator, denominator), best)
+            best = torch.where(numerator * best > 0, ratio(numerator, denominator), best)
         return best
 
     def _products(

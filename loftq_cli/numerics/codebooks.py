@@ -100,6 +100,11 @@ class Table:
     reciprocal: bool
 
     @property
+    def symmetric(self) -> bool:
+        """Whether mirroring the levels changes nothing."""
+        return torch.equal(self.levels, -self.levels.flip(0))
+
+    @property
     def cells(self) -> int:
         return self.cell_code.numel()
 

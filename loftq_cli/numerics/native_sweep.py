@@ -111,7 +111,8 @@ class NativeSweep:
         scales = torch.empty(blocks)
         zeros = torch.empty(blocks, dtype=torch.uint8) if table is None else None
         begin = None if start is None else start.scales.float()
-        multiples = torch.tensor(grid(search.bits, warm=start is not None))
+        mirrored = table is not None and not table.symmetric
+        multiples = torch.tensor(grid(search.bits, warm=start is not None, mirrored=mirrored))
         book = None
         if table is not None:
             cell_code = table.cell_code.int()

@@ -162,9 +162,9 @@ def test_permuting_rows_permutes_the_result_of_several_steps(svd):
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     settings = Settings(rank=8, iters=4, svd=svd)
     plain, permuted = (decompose(w, NF2, settings) for w in (weight, weight[order]))
-    assert permuted.residuals == pytest.approx(plain.residuals, rel=1e-3)
+    assert permuted.residuals == pytest.approx(plain.residuals, rel=3e-3)
     same = (permuted.quantized.codes == plain.quantized.codes[order]).float().mean()
-    assert float(same) > 0.99
+    assert float(same) > (0.99 if svd == "exact" else 0.95)  # a step chooses among near equals
 
 
 # -- values that do not fit ------------------------------------------------------------------------

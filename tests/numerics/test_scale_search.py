@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loftq_cli.numerics import codebook_quantizer, native, uniform_quantizer
 from loftq_cli.numerics.alternation import Settings, decompose
 from loftq_cli.numerics.quantizers import make_quantizer
-from loftq_cli.numerics.search import COLD_GRID
+from loftq_cli.numerics.search import grid
 from tests.numerics.helpers import (
     PROPERTY,
     SCALED_METHODS,
@@ -72,12 +72,13 @@ def test_searched_scales_are_not_worse_in_any_block(method, search, shift):
     weight = torch.rand(256, 32, generator=torch.Generator().manual_seed(0)) - 0.5 + shift
     for bits in WIDTHS:
         absmax, searched = (
-            (fit(quantizer_of(method, bits, 32, scale), weight).values - weight)
-            .double()
-            .norm(dim=1)
+            (fit(quantizer_of(method, bits, 32, scale), weight).values.double() - weight)
+            .square()
+            .sum(dim=1)
             for scale in ("absmax", search)
         )
-        assert bool((searched <= absmax * (1 + 1e-5) + 1e-6 * weight.norm(dim=1)).all())
+        rounding = 1e-7 * weight.double().square().sum(dim=1)
+        assert bool((searched <= absmax * (1 + 1e-5) + rounding).all())
 
 
 @every_search
@@ -97,6 +98,23 @@ def test_searched_scales_gain_much_on_an_llm_like_matrix(search, method, bits, g
     weight = llm_like(256, 256)
     absmax, searched = (error(method, bits, 64, s, weight) for s in ("absmax", search))
     assert searched < (1 - gain) * absmax
+
+
+@every_search
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_mirrored_blocks_are_quantized_as_well_as_their_images(search, bits):
+    """NormalFloat has more levels above zero than below; a negative scale turns that round."""
+    weight = llm_like(64, 96).abs()
+    quantizer = quantizer_of("nf", bits, 32, search)
+    plain, mirrored = fit(quantizer, weight), fit(quantizer, -weight)
+    assert torch.equal(mirrored.values, -plain.values)
+    assert bool((mirrored.parameters.scales < 0).any())
+
+
+@every_search
+def test_symmetric_levels_are_never_mirrored(search):
+    fitted = fit(quantizer_of("nf-symmetric", 2, 32, search), llm_like(64, 96))
+    assert bool((fitted.parameters.scales >= 0).all())
 
 
 # -- starting from earlier scales ------------------------------------------------------------------
@@ -121,8 +139,8 @@ def test_starting_beside_earlier_scales_is_better_than_at_them(method, bits, mon
     quantizer = make_quantizer(method, bits, 64, "mse")
     beside = decompose(weight, quantizer, settings).final
 
-    def at(bits: int, *, warm: bool) -> tuple[float, ...]:
-        return (1.0,) if warm else COLD_GRID
+    def at(bits: int, *, warm: bool, mirrored: bool = False) -> tuple[float, ...]:
+        return (1.0,) if warm else grid(bits, warm=False, mirrored=mirrored)
 
     monkeypatch.setattr(codebook_quantizer, "grid", at)
     monkeypatch.setattr(uniform_quantizer, "grid", at)
@@ -158,7 +176,7 @@ def test_kernels_search_as_the_tensor_operations_do(method, shape):
         assert scales.shape == expected.shape
         # A tie between two candidates may fall either way; then both are equally good.
         same = torch.isclose(scales, expected, rtol=1e-4)
-        assert float(same.float().mean()) > 0.9
+        assert float(same.float().mean()) > 0.85
         errors = [squared_error(fitted.values, weight) for fitted in (ours, theirs)]
         assert errors[0] == pytest.approx(errors[1], rel=1e-2, abs=1e-10 * energy(weight))
 

@@ -107,21 +107,22 @@ static float codebook_fit(const Codebook *book, const Search *search, const floa
     }
     for (int i = 0; i < n; i++) unit[i] = x[i] / a;
     float base = start ? *start / a : 1.0f, gain = 0.0f;
-    if (!(base > TINY)) base = 1.0f;
-    if (base > 2.0f) base = 2.0f; /* far too large, every code would stay zero */
+    if (!(fabsf(base) > TINY)) base = 1.0f;
+    if (fabsf(base) > 2.0f) base = 2.0f; /* far too large, every code would stay zero */
     float scale = base;
     for (int g = 0; g < search->grid_size; g++) {
-        float inverse = 1.0f / (base * search->grid[g]);
-        codebook_products(book, unit, n, inverse, &numerator, &denominator);
+        float candidate = base * search->grid[g];
+        codebook_products(book, unit, n, 1.0f / candidate, &numerator, &denominator);
         float ratio = numerator / (denominator > TINY ? denominator : TINY);
-        if (numerator > 0.0f && numerator * ratio > gain) {
+        if (ratio * candidate > 0.0f && numerator * ratio > gain) {
             gain = numerator * ratio;
             scale = ratio;
         }
     }
     for (int r = 0; r < search->refinements; r++) {
         codebook_products(book, unit, n, 1.0f / scale, &numerator, &denominator);
-        if (numerator > 0.0f) scale = numerator / (denominator > TINY ? denominator : TINY);
+        float ratio = numerator / (denominator > TINY ? denominator : TINY);
+        if (ratio * scale > 0.0f) scale = ratio;
     }
     codebook_encode(book, unit, n, 1.0f / scale, a * scale, codes, values);
     return a * scale;
