@@ -20,7 +20,7 @@ from loftq_cli.errors import UsageError
 
 BITS = (2, 3, 4, 8)
 BLOCK_SIZES = (32, 64, 128, 256)
-METHODS = ("auto", "nf", "nf-symmetric", "uniform", "uniform-block", "uniform-tensor")
+METHODS = ("auto", "nf", "nf-symmetric", "fitted", "uniform", "uniform-block", "uniform-tensor")
 LAYOUTS = ("auto", "bnb", "gptq", "loftq", "dense")
 SCALES = ("mse", "absmax")
 ORDERS = ("quantize-first", "svd-first")
@@ -30,9 +30,10 @@ KEEPS = ("best", "last")
 ADAPTER_DTYPES = ("source", "float32", "float16", "bfloat16")
 DENSE_DTYPES = ADAPTER_DTYPES
 MAX_RANK = 65_536
+MAX_FITTED_BITS = 4
 MAX_ITERS = 1_000
 
-FIXED_SCALE_METHODS = ("uniform-block", "uniform-tensor")
+FIXED_SCALE_METHODS = ("fitted", "uniform-block", "uniform-tensor")
 """Methods that define their own scale, so that ``--scale`` does not apply."""
 
 _DEFAULTS: dict[str, Any] = {
@@ -125,6 +126,12 @@ class Options:
         settings = Settings(**{**supplied, **given})
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(settings, name), choices)
+        if method == "fitted" and settings.bits > MAX_FITTED_BITS:
+            raise UsageError(
+                f"--method fitted --bits {settings.bits}: levels are fitted up to "
+                f"{MAX_FITTED_BITS} bits",
+                hint="use --method nf or uniform",
+            )
         _check_range("rank", settings.rank, 1, MAX_RANK)
         _check_range("iters", settings.iters, 0, MAX_ITERS)
         _check_range("seed", settings.seed, 0, 2**63 - 1)

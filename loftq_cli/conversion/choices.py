@@ -25,12 +25,16 @@ def resolve_method(settings: Settings) -> str:
     return "nf" if settings.bits == 4 and settings.layout != "gptq" else "uniform"
 
 
+def searches_scales(method: str, scale: str) -> bool:
+    """Whether scales are searched for; ``scale`` is a setting's, or a recipe's "fixed"."""
+    return method == "fitted" or (scale == "mse" and method not in FIXED_SCALE_METHODS)
+
+
 def choose_variant(device: torch.device, method: str, scale: str, svd: str) -> Variant:
     """The compiled search where there is a compiler and something to search for, and the fastest
     products of the device."""
-    searches = scale == "mse" and method not in FIXED_SCALE_METHODS
     return Variant(
-        native=searches and device.type == "cpu" and native.available(),
+        native=searches_scales(method, scale) and device.type == "cpu" and native.available(),
         products=lowrank.fastest_products(device) if svd == "fast" else torch.float32,
     )
 

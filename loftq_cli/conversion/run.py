@@ -12,6 +12,7 @@ import torch
 
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.output import verify
+from loftq_cli.conversion.choices import searches_scales
 from loftq_cli.conversion.engine import Conversion
 from loftq_cli.conversion.journal import Identity
 from loftq_cli.conversion.observer import Observer
@@ -53,7 +54,8 @@ def prepare(
     if plan.layout_note:
         observer.note(plan.layout_note)
     # Only where there is a search to speed up: asking builds the kernels.
-    if plan.recipe.scale == "mse" and plan.device.type == "cpu" and native.load().reason:
+    searches = searches_scales(plan.recipe.method, plan.recipe.scale)
+    if searches and plan.device.type == "cpu" and native.load().reason:
         observer.detail(f"slower without compiled kernels: {native.load().reason}")
     return plan, path
 

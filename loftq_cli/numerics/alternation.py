@@ -140,10 +140,9 @@ def make_sweep(weight: torch.Tensor, quantizer: Quantizer, settings: Settings) -
     """In the compiled kernels where they can run this quantizer, else in tensor operations."""
     # The exact SVD multiplies nothing but float32.
     products = torch.float32 if settings.svd == "exact" else settings.products
-    search = quantizer.search()
-    if search is None or weight.device.type != "cpu":
+    if quantizer.search() is None or weight.device.type != "cpu":
         return TensorSweep(weight, quantizer, products, settings.backbone_dtype)
-    return NativeSweep(weight, quantizer, search, products, settings.backbone_dtype)
+    return NativeSweep(weight, quantizer, products, settings.backbone_dtype)
 
 
 def _product(iterate: _Iterate, settings: Settings) -> Product:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +44,9 @@ class CodebookQuantizer:
     def blocks_before(self, row: int, columns: int) -> int:
         return block_count(row * columns, self.block_size) if row else 0
 
-    def prepare(self, pieces: Callable[[], Iterable[torch.Tensor]]) -> CodebookQuantizer:
+    def prepare(
+        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor]
+    ) -> CodebookQuantizer:
         return self
 
     def search(self) -> Search | None:

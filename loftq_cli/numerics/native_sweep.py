@@ -12,8 +12,8 @@ from loftq_cli.errors import ScaleRangeError
 from loftq_cli.numerics import native
 from loftq_cli.numerics.blocks import Parameters, block_count
 from loftq_cli.numerics.quantizers import Quantizer
-from loftq_cli.numerics.search import REFINEMENTS, Search, grid
-from loftq_cli.numerics.sweep import Product, Swept
+from loftq_cli.numerics.search import REFINEMENTS, grid
+from loftq_cli.numerics.sweep import Product, Swept, target_of
 
 _TILE = 64  # columns; TILE in kernels/product.h
 _ROWS = 16  # of a group, so that a tile of A is used often enough
@@ -83,13 +83,11 @@ class NativeSweep:
         self,
         weight: torch.Tensor,
         quantizer: Quantizer,
-        search: Search,
         products: torch.dtype,
         backbone_dtype: torch.dtype | None,
     ) -> None:
         self._weight = weight.contiguous()
         self._quantizer = quantizer
-        self._search = search
         self._store = _STORES[backbone_dtype or torch.float32]
         self.residual = torch.empty_like(self._weight)
         half = products == torch.bfloat16
@@ -100,8 +98,14 @@ class NativeSweep:
         self._group = max(wanted // unit, 1) * unit
 
     def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
-        search, weight = self._search, self._weight
+        weight = self._weight
         rows, columns = weight.shape
+        whole = [slice(0, rows)]
+        self._quantizer = self._quantizer.prepare(
+            whole, lambda part: target_of(weight, product, part)
+        )
+        search = self._quantizer.search()
+        assert search is not None, "a quantizer that the kernels cannot run"
         table = search.table
         if table is None:
             blocks = rows * block_count(columns, search.block_size)

@@ -4,6 +4,7 @@ What is stored and what it decodes to:
 
 - ``CodebookQuantizer`` (nf, nf-symmetric, uniform-block): ``w = scale * levels[code]``, blocks of
   ``block_size`` over the row-major flattened matrix, the last one short (bitsandbytes' order).
+- ``FittedQuantizer``: the same with levels of the matrix's own.
 - ``UniformQuantizer``: ``w = scale * (code - zero)``, groups of ``block_size`` along in_features,
   the last one of each row short (GPTQ's order). The scale is rounded to its storage dtype before
   the codes are chosen. The zero point is an integer in [1, 2**bits - 1]: GPTQ's format stores
@@ -20,7 +21,7 @@ streams a matrix through in pieces that stay in cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -28,6 +29,7 @@ import torch
 from loftq_cli.numerics.blocks import Fitted, Parameters, Quantized, block_count
 from loftq_cli.numerics.codebook_quantizer import CodebookQuantizer
 from loftq_cli.numerics.codebooks import named_table
+from loftq_cli.numerics.fitted_quantizer import FittedQuantizer
 from loftq_cli.numerics.search import Search
 from loftq_cli.numerics.uniform_quantizer import TensorUniformQuantizer, UniformQuantizer
 
@@ -41,7 +43,7 @@ __all__ = [
     "make_quantizer",
 ]
 
-Scale = Literal["mse", "absmax"]
+Scale = Literal["mse", "absmax", "fixed"]
 
 
 class Quantizer(Protocol):
@@ -53,8 +55,11 @@ class Quantizer(Protocol):
     def blocks_before(self, row: int, columns: int) -> int:
         """Blocks that lie before ``row`` (a multiple of :meth:`row_step`, or the last row)."""
 
-    def prepare(self, pieces: Callable[[], Iterable[torch.Tensor]]) -> Quantizer:
-        """The quantizer to use for one matrix, given its pieces (for whole-tensor statistics)."""
+    def prepare(
+        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor]
+    ) -> Quantizer:
+        """The quantizer for one matrix in one alternation step, from that of the step before:
+        ``target`` gives float32 row ranges of what is to be quantized, ``pieces`` cover it."""
 
     def search(self) -> Search | None:
         """What the compiled kernels need to do the same, or None where they are not to."""
@@ -77,9 +82,14 @@ def make_quantizer(
 ) -> Quantizer:
     """The quantizer of a method name; ``scale_dtype`` concerns ``uniform`` only; ``native``:
     the compiled kernels may search for mse scales."""
-    if method == "uniform":
-        return UniformQuantizer(bits, block_size, scale, scale_dtype, native)
     if method == "uniform-tensor":
         return TensorUniformQuantizer(bits)
-    rule: Literal["mse", "absmax", "spread"] = "spread" if method == "uniform-block" else scale
-    return CodebookQuantizer(named_table(method, bits), bits, block_size, rule, native)
+    if method == "uniform-block":
+        return CodebookQuantizer(named_table(method, bits), bits, block_size, "spread")
+    if method == "fitted":
+        return FittedQuantizer(named_table("nf", bits), bits, block_size, "mse", native)
+    if scale == "fixed":
+        raise ValueError(f"method {method} needs a rule for its scales")
+    if method == "uniform":
+        return UniformQuantizer(bits, block_size, scale, scale_dtype, native)
+    return CodebookQuantizer(named_table(method, bits), bits, block_size, scale, native)

@@ -74,11 +74,14 @@ class TensorSweep:
 
     def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
         columns = self._weight.shape[1]
-        quantizer = self._quantizer.prepare(lambda: self._targets(product))
+        pieces = list(self._pieces())
+        self._quantizer = quantizer = self._quantizer.prepare(
+            pieces, lambda rows: target_of(self._weight, product, rows)
+        )
         codes = torch.empty(self._weight.shape, dtype=torch.uint8, device=self._weight.device)
         parts: list[Parameters] = []
         squared = previous = 0.0
-        for rows in self._pieces():
+        for rows in pieces:
             weight, residual = self._weight[rows], self.residual[rows]
             target = weight
             if product is not None:
@@ -113,10 +116,12 @@ class TensorSweep:
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
 
-    def _targets(self, product: Product | None) -> Iterator[torch.Tensor]:
-        for rows in self._pieces():
-            weight = self._weight[rows]
-            yield weight if product is None else weight - product.left[rows] @ product.right
+
+def target_of(weight: torch.Tensor, product: Product | None, rows: slice) -> torch.Tensor:
+    """W - product, of a row range."""
+    if product is None:
+        return weight[rows]
+    return weight[rows] - product.left[rows] @ product.right
 
 
 def as_stored(values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -42,7 +42,9 @@ class UniformQuantizer:
     def blocks_before(self, row: int, columns: int) -> int:
         return row * block_count(columns, self.block_size)
 
-    def prepare(self, pieces: Callable[[], Iterable[torch.Tensor]]) -> UniformQuantizer:
+    def prepare(
+        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor]
+    ) -> UniformQuantizer:
         return self
 
     def search(self) -> Search | None:
@@ -165,10 +167,12 @@ class TensorUniformQuantizer:
     def blocks_before(self, row: int, columns: int) -> int:
         return 0 if row == 0 else 1
 
-    def prepare(self, pieces: Callable[[], Iterable[torch.Tensor]]) -> TensorUniformQuantizer:
+    def prepare(
+        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor]
+    ) -> TensorUniformQuantizer:
         count, total, squares = 0, 0.0, 0.0
         low, high = math.inf, -math.inf
-        for piece in pieces():
+        for piece in map(target, pieces):
             wide = piece.double()
             count += wide.numel()
             total += float(wide.sum())

@@ -11,6 +11,7 @@ from loftq_cli.integrations.modules import PackedFormat, PackedLinear
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.layouts.packed import PackedLayout, decoding, stored_block_size
 from loftq_cli.numerics.quantizers import make_quantizer
+from tests.numerics.helpers import prepared
 from tests.synthetic import llm_like
 
 FORMATS = [
@@ -37,7 +38,7 @@ def packed_linear(
 ) -> tuple[PackedLinear, torch.Tensor]:
     """(a module filled from stored tensors, the weight that the layout decodes from them)."""
     weight = llm_like(*shape)
-    quantizer = make_quantizer(method, bits, block_size, "absmax").prepare(lambda: [weight])
+    quantizer = prepared(make_quantizer(method, bits, block_size, "absmax"), weight)
     fitted = quantizer.fit(weight, None)
     matrix = Matrix("m.weight", shape, "F32", method, bits, block_size)
     layout = PackedLayout()

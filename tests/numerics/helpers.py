@@ -35,6 +35,13 @@ def quantizer_of(
     return make_quantizer(method, bits, block_size, scale, dtype, native=kernels == "native")
 
 
+def prepared(quantizer: Quantizer, weight: torch.Tensor, step: int | None = None) -> Quantizer:
+    """The quantizer for one matrix, which it sees in ranges of ``step`` rows."""
+    rows = range(0, len(weight), step or len(weight))
+    pieces = [slice(start, min(start + rows.step, len(weight))) for start in rows]
+    return quantizer.prepare(pieces, lambda piece: weight[piece])
+
+
 def fit(quantizer: Quantizer, weight: torch.Tensor, start: Parameters | None = None) -> Fitted:
     """Quantize a whole matrix, by the compiled kernels where the quantizer may use them."""
     sweep = make_sweep(weight, quantizer, Settings(rank=1, iters=0))
