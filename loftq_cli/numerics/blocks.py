@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,6 +40,10 @@ class Fitted:
     values: torch.Tensor
 
 
+Fit = Callable[[Any, torch.Tensor, Parameters | None], Fitted]
+"""Quantizes float32 rows with a given quantizer, beginning beside given parameters."""
+
+
 @dataclass(frozen=True)
 class Quantized:
     """A quantized matrix, independent of any file layout.
@@ -63,7 +68,7 @@ class Quantized:
         """The matrix Q, float32 (out, in)."""
         if self.levels is None:
             return self._decode_affine()
-        flat = self.levels.take(self.codes.reshape(-1).long())
+        flat = self.levels.index_select(0, self.codes.reshape(-1).int())
         return scale_blocks(flat, self.scales, self.block_size).view(self.shape)
 
     def _decode_affine(self) -> torch.Tensor:

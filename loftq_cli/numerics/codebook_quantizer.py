@@ -11,6 +11,7 @@ import torch
 
 from loftq_cli.numerics.blocks import (
     TINY,
+    Fit,
     Fitted,
     Parameters,
     Quantized,
@@ -45,7 +46,7 @@ class CodebookQuantizer:
         return block_count(row * columns, self.block_size) if row else 0
 
     def prepare(
-        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor]
+        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor], fit: Fit
     ) -> CodebookQuantizer:
         return self
 

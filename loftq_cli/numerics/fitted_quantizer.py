@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loftq_cli.numerics.blocks import Parameters
+from loftq_cli.numerics.blocks import Fit, Parameters
 from loftq_cli.numerics.codebook_quantizer import CodebookQuantizer
 from loftq_cli.numerics.codebooks import make_table
 
@@ -32,18 +32,20 @@ class FittedQuantizer(CodebookQuantizer):
     fitted: bool = False
 
     def prepare(
-        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor]
+        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor], fit: Fit
     ) -> FittedQuantizer:
         sample = self._sample(pieces[-1].stop, target)
         quantizer: FittedQuantizer = self
         start: Parameters | None = None
         for _ in range(_WARM_ROUNDS if self.fitted else _COLD_ROUNDS):
-            fitted = CodebookQuantizer.fit(quantizer, sample, start)
+            fitted = fit(quantizer, sample, start)
             levels = self._best_levels(sample, fitted.codes, fitted.parameters.scales)
             if levels is None:
                 break
             start = fitted.parameters
-            quantizer = replace(quantizer, table=make_table(levels), fitted=True)
+            # Ties are nobody's contract here; deciding them as argmin does takes 200 bisections.
+            table = make_table(levels, as_bitsandbytes=True)
+            quantizer = replace(quantizer, table=table, fitted=True)
         return quantizer
 
     def _sample(self, rows: int, target: Callable[[slice], torch.Tensor]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from loftq_cli.errors import ScaleRangeError
 from loftq_cli.numerics import native
-from loftq_cli.numerics.blocks import Parameters, block_count
+from loftq_cli.numerics.blocks import Fitted, Parameters, block_count
 from loftq_cli.numerics.quantizers import Quantizer
 from loftq_cli.numerics.search import REFINEMENTS, grid
 from loftq_cli.numerics.sweep import Product, Swept, target_of
@@ -99,11 +99,14 @@ class NativeSweep:
 
     def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
         weight = self._weight
-        rows, columns = weight.shape
-        whole = [slice(0, rows)]
         self._quantizer = self._quantizer.prepare(
-            whole, lambda part: target_of(weight, product, part)
+            [slice(0, weight.shape[0])], lambda rows: target_of(weight, product, rows), _fit
         )
+        return self._quantize(start, product)
+
+    def _quantize(self, start: Parameters | None, product: Product | None) -> Swept:
+        weight = self._weight
+        rows, columns = weight.shape
         search = self._quantizer.search()
         assert search is not None, "a quantizer that the kernels cannot run"
         table = search.table
@@ -177,6 +180,14 @@ class NativeSweep:
         native.divide(work, groups)
         before, after = sums.sum(dim=0).tolist()
         return before, after
+
+
+def _fit(quantizer: Quantizer, rows: torch.Tensor, start: Parameters | None) -> Fitted:
+    """As ``quantizer.fit``."""
+    sweep = NativeSweep(rows, quantizer, torch.float32, None)
+    quantized = sweep._quantize(start, None).quantized
+    parameters = Parameters(quantized.scales, quantized.zeros)
+    return Fitted(quantized.codes, parameters, rows - sweep.residual)
 
 
 def _tiles(right: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from loftq_cli.numerics.blocks import Fitted, Parameters, Quantized, block_count
+from loftq_cli.numerics.blocks import Fit, Fitted, Parameters, Quantized, block_count
 from loftq_cli.numerics.codebook_quantizer import CodebookQuantizer
 from loftq_cli.numerics.codebooks import named_table
 from loftq_cli.numerics.fitted_quantizer import FittedQuantizer
@@ -56,10 +56,11 @@ class Quantizer(Protocol):
         """Blocks that lie before ``row`` (a multiple of :meth:`row_step`, or the last row)."""
 
     def prepare(
-        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor]
+        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor], fit: Fit
     ) -> Quantizer:
         """The quantizer for one matrix in one alternation step, from that of the step before:
-        ``target`` gives float32 row ranges of what is to be quantized, ``pieces`` cover it."""
+        ``target`` gives float32 row ranges of what is to be quantized, ``pieces`` cover it, and
+        ``fit`` quantizes, as :meth:`fit` does or faster."""
 
     def search(self) -> Search | None:
         """What the compiled kernels need to do the same, or None where they are not to."""

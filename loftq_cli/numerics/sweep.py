@@ -76,7 +76,9 @@ class TensorSweep:
         columns = self._weight.shape[1]
         pieces = list(self._pieces())
         self._quantizer = quantizer = self._quantizer.prepare(
-            pieces, lambda rows: target_of(self._weight, product, rows)
+            pieces,
+            lambda rows: target_of(self._weight, product, rows),
+            lambda quantizer, rows, start: quantizer.fit(rows, start),
         )
         codes = torch.empty(self._weight.shape, dtype=torch.uint8, device=self._weight.device)
         parts: list[Parameters] = []

@@ -12,6 +12,7 @@ import torch
 from loftq_cli.errors import ScaleRangeError
 from loftq_cli.numerics.blocks import (
     TINY,
+    Fit,
     Fitted,
     Parameters,
     Quantized,
@@ -43,7 +44,7 @@ class UniformQuantizer:
         return row * block_count(columns, self.block_size)
 
     def prepare(
-        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor]
+        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor], fit: Fit
     ) -> UniformQuantizer:
         return self
 
@@ -168,7 +169,7 @@ class TensorUniformQuantizer:
         return 0 if row == 0 else 1
 
     def prepare(
-        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor]
+        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor], fit: Fit
     ) -> TensorUniformQuantizer:
         count, total, squares = 0, 0.0, 0.0
         low, high = math.inf, -math.inf

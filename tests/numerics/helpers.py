@@ -39,7 +39,9 @@ def prepared(quantizer: Quantizer, weight: torch.Tensor, step: int | None = None
     """The quantizer for one matrix, which it sees in ranges of ``step`` rows."""
     rows = range(0, len(weight), step or len(weight))
     pieces = [slice(start, min(start + rows.step, len(weight))) for start in rows]
-    return quantizer.prepare(pieces, lambda piece: weight[piece])
+    return quantizer.prepare(
+        pieces, lambda piece: weight[piece], lambda quantizer, *given: quantizer.fit(*given)
+    )
 
 
 def fit(quantizer: Quantizer, weight: torch.Tensor, start: Parameters | None = None) -> Fitted:
