@@ -169,7 +169,7 @@ def test_an_explicit_option_wins_over_the_preset(name, value):
     assert resolved == paper | {name: value}
 
 
-@pytest.mark.parametrize("method", ["uniform-block", "uniform-tensor"])
+@pytest.mark.parametrize("method", ["fitted", "uniform-block", "uniform-tensor"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_methods_with_a_scale_of_their_own_refuse_another(method, scale):
     assert usage_error(method=method, scale=scale) == (
@@ -226,3 +226,9 @@ def test_the_fingerprint_changes_with_every_setting(field):
 )
 def test_the_fingerprint_changes_with_the_source(sources):
     assert fingerprint(RECIPE.as_dict(), sources) != fingerprint(RECIPE.as_dict(), SOURCES)
+
+
+def test_levels_are_fitted_up_to_four_bits() -> None:
+    assert Options(bits=4, method="fitted").resolve().method == "fitted"
+    with pytest.raises(UsageError, match="--method fitted --bits 8"):
+        Options(bits=8, method="fitted").resolve()

@@ -29,6 +29,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "nf2": ({"bits": 2, "method": "nf"}, (64, 64)),
     "nf8": ({"bits": 8, "method": "nf"}, (64, 64)),
     "nf-symmetric": ({"bits": 3, "method": "nf-symmetric"}, (64, 64)),
+    "fitted": ({"bits": 2, "method": "fitted"}, (64, 64)),
+    "fitted, dense": ({"bits": 3, "method": "fitted", "layout": "dense"}, (64, 64)),
     "uniform-block": ({"bits": 2, "method": "uniform-block", "layout": "loftq"}, (64, 64)),
     "uniform-block, dense": ({"bits": 3, "method": "uniform-block", "layout": "dense"}, (64, 64)),
     "uniform-tensor": ({"bits": 2, "method": "uniform-tensor", "layout": "loftq"}, (64, 64)),
