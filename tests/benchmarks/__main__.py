@@ -6,7 +6,7 @@ import importlib
 import sys
 import time
 
-NAMES = ("residual", "speed", "svd", "memory")
+NAMES = ("residual", "choices", "speed", "svd", "memory", "overlap", "gpu")
 
 
 def main(names: list[str]) -> None:

@@ -20,7 +20,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "out"
         for bits in (2, 3, 4):
-            for method, published in (("nf", "nf"), ("uniform", "uniform-block")):
+            for method, published in (("nf", "nf"), ("fitted", "nf"), ("uniform", "uniform-block")):
                 rows.append(_row(output, bits, method, published))
     table(
         (
