@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from loftq_cli.errors import (
     UnsupportedInputError,
 )
 from loftq_cli.integrations import hook
+from loftq_cli.integrations.intact import check_files
+from loftq_cli.integrations.names import in_model, key_mapping
 from loftq_cli.layouts import adapter
 
 
@@ -29,35 +33,113 @@ def load(
     """The backbone in ``path`` with the adapter in its ``loftq_init`` attached.
 
     ``auto_class`` is the class to load the backbone with (``AutoModelForSequenceClassification``);
-    without it, the one that config.json names. ``trainable`` makes the adapter's parameters
-    trainable, and nothing else. Everything else is handed to the class's ``from_pretrained``.
+    without it, the one that config.json names. Where that is a task model and the checkpoint is of
+    the bare model, or the other way round, the adapter follows its modules. ``trainable`` makes the
+    adapter's parameters trainable, and the modules that the checkpoint does not hold, such as a new
+    classifier: PEFT saves those with the adapter (``modules_to_save``). Everything else is handed
+    to the class's ``from_pretrained``.
 
     Returns a ``peft.PeftModel``. Raises EnvironmentFailure where the extra [train] or [gptq] is not
     installed, and InputError where ``path`` is not the complete output of a conversion, is of a
-    newer format, or holds adapter tensors that the model has no place for.
+    newer format, holds another conversion's adapter, or adapter tensors that the model has no place
+    for, or lacks a part of a module.
     """
     directory = Path(path)
-    layout = open_output(directory).manifest["recipe"]["layout"]
+    output = open_output(directory)
+    layout = output.manifest["recipe"]["layout"]
+    check_files(output)
     peft, transformers = _required("peft", "train"), _required("transformers", "train")
     hook.install()
     model_class = auto_class or _model_class(directory, transformers)
     try:
-        backbone = model_class.from_pretrained(directory, **from_pretrained)
+        backbone, report = model_class.from_pretrained(
+            directory, output_loading_info=True, **from_pretrained
+        )
     except ImportError as error:
         raise _missing_extra(error, "gptq" if layout == "gptq" else "train") from error
+    names = _names(backbone, directory)
+    new = _new_modules(backbone, report, names, directory)
+    model = _attach(peft, backbone, names, directory, trainable)
+    if new and trainable:
+        config = model.active_peft_config
+        config.modules_to_save = new
+        peft.utils.set_additional_trainable_modules(
+            model=backbone,
+            peft_config=config,
+            model_config=backbone.config.to_dict(),
+            adapter_name=model.active_adapter,
+        )
+    return model
+
+
+def _names(backbone: Any, directory: Path) -> dict[str, str]:
+    """Every module that has an adapter: its name in the file, and in ``backbone``."""
     file = directory / adapter.DIRECTORY / adapter.WEIGHTS
     stored = _tensor_names(file)
-    # PEFT passes over tensors that it finds no module for, with a warning at most.
     modules = {name for name, _ in backbone.named_modules()}
-    homeless = {name for name in stored if adapter.module_of(name) not in modules}
+    names = in_model({adapter.module_of(name) for name in stored}, modules, _prefix(backbone))
+    # PEFT passes over tensors that it finds no module for, with a warning at most.
+    homeless = {name for name in stored if adapter.module_of(name) not in names}
     _refuse(homeless, f"{type(backbone).__name__} has no place for", file)
+    return names
+
+
+def _attach(
+    peft: Any, backbone: Any, names: Mapping[str, str], directory: Path, trainable: bool
+) -> Any:
+    """The PeftModel of ``backbone``, every tensor of the adapter in its place."""
+    config = peft.PeftConfig.from_pretrained(directory, subfolder=adapter.DIRECTORY)
+    config.target_modules = set(names.values())
+    patterns = {re.escape(old): re.escape(new) for old, new in names.items()}
+    config.rank_pattern = _renamed(config.rank_pattern, patterns)
+    config.alpha_pattern = _renamed(config.alpha_pattern, patterns)
+    config.task_type = adapter.task_type([type(backbone).__name__])
     model = peft.PeftModel.from_pretrained(
-        backbone, directory, subfolder=adapter.DIRECTORY, is_trainable=trainable
+        backbone,
+        directory,
+        subfolder=adapter.DIRECTORY,
+        is_trainable=trainable,
+        config=config,
+        key_mapping=key_mapping(names, _prefix(backbone)),
     )
+    file = directory / adapter.DIRECTORY / adapter.WEIGHTS
+    expected = set()
+    for name in _tensor_names(file):
+        module = adapter.module_of(name)
+        expected.add(name.replace(module, names[module], 1))
     # PEFT counts a head that has an adapter among the adapter's own tensors, unless told not to.
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    _refuse(loaded ^ stored, "PEFT and the file disagree about", file)
+    _refuse(loaded ^ expected, "PEFT and the file disagree about", file)
     return model
+
+
+def _prefix(backbone: Any) -> str:
+    return str(getattr(backbone, "base_model_prefix", ""))
+
+
+def _renamed(patterns: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(pattern, pattern): value for pattern, value in patterns.items()}
+
+
+def _new_modules(
+    backbone: Any, report: Mapping[str, Any], names: Mapping[str, str], directory: Path
+) -> list[str]:
+    """The modules that the checkpoint did not hold, which transformers drew at random.
+
+    Raises InputError for a module that it did hold, in part or quantized.
+    """
+    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    new = sorted({name.rpartition(".")[0] for name in missing})
+    for module in new:
+        own = {f"{module}.{key}" for key, _ in backbone.get_submodule(module).named_parameters()}
+        if own - missing or module in names.values():
+            lacking = sorted(name for name in missing if name.rpartition(".")[0] == module)
+            raise InputError(
+                f"{directory}: {type(backbone).__name__} does not find {', '.join(lacking)} in it",
+                hint="load the class that config.json names, without auto_class; "
+                "--layout loftq converts for other classes too",
+            )
+    return new
 
 
 def _model_class(directory: Path, transformers: Any) -> Any:

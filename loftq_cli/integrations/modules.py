@@ -2,11 +2,13 @@
 
 What is held is what layout ``loftq`` stores (:mod:`loftq_cli.layouts.packed`), byte for byte.
 Every forward and every backward decodes the weight anew and lets it go: that costs a decode per
-pass, and saves keeping 16 or 32 bits per weight alive between them.
+pass, and saves keeping 16 or 32 bits per weight alive between them. On CUDA one Triton kernel
+decodes, where triton is installed; torch.compile makes its own from the tensor operations.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,12 +75,18 @@ class PackedLinear(nn.Linear):
         self.register_buffer("weight_levels", levels)
         self.register_buffer("weight_zeros", zeros)
 
+    @property
+    def W_q(self) -> torch.Tensor:
+        """The packed codes. Where a layer has this name, PEFT asks ``dequantize()`` for the weight
+        that DoRA needs, and takes the device from here."""
+        return self.weight
+
     def dequantize(self) -> torch.Tensor:
         """The weight, float32 (out, in): exactly what the stored bytes mean."""
-        return decode_packed(
+        return _dense(
             (self.out_features, self.in_features),
-            self.packing.bits,
-            self.packing.block_size,
+            self.packing,
+            torch.float32,
             self.weight,
             self.weight_scales,
             self.weight_zeros,
@@ -89,7 +97,7 @@ class PackedLinear(nn.Linear):
         if not input.is_floating_point():
             raise TypeError(f"PackedLinear takes floating-point input, not {input.dtype}")
         kind = input.device.type
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         bias = None if self.bias is None else self.bias.to(input.dtype)
         output: torch.Tensor = _PackedMatmul.apply(  # type: ignore[no-untyped-call]
@@ -143,22 +151,46 @@ class _PackedMatmul(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight, scales, zeros, levels)
         ctx.shape, ctx.packing = shape, packing
-        dense = decode_packed(
-            shape, packing.bits, packing.block_size, weight, scales, zeros, levels
-        )
-        return functional.linear(input, dense.to(input.dtype), bias)
+        dense = _dense(shape, packing, input.dtype, weight, scales, zeros, levels)
+        return functional.linear(input, dense, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
-            packing = ctx.packing
-            dense = decode_packed(ctx.shape, packing.bits, packing.block_size, *ctx.saved_tensors)
-            grad_input = grad @ dense.to(grad.dtype)
+            grad_input = grad @ _dense(ctx.shape, ctx.packing, grad.dtype, *ctx.saved_tensors)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         return grad_input, grad_bias, None, None, None, None, None, None
+
+
+def _dense(
+    shape: tuple[int, int],
+    packing: PackedFormat,
+    dtype: torch.dtype,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    levels: torch.Tensor | None,
+) -> torch.Tensor:
+    """The weight (out, in), computed in float32 and rounded to ``dtype``."""
+    decode: Any = decode_packed
+    if weight.is_cuda and not torch.compiler.is_compiling():
+        decode = _triton_decode() or decode_packed
+    return decode(  # type: ignore[no-any-return]
+        shape, packing.bits, packing.block_size, weight, scales, zeros, levels, dtype
+    )
+
+
+@functools.cache
+def _triton_decode() -> Any:
+    """The fused kernel, None where triton is not installed."""
+    try:
+        from loftq_cli.integrations.triton_dequantize import decode
+    except ImportError:
+        return None
+    return decode
 
 
 def _empty(length: int, dtype: torch.dtype) -> torch.Tensor:

@@ -7,7 +7,7 @@ transformers is there, and registers both classes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 from torch import nn
@@ -15,7 +15,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
+from loftq_cli.integrations import guard
 from loftq_cli.integrations.modules import PackedFormat, PackedLinear
+from loftq_cli.integrations.names import in_model, key_mapping
 from loftq_cli.layouts.packed import FORMAT_VERSION
 from loftq_cli.recipe import BITS, BLOCK_SIZES
 
@@ -23,6 +25,8 @@ QUANT_METHOD = "loftq"
 _DECODINGS = ("affine", "codebook")
 _LINEARS = ("Linear", "FalconLinear")  # other subclasses may compute something else
 _UPGRADE = "pip install --upgrade loftq-cli"
+
+guard.install()
 
 
 class LoftqConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -71,7 +75,9 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
-        config.modules = _in_model(config.modules, model)
+        names = _names(config.modules, model)
+        config.modules = {names[name]: entry for name, entry in config.modules.items()}
+        self._adapter_names = key_mapping(names, _prefix(model))
         for name, entry in config.modules.items():
             linear: Any = model.get_submodule(name)
             packed = PackedLinear(
@@ -100,6 +106,9 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
             raise CorruptFileError(
                 f"the checkpoint lacks {_listed(missing)}", hint="convert the model again"
             )
+        if self._adapter_names:
+            # PeftModel.from_pretrained renames an adapter's tensors by this attribute.
+            model._checkpoint_conversion_mapping = self._adapter_names  # type: ignore[assignment]
 
     def is_serializable(self) -> bool:
         return True
@@ -109,27 +118,15 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _in_model(modules: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """``modules`` by their names in ``model``.
-
-    A checkpoint of the bare model is loaded into a task model under ``base_model_prefix``, and the
-    other way round; transformers renames the tensors by the same rule.
-    """
+def _names(modules: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """Name in the checkpoint to name in ``model``, for every quantized module."""
     linears = {
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and type(module).__name__ in _LINEARS
     }
-    prefix = getattr(model, "base_model_prefix", "")
-    found, lost = {}, []
-    for name, entry in modules.items():
-        stripped = [name.removeprefix(f"{prefix}.")] if name.startswith(f"{prefix}.") else []
-        candidates = [*stripped, f"{prefix}.{name}", name]
-        match = next((candidate for candidate in candidates if candidate in linears), None)
-        if match is None:
-            lost.append(name)
-        else:
-            found[match] = entry
+    found = in_model(modules, linears, _prefix(model))
+    lost = [name for name in modules if name not in found]
     if lost:
         raise UnsupportedInputError(
             f"{type(model).__name__} has no linear layer {_listed(lost)}, "
@@ -137,6 +134,10 @@ def _in_model(modules: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
             hint="load it with the class that config.json names under architectures",
         )
     return found
+
+
+def _prefix(model: nn.Module) -> str:
+    return str(getattr(model, "base_model_prefix", ""))
 
 
 def _checked(name: str, entry: Any) -> Mapping[str, Any]:

@@ -15,7 +15,8 @@ import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.layouts.base import Matrix, Surroundings
-from loftq_cli.numerics.packing import pack, packed_length, unpack
+from loftq_cli.numerics.decoding import decode
+from loftq_cli.numerics.packing import pack, packed_length
 from loftq_cli.numerics.quantizers import Quantized, block_count
 
 FORMAT_VERSION = 1
@@ -111,9 +112,8 @@ def decode_packed(
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     levels: torch.Tensor | None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Q, float32 (out, in), from the stored tensors of one matrix."""
-    codes = unpack(weight, bits, shape[0] * shape[1]).view(shape)
-    if zeros is not None:
-        zeros = unpack(zeros, bits, scales.numel())
-    return Quantized(bits, block_size, codes, scales, zeros, levels).decode()
+    """Q (out, in) from the stored tensors of one matrix, computed in float32 and rounded to
+    ``dtype``."""
+    return decode(shape, bits, block_size, weight, scales, zeros, levels, dtype)

@@ -45,6 +45,10 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Inverse of :func:`pack`: uint8 (packed_length,) to the first ``count`` codes, uint8."""
     if bits == 8:
         return packed[:count].clone()
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        spread: torch.Tensor = (packed[:, None] >> shifts) & (2**bits - 1)
+        return spread.view(-1)[:count]
     padding = -packed.numel() % bits
     if padding:
         packed = torch.nn.functional.pad(packed, (0, padding))

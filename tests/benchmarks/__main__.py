@@ -6,7 +6,7 @@ import importlib
 import sys
 import time
 
-NAMES = ("residual", "choices", "speed", "svd", "memory", "overlap", "gpu")
+NAMES = ("residual", "choices", "speed", "svd", "memory", "overlap", "dequantize", "gpu")
 
 
 def main(names: list[str]) -> None:

@@ -13,11 +13,10 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import loftq_cli
 from loftq_cli.errors import (
-    CorruptFileError,
     EnvironmentFailure,
     InputError,
     SourceNotFoundError,
@@ -94,41 +93,6 @@ def test_auto_class_is_used(converted) -> None:
 def test_the_default_path_is_out(converted, monkeypatch) -> None:
     monkeypatch.chdir(converted("llama").parent)
     assert isinstance(loftq_cli.load(), peft.PeftModel)
-
-
-@pytest.mark.parametrize(
-    ("kind", "auto_class"),
-    [
-        ("bert", transformers.AutoModelForSequenceClassification),
-        ("classifier", transformers.AutoModel),
-    ],
-)
-def test_an_adapter_that_does_not_fit_the_class_is_an_error(converted, kind, auto_class) -> None:
-    with pytest.raises(InputError, match=r"no place for .*lora_A\.weight.*without auto_class"):
-        loftq_cli.load(converted(kind), auto_class=auto_class)
-
-
-@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
-def test_an_adapter_that_lacks_tensors_is_an_error(copied) -> None:
-    tensors = load_file(copied / ADAPTER)
-    name = next(name for name in tensors if name.endswith("lora_B.weight"))
-    del tensors[name]
-    save_file(tensors, copied / ADAPTER, {"format": "pt"})
-    with pytest.raises(InputError, match=f"disagree about {name}"):
-        loftq_cli.load(copied)
-
-
-@pytest.mark.parametrize(
-    ("damage", "error"),
-    [
-        (lambda file: file.unlink(), SourceNotFoundError),
-        (lambda file: file.write_bytes(file.read_bytes()[:100]), CorruptFileError),
-    ],
-)
-def test_a_damaged_adapter_file_is_named(copied, damage, error) -> None:
-    damage(copied / ADAPTER)
-    with pytest.raises(error, match=r"adapter_model\.safetensors"):
-        loftq_cli.load(copied)
 
 
 def test_no_such_directory(tmp_path) -> None:

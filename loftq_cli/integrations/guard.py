@@ -1,0 +1,54 @@
+"""What PEFT cannot do to a packed layer is refused, with what to do instead.
+
+PEFT adds a merged adapter to ``weight`` in place. On packed codes that is an error about shapes,
+or, for some methods, no error and a ruined weight. PEFT asks a layer nothing before it does so; but
+it keeps the layer it wraps as ``base_layer``, and torch tells of every submodule it registers.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any, NoReturn
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from loftq_cli.errors import UsageError
+from loftq_cli.integrations.modules import PackedLinear
+
+_MERGE = "`loftq merge DIR -o merged --adapter TRAINED`"
+# Ways to draw a new adapter that read no base weight.
+_FREE_INITIALISATIONS = ("gaussian", "eva", "lora_ga")
+
+
+@functools.cache
+def install() -> None:
+    """Watch for adapters around a :class:`PackedLinear`. Once per process."""
+    register_module_module_registration_hook(_on_registration)
+
+
+def _on_registration(parent: Any, name: str, child: nn.Module | None) -> None:
+    if name == "base_layer" and isinstance(child, PackedLinear):
+        if hasattr(parent, "merge"):
+            parent.merge = _refuse_to_merge
+        if hasattr(parent, "update_layer"):
+            parent.update_layer = MethodType(_update_layer, parent)
+
+
+def _refuse_to_merge(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UsageError(
+        "an adapter cannot be merged into weights that are packed",
+        hint=f"save the adapter, then run {_MERGE}",
+    )
+
+
+def _update_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's ``update_layer``, which makes a new adapter, where that reads no packed weight."""
+    start = getattr(kwargs.get("config"), "init_lora_weights", kwargs.get("init_lora_weights"))
+    if isinstance(start, str) and start not in _FREE_INITIALISATIONS:
+        raise UsageError(
+            f"init_lora_weights={start!r} computes from the base weight, which is packed",
+            hint="leave it at True for a further adapter; the LoftQ adapter lies in loftq_init",
+        )
+    return type(layer).update_layer(layer, *args, **kwargs)
