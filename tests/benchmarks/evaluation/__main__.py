@@ -1,0 +1,101 @@
+"""``python -m tests.benchmarks.evaluation``: train from every start, print one table.
+
+Finished runs are kept in the work directory; the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.evaluation import sentences, starts
+from tests.benchmarks.tools import minilm, table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="every start, three seeds")
+    parser.add_argument("--steps", type=int, help="training steps (60; 150 with --full)")
+    parser.add_argument("--model", type=Path, help="a checkpoint directory (MiniLM)")
+    parser.add_argument("--data", type=Path, help="lines of label<TAB>text (movie reviews)")
+    parser.add_argument("--work", type=Path, default=Path("build/evaluation"))
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    data = given.data or given.work / "movie-reviews.tsv"
+    if given.data is None and not data.is_file():
+        sentences.movie_reviews(data)
+    steps = given.steps or (150 if given.full else 60)
+    seeds = (0, 1, 2) if given.full else (0, 1)
+    chosen = [start for start in starts.STARTS if given.full or start.small]
+    runs = _Runs(given.model or minilm(), data, given.work, steps)
+    rows = []
+    for start in chosen:
+        facts = starts.prepare(start, runs.model, runs.work)
+        tried = [runs.run(start, rate, seeds[0]) for rate in start.rates]
+        rate = max(tried, key=lambda result: result["validation"])["rate"]
+        results = [runs.run(start, rate, seed) for seed in seeds]
+        rows.append(_row(start, facts, rate, results))
+    found = sentences.read(data)
+    tested = sum(sentence.split == "test" for sentence in found)
+    print(f"{len(found)} sentences, {tested} of them for the test; {steps} steps of 32\n")
+    curve = "training loss, by fifths"
+    table(
+        ("start", "residual", "bits", "rate", "accuracy", "sd", curve, "memory", "time"),
+        rows,
+    )
+
+
+class _Runs:
+    """Training runs, each in a process of its own, kept as files."""
+
+    def __init__(self, model: Path, data: Path, work: Path, steps: int) -> None:
+        self.model, self.work = model, work
+        self._data, self._steps = data, steps
+
+    def run(self, start: starts.Start, rate: float, seed: int) -> dict[str, Any]:
+        target = self.work / "runs" / f"{start.slug}-{rate:g}-{seed}-{self._steps}.json"
+        target.parent.mkdir(exist_ok=True)
+        if not target.is_file():
+            job = {
+                "start": start.name,
+                "rate": rate,
+                "seed": seed,
+                "steps": self._steps,
+                "model": str(self.model),
+                "work": str(self.work),
+                "data": str(self._data),
+            }
+            module = "tests.benchmarks.evaluation.training"
+            command = [sys.executable, "-m", module, json.dumps(job), str(target)]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        result: dict[str, Any] = json.loads(target.read_text())
+        progress = f"{start.name}, rate {rate:g}, seed {seed}: {result['test']:.1%}"
+        print(progress, file=sys.stderr, flush=True)
+        return result
+
+
+def _row(
+    start: starts.Start, facts: dict[str, Any], rate: float, results: list[dict[str, Any]]
+) -> list[str]:
+    accuracies = [100 * result["test"] for result in results]
+    curves = zip(*(result["curve"] for result in results), strict=True)
+    memory = statistics.median(result["training_bytes"] for result in results)
+    return [
+        start.name,
+        f"{facts['relative_residual']:.3f}",
+        f"{facts['bits_per_weight']:.2f}",
+        f"{rate:g}",
+        f"{statistics.mean(accuracies):.1f} %",
+        f"{statistics.stdev(accuracies):.1f}",
+        " ".join(f"{statistics.mean(points):.3f}" for points in curves),
+        f"{memory / 1e6:.0f} MB",
+        f"{statistics.median(result['seconds'] for result in results):.0f} s",
+    ]
+
+
+main()

@@ -1,0 +1,100 @@
+"""One training run in a process of its own: ``python -m tests.benchmarks.evaluation.training``."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.evaluation import sentences, starts
+
+_BATCH = 32
+_TOKENS = 64
+_WARMUP = 0.1
+_CURVE = 5  # points of the loss curve
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Train ``job``: {start, rate, seed, steps, model, work, data}; what came out."""
+    from transformers import AutoTokenizer
+
+    model_path, work = Path(job["model"]), Path(job["work"])
+    start = next(item for item in starts.STARTS if item.name == job["start"])
+    found = sentences.read(Path(job["data"]))
+    labels = max(sentence.label for sentence in found) + 1
+    parts = {
+        name: [sentence for sentence in found if sentence.split == name]
+        for name in ("train", "validation", "test")
+    }
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+
+    def batch(chosen: list[sentences.Sentence]) -> dict[str, torch.Tensor]:
+        texts = [sentence.text for sentence in chosen]
+        encoded = tokenizer(
+            texts, truncation=True, max_length=_TOKENS, padding=True, return_tensors="pt"
+        )
+        return {**encoded, "labels": torch.tensor([sentence.label for sentence in chosen])}
+
+    torch.manual_seed(job["seed"])
+    model = starts.load(start, model_path, work, labels)
+    before = _peak_bytes()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job["rate"], weight_decay=0.01)
+    order = random.Random(job["seed"])
+    losses = []
+    started = time.monotonic()
+    model.train()
+    for step in range(job["steps"]):
+        progress = step / job["steps"]
+        factor = min(progress / _WARMUP, 1.0) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = job["rate"] * max(factor, 0.01)
+        loss = model(**batch(order.sample(parts["train"], _BATCH))).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    seconds = time.monotonic() - started
+    peak = _peak_bytes()
+    length = max(len(losses) // _CURVE, 1)
+    return {
+        **job,
+        "curve": [sum(losses[at : at + length]) / length for at in range(0, len(losses), length)],
+        "validation": _accuracy(model, batch, parts["validation"]),
+        "test": _accuracy(model, batch, parts["test"]),
+        "seconds": seconds,
+        "training_bytes": peak - before,
+        "trained": sum(parameter.numel() for parameter in trained),
+    }
+
+
+def _accuracy(model: Any, batch: Any, chosen: list[sentences.Sentence]) -> float:
+    model.eval()
+    right = 0
+    ordered = sorted(chosen, key=lambda sentence: len(sentence.text))
+    with torch.inference_mode():
+        for at in range(0, len(ordered), 2 * _BATCH):
+            inputs = batch(ordered[at : at + 2 * _BATCH])
+            right += int((model(**inputs).logits.argmax(dim=1) == inputs["labels"]).sum())
+    return right / len(ordered)
+
+
+def _peak_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    result = run(json.loads(sys.argv[1]))
+    target = Path(sys.argv[2])
+    scratch = target.with_suffix(".part")
+    scratch.write_text(json.dumps(result))
+    scratch.replace(target)
