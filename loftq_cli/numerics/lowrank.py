@@ -27,6 +27,7 @@ COLD_PASSES = 6
 WARM_PASSES = 1
 MIN_OVERSAMPLING = 16
 
+_WELL_CONDITIONED = 0.03  # of the largest singular value: float32 then loses less than 1e-4
 _SMALLEST = 1e-37  # below this a reciprocal overflows float32
 
 
@@ -102,10 +103,12 @@ def subspace(
         shift = (warm.edge * unit).square() / 2
         passes = WARM_PASSES
     for _ in range(passes):
-        right, smallest = _orthonormal(transposed_times(times(right)) - shift * right)
+        right, values = _orthonormal(transposed_times(times(right)) - shift * right)
+        smallest = values[-1]
         shift = torch.where(smallest > shift, (shift + smallest) / 2, shift)
-    left, _ = _orthonormal(times(right))
-    left, _ = _orthonormal(left)  # twice: the first leaves what float32 lost to conditioning
+    left, values = _orthonormal(times(right))
+    if bool(values[-1] < _WELL_CONDITIONED * values[0]):
+        left, _ = _orthonormal(left)  # the first time leaves what float32 lost to conditioning
     projected = transposed_times(left)
     inner, sigma = _eigen(projected)
     right = (inner.T / sigma.clamp_min(_floor(sigma))[:, None]).float() @ projected
@@ -125,10 +128,10 @@ def _eigen(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _orthonormal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(an orthonormal basis of the row span of float32 (k, n), the smallest singular value)."""
+    """(an orthonormal basis of the row span of float32 (k, n), its singular values)."""
     vectors, values = _eigen(rows)
     scaled = vectors.T / values.clamp_min(_floor(values))[:, None]
-    return scaled.float() @ rows, values[-1].float()
+    return scaled.float() @ rows, values.float()
 
 
 def _floor(values: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,8 @@ REFINEMENTS = 2
 COLD_GRID = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Multiples of absmax (codebooks) or of the min-max step (uniform)."""
 
+_COLD_GRID_MIRRORED = {2: (1.0, 0.8, 0.65, 0.5, 0.35)}  # both signs: wide levels need no more
+
 _DISPLACEMENTS = {2: 0.25, 3: 0.12, 4: 0.05, 8: 0.004}
 
 
@@ -34,7 +36,10 @@ def grid(bits: int, *, warm: bool, mirrored: bool = False) -> tuple[float, ...]:
     """Multiples of the base scale to begin at: of the previous step's where ``warm``. ``mirrored``:
     scales of the other sign are worth trying."""
     if not warm:
-        return (*COLD_GRID, *(-multiple for multiple in COLD_GRID)) if mirrored else COLD_GRID
+        if not mirrored:
+            return COLD_GRID
+        either = _COLD_GRID_MIRRORED.get(bits, COLD_GRID)
+        return (*either, *(-multiple for multiple in either))
     displacement = _DISPLACEMENTS[bits]
     beside = (1 - displacement, 1 + displacement)
     return (*beside, -1.0) if mirrored else beside
