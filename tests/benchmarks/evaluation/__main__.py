@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,16 @@ def main() -> None:
     seeds = (0, 1, 2) if given.full else (0, 1)
     chosen = [start for start in starts.STARTS if given.full or start.small]
     runs = _Runs(given.model or minilm(), data, given.work, steps)
-    rows = []
-    for start in chosen:
-        facts = starts.prepare(start, runs.model, runs.work)
-        tried = [runs.run(start, rate, seeds[0]) for rate in start.rates]
-        rate = max(tried, key=lambda result: result["validation"])["rate"]
-        results = [runs.run(start, rate, seed) for seed in seeds]
-        rows.append(_row(start, facts, rate, results))
+    facts = [starts.prepare(start, runs.model, runs.work) for start in chosen]
+    tried = runs.all([(start, rate, seeds[0]) for start in chosen for rate in start.rates])
+    rates = {}
+    for result in sorted(tried, key=lambda result: result["validation"]):
+        rates[result["start"]] = result["rate"]
+    results = runs.all([(start, rates[start.name], seed) for start in chosen for seed in seeds])
+    rows = [
+        _row(start, fact, [result for result in results if result["start"] == start.name])
+        for start, fact in zip(chosen, facts, strict=True)
+    ]
     found = sentences.read(data)
     tested = sum(sentence.split == "test" for sentence in found)
     print(f"{len(found)} sentences, {tested} of them for the test; {steps} steps of 32\n")
@@ -51,13 +56,18 @@ def main() -> None:
 
 
 class _Runs:
-    """Training runs, each in a process of its own, kept as files."""
+    """Training runs, kept as files. Each is a process with one thread, as many at a time as there
+    are cores: small models gain little from a second thread."""
 
     def __init__(self, model: Path, data: Path, work: Path, steps: int) -> None:
         self.model, self.work = model, work
         self._data, self._steps = data, steps
 
-    def run(self, start: starts.Start, rate: float, seed: int) -> dict[str, Any]:
+    def all(self, jobs: list[tuple[starts.Start, float, int]]) -> list[dict[str, Any]]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(lambda job: self._run(*job), jobs))
+
+    def _run(self, start: starts.Start, rate: float, seed: int) -> dict[str, Any]:
         target = self.work / "runs" / f"{start.slug}-{rate:g}-{seed}-{self._steps}.json"
         target.parent.mkdir(exist_ok=True)
         if not target.is_file():
@@ -72,16 +82,16 @@ class _Runs:
             }
             module = "tests.benchmarks.evaluation.training"
             command = [sys.executable, "-m", module, json.dumps(job), str(target)]
-            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            subprocess.run(command, check=True, env=environment, **quiet)
         result: dict[str, Any] = json.loads(target.read_text())
         progress = f"{start.name}, rate {rate:g}, seed {seed}: {result['test']:.1%}"
         print(progress, file=sys.stderr, flush=True)
         return result
 
 
-def _row(
-    start: starts.Start, facts: dict[str, Any], rate: float, results: list[dict[str, Any]]
-) -> list[str]:
+def _row(start: starts.Start, facts: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
     accuracies = [100 * result["test"] for result in results]
     curves = zip(*(result["curve"] for result in results), strict=True)
     memory = statistics.median(result["training_bytes"] for result in results)
@@ -89,7 +99,7 @@ def _row(
         start.name,
         f"{facts['relative_residual']:.3f}",
         f"{facts['bits_per_weight']:.2f}",
-        f"{rate:g}",
+        f"{results[0]['rate']:g}",
         f"{statistics.mean(accuracies):.1f} %",
         f"{statistics.stdev(accuracies):.1f}",
         " ".join(f"{statistics.mean(points):.3f}" for points in curves),
