@@ -33,6 +33,7 @@ def decompose(
     svd: str | None = None,
     seed: int | None = None,
     preset: str = "default",
+    scale_dtype: str | None = None,
 ) -> Decomposition:
     """LoftQ on one matrix: W (out, in), float32, float16 or bfloat16, to Q, A and B.
 
@@ -51,6 +52,7 @@ def decompose(
         iters=iters,
         block_size=block_size,
         scale=scale,
+        scale_dtype=scale_dtype,
         order=order,
         svd=svd,
         seed=seed,
@@ -71,9 +73,9 @@ def convert(
     """Convert a checkpoint directory or hub id; the manifest as a dict.
 
     ``settings`` are the long options of ``loftq convert`` with underscores: bits, method, rank,
-    iters, block_size, layout, scale, order, svd, preset, include, exclude, lora_alpha,
-    adapter_dtype, dense_dtype, device, threads, seed. Resumes an unfinished conversion with the
-    same settings. Raises the classes of ``loftq_cli.errors``.
+    iters, block_size, layout, scale, scale_dtype, order, svd, preset, include, exclude,
+    lora_alpha, adapter_dtype, dense_dtype, device, threads, seed. Resumes an unfinished conversion
+    with the same settings. Raises the classes of ``loftq_cli.errors``.
     """
     from loftq_cli.conversion.observer import Observer
     from loftq_cli.conversion.run import prepare, run

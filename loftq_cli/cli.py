@@ -137,6 +137,11 @@ def main() -> None:
     help="Fit scales to the least squared error, or take the largest magnitude.  [default: mse]",
 )
 @click.option(
+    "--scale-dtype",
+    type=_choice(*recipe.SCALE_DTYPES),
+    help="How layout loftq stores scales.  [default: float32]",
+)
+@click.option(
     "--order",
     type=_choice(*recipe.ORDERS),
     help="Start from the quantization or from the SVD of the weight.  [default: quantize-first]",

@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from loftq_cli.errors import UsageError
+from loftq_cli.errors import LayoutError, UsageError
 
 BITS = (2, 3, 4, 8)
 BLOCK_SIZES = (32, 64, 128, 256)
 METHODS = ("auto", "nf", "nf-symmetric", "fitted", "uniform", "uniform-block", "uniform-tensor")
 LAYOUTS = ("auto", "bnb", "gptq", "loftq", "dense")
 SCALES = ("mse", "absmax")
+SCALE_DTYPES = ("float32", "bfloat16", "int8")
 ORDERS = ("quantize-first", "svd-first")
 SVDS = ("fast", "exact")
 PRESETS = ("default", "paper")
@@ -44,6 +45,7 @@ _DEFAULTS: dict[str, Any] = {
     "block_size": 64,
     "layout": "auto",
     "scale": "mse",
+    "scale_dtype": "float32",
     "order": "quantize-first",
     "svd": "fast",
     "keep": "best",
@@ -65,6 +67,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "block_size": BLOCK_SIZES,
     "layout": LAYOUTS,
     "scale": SCALES,
+    "scale_dtype": SCALE_DTYPES,
     "order": ORDERS,
     "svd": SVDS,
     "keep": KEEPS,
@@ -84,6 +87,7 @@ class Options:
     block_size: int | None = None
     layout: str | None = None
     scale: str | None = None
+    scale_dtype: str | None = None
     order: str | None = None
     svd: str | None = None
     keep: str | None = None
@@ -126,6 +130,7 @@ class Options:
         settings = Settings(**{**supplied, **given})
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(settings, name), choices)
+        _check_scale_dtype(settings)
         if method == "fitted" and settings.bits > MAX_FITTED_BITS:
             raise UsageError(
                 f"--method fitted --bits {settings.bits}: levels are fitted up to "
@@ -156,6 +161,7 @@ class Settings:
     block_size: int
     layout: str
     scale: str
+    scale_dtype: str
     order: str
     svd: str
     keep: str
@@ -174,9 +180,9 @@ class Recipe(Settings):
     """Every setting that can change a byte of the output, resolved.
 
     ``method``, ``layout`` and ``threads`` are settled; ``scale`` is "fixed" where the method
-    defines it; ``device`` is the device type; ``kernels`` the variant of the inner loops
-    (numerics.variant). ``layout_fallback`` says why layout auto had to leave its first choice while
-    converting.
+    defines it, ``scale_dtype`` concerns layout ``loftq`` only; ``device`` is the device type;
+    ``kernels`` the variant of the inner loops (numerics.variant). ``layout_fallback`` says why
+    layout auto had to leave its first choice while converting.
     """
 
     threads: int
@@ -214,6 +220,20 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_scale_dtype(settings: Settings) -> None:
+    """Raise LayoutError or UsageError where there are no scales to be stored in that dtype."""
+    if settings.scale_dtype == "float32":
+        return
+    asked = f"--scale-dtype {settings.scale_dtype}"
+    if settings.layout not in ("auto", "loftq"):
+        raise LayoutError(
+            f"{asked}: layout {settings.layout} cannot hold such scales, only layout loftq can",
+            hint="use --layout loftq or auto",
+        )
+    if settings.method == "uniform-tensor":
+        raise UsageError(f"{asked} does not apply to --method uniform-tensor, which has one scale")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

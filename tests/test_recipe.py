@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loftq_cli.errors import UsageError
+from loftq_cli.errors import LayoutError, UsageError
 from loftq_cli.recipe import (
     BITS,
     BLOCK_SIZES,
@@ -18,6 +18,7 @@ from loftq_cli.recipe import (
     METHODS,
     ORDERS,
     PRESETS,
+    SCALE_DTYPES,
     SCALES,
     SVDS,
     Options,
@@ -45,6 +46,7 @@ RECIPE = Recipe(
     device="cpu",
     threads=2,
     seed=0,
+    scale_dtype="float32",
     kernels="1:tensor+float32",
 )
 SOURCES = [("config.json", 10, "aa"), ("model.safetensors", 20, "bb")]
@@ -63,6 +65,7 @@ def test_the_defaults_are_those_documented():
     assert (resolved.method, resolved.layout, resolved.device) == ("auto", "auto", "auto")
     assert (resolved.scale, resolved.order, resolved.svd) == ("mse", "quantize-first", "fast")
     assert (resolved.adapter_dtype, resolved.dense_dtype) == ("source", "source")
+    assert resolved.scale_dtype == "float32"
     assert (resolved.lora_alpha, resolved.threads, resolved.seed) == (None, None, 0)
 
 
@@ -74,6 +77,7 @@ def test_the_defaults_are_those_documented():
         ("block_size", BLOCK_SIZES),
         ("layout", LAYOUTS),
         ("scale", SCALES),
+        ("scale_dtype", SCALE_DTYPES),
         ("order", ORDERS),
         ("svd", SVDS),
         ("adapter_dtype", DENSE_DTYPES),
@@ -232,3 +236,13 @@ def test_levels_are_fitted_up_to_four_bits() -> None:
     assert Options(bits=4, method="fitted").resolve().method == "fitted"
     with pytest.raises(UsageError, match="--method fitted --bits 8"):
         Options(bits=8, method="fitted").resolve()
+
+
+@pytest.mark.parametrize("layout", ["bnb", "gptq", "dense"])
+def test_only_layout_loftq_holds_narrow_scales(layout):
+    options = Options(layout=layout, scale_dtype="int8")
+    with pytest.raises(LayoutError, match="--scale-dtype int8: layout " + layout):
+        options.resolve()
+    assert Options(layout="loftq", scale_dtype="int8").resolve().scale_dtype == "int8"
+    with pytest.raises(UsageError, match="uniform-tensor"):
+        Options(method="uniform-tensor", scale_dtype="bfloat16").resolve()

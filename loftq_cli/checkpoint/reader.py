@@ -26,6 +26,7 @@ TORCH_DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
     "U8": torch.uint8,
+    "I8": torch.int8,
 }
 """Tags that :func:`as_tensor` understands."""
 

@@ -55,6 +55,8 @@ def choose_layout(
         first = "gptq"
     else:
         return "loftq", None
+    if settings.scale_dtype != "float32":
+        return "loftq", f"layout loftq, because {first} has no {settings.scale_dtype} scales"
     obstacles = _obstacles(make_layout(first), matrices, surroundings)
     if not obstacles:
         return first, None

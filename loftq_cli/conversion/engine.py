@@ -38,6 +38,7 @@ from loftq_cli.layouts import adapter
 from loftq_cli.numerics.alternation import Decomposition, Settings, decompose
 from loftq_cli.numerics.metrics import first_non_finite
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
+from loftq_cli.numerics.scale_storage import ScaleDtype
 from loftq_cli.numerics.variant import Variant
 
 _ADAPTER_FILE = f"{adapter.DIRECTORY}/{adapter.WEIGHTS}"
@@ -222,6 +223,7 @@ class Conversion:
             products=variant.products,
             adapter_dtype=TORCH_DTYPES[item.adapter_dtype],
             backbone_dtype=layout.rounding(matrix),
+            scale_dtype=cast(ScaleDtype, recipe.scale_dtype),
             seed=recipe.seed,
             name=matrix.name,
         )

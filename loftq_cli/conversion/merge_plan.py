@@ -22,7 +22,7 @@ from loftq_cli.conversion.merge_match import (
     refuse_tied,
 )
 from loftq_cli.errors import InputError
-from loftq_cli.layouts import Layout, make_layout
+from loftq_cli.layouts import Layout, layout_of
 from loftq_cli.layouts.base import Matrix, matrix_of
 from loftq_cli.layouts.trained import Pair, TrainedAdapter
 
@@ -148,7 +148,7 @@ def _checked_matrices(
     matrices, parts = {}, {}
     for record in output.records:
         matrix = matrix_of(record)
-        layout = make_layout(record["layout"], output.manifest["recipe"]["dense_dtype"])
+        layout = layout_of(record, output.manifest["recipe"])
         matrices[matrix.name] = layout, matrix
         for spec in layout.specs(matrix):
             find(output.directory, stored, spec)

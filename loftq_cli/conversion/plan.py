@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -21,6 +22,7 @@ from loftq_cli.conversion.selection import Selection, select, stacks
 from loftq_cli.errors import CorruptFileError
 from loftq_cli.layouts import Layout, adapter, make_layout
 from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.numerics.scale_storage import ScaleDtype
 from loftq_cli.recipe import FIXED_SCALE_METHODS, Recipe, Settings, fingerprint
 
 _ADAPTER_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -155,6 +157,7 @@ def make_plan(source: Source, settings: Settings) -> Plan:
         layout=layout_name,
         layout_fallback=None,
         scale="fixed" if method in FIXED_SCALE_METHODS else settings.scale,
+        scale_dtype=settings.scale_dtype,
         order=settings.order,
         svd=settings.svd,
         keep=settings.keep,
@@ -181,7 +184,7 @@ def _assemble(
     auto_layout: bool,
     layout_note: str | None,
 ) -> Plan:
-    layout = make_layout(recipe.layout, recipe.dense_dtype)
+    layout = make_layout(recipe.layout, recipe.dense_dtype, cast(ScaleDtype, recipe.scale_dtype))
     matrices = {}
     for tensor in selection.matrices:
         matrix = _matrix(tensor, recipe.method, recipe.bits, recipe.block_size)

@@ -47,6 +47,7 @@ def decompose(weight: torch.Tensor, options: Options) -> Decomposition:
         keep=cast(Any, resolved.keep),
         products=variant.products,
         adapter_dtype=weight.dtype,
+        scale_dtype=cast(Any, resolved.scale_dtype),
         seed=resolved.seed,
     )
     return alternate(weight.detach().to(torch.float32), quantizer, settings)

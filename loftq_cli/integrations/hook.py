@@ -72,6 +72,8 @@ def _register(registry: Any) -> None:
         return
     try:
         quantizer = importlib.import_module("loftq_cli.integrations.quantizer")
+        if "loftq" in configs or not hasattr(quantizer, "LoftqQuantizer"):
+            return  # it installs itself at its end; without the class it is not there yet
         registry.register_quantization_config("loftq")(quantizer.LoftqConfig)
         registry.register_quantizer("loftq")(quantizer.LoftqQuantizer)
     except (ImportError, AttributeError) as error:

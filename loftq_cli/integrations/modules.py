@@ -18,36 +18,42 @@ from torch import nn
 from torch.nn import functional
 
 from loftq_cli.layouts.packed import decode_packed, scale_count
+from loftq_cli.numerics.blocks import block_count
 from loftq_cli.numerics.packing import packed_length
+from loftq_cli.numerics.scale_storage import STEP_GROUP, ScaleDtype, unpack_scales
 
-_PACKED = ("weight", "weight_scales", "weight_levels", "weight_zeros")
+_PACKED = ("weight", "weight_scales", "weight_scale_steps", "weight_levels", "weight_zeros")
+_SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
 class PackedFormat:
     """How one matrix is packed: ``bits`` per code, ``block_size`` (0: one block for everything),
-    ``decoding`` "affine" or "codebook"."""
+    ``decoding`` "affine" or "codebook", and how its ``scales`` are stored."""
 
     bits: int
     block_size: int
     decoding: str
+    scales: ScaleDtype = "float32"
 
 
 class PackedLinear(nn.Linear):
     """``y = x @ dequantize(weight).T + bias`` for a frozen, packed weight.
 
     ``weight`` uint8 (ceil(out*in*bits/8),), a Parameter without gradient; ``weight_scales``
-    float32 (blocks,); ``weight_levels`` float32 (2**bits,) for a codebook, or ``weight_zeros``
-    uint8 for zero points; ``bias`` (out,) or None. Input (..., in) of any floating dtype, output
+    (blocks,), float32, bfloat16, or int8 with ``weight_scale_steps`` bfloat16 (ceil(blocks/64),);
+    ``weight_levels`` float32 (2**bits,) for a codebook, or ``weight_zeros`` uint8 for zero points;
+    ``bias`` (out,) or None. Input (..., in) of any floating dtype, output
     (..., out) in the input's dtype, or autocast's. Gradients reach the input and the bias. Raises
     TypeError for an input of integers: model code that casts to the dtype of ``weight`` would
     otherwise pass rounded activations.
 
-    Scales and levels stay float32 and codes uint8 whatever dtype the module is moved to: rounding
-    them would change the weight that the adapter was fitted to.
+    All of these but the bias keep their dtype whatever dtype the module is moved to: rounding
+    scales or levels would change the weight that the adapter was fitted to.
     """
 
     weight_scales: torch.Tensor
+    weight_scale_steps: torch.Tensor | None
     weight_levels: torch.Tensor | None
     weight_zeros: torch.Tensor | None
 
@@ -65,13 +71,16 @@ class PackedLinear(nn.Linear):
         bits = packing.bits
         scales = scale_count((out_features, in_features), packing.block_size, packing.decoding)
         codes = _empty(packed_length(out_features * in_features, bits), torch.uint8)
-        zeros = levels = None
+        steps = zeros = levels = None
+        if packing.scales == "int8":
+            steps = _empty(block_count(scales, STEP_GROUP), torch.bfloat16)
         if packing.decoding == "affine":
             zeros = _empty(packed_length(scales, bits), torch.uint8)
         else:
             levels = _empty(2**bits, torch.float32)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        self.register_buffer("weight_scales", _empty(scales, torch.float32))
+        self.register_buffer("weight_scales", _empty(scales, _SCALE_DTYPES[packing.scales]))
+        self.register_buffer("weight_scale_steps", steps)
         self.register_buffer("weight_levels", levels)
         self.register_buffer("weight_zeros", zeros)
 
@@ -89,6 +98,7 @@ class PackedLinear(nn.Linear):
             torch.float32,
             self.weight,
             self.weight_scales,
+            self.weight_scale_steps,
             self.weight_zeros,
             self.weight_levels,
         )
@@ -105,6 +115,7 @@ class PackedLinear(nn.Linear):
             bias,
             self.weight,
             self.weight_scales,
+            self.weight_scale_steps,
             self.weight_zeros,
             self.weight_levels,
             (self.out_features, self.in_features),
@@ -119,7 +130,7 @@ class PackedLinear(nn.Linear):
         packing = self.packing
         return (
             f"{super().extra_repr()}, bits={packing.bits}, block_size={packing.block_size}, "
-            f"decoding={packing.decoding}"
+            f"decoding={packing.decoding}, scales={packing.scales}"
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -144,14 +155,15 @@ class _PackedMatmul(torch.autograd.Function):
         bias: torch.Tensor | None,
         weight: torch.Tensor,
         scales: torch.Tensor,
+        steps: torch.Tensor | None,
         zeros: torch.Tensor | None,
         levels: torch.Tensor | None,
         shape: tuple[int, int],
         packing: PackedFormat,
     ) -> torch.Tensor:
-        ctx.save_for_backward(weight, scales, zeros, levels)
+        ctx.save_for_backward(weight, scales, steps, zeros, levels)
         ctx.shape, ctx.packing = shape, packing
-        dense = _dense(shape, packing, input.dtype, weight, scales, zeros, levels)
+        dense = _dense(shape, packing, input.dtype, weight, scales, steps, zeros, levels)
         return functional.linear(input, dense, bias)
 
     @staticmethod
@@ -162,7 +174,7 @@ class _PackedMatmul(torch.autograd.Function):
             grad_input = grad @ _dense(ctx.shape, ctx.packing, grad.dtype, *ctx.saved_tensors)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
-        return grad_input, grad_bias, None, None, None, None, None, None
+        return grad_input, grad_bias, *(None,) * 7
 
 
 def _dense(
@@ -171,10 +183,12 @@ def _dense(
     dtype: torch.dtype,
     weight: torch.Tensor,
     scales: torch.Tensor,
+    steps: torch.Tensor | None,
     zeros: torch.Tensor | None,
     levels: torch.Tensor | None,
 ) -> torch.Tensor:
     """The weight (out, in), computed in float32 and rounded to ``dtype``."""
+    scales = unpack_scales(scales, steps)
     decode: Any = decode_packed
     if weight.is_cuda and not torch.compiler.is_compiling():
         decode = _triton_decode() or decode_packed

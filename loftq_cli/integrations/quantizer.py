@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
-from loftq_cli.integrations import guard
+from loftq_cli.integrations import guard, hook
 from loftq_cli.integrations.modules import PackedFormat, PackedLinear
 from loftq_cli.integrations.names import in_model, key_mapping
 from loftq_cli.layouts.packed import FORMAT_VERSION
@@ -23,6 +23,7 @@ from loftq_cli.recipe import BITS, BLOCK_SIZES
 
 QUANT_METHOD = "loftq"
 _DECODINGS = ("affine", "codebook")
+_SCALES = ("bfloat16", "int8")  # where they are not float32
 _LINEARS = ("Linear", "FalconLinear")  # other subclasses may compute something else
 _UPGRADE = "pip install --upgrade loftq-cli"
 
@@ -32,9 +33,9 @@ guard.install()
 class LoftqConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of layout ``loftq``: how each quantized module is packed.
 
-    ``modules`` maps module names to ``{"bits", "block_size", "decoding"}``. Raises
-    UnsupportedInputError for a version, key or decoding of a newer format, CorruptFileError for
-    what no format has.
+    ``modules`` maps module names to ``{"bits", "block_size", "decoding"}`` and, where scales are
+    not float32, ``"scales"``. Raises UnsupportedInputError for a version, key, decoding or scales
+    of a newer format, CorruptFileError for what no format has.
     """
 
     def __init__(
@@ -144,12 +145,13 @@ def _checked(name: str, entry: Any) -> Mapping[str, Any]:
     where = f"quantization_config: module {name!r}"
     if not isinstance(entry, Mapping) or not {"bits", "block_size", "decoding"} <= set(entry):
         raise CorruptFileError(f"{where}: expected bits, block_size and decoding")
-    _refuse_unknown(where, set(entry) - {"bits", "block_size", "decoding"})
-    if entry["decoding"] not in _DECODINGS:
-        raise UnsupportedInputError(
-            f"{where}: decoding {entry['decoding']!r} is not one of {', '.join(_DECODINGS)}",
-            hint=_UPGRADE,
-        )
+    _refuse_unknown(where, set(entry) - {"bits", "block_size", "decoding", "scales"})
+    for key, names in (("decoding", _DECODINGS), ("scales", _SCALES)):
+        if key in entry and entry[key] not in names:
+            raise UnsupportedInputError(
+                f"{where}: {key} {entry[key]!r} is not one of {', '.join(names)}",
+                hint=_UPGRADE,
+            )
     whole = (0,) if entry["decoding"] == "codebook" else ()
     for key, allowed in (("bits", BITS), ("block_size", (*BLOCK_SIZES, *whole))):
         if not _is_integer(entry[key]) or entry[key] not in allowed:
@@ -171,3 +173,6 @@ def _is_integer(value: object) -> TypeGuard[int]:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+hook.install()

@@ -72,6 +72,7 @@ class Layout(Protocol):
 
     name: str
     scale_dtype: torch.dtype
+    """What a quantizer rounds each scale to as it fits it."""
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         """Why this layout cannot hold ``matrix``, or None."""

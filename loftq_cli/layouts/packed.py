@@ -1,9 +1,10 @@
 """Layout ``loftq``: any codebook and width, packed. Normative text: docs/output-format.md.
 
 ``X.weight`` uint8 (ceil(out*in*bits/8),), the bit stream of :mod:`loftq_cli.numerics.packing` over
-the row-major codes; ``X.weight_scales`` float32 (blocks,). With a codebook: ``X.weight_levels``
-float32 (2**bits,), blocks run over the flattened matrix. With zero points: ``X.weight_zeros``
-uint8, the packed zero points, one per scale; groups run along in_features, row by row.
+the row-major codes; ``X.weight_scales`` (blocks,), float32, bfloat16, or int8 with
+``X.weight_scale_steps`` bfloat16 (ceil(blocks/64),). With a codebook: ``X.weight_levels`` float32
+(2**bits,), blocks run over the flattened matrix. With zero points: ``X.weight_zeros`` uint8, the
+packed zero points, one per scale; groups run along in_features, row by row.
 """
 
 from __future__ import annotations
@@ -18,15 +19,27 @@ from loftq_cli.layouts.base import Matrix, Surroundings
 from loftq_cli.numerics.decoding import decode
 from loftq_cli.numerics.packing import pack, packed_length
 from loftq_cli.numerics.quantizers import Quantized, block_count
+from loftq_cli.numerics.scale_storage import (
+    STEP_GROUP,
+    ScaleDtype,
+    pack_scales,
+    unpack_scales,
+)
 
 FORMAT_VERSION = 1
 
+_SCALE_TAGS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
+
 
 class PackedLayout:
-    """Everything the quantizers can produce, at its own width."""
+    """Everything the quantizers can produce, at its own width. ``scales``: how scales are stored;
+    those that :meth:`encode` is given must be rounded to it already."""
 
     name = "loftq"
     scale_dtype = torch.float32
+
+    def __init__(self, scales: ScaleDtype = "float32") -> None:
+        self._scales: ScaleDtype = scales
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         return None
@@ -41,18 +54,24 @@ class PackedLayout:
         scales = scale_count(matrix.shape, stored_block_size(matrix), decoding(matrix.method))
         specs = [
             TensorSpec(matrix.name, "U8", (packed_length(matrix.elements, matrix.bits),)),
-            TensorSpec(f"{matrix.name}_scales", "F32", (scales,)),
+            TensorSpec(f"{matrix.name}_scales", _SCALE_TAGS[self._scales], (scales,)),
         ]
+        if self._scales == "int8":
+            shape = (block_count(scales, STEP_GROUP),)
+            specs.append(TensorSpec(f"{matrix.name}_scale_steps", "BF16", shape))
         if decoding(matrix.method) == "affine":
             length = packed_length(scales, matrix.bits)
             return [*specs, TensorSpec(f"{matrix.name}_zeros", "U8", (length,))]
         return [*specs, TensorSpec(f"{matrix.name}_levels", "F32", (2**matrix.bits,))]
 
     def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
+        scales, steps = pack_scales(quantized.scales, self._scales)
         tensors = {
             matrix.name: pack(quantized.codes, quantized.bits),
-            f"{matrix.name}_scales": quantized.scales,
+            f"{matrix.name}_scales": scales,
         }
+        if steps is not None:
+            tensors[f"{matrix.name}_scale_steps"] = steps
         if quantized.zeros is not None:
             tensors[f"{matrix.name}_zeros"] = pack(quantized.zeros, quantized.bits)
         if quantized.levels is not None:
@@ -60,12 +79,13 @@ class PackedLayout:
         return tensors
 
     def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        steps = tensors.get(f"{matrix.name}_scale_steps")
         return decode_packed(
             matrix.shape,
             matrix.bits,
             stored_block_size(matrix),
             tensors[matrix.name],
-            tensors[f"{matrix.name}_scales"],
+            unpack_scales(tensors[f"{matrix.name}_scales"], steps),
             tensors.get(f"{matrix.name}_zeros"),
             tensors.get(f"{matrix.name}_levels"),
         )
@@ -73,6 +93,7 @@ class PackedLayout:
     def quantization_config(
         self, matrices: Sequence[Matrix], surroundings: Surroundings
     ) -> dict[str, Any]:
+        stored = {} if self._scales == "float32" else {"scales": self._scales}
         return {
             "quant_method": "loftq",
             "format_version": FORMAT_VERSION,
@@ -81,6 +102,7 @@ class PackedLayout:
                     "bits": matrix.bits,
                     "block_size": stored_block_size(matrix),
                     "decoding": decoding(matrix.method),
+                    **stored,
                 }
                 for matrix in matrices
             },
@@ -114,6 +136,6 @@ def decode_packed(
     levels: torch.Tensor | None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Q (out, in) from the stored tensors of one matrix, computed in float32 and rounded to
-    ``dtype``."""
+    """Q (out, in) from the stored tensors of one matrix, its scales unpacked, computed in float32
+    and rounded to ``dtype``."""
     return decode(shape, bits, block_size, weight, scales, zeros, levels, dtype)

@@ -25,6 +25,7 @@ from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.quantizers import Parameters, Quantized, Quantizer
+from loftq_cli.numerics.scale_storage import ScaleDtype
 from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep, as_stored
 
 Order = Literal["quantize-first", "svd-first"]
@@ -38,7 +39,8 @@ class Settings:
 
     ``rank`` r, ``iters`` T; ``products`` is the dtype that the fast SVD's passes multiply in;
     ``scaling`` is lora_alpha / r as the consumer will apply it, folded out of B;
-    ``adapter_dtype`` and ``backbone_dtype`` are what A, B and (dense layout only) Q are stored as;
+    ``adapter_dtype``, ``scale_dtype`` and ``backbone_dtype`` are what A and B, scales and (dense
+    layout only) Q are stored as;
     ``seed`` and ``name`` seed every random draw.
     """
 
@@ -51,6 +53,7 @@ class Settings:
     products: torch.dtype = torch.float32
     adapter_dtype: torch.dtype = torch.float32
     backbone_dtype: torch.dtype | None = None
+    scale_dtype: ScaleDtype = "float32"
     seed: int = 0
     name: str = ""
 
@@ -141,8 +144,10 @@ def make_sweep(weight: torch.Tensor, quantizer: Quantizer, settings: Settings) -
     # The exact SVD multiplies nothing but float32.
     products = torch.float32 if settings.svd == "exact" else settings.products
     if quantizer.search() is None or weight.device.type != "cpu":
-        return TensorSweep(weight, quantizer, products, settings.backbone_dtype)
-    return NativeSweep(weight, quantizer, products, settings.backbone_dtype)
+        kind: type[TensorSweep | NativeSweep] = TensorSweep
+    else:
+        kind = NativeSweep
+    return kind(weight, quantizer, products, settings.backbone_dtype, settings.scale_dtype)
 
 
 def _product(iterate: _Iterate, settings: Settings) -> Product:

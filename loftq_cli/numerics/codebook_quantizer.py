@@ -56,19 +56,11 @@ class CodebookQuantizer:
         return Search(self.bits, self.block_size, self.table)
 
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
-        flat = rows.reshape(-1)
-        size = self.block_size
-        whole = flat.numel() // size * size
-        count = whole // size
         table = self.table.to(rows.device)
         parts = []
-        for blocks, index in (
-            (flat[:whole].view(count, size), slice(0, count)),
-            (flat[whole:].view(1, -1), slice(count, None)),  # the short last block
-        ):
-            if blocks.numel():
-                begin = None if start is None else start.scales[index]
-                parts.append(self._fit(blocks, table, begin))
+        for blocks, index in self._blocks(rows):
+            begin = None if start is None else start.scales[index]
+            parts.append(self._fit(blocks, table, begin))
         codes, scales, values = (
             torch.cat([part.reshape(-1) for part in column]) if len(column) > 1 else column[0]
             for column in zip(*parts, strict=True)
@@ -76,6 +68,27 @@ class CodebookQuantizer:
         return Fitted(
             codes.view(rows.shape), Parameters(scales.view(-1), None), values.view(rows.shape)
         )
+
+    def encode(self, rows: torch.Tensor, parameters: Parameters) -> Fitted:
+        table = self.table.to(rows.device)
+        codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+        values = torch.empty_like(rows)
+        for (blocks, index), (code_blocks, _), (value_blocks, _) in zip(
+            self._blocks(rows), self._blocks(codes), self._blocks(values), strict=True
+        ):
+            scales = parameters.scales[index]
+            code_blocks.copy_(nearest(divide(blocks, scales), table))
+            torch.mul(table.levels.take(code_blocks.long()), scales[:, None], out=value_blocks)
+        return Fitted(codes, parameters, values)
+
+    def _blocks(self, rows: torch.Tensor) -> list[tuple[torch.Tensor, slice]]:
+        """Views of the blocks of contiguous ``rows``, (count, size), and their numbers: the whole
+        ones, and the short last one where there is one."""
+        flat, size = rows.reshape(-1), self.block_size
+        count = flat.numel() // size
+        whole = flat[: count * size].view(count, size), slice(0, count)
+        rest = flat[count * size :].view(1, -1), slice(count, count + 1)
+        return [part for part in (whole, rest) if part[0].numel()]
 
     def _fit(
         self, blocks: torch.Tensor, table: Table, begin: torch.Tensor | None

@@ -5,6 +5,7 @@ of these is several passes over memory; this is 10 to 40 times faster."""
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import torch
 
@@ -12,8 +13,9 @@ from loftq_cli.errors import ScaleRangeError
 from loftq_cli.numerics import native
 from loftq_cli.numerics.blocks import Fitted, Parameters, block_count
 from loftq_cli.numerics.quantizers import Quantizer
+from loftq_cli.numerics.scale_storage import ScaleDtype
 from loftq_cli.numerics.search import REFINEMENTS, grid
-from loftq_cli.numerics.sweep import Product, Swept, target_of
+from loftq_cli.numerics.sweep import Product, Swept, stored_parameters, target_of
 
 _TILE = 64  # columns; TILE in kernels/product.h
 _ROWS = 16  # of a group, so that a tile of A is used often enough
@@ -65,6 +67,7 @@ class _Sweep(ctypes.Structure):
         ("residual", ctypes.c_void_p),
         ("wide", ctypes.c_void_p),
         ("start", ctypes.c_void_p),
+        ("fixed", ctypes.c_int32),
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
@@ -85,7 +88,9 @@ class NativeSweep:
         quantizer: Quantizer,
         products: torch.dtype,
         backbone_dtype: torch.dtype | None,
+        scale_dtype: ScaleDtype = "float32",
     ) -> None:
+        self._scale_dtype: ScaleDtype = scale_dtype
         self._weight = weight.contiguous()
         self._quantizer = quantizer
         self._store = _STORES[backbone_dtype or torch.float32]
@@ -102,9 +107,17 @@ class NativeSweep:
         self._quantizer = self._quantizer.prepare(
             [slice(0, weight.shape[0])], lambda rows: target_of(weight, product, rows), _fit
         )
-        return self._quantize(start, product)
+        swept = self._quantize(start, product)
+        if self._scale_dtype == "float32":
+            return swept
+        given, previous = stored_parameters(swept.quantized, self._scale_dtype), swept.previous
+        del swept  # its codes
+        return replace(self._quantize(given, product, fixed=True), previous=previous)
 
-    def _quantize(self, start: Parameters | None, product: Product | None) -> Swept:
+    def _quantize(
+        self, start: Parameters | None, product: Product | None, *, fixed: bool = False
+    ) -> Swept:
+        """``fixed``: at the parameters in ``start``, instead of beside its scales."""
         weight = self._weight
         rows, columns = weight.shape
         search = self._quantizer.search()
@@ -117,6 +130,9 @@ class NativeSweep:
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         scales = torch.empty(blocks)
         zeros = torch.empty(blocks, dtype=torch.uint8) if table is None else None
+        if fixed:
+            assert start is not None
+            zeros = start.zeros
         begin = None if start is None else start.scales.float()
         mirrored = table is not None and not table.symmetric
         multiples = torch.tensor(grid(search.bits, warm=start is not None, mirrored=mirrored))
@@ -143,6 +159,7 @@ class NativeSweep:
             search=_Search(multiples.data_ptr(), multiples.numel(), REFINEMENTS),
             wide=None if self.wide is self.residual else self.wide.data_ptr(),
             start=None if begin is None else begin.data_ptr(),
+            fixed=fixed,
             codes=codes.data_ptr(),
             scales=scales.data_ptr(),
             zeros=None if zeros is None else zeros.data_ptr(),

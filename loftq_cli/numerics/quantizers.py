@@ -69,6 +69,9 @@ class Quantizer(Protocol):
         """Quantize float32 (rows, in), beginning the search at ``start`` where scales are
         searched for. Raises ScaleRangeError where a scale does not fit its storage dtype."""
 
+    def encode(self, rows: torch.Tensor, parameters: Parameters) -> Fitted:
+        """Quantize float32 contiguous (rows, in) at the given scales and zero points."""
+
     def assemble(self, codes: torch.Tensor, parameters: Parameters) -> Quantized:
         """The whole matrix from its concatenated parts."""
 

@@ -6,15 +6,16 @@ and in the dtype that the low-rank step multiplies in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from loftq_cli.numerics.blocks import Parameters, Quantized
+from loftq_cli.numerics.blocks import Fitted, Parameters, Quantized
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.quantizers import Quantizer
+from loftq_cli.numerics.scale_storage import ScaleDtype, round_scales
 
 _CHUNK_ELEMENTS = 1 << 19  # a few float32 copies of it stay in a CPU's caches
 _GPU_CHUNK_ELEMENTS = 1 << 26
@@ -56,7 +57,8 @@ class Sweep(Protocol):
 
 class TensorSweep:
     """A sweep in tensor operations, on any device. Values are rounded to ``backbone_dtype`` before
-    they are subtracted, where the backbone is stored dense."""
+    they are subtracted, where the backbone is stored dense; scales as ``scale_dtype`` stores them
+    before the codes are chosen."""
 
     def __init__(
         self,
@@ -64,26 +66,43 @@ class TensorSweep:
         quantizer: Quantizer,
         products: torch.dtype,
         backbone_dtype: torch.dtype | None,
+        scale_dtype: ScaleDtype = "float32",
     ) -> None:
         self._weight = weight
         self._quantizer = quantizer
         self._backbone_dtype = backbone_dtype
+        self._scale_dtype: ScaleDtype = scale_dtype
         self.residual = torch.empty_like(weight)
         same = products == torch.float32
         self.wide = self.residual if same else torch.empty_like(weight, dtype=products)
 
     def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
-        columns = self._weight.shape[1]
-        pieces = list(self._pieces())
         self._quantizer = quantizer = self._quantizer.prepare(
-            pieces,
+            list(self._pieces()),
             lambda rows: target_of(self._weight, product, rows),
             lambda quantizer, rows, start: quantizer.fit(rows, start),
         )
+        swept = self._pass(
+            product,
+            lambda rows, blocks: quantizer.fit(rows, None if start is None else start[blocks]),
+        )
+        if self._scale_dtype == "float32":
+            return swept
+        given, previous = stored_parameters(swept.quantized, self._scale_dtype), swept.previous
+        del swept  # its codes
+        again = self._pass(product, lambda rows, blocks: quantizer.encode(rows, given[blocks]))
+        return replace(again, previous=previous)
+
+    def _pass(
+        self, product: Product | None, quantize: Callable[[torch.Tensor, slice], Fitted]
+    ) -> Swept:
+        """Every row range through ``quantize``, which takes the target and the numbers of its
+        blocks."""
+        quantizer, columns = self._quantizer, self._weight.shape[1]
         codes = torch.empty(self._weight.shape, dtype=torch.uint8, device=self._weight.device)
         parts: list[Parameters] = []
         squared = previous = 0.0
-        for rows in pieces:
+        for rows in self._pieces():
             weight, residual = self._weight[rows], self.residual[rows]
             target = weight
             if product is not None:
@@ -94,7 +113,7 @@ class TensorSweep:
                 quantizer.blocks_before(rows.start, columns),
                 quantizer.blocks_before(rows.stop, columns),
             )
-            fitted = quantizer.fit(target, None if start is None else start[blocks])
+            fitted = quantize(target, blocks)
             codes[rows] = fitted.codes
             parts.append(fitted.parameters)
             torch.sub(weight, as_stored(fitted.values, self._backbone_dtype), out=residual)
@@ -124,6 +143,12 @@ def target_of(weight: torch.Tensor, product: Product | None, rows: slice) -> tor
     if product is None:
         return weight[rows]
     return weight[rows] - product.left[rows] @ product.right
+
+
+def stored_parameters(quantized: Quantized, dtype: ScaleDtype) -> Parameters:
+    """The parameters of a first pass, with scales as they are once stored: steps are shared by
+    blocks of more than one row range, so codes at these scales take a second pass."""
+    return Parameters(round_scales(quantized.scales, dtype), quantized.zeros)
 
 
 def as_stored(values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

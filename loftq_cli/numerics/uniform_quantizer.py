@@ -55,28 +55,47 @@ class UniformQuantizer:
 
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
         count, columns = rows.shape
-        size = self.block_size
-        groups = block_count(columns, size)
-        whole = columns // size
+        groups = block_count(columns, self.block_size)
         codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
         values = torch.empty_like(rows)
         scales = torch.empty((count, groups), dtype=self.scale_dtype, device=rows.device)
         zeros = torch.empty((count, groups), dtype=torch.uint8, device=rows.device)
-        for first, last, width in ((0, whole, size), (whole, groups, columns - whole * size)):
-            if first == last:
-                continue
-            blocks = rows[:, first * size : first * size + (last - first) * width]
+        for area, chosen, width in self._areas(columns):
             begin = None
             if start is not None:
-                begin = start.scales.view(count, groups)[:, first:last].reshape(-1).float()
-            part = self._fit(blocks.reshape(-1, width), begin)
-            area = (slice(None), slice(first * size, first * size + (last - first) * width))
-            codes[area] = part.codes.view(count, -1)
-            values[area] = part.values.view(count, -1)
-            scales[:, first:last] = part.parameters.scales.view(count, -1)
+                begin = start.scales.view(count, groups)[:, chosen].reshape(-1).float()
+            part = self._fit(rows[:, area].reshape(-1, width), begin)
+            codes[:, area] = part.codes.view(count, -1)
+            values[:, area] = part.values.view(count, -1)
+            scales[:, chosen] = part.parameters.scales.view(count, -1)
             assert part.parameters.zeros is not None
-            zeros[:, first:last] = part.parameters.zeros.view(count, -1)
+            zeros[:, chosen] = part.parameters.zeros.view(count, -1)
         return Fitted(codes, Parameters(scales.view(-1), zeros.view(-1)), values)
+
+    def encode(self, rows: torch.Tensor, parameters: Parameters) -> Fitted:
+        count, columns = rows.shape
+        assert parameters.zeros is not None
+        all_scales = parameters.scales.view(count, -1)
+        all_zeros = parameters.zeros.view(count, -1)
+        codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+        values = torch.empty_like(rows)
+        for area, chosen, width in self._areas(columns):
+            scales = all_scales[:, chosen].reshape(-1).float()
+            zeros = all_zeros[:, chosen].reshape(-1).float()
+            blocks = rows[:, area].reshape(-1, width)
+            offsets = self._offsets(blocks, scales, zeros, 2**self.bits - 1)
+            codes[:, area] = (offsets + zeros[:, None]).to(torch.uint8).view(count, -1)
+            values[:, area] = offsets.mul_(scales[:, None]).view(count, -1)
+        return Fitted(codes, parameters, values)
+
+    def _areas(self, columns: int) -> list[tuple[slice, slice, int]]:
+        """(columns, numbers within a row, width) of the whole groups, and of the short last one
+        where there is one."""
+        size = self.block_size
+        whole = columns // size
+        body = slice(0, whole * size), slice(0, whole), size
+        rest = slice(whole * size, columns), slice(whole, whole + 1), columns - whole * size
+        return [area for area in (body, rest) if area[0].start < area[0].stop]
 
     def _fit(self, blocks: torch.Tensor, begin: torch.Tensor | None) -> Fitted:
         top = 2**self.bits - 1
@@ -198,6 +217,10 @@ class TensorUniformQuantizer:
         codes = position.round_().clamp_(0, len(levels) - 1).to(torch.uint8)
         scales = torch.ones(1, dtype=torch.float32, device=rows.device)
         return Fitted(codes, Parameters(scales, None), levels.take(codes.long()))
+
+    def encode(self, rows: torch.Tensor, parameters: Parameters) -> Fitted:
+        """Raises ValueError: the one scale is 1, there is none to round."""
+        raise ValueError("uniform-tensor has no scales to be given")
 
     def assemble(self, codes: torch.Tensor, parameters: Parameters) -> Quantized:
         assert self.levels is not None

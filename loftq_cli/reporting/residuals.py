@@ -20,7 +20,7 @@ from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.stored import Stored, read
 from loftq_cli.errors import InputError, LoftqError, NonFiniteWeightError, VerificationError
-from loftq_cli.layouts import adapter, make_layout
+from loftq_cli.layouts import adapter, layout_of
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.numerics import native
 from loftq_cli.numerics.alternation import Settings, decompose
@@ -117,7 +117,7 @@ def _norms(
 ) -> Norms:
     recipe = output.manifest["recipe"]
     matrix = matrix_of(record)
-    layout = make_layout(record["layout"], recipe["dense_dtype"])
+    layout = layout_of(record, recipe)
     tensors = {spec.name: read(output.directory, stored, spec) for spec in layout.specs(matrix)}
     adapter_dtype = adapter.stored_dtype(recipe["adapter_dtype"], matrix.dtype)
     lora_A, lora_B = (
@@ -137,7 +137,12 @@ def _norms(
         layout.scale_dtype,
         native=Variant.parse(recipe["kernels"]).native and native.available(),
     )
-    settings = Settings(rank=1, iters=0, backbone_dtype=layout.rounding(matrix))
+    settings = Settings(
+        rank=1,
+        iters=0,
+        backbone_dtype=layout.rounding(matrix),
+        scale_dtype=recipe.get("scale_dtype", "float32"),
+    )
     try:
         plain = decompose(weight, quantizer, settings)
     except LoftqError as error:  # the weights that were converted could be quantized

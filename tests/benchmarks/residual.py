@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,26 @@ def main() -> None:
         ),
         rows,
     )
+
+    print("\nScales as layout loftq can store them, T=5:\n")
+    storages: list[list[str]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for bits in (2, 3, 4):
+            for method in ("nf", "fitted", "uniform"):
+                storages.append([str(bits), method, *_stored(Path(scratch) / "out", bits, method)])
+    columns = (f"{dtype} {what}" for dtype in _SCALE_DTYPES for what in ("bits", "residual"))
+    table(("bits", "method", *columns), storages)
+
+
+_SCALE_DTYPES = ("float32", "bfloat16", "int8")
+
+
+def _stored(output: Path, bits: int, method: str) -> Iterator[str]:
+    for dtype in _SCALE_DTYPES:
+        options = ("--bits", str(bits), "--method", method, "--scale-dtype", dtype)
+        totals = convert(minilm(), output, "--rank", str(_RANK), "--layout", "loftq", *options)
+        yield f"{totals['totals']['bits_per_weight']:.3f}"
+        yield f"{totals['totals']['relative_residual']:.4f}"
 
 
 def _row(output: Path, bits: int, method: str, published: str) -> list[str]:

@@ -52,6 +52,7 @@ def recipe(loftq: Command, *options: str) -> dict[str, Any]:
         ("--block-size", "32", "block_size", 32),
         ("--layout", "dense", "layout", "dense"),
         ("--scale", "absmax", "scale", "absmax"),
+        ("--scale-dtype", "int8", "scale_dtype", "int8"),
         ("--order", "svd-first", "order", "svd-first"),
         ("--svd", "exact", "svd", "exact"),
         ("--preset", "paper", "keep", "last"),
@@ -83,7 +84,7 @@ def test_an_explicit_option_wins_over_the_preset(loftq: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["bits", "rank", "iters", "block_size", "scale", "order", "svd", "seed"]
+    "name", ["bits", "rank", "iters", "block_size", "scale", "scale_dtype", "order", "svd", "seed"]
 )
 def test_the_help_states_the_defaults_that_hold(name: str, loftq: Command) -> None:
     text = " ".join(loftq("convert", "--help").stdout.split())

@@ -39,6 +39,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq-2-clamped": ("llama", {"bits": 2, "layout": "gptq", "rank": 48}),
     "gptq-bert": ("bert", {"bits": 8, "layout": "gptq"}),
     "loftq": ("llama", {"bits": 2, "layout": "loftq", "method": "nf"}),
+    "loftq-bfloat16": ("bert", {"bits": 2, "method": "uniform", "scale_dtype": "bfloat16"}),
+    "loftq-int8": ("llama", {"bits": 2, "method": "nf", "scale_dtype": "int8"}),
     "loftq-bart": ("bart", {"bits": 3, "method": "uniform", "lora_alpha": 2.0, "rank": 48}),
     "loftq-tensor": ("bert", {"bits": 3, "method": "uniform-tensor"}),
     "dense": ("llama", {"bits": 2, "layout": "dense"}),

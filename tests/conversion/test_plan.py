@@ -97,6 +97,24 @@ def test_auto_takes_layout_loftq_with_a_note_where_a_matrix_does_not_fit(
     assert ".weight" in plan.layout_note
 
 
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({}, "layout loftq, because bnb has no int8 scales"),
+        ({"bits": 2}, "layout loftq, because gptq has no int8 scales"),
+        ({"bits": 2, "method": "fitted"}, None),
+        ({"layout": "loftq"}, None),
+    ],
+)
+def test_auto_takes_layout_loftq_for_scales_that_only_it_has(
+    settings: dict[str, Any], note: str | None, planned: Planner
+) -> None:
+    plan = planned(checkpoints.llama(), scale_dtype="int8", **settings)
+    assert (plan.recipe.layout, plan.recipe.scale_dtype) == ("loftq", "int8")
+    assert not plan.auto_layout
+    assert plan.layout_note == note
+
+
 def test_an_explicit_layout_that_cannot_hold_a_matrix_lists_every_one(planned: Planner) -> None:
     with pytest.raises(LayoutError) as caught:
         planned(checkpoints.llama(hidden=64, intermediate=40), bits=2, layout="gptq")
@@ -234,6 +252,8 @@ def test_every_resolved_setting_is_part_of_the_fingerprint(planned: Planner) -> 
         {"method": "uniform"},
         {"layout": "loftq"},
         {"scale": "absmax"},
+        {"scale_dtype": "bfloat16"},
+        {"scale_dtype": "int8"},
         {"order": "svd-first"},
         {"svd": "exact"},
         {"preset": "paper"},

@@ -11,6 +11,7 @@ from loftq_cli.integrations.modules import PackedFormat, PackedLinear
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.layouts.packed import PackedLayout, decoding, stored_block_size
 from loftq_cli.numerics.quantizers import make_quantizer
+from loftq_cli.numerics.scale_storage import ScaleDtype
 from tests.numerics.helpers import prepared
 from tests.synthetic import llm_like
 
@@ -29,21 +30,31 @@ FORMATS = [
         ("uniform-block", 2, 64, (9, 65)),
         ("uniform-tensor", 3, 64, (20, 33)),
     )
+] + [
+    ("nf", 2, 32, (40, 100), "bfloat16"),
+    ("nf", 2, 32, (40, 100), "int8"),
+    ("uniform", 4, 32, (40, 100), "bfloat16"),
+    ("uniform", 4, 32, (40, 100), "int8"),
 ]
 CASE = ("uniform", 3, 32, (24, 72))
 
 
 def packed_linear(
-    method: str, bits: int, block_size: int, shape: tuple[int, int], bias: bool = True
+    method: str,
+    bits: int,
+    block_size: int,
+    shape: tuple[int, int],
+    scales: ScaleDtype = "float32",
+    bias: bool = True,
 ) -> tuple[PackedLinear, torch.Tensor]:
     """(a module filled from stored tensors, the weight that the layout decodes from them)."""
     weight = llm_like(*shape)
     quantizer = prepared(make_quantizer(method, bits, block_size, "absmax"), weight)
     fitted = quantizer.fit(weight, None)
     matrix = Matrix("m.weight", shape, "F32", method, bits, block_size)
-    layout = PackedLayout()
+    layout = PackedLayout(scales)
     stored = layout.encode(matrix, quantizer.assemble(fitted.codes, fitted.parameters))
-    packing = PackedFormat(bits, stored_block_size(matrix), decoding(method))
+    packing = PackedFormat(bits, stored_block_size(matrix), decoding(method), scales)
     module = PackedLinear(shape[1], shape[0], packing, bias=bias)
     state = {name.removeprefix("m."): tensor for name, tensor in stored.items()}
     if bias:
@@ -114,11 +125,11 @@ def test_nothing_of_the_size_of_the_weight_is_saved_for_backward() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_takes_its_bits_plus_scales_in_memory(bits) -> None:
-    module, weight = packed_linear("nf", bits, 64, (64, 128), bias=False)
+@pytest.mark.parametrize(("scales", "taken"), [("float32", 512), ("bfloat16", 256), ("int8", 132)])
+def test_takes_its_bits_plus_scales_in_memory(bits, scales, taken) -> None:
+    module, weight = packed_linear("nf", bits, 64, (64, 128), scales, bias=False)
     held = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    codes, scales, levels = weight.numel() * bits // 8, weight.numel() // 64 * 4, 2**bits * 4
-    assert held == codes + scales + levels
+    assert held == weight.numel() * bits // 8 + taken + 2**bits * 4
 
 
 @pytest.mark.parametrize(
@@ -133,8 +144,9 @@ def test_takes_its_bits_plus_scales_in_memory(bits) -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["nf", "uniform"])
-def test_moves_change_the_bias_only(method, move) -> None:
-    module, weight = packed_linear(method, 3, 32, (24, 72))
+@pytest.mark.parametrize("scales", ["float32", "bfloat16", "int8"])
+def test_moves_change_the_bias_only(method, scales, move) -> None:
+    module, weight = packed_linear(method, 3, 32, (24, 72), scales)
     module.bias.grad = torch.ones_like(module.bias)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     moved = move(module)

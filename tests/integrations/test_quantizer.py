@@ -26,8 +26,10 @@ def packed(model) -> dict[str, PackedLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
 
 
-def test_config_round_trips() -> None:
-    assert LoftqConfig.from_dict(CONFIG).to_dict() == CONFIG
+@pytest.mark.parametrize("changes", [{}, entry(scales="bfloat16"), entry(scales="int8")])
+def test_config_round_trips(changes) -> None:
+    config = {**CONFIG, **changes}
+    assert LoftqConfig.from_dict(config).to_dict() == config
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,9 @@ def test_config_round_trips() -> None:
         ({"modules": {"a.b": {"bits": 3}}}, CorruptFileError, "'a.b': expected bits"),
         (entry(surprise=1), UnsupportedInputError, "'a.b': unknown keys surprise"),
         (entry(decoding="trellis"), UnsupportedInputError, "'a.b': decoding 'trellis'"),
+        (entry(scales="float8"), UnsupportedInputError, "'a.b': scales 'float8'"),
+        (entry(scales="float32"), UnsupportedInputError, "'a.b': scales 'float32'"),
+        (entry(scales=None), UnsupportedInputError, "'a.b': scales None"),
         (entry(bits=5), CorruptFileError, "'a.b': bits 5"),
         (entry(bits=2.0), CorruptFileError, "'a.b': bits 2.0"),
         (entry(block_size=63), CorruptFileError, "'a.b': block_size 63"),
@@ -103,9 +108,12 @@ def test_a_module_that_the_model_lacks_is_named(converted, tmp_path) -> None:
         transformers.AutoModelForCausalLM.from_pretrained(directory)
 
 
-@pytest.mark.parametrize("suffix", ["weight", "weight_scales", "weight_levels"])
+@pytest.mark.parametrize(
+    "suffix", ["weight", "weight_scales", "weight_scale_steps", "weight_levels"]
+)
 def test_a_missing_tensor_is_an_error(converted, tmp_path, suffix) -> None:
-    directory = shutil.copytree(converted("llama"), tmp_path / "out")
+    settings = {"scale_dtype": "int8"} if suffix == "weight_scale_steps" else {}
+    directory = shutil.copytree(converted("llama", **settings), tmp_path / "out")
     tensors = load_file(directory / "model.safetensors")
     name = f"model.layers.1.self_attn.q_proj.{suffix}"
     del tensors[name]
@@ -116,8 +124,9 @@ def test_a_missing_tensor_is_an_error(converted, tmp_path, suffix) -> None:
 
 @pytest.mark.parametrize("method", ["nf", "uniform"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_scales_stay_float32_in_any_dtype(converted, method, dtype) -> None:
-    directory = converted("llama", method=method)
+@pytest.mark.parametrize("scales", ["float32", "bfloat16", "int8"])
+def test_scales_stay_as_stored_in_any_dtype(converted, method, scales, dtype) -> None:
+    directory = converted("llama", method=method, scale_dtype=scales)
     tensors = load_file(directory / "model.safetensors")
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     assert model.dtype == model.lm_head.weight.dtype == dtype
@@ -128,11 +137,13 @@ def test_scales_stay_float32_in_any_dtype(converted, method, dtype) -> None:
                 assert tensor.dtype == tensors[f"{name}.{key}"].dtype
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_saved_model_loads_again(converted, tmp_path, kind) -> None:
+@pytest.mark.parametrize(
+    ("kind", "scales"), [("llama", "float32"), ("bert", "float32"), ("llama", "int8")]
+)
+def test_saved_model_loads_again(converted, tmp_path, kind, scales) -> None:
     task = {"llama": "AutoModelForCausalLM", "bert": "AutoModelForSequenceClassification"}[kind]
     model_class = getattr(transformers, task)
-    model = model_class.from_pretrained(converted(kind))
+    model = model_class.from_pretrained(converted(kind, scale_dtype=scales))
     model.save_pretrained(tmp_path)
     again, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())

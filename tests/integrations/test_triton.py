@@ -59,9 +59,21 @@ def test_it_is_used_on_cuda(monkeypatch, on_cuda, used) -> None:
     monkeypatch.setattr(modules, "decode_packed", lambda *call: None)
     weight = SimpleNamespace(is_cuda=on_cuda)
     packing = PackedFormat(2, 64, "codebook")
-    modules._dense((2, 4), packing, torch.bfloat16, weight, "scales", None, "levels")
-    expected = ((2, 4), 2, 64, weight, "scales", None, "levels", torch.bfloat16)
+    scales = torch.ones(1)
+    modules._dense((2, 4), packing, torch.bfloat16, weight, scales, None, None, "levels")
+    expected = ((2, 4), 2, 64, weight, scales, None, "levels", torch.bfloat16)
     assert calls == [expected] * used
+
+
+def test_it_takes_scales_that_are_unpacked(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(modules, "_triton_decode", lambda: lambda *call: calls.append(call))
+    packing = PackedFormat(2, 64, "codebook", "int8")
+    scales, steps = torch.tensor([127, -3], dtype=torch.int8), torch.tensor([0.5]).bfloat16()
+    weight = SimpleNamespace(is_cuda=True)
+    modules._dense((2, 64), packing, torch.float32, weight, scales, steps, None, "levels")
+    given = calls[0][4]
+    assert (given.dtype, given.tolist()) == (torch.float32, [63.5, -1.5])
 
 
 def test_without_triton_there_is_none(monkeypatch) -> None:

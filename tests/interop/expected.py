@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from loftq_cli.layouts import make_layout
+from loftq_cli.layouts import layout_of
 from loftq_cli.layouts.base import Matrix
 from tests.interop.cases import Case
 from tests.interop.consumer import outputs
@@ -51,7 +51,7 @@ class Output:
 
     def backbone(self) -> dict[str, torch.Tensor]:
         """Q (out, in), float32, by module."""
-        layout = make_layout(self.case.layout, self.manifest["recipe"]["dense_dtype"])
+        layout = layout_of({"layout": self.case.layout}, self.manifest["recipe"])
         return {matrix.module: layout.decode(matrix, self.tensors) for matrix in self.matrices()}
 
     def deltas(self) -> dict[str, torch.Tensor]:

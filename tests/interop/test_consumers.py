@@ -78,7 +78,7 @@ def test_loftq_takes_its_bits_in_memory(case, output, results) -> None:
     held = results(case)["held"]
     tensors = output(case).tensors
     for matrix in output(case).matrices():
-        suffixes = ("", "_scales", "_levels", "_zeros")
+        suffixes = ("", "_scales", "_scale_steps", "_levels", "_zeros")
         stored = [tensors.get(f"{matrix.name}{suffix}") for suffix in suffixes]
         sizes = [0 if tensor is None else tensor.nbytes for tensor in stored]
         assert held[matrix.module] == sum(sizes)

@@ -28,6 +28,9 @@ def loftq(tensors: Tensors, name: str, shape: tuple[int, int], entry: Mapping[st
     bits, size = entry["bits"], entry["block_size"]
     codes = _fields(tensors[name].tolist(), 8, bits)
     scales = tensors[f"{name}_scales"].tolist()
+    if entry.get("scales") == "int8":
+        steps = tensors[f"{name}_scale_steps"].tolist()
+        scales = [code * steps[k // 64] for k, code in enumerate(scales)]
     if entry["decoding"] == "codebook":
         levels = tensors[f"{name}_levels"].tolist()
         flat = [scales[k // size if size else 0] * levels[codes[k]] for k in range(rows * columns)]

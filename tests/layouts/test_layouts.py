@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,20 +14,24 @@ from loftq_cli.checkpoint.reader import TORCH_DTYPES
 from loftq_cli.checkpoint.writer import spec_of
 from loftq_cli.layouts import make_layout
 from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.numerics.scale_storage import round_scales
 from tests.layouts.stored import drawn, matrices
 from tests.makers import PROPERTY
 
 LAYOUTS = ("bnb", "gptq", "loftq", "dense")
+STORAGES = [(name, "float32") for name in LAYOUTS] + [("loftq", "bfloat16"), ("loftq", "int8")]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "scales"), STORAGES)
 @PROPERTY
 @given(data=st.data())
-def test_decoding_what_was_encoded_is_the_quantized_matrix(name, data):
-    layout = make_layout(name)
+def test_decoding_what_was_encoded_is_the_quantized_matrix(name, scales, data):
+    layout = make_layout(name, scale_dtype=scales)
     matrix = data.draw(matrices(name))
     assert layout.cannot_hold(matrix) is None
     quantized = drawn(matrix, layout.scale_dtype, seed=data.draw(st.integers(0, 99)))
+    if name == "loftq":
+        quantized = replace(quantized, scales=round_scales(quantized.scales, scales))
     tensors = layout.encode(matrix, quantized)
     expected = quantized.decode()
     if layout.rounding(matrix) is not None:
@@ -55,6 +61,20 @@ def bits_per_weight(specs: list[TensorSpec], matrix: Matrix) -> float:
 
 
 BNB_STATE = '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64, 128]}'
+
+
+def test_scales_in_fewer_bits_count_as_such():
+    matrix = Matrix("m.weight", (64, 128), "F32", "uniform", 2, 64)
+    stored = {
+        scales: bits_per_weight(make_layout("loftq", scale_dtype=scales).specs(matrix), matrix)
+        for scales in ("float32", "bfloat16", "int8")
+    }
+    zeros = 2 / 64
+    assert stored == {
+        "float32": 2.5 + zeros,
+        "bfloat16": 2.25 + zeros,
+        "int8": 2 + 8 / 64 + 16 / 64**2 + zeros,
+    }
 
 
 @pytest.mark.parametrize(

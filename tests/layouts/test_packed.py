@@ -81,17 +81,60 @@ def test_golden_bytes_with_zero_points(bits):
     assert PackedLayout().decode(matrix, tensors).tolist() == AFFINE_VALUES[bits]
 
 
+def raw(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.view(torch.uint8).tolist())
+
+
+def test_golden_bytes_of_scales_in_bfloat16():
+    matrix = Matrix("m.weight", (2, 5), "F32", "nf", 2, 4)
+    codes, levels = uint8(CODES[2]).view(2, 5), torch.arange(4, dtype=torch.float32)
+    layout = PackedLayout("bfloat16")
+    tensors = layout.encode(matrix, Quantized(2, 4, codes, torch.tensor(SCALES), None, levels))
+    assert list(tensors) == ["m.weight", "m.weight_scales", "m.weight_levels"]
+    # 2.0 is 0x4000, -4.0 is 0xC080, 8.0 is 0x4100.
+    assert raw(tensors["m.weight_scales"]) == bytes.fromhex("0040 80C0 0041")
+    assert layout.decode(matrix, tensors).tolist() == CODEBOOK_VALUES[2]
+
+
+@pytest.mark.parametrize("method", ["nf", "uniform"])
+def test_golden_bytes_of_scales_in_int8(method):
+    # Rows of 33 blocks of 4: the first 64 scales, of two rows, share a step of 0.25, the other two
+    # one of 2.0. The largest scale of each is 127 steps.
+    matrix = Matrix("m.weight", (2, 132), "F32", method, 2, 4)
+    scales = [31.75, -4.0, 0.0, 0.25] + [0.5] * 60 + [2.0, -254.0]
+    quantized = Quantized(
+        *(2, 4, torch.ones(2, 132, dtype=torch.uint8), torch.tensor(scales)),
+        zeros=uint8([2] * 66) if method == "uniform" else None,
+        levels=torch.tensor([-1.0, -0.5, 0.0, 1.0]) if method == "nf" else None,
+    )
+    layout = PackedLayout("int8")
+    tensors = layout.encode(matrix, quantized)
+    last = "m.weight_zeros" if method == "uniform" else "m.weight_levels"
+    assert list(tensors) == ["m.weight", "m.weight_scales", "m.weight_scale_steps", last]
+    assert tensors["m.weight"].tolist() == [0b01_01_01_01] * 66
+    assert raw(tensors["m.weight_scales"]) == bytes([0x7F, 0xF0, 0, 1] + [2] * 60 + [1, 0x81])
+    assert raw(tensors["m.weight_scale_steps"]) == bytes.fromhex("803E 0040")
+    value = -0.5 if method == "nf" else -1
+    expected = [[value * scale] * 4 for scale in scales]
+    assert layout.decode(matrix, tensors).view(66, 4).tolist() == expected
+
+
+@pytest.mark.parametrize("scales", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("method", ["nf", "uniform-block", "uniform-tensor", "uniform"])
 @pytest.mark.parametrize(
-    ("bits", "block_size", "shape"), [(2, 32, (3, 70)), (3, 64, (5, 33)), (8, 32, (1, 31))]
+    ("bits", "block_size", "shape"),
+    [(2, 32, (3, 70)), (2, 32, (70, 70)), (3, 64, (5, 33)), (8, 32, (1, 31))],
 )
-def test_the_plain_decoder_reads_it(method, bits, block_size, shape):
-    matrix = Matrix("m.weight", shape, "F32", method, bits, block_size)
+def test_the_plain_decoder_reads_it(method, bits, block_size, shape, scales):
+    matrix, layout = (
+        Matrix("m.weight", shape, "F32", method, bits, block_size),
+        PackedLayout(scales),
+    )
     quantized = drawn(matrix)
-    tensors = PackedLayout().encode(matrix, quantized)
-    entry = PackedLayout().quantization_config([matrix], Surroundings({}, [], []))["modules"]["m"]
+    tensors = layout.encode(matrix, quantized)
+    entry = layout.quantization_config([matrix], Surroundings({}, [], []))["modules"]["m"]
     expected = torch.tensor(plain.loftq(tensors, "m.weight", shape, entry))
-    assert torch.equal(PackedLayout().decode(matrix, tensors), expected)
+    assert torch.equal(layout.decode(matrix, tensors), expected)
 
 
 def test_one_block_for_the_whole_matrix():
@@ -120,5 +163,11 @@ def test_one_block_for_the_whole_matrix():
 )
 def test_the_config_says_how_each_module_is_decoded(method, entry):
     matrix = Matrix("h.0.m.weight", (2, 5), "F32", method, 3, 128)
-    config = PackedLayout().quantization_config([matrix], Surroundings({}, [], ["h"]))
-    assert config == {"quant_method": "loftq", "format_version": 1, "modules": {"h.0.m": entry}}
+    for scales, key in (
+        ("float32", {}),
+        ("bfloat16", {"scales": "bfloat16"}),
+        ("int8", {"scales": "int8"}),
+    ):
+        config = PackedLayout(scales).quantization_config([matrix], Surroundings({}, [], ["h"]))
+        modules = {"h.0.m": {**entry, **key}}
+        assert config == {"quant_method": "loftq", "format_version": 1, "modules": modules}

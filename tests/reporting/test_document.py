@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 
 from loftq_cli.checkpoint.output import FORMAT_VERSION as MANIFEST_VERSION
 from loftq_cli.checkpoint.schema import manifest_schema
+from loftq_cli.layouts import layout_of
 from loftq_cli.layouts.base import matrix_of
-from loftq_cli.layouts.packed import FORMAT_VERSION, PackedLayout
+from loftq_cli.layouts.packed import FORMAT_VERSION
 from loftq_cli.numerics.packing import pack, unpack
 from loftq_cli.recipe import BITS, BLOCK_SIZES, fingerprint
 from tests.reporting.conftest import CASES
 
+LOFTQ = ("loftq", "loftq-affine", "loftq-bfloat16", "loftq-int8", "loftq-affine-int8")
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "output-format.md").read_text("utf-8")
 
 
@@ -43,7 +45,7 @@ def test_the_worked_example_of_packing():
     assert unpack(packed, 3, len(codes)).tolist() == codes
 
 
-@pytest.mark.parametrize("case", ["loftq", "loftq-affine", "loftq-tensor", "clamped"])
+@pytest.mark.parametrize("case", [*LOFTQ, "loftq-tensor", "clamped"])
 def test_the_decoder_that_it_shows_decodes(case, converted):
     names: dict[str, Any] = {}
     exec(block("python"), names)
@@ -55,7 +57,7 @@ def test_the_decoder_that_it_shows_decodes(case, converted):
         name, matrix = record["name"], matrix_of(record)
         parts = {
             part: tensors[f"{name}_{part}"].tolist()
-            for part in ("scales", "levels", "zeros")
+            for part in ("scales", "scale_steps", "levels", "zeros")
             if f"{name}_{part}" in tensors
         }
         if "zeros" in parts:
@@ -63,7 +65,8 @@ def test_the_decoder_that_it_shows_decodes(case, converted):
         entry = config["modules"][record["module"]]
         flat = names["decode"](matrix.shape, entry, bytes(tensors[name].tolist()), **parts)
         expected = torch.tensor(flat).view(matrix.shape)
-        assert torch.equal(PackedLayout().decode(matrix, tensors), expected)
+        layout = layout_of(record, manifest["recipe"])
+        assert torch.equal(layout.decode(matrix, tensors), expected)
 
 
 def test_the_example_of_the_config_is_one():
@@ -87,7 +90,7 @@ def test_every_field_of_the_manifest_is_explained(name):
     assert re.search(rf"`(?:\w+\.)?{name}[`.]", DOCUMENT)
 
 
-@pytest.mark.parametrize("case", ["bnb", "gptq", "loftq", "loftq-affine", "dense"])
+@pytest.mark.parametrize("case", ["bnb", "gptq", *LOFTQ, "dense"])
 def test_every_tensor_of_a_layout_is_explained(case, converted):
     manifest = json.loads((converted(case) / "loftq_manifest.json").read_text())
     (record, *_) = manifest["matrices"]

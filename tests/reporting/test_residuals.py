@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.cli import main
+from loftq_cli.conversion.merge import merge
+from loftq_cli.conversion.observer import Observer
 from loftq_cli.errors import InputError, SourceNotFoundError, VerificationError
 from tests import checkpoints, textbook
 from tests.layouts import plain
@@ -78,6 +80,15 @@ def test_recomputed_norms_are_those_of_an_independent_computation(case, converte
         rounding = 1e-7 * layer["weight"]
         assert layer["final"] == pytest.approx(float(residual.norm()), rel=1e-5, abs=rounding)
         assert layer["relative_residual"] == pytest.approx(layer["final"] / layer["weight"])
+
+
+def test_an_older_manifest_that_names_no_dtype_of_scales_is_read(converted, source, tmp_path):
+    output = Path(shutil.copytree(converted("loftq"), tmp_path / "out"))
+    rewrite(output, lambda manifest: manifest["recipe"].pop("scale_dtype"))
+    expected = loftq_cli.error_report(converted("loftq"), source("loftq"))
+    assert loftq_cli.error_report(output, source("loftq"))["layers"] == expected["layers"]
+    assert "scale_dtype" not in loftq_cli.inspect(output)["recipe"]
+    merge(output, tmp_path / "merged", observer=Observer())
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,14 @@ static void codebook_encode(const Codebook *book, const float *restrict u, int n
         }
 }
 
+/* Codes and values of x, n <= LARGEST_BLOCK, at a given scale. */
+static void codebook_at(const Codebook *book, const float *restrict x, int n, float scale,
+                        uint8_t *codes, float *values) {
+    float unit[LARGEST_BLOCK], divisor = scale == 0.0f ? 1.0f : scale;
+    for (int i = 0; i < n; i++) unit[i] = x[i] / divisor;
+    codebook_encode(book, unit, n, 1.0f, scale, codes, values);
+}
+
 /* Codes and values of x, n <= LARGEST_BLOCK; returns the scale. `start`: the scale to begin beside,
  * NULL for the largest magnitude. */
 static float codebook_fit(const Codebook *book, const Search *search, const float *restrict x, int n,

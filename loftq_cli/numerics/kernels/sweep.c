@@ -29,9 +29,10 @@ typedef struct {
     float *residual;     /* in: of the previous step; out: weight - values */
     uint16_t *wide;      /* out: the residual in bfloat16, or NULL */
     const float *start;  /* the previous step's scales, or NULL */
+    int32_t fixed;       /* search for nothing: `start` and `zeros` are the scales and zero points */
     uint8_t *codes;      /* out; NULL: quantize nothing, only sum */
     float *scales;
-    uint8_t *zeros;
+    uint8_t *zeros;      /* with `fixed` in, else out */
     double *sums;        /* out, two a group: squares of residual - product, and of the new one */
 } Sweep;
 
@@ -92,10 +93,16 @@ static int quantize_run(const Sweep *s, const float *target, int64_t at, int64_t
     for (int64_t offset = 0; offset < length; offset += s->size, block++) {
         int n = (int)(length - offset < s->size ? length - offset : s->size);
         const float *start = s->start ? s->start + block : NULL, *x = target + offset;
-        uint8_t *codes = s->codes + at + offset;
-        float scale = s->codebook
-            ? codebook_fit(s->codebook, &s->search, x, n, start, codes, values)
-            : uniform_fit(&s->uniform, &s->search, x, n, start, codes, s->zeros + block, values);
+        uint8_t *codes = s->codes + at + offset, *zero = s->codebook ? NULL : s->zeros + block;
+        float scale;
+        if (s->fixed) {
+            scale = *start;
+            if (s->codebook) codebook_at(s->codebook, x, n, scale, codes, values);
+            else uniform_encode(x, n, scale, (float)*zero, (float)s->uniform.top, codes, values);
+        } else if (s->codebook)
+            scale = codebook_fit(s->codebook, &s->search, x, n, start, codes, values);
+        else
+            scale = uniform_fit(&s->uniform, &s->search, x, n, start, codes, zero, values);
         if (s->uniform.half_scales && isnan(scale)) return SCALE_LOST;
         s->scales[block] = scale;
         *total += subtract_values(s, at + offset, n, values);

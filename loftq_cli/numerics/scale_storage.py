@@ -1,0 +1,59 @@
+"""How scales are stored: float32, bfloat16, or int8 with steps of their own.
+
+int8 quantizes the scales once more: 64 consecutive ones share a step, stored in bfloat16, and
+``scale = code * step``. A step is the group's largest magnitude over 127, rounded, and the code of
+that largest scale is +-127 whatever the rounding did. So 127 * step, exact in float32, gives the
+same step again, and every code with it: scales that were rounded once do not change any more.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+ScaleDtype = Literal["float32", "bfloat16", "int8"]
+
+STEP_GROUP = 64
+"""Consecutive scales that share a step; the last group may be short."""
+
+_TOP = 127
+
+
+def round_scales(scales: torch.Tensor, dtype: ScaleDtype) -> torch.Tensor:
+    """The float32 values that ``scales``, float32 (blocks,), have once they are stored. Idempotent.
+
+    bfloat16 rounds to the nearest, ties to even; what is above its largest value becomes infinite.
+    Under int8 no scale but 0 becomes 0, unless its group is too small for any step.
+    """
+    return unpack_scales(*pack_scales(scales, dtype))
+
+
+def pack_scales(
+    scales: torch.Tensor, dtype: ScaleDtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(the stored scales, in ``dtype`` (blocks,), and for int8 their steps, bfloat16
+    (ceil(blocks / 64),)) of float32 ``scales`` (blocks,)."""
+    if dtype == "float32":
+        return scales, None
+    if dtype == "bfloat16":
+        return scales.to(torch.bfloat16), None
+    count = scales.numel()
+    groups = torch.nn.functional.pad(scales, (0, -count % STEP_GROUP)).view(-1, STEP_GROUP)
+    magnitudes = groups.abs()
+    largest = magnitudes.amax(dim=1, keepdim=True)
+    steps = (largest / _TOP).to(torch.bfloat16)
+    divisor = torch.where(steps == 0, torch.ones_like(largest), steps.float())
+    codes = (magnitudes / divisor).round_().clamp_(1, _TOP)
+    # By rounding alone it would be less where the step is subnormal, and of few digits.
+    codes = torch.where(magnitudes == largest, torch.full_like(codes, _TOP), codes)
+    codes = torch.where(steps == 0, torch.zeros_like(codes), codes) * groups.sign()
+    return codes.to(torch.int8).view(-1)[:count], steps.view(-1)
+
+
+def unpack_scales(stored: torch.Tensor, steps: torch.Tensor | None) -> torch.Tensor:
+    """The scales, float32 (blocks,), that :func:`pack_scales` stored."""
+    scales = stored.float()
+    if steps is None:
+        return scales
+    return scales * steps.float().repeat_interleave(STEP_GROUP)[: scales.numel()]
