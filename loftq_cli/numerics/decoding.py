@@ -1,18 +1,20 @@
 """Packed codes to the matrix they mean, as layout ``loftq`` stores both.
 
-On the CPU a whole byte is looked up at once: a table holds the levels of the four 2-bit or two
+On the CPU the compiled kernels do it, where there are any (native_decoding.py). Without them a
+whole byte is looked up at once: a table holds the levels of the four 2-bit or two
 4-bit codes in it, side by side, and one gather moves them as a single element of 16 or 8 bytes. At
 3 bits three bytes are two 12-bit numbers of four codes each. That is a table of at most 64 KiB, and
 no tensor of indices as long as the matrix. The work goes in chunks that stay in cache.
 
 Elsewhere, and where torch.compile fuses the steps anyway, codes are unpacked and decoded one by
-one. Both give the same bits: a level, or code - zero, times the scale, rounded once.
+one. All give the same bits: a level, or code - zero, times the scale, rounded once.
 """
 
 from __future__ import annotations
 
 import torch
 
+from loftq_cli.numerics import native_decoding
 from loftq_cli.numerics.blocks import Quantized, block_count
 from loftq_cli.numerics.packing import unpack
 
@@ -42,6 +44,23 @@ def decode(
         if zeros is not None:
             zeros = unpack(zeros, bits, scales.numel())
         return Quantized(bits, block_size, codes, scales, zeros, levels).decode().to(dtype)
+    out = native_decoding.decode(shape, bits, block_size, weight, scales, zeros, levels, dtype)
+    if out is not None:
+        return out
+    return _decode_chunks(shape, bits, block_size, weight, scales, zeros, levels, dtype)
+
+
+def _decode_chunks(
+    shape: tuple[int, int],
+    bits: int,
+    block_size: int,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    levels: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """:func:`decode` in tensor operations, on the CPU."""
     count = shape[0] * shape[1]
     out = torch.empty(_whole(count), dtype=dtype)
     numbers = _Lookup(torch.arange(2**bits, dtype=torch.float32), bits)

@@ -1,4 +1,4 @@
-"""The C kernels (kernels/sweep.c), compiled for this machine when they are first needed.
+"""The C kernels (kernels/), compiled for this machine when they are first needed.
 
 The build takes a second and is kept in the user's cache; where there is no compiler everything
 runs without it, in tensor operations.
@@ -16,15 +16,17 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import torch
 
 _SOURCES = Path(__file__).with_name("kernels")
-_MAIN = _SOURCES / "sweep.c"
 # Reordered sums are wanted (they vectorize); NaN and Inf must keep their meaning. Not -ffast-math:
 # up to GCC 12 a library linked with it flushes subnormals to zero in the whole process.
 _FLAGS = (
@@ -66,7 +68,9 @@ def available() -> bool:
 def _build(compiler: str) -> Path:
     """Path of the shared library, from the cache or newly built. Raises OSError or
     SubprocessError."""
-    source = b"".join(path.read_bytes() for path in sorted(_SOURCES.iterdir()))
+    files = sorted(_SOURCES.iterdir())
+    source = b"".join(path.read_bytes() for path in files)
+    units = [str(path) for path in files if path.suffix == ".c"]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     key = hashlib.sha256(b"\0".join((source, version, repr(_FLAGS).encode(), _processor())))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loftq"
@@ -77,7 +81,7 @@ def _build(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         built = Path(scratch) / "kernels.so"
         for tuning in _TUNING:
-            command = [compiler, *_FLAGS, *tuning, "-o", str(built), str(_MAIN), "-lm"]
+            command = [compiler, *_FLAGS, *tuning, "-o", str(built), *units, "-lm"]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode == 0:
                 os.replace(built, target)
@@ -104,16 +108,37 @@ def function(name: str) -> Callable[..., int]:
 
 def divide(work: Callable[[int, int], None], count: int) -> None:
     """Run ``work(first, last)`` over ranges of ``count`` independent units on as many threads as
-    torch uses; ctypes releases the interpreter's lock."""
+    torch uses, this one among them; ctypes releases the interpreter's lock."""
     threads = torch.get_num_threads()
     tasks = min(threads * _TASKS_PER_THREAD, count)
     if threads == 1 or tasks <= 1:
         work(0, count)
         return
-    edges: Sequence[int] = [count * number // tasks for number in range(tasks + 1)]
-    list(_pool(threads).map(work, edges[:-1], edges[1:]))
+    edges = [count * number // tasks for number in range(tasks + 1)]
+    ranges: SimpleQueue[tuple[int, int]] = SimpleQueue()
+    for first, last in pairwise(edges):
+        ranges.put((first, last))
+
+    def take() -> None:
+        with suppress(Empty):
+            while True:
+                work(*ranges.get_nowait())
+
+    helpers = [_pool(threads).submit(take) for _ in range(threads - 1)]
+    try:
+        take()
+    finally:
+        # Also when interrupted: what the others write to must outlive them.
+        wait([helper for helper in helpers if not helper.cancel()])
+    for helper in helpers:
+        if not helper.cancelled():
+            helper.result()
 
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="loftq-kernels")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of the threads

@@ -1,23 +1,28 @@
-"""Packed codes to values, both ways of decoding, against one big integer and plain arithmetic."""
+"""Packed codes to values, all ways of decoding, against one big integer and plain arithmetic."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from loftq_cli.numerics import decoding
+from loftq_cli.numerics import decoding, native
 from loftq_cli.numerics.blocks import Quantized, block_count
 from loftq_cli.numerics.decoding import decode
 from loftq_cli.numerics.packing import packed_length, unpack
+from tests.numerics.helpers import needs_kernels
 
 SHAPES = [(1, 1), (3, 64), (7, 45), (8, 129), (16, 96), (33, 70), (50, 64)]
+WAYS = ["one chunk", "many chunks", "at once", pytest.param("kernels", marks=needs_kernels)]
 every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
-every_way = pytest.mark.parametrize("way", ["one chunk", "many chunks", "at once"])
+every_way = pytest.mark.parametrize("way", WAYS)
 
 
 @pytest.fixture(autouse=True)
 def chosen(way, monkeypatch) -> None:
     """Decode in the way that the test names."""
+    if way == "kernels":
+        return
+    monkeypatch.setattr(native, "available", lambda: False)
     if way == "many chunks":
         monkeypatch.setattr(decoding, "_CHUNK", 64)
     if way == "at once":
