@@ -14,7 +14,7 @@ from loftq_cli.integrations import hook as _hook
 if TYPE_CHECKING:
     import torch
 
-    from loftq_cli.numerics.alternation import Decomposition
+    from loftq_cli.numerics.decomposition import Decomposition
 
 __all__ = ["convert", "decompose", "error_report", "inspect", "load"]
 

@@ -35,7 +35,8 @@ from loftq_cli.errors import (
     SourceChangedError,
 )
 from loftq_cli.layouts import adapter
-from loftq_cli.numerics.alternation import Decomposition, Settings, decompose
+from loftq_cli.numerics.alternation import decompose
+from loftq_cli.numerics.decomposition import Decomposition, Settings
 from loftq_cli.numerics.metrics import first_non_finite
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
 from loftq_cli.numerics.scale_storage import ScaleDtype
@@ -185,8 +186,8 @@ class Conversion:
         self, shard: PlannedShard, tensor: StoredTensor, item: _Item, planned: PlannedMatrix
     ) -> Decomposition:
         assert item.weight is not None
-        weight = item.weight.to(self.plan.device, torch.float32, non_blocking=True)
-        item.weight = None  # in its own dtype it is not needed any more
+        weight = item.weight.to(self.plan.device, non_blocking=True)
+        item.weight = None  # on the host it is not needed any more
         bad = first_non_finite(weight)
         if bad is not None:
             index, value = bad

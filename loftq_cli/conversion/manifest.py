@@ -10,7 +10,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.durable import file_sha256
 from loftq_cli.conversion.plan import Plan, PlannedMatrix
-from loftq_cli.numerics.alternation import Decomposition
+from loftq_cli.numerics.decomposition import Decomposition
 from loftq_cli.version import VERSION
 
 FORMAT_VERSION = 1

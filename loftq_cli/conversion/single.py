@@ -8,8 +8,8 @@ import torch
 
 from loftq_cli.conversion.choices import choose_variant, resolve_method
 from loftq_cli.errors import NonFiniteWeightError, UsageError
-from loftq_cli.numerics.alternation import Decomposition, Settings
 from loftq_cli.numerics.alternation import decompose as alternate
+from loftq_cli.numerics.decomposition import Decomposition, Settings
 from loftq_cli.numerics.metrics import first_non_finite
 from loftq_cli.numerics.quantizers import make_quantizer
 from loftq_cli.recipe import Options
@@ -50,4 +50,4 @@ def decompose(weight: torch.Tensor, options: Options) -> Decomposition:
         scale_dtype=cast(Any, resolved.scale_dtype),
         seed=resolved.seed,
     )
-    return alternate(weight.detach().to(torch.float32), quantizer, settings)
+    return alternate(weight.detach(), quantizer, settings)

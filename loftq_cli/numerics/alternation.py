@@ -7,81 +7,28 @@ Every residual is of the values as they will be stored: A and B rounded to the a
 scales to theirs, Q to the dense dtype where the backbone is written dense. The next step starts
 from the same rounded values, so what is written is what was measured.
 
+With second moments H of the layer's input the low-rank step minimises ||W - Q_t - B A||_H instead
+of the Frobenius norm, and the iterate that is best in that norm is kept; the quantizer is the same.
+
 The passes over a matrix are in :mod:`loftq_cli.numerics.sweep`, the products in
 :mod:`loftq_cli.numerics.lowrank`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 
-from loftq_cli.errors import InputError
 from loftq_cli.numerics import lowrank
+from loftq_cli.numerics.decomposition import Decomposition, Keep, Norms, Settings
+from loftq_cli.numerics.lora import drawn_adapter, fit_adapter, too_large
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.quantizers import Parameters, Quantized, Quantizer
-from loftq_cli.numerics.scale_storage import ScaleDtype
-from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep, as_stored
-
-Order = Literal["quantize-first", "svd-first"]
-Svd = Literal["fast", "exact"]
-Keep = Literal["best", "last"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one matrix is decomposed.
-
-    ``rank`` r, ``iters`` T; ``products`` is the dtype that the fast SVD's passes multiply in;
-    ``scaling`` is lora_alpha / r as the consumer will apply it, folded out of B;
-    ``adapter_dtype``, ``scale_dtype`` and ``backbone_dtype`` are what A and B, scales and (dense
-    layout only) Q are stored as;
-    ``seed`` and ``name`` seed every random draw.
-    """
-
-    rank: int
-    iters: int
-    order: Order = "quantize-first"
-    svd: Svd = "fast"
-    keep: Keep = "best"
-    scaling: float = 1.0
-    products: torch.dtype = torch.float32
-    adapter_dtype: torch.dtype = torch.float32
-    backbone_dtype: torch.dtype | None = None
-    scale_dtype: ScaleDtype = "float32"
-    seed: int = 0
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Decomposition:
-    """Q, A, B of one matrix and how close they are.
-
-    ``lora_A`` (rank, in) and ``lora_B`` (out, rank) in the adapter's dtype, to be applied as
-    ``scaling * B @ A``; ``residuals[t - 1]`` is ||W - Q_t - B_t A_t||_F; ``step`` the t that was
-    kept (1-based, 0 when iters = 0); ``weight_norm`` ||W||_F, ``quantized_norm``
-    ||W - quantize(W)||_F, ``final`` the residual of what is kept. All norms absolute.
-    """
-
-    quantized: Quantized
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    residuals: list[float]
-    step: int
-    weight_norm: float
-    quantized_norm: float
-    final: float
-    scaling: float
-    backbone_dtype: torch.dtype | None
-
-    def backbone(self) -> torch.Tensor:
-        """Q, float32 (out, in), decoded from the codes and the stored scales."""
-        return as_stored(self.quantized.decode(), self.backbone_dtype)
+from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep
+from loftq_cli.numerics.weighting import Weighting
 
 
 @dataclass
@@ -99,44 +46,94 @@ class _Iterate:
         return Parameters(self.quantized.scales, self.quantized.zeros)
 
 
-def decompose(weight: torch.Tensor, quantizer: Quantizer, settings: Settings) -> Decomposition:
-    """Split float32 ``weight`` (out, in) into a quantized backbone and a LoRA pair.
+@dataclass
+class _Trace:
+    """Norms as they are found."""
+
+    weight: float
+    quantized: float = 0.0
+    steps: list[float] = field(default_factory=list)
+
+    def norms(self, step: int) -> Norms:
+        """With iterate ``step`` kept."""
+        final = self.steps[step - 1] if step else self.quantized
+        return Norms(self.weight, self.quantized, self.steps, final)
+
+
+class _WeightedTrace(_Trace):
+    """Norms in ||.||_H, found from the residual that a sweep leaves."""
+
+    def __init__(self, weighting: Weighting, weight: torch.Tensor) -> None:
+        super().__init__(weighting.norm(weight))
+        self._weighting = weighting
+
+    def see_quantized(self, residual: torch.Tensor) -> None:
+        self.quantized = self._weighting.norm(residual)
+
+    def see_step(self, residual: torch.Tensor, product: Product) -> None:
+        self.steps.append(self._weighting.norm(residual, product.left, product.right))
+
+
+@dataclass(frozen=True)
+class _Best:
+    residual: float
+    step: int
+    iterate: _Iterate
+
+
+def decompose(
+    weight: torch.Tensor,
+    quantizer: Quantizer,
+    settings: Settings,
+    weighting: Weighting | None = None,
+) -> Decomposition:
+    """Split ``weight`` (out, in), of any 16- or 32-bit dtype, into a quantized backbone and a LoRA
+    pair; ``weighting`` (in) on its device.
 
     The weight must be finite (see :func:`loftq_cli.numerics.metrics.first_non_finite`). Raises
     ScaleRangeError where a scale does not fit float16, InputError where values are too large for
     float32 arithmetic or for the dtype they are to be stored in.
     """
-    weight_norm = math.sqrt(squared_norm(weight))
     sweep = make_sweep(weight, quantizer, settings)
+    plain = _Trace(math.sqrt(squared_norm(weight)))
+    weighted = None if weighting is None else _WeightedTrace(weighting, weight)
+    deciding = weighted or plain
     if settings.iters == 0:
-        quantized, norm, _ = _quantize(sweep, None, settings)
-        return _finish(settings, _drawn(quantized, settings), [], 0, weight_norm, norm, norm)
+        quantized, plain.quantized, _ = _quantize(sweep, None, settings)
+        if weighted is not None:
+            weighted.see_quantized(sweep.residual)
+        drawn = _Iterate(quantized, *drawn_adapter(quantized.shape, weight.device, settings))
+        return _finish(settings, drawn, 0, plain, weighted)
 
     previous: _Iterate | None = None
-    quantized_norm = 0.0
     if settings.order == "svd-first":
-        _, quantized_norm, _ = _quantize(sweep, None, settings)
+        _, plain.quantized, _ = _quantize(sweep, None, settings)
+        if weighted is not None:
+            weighted.see_quantized(sweep.residual)
         wide = weight.to(settings.products)
-        A, B, _ = _fit_adapter(weight, wide, weight_norm, None, settings)
+        A, B, _ = fit_adapter(weight.float(), wide, plain.weight, None, settings, weighting)
         previous = _Iterate(None, A, B)
         del wide
     basis: lowrank.Basis | None = None
-    residuals: list[float] = []
-    best: tuple[float, int, _Iterate] | None = None
+    best: _Best | None = None
     for step in range(1, settings.iters + 1):
         quantized, norm, adapted = _quantize(sweep, previous, settings)
         if step > 1:
             assert previous is not None
-            residuals.append(adapted)
-            best = _better(best, adapted, step - 1, previous, settings.keep)
+            plain.steps.append(adapted)
+            best = _better(best, deciding.steps[-1], step - 1, previous, settings.keep)
         elif settings.order == "quantize-first":
-            quantized_norm = norm
-        A, B, basis = _fit_adapter(sweep.residual, sweep.wide, norm, basis, settings)
+            plain.quantized = norm
+            if weighted is not None:
+                weighted.see_quantized(sweep.residual)
+        A, B, basis = fit_adapter(sweep.residual, sweep.wide, norm, basis, settings, weighting)
         previous = _Iterate(quantized, A, B)
+        if weighted is not None:
+            weighted.see_step(sweep.residual, _product(previous, settings))
     assert previous is not None
-    residuals.append(math.sqrt(sweep.remainder(_product(previous, settings))))
-    final, step, iterate = _better(best, residuals[-1], settings.iters, previous, settings.keep)
-    return _finish(settings, iterate, residuals, step, weight_norm, quantized_norm, final)
+    plain.steps.append(math.sqrt(sweep.remainder(_product(previous, settings))))
+    best = _better(best, deciding.steps[-1], settings.iters, previous, settings.keep)
+    return _finish(settings, best.iterate, best.step, plain, weighted)
 
 
 def make_sweep(weight: torch.Tensor, quantizer: Quantizer, settings: Settings) -> Sweep:
@@ -163,116 +160,27 @@ def _quantize(
     else:
         swept = sweep.quantize(previous.parameters, _product(previous, settings))
     if not math.isfinite(swept.squared):
-        raise _too_large("the quantized matrix", settings.backbone_dtype or torch.float32)
+        raise too_large("the quantized matrix", settings.backbone_dtype or torch.float32)
     return swept.quantized, math.sqrt(swept.squared), math.sqrt(swept.previous)
 
 
-def _better(
-    best: tuple[float, int, _Iterate] | None,
-    residual: float,
-    step: int,
-    iterate: _Iterate,
-    keep: Keep,
-) -> tuple[float, int, _Iterate]:
-    if best is None or keep == "last" or residual < best[0]:
-        return residual, step, iterate
+def _better(best: _Best | None, residual: float, step: int, iterate: _Iterate, keep: Keep) -> _Best:
+    if best is None or keep == "last" or residual < best.residual:
+        return _Best(residual, step, iterate)
     return best
 
 
-def _fit_adapter(
-    matrix: torch.Tensor,
-    wide: torch.Tensor,
-    norm: float,
-    warm: lowrank.Basis | None,
-    settings: Settings,
-) -> tuple[torch.Tensor, torch.Tensor, lowrank.Basis | None]:
-    """(A, B) as stored, the rank-r approximation of ``matrix``, and the basis to carry.
-
-    ``wide``: the matrix in the products' dtype; ``norm`` its Frobenius norm.
-    """
-    rank = min(settings.rank, *matrix.shape)
-    try:
-        if settings.svd == "exact" or not lowrank.is_thin(rank, matrix.shape):
-            low = lowrank.exact(matrix, rank)
-        else:
-            low = lowrank.subspace(wide, norm, rank, _generator(settings, "basis"), warm)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise _too_large("a product of the values", torch.float32) from error
-    out_features, in_features = matrix.shape
-    B = (low.B / settings.scaling).to(settings.adapter_dtype)
-    A = low.A.to(settings.adapter_dtype)
-    if not bool(torch.isfinite(low.sigma).all()):
-        raise _too_large("a product of the values", torch.float32)
-    if not bool(torch.isfinite(A).all() & torch.isfinite(B).all()):
-        raise _too_large("the adapter", settings.adapter_dtype)
-    # Rounding noise is no direction: where sigma vanishes B is zero and A is drawn, because an
-    # adapter with A = B = 0 cannot train.
-    alive = low.sigma > 10 * torch.finfo(torch.float32).eps * low.sigma[:1]
-    alive &= (A != 0).any(dim=1) | (B != 0).any(dim=0)
-    if rank == settings.rank and bool(alive.all()):
-        return A, B, low.basis
-    left = torch.zeros(
-        (out_features, settings.rank), dtype=settings.adapter_dtype, device=matrix.device
-    )
-    right = _kaiming(settings, in_features).to(matrix.device, settings.adapter_dtype)
-    left[:, :rank] = torch.where(alive, B, left[:, :rank])
-    right[:rank] = torch.where(alive[:, None], A, right[:rank])
-    # A basis with dead directions would never find what the next residual has there: go cold.
-    return right, left, low.basis if bool(alive.all()) else None
-
-
-def _too_large(what: str, dtype: torch.dtype) -> InputError:
-    wider = "" if dtype == torch.float32 else "store it in a wider dtype, or "
-    return InputError(
-        f"{what} is too large for {str(dtype).removeprefix('torch.')}",
-        hint=f"{wider}pass the tensor through with --exclude",
-    )
-
-
-def _drawn(quantized: Quantized, settings: Settings) -> _Iterate:
-    """LoRA's own start: B = 0, A Kaiming uniform."""
-    out_features, in_features = quantized.shape
-    device, dtype = quantized.codes.device, settings.adapter_dtype
-    A = _kaiming(settings, in_features).to(device, dtype)
-    return _Iterate(
-        quantized, A, torch.zeros((out_features, settings.rank), dtype=dtype).to(device)
-    )
-
-
-def _kaiming(settings: Settings, in_features: int) -> torch.Tensor:
-    """A as PEFT draws it, kaiming_uniform_(a=sqrt(5)): uniform in +-1/sqrt(in), (rank, in)."""
-    bound = 1 / math.sqrt(in_features)
-    drawn = torch.empty((settings.rank, in_features))
-    return drawn.uniform_(-bound, bound, generator=_generator(settings, "adapter"))
-
-
-def _generator(settings: Settings, purpose: str) -> torch.Generator:
-    text = f"{settings.seed}\0{settings.name}\0{purpose}"
-    digest = hashlib.sha256(text.encode()).digest()
-    generator = torch.Generator()
-    generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return generator
-
-
 def _finish(
-    settings: Settings,
-    iterate: _Iterate,
-    residuals: list[float],
-    step: int,
-    weight_norm: float,
-    quantized_norm: float,
-    final: float,
+    settings: Settings, iterate: _Iterate, step: int, plain: _Trace, weighted: _Trace | None
 ) -> Decomposition:
     assert iterate.quantized is not None
     return Decomposition(
         quantized=iterate.quantized,
         lora_A=iterate.lora_A,
         lora_B=iterate.lora_B,
-        residuals=residuals,
         step=step,
-        weight_norm=weight_norm,
-        quantized_norm=quantized_norm,
-        final=final,
+        frobenius=plain.norms(step),
+        weighted=None if weighted is None else weighted.norms(step),
         scaling=settings.scaling,
         backbone_dtype=settings.backbone_dtype,
     )

@@ -2,9 +2,13 @@
 
 Subspace iteration (Halko, Martinsson, Tropp, arXiv:0909.4061) multiplies the matrix by thin ones
 only. Residuals of a quantization have flat spectra, on which it converges slowly; subtracting a
-shift below the wanted part of the spectrum, ``(R^T R - alpha) V``, with alpha half the smallest
+shift below the wanted part of the spectrum, ``(R R^T - alpha) U``, with alpha half the smallest
 squared singular value found so far, doubles the rate at no cost (Feng, Yu, Xie, "Algorithm 1043:
 Faster randomized SVD with dynamic shifts", ACM TOMS 2024, arXiv:2404.09276).
+
+With a weighting H (:mod:`loftq_cli.numerics.weighting`) the product B A that is nearest in the norm
+||.||_H is U U^T R, where U are the leading eigenvectors of R H R^T: the iteration multiplies by H
+in between, and nothing is ever divided by it.
 
 The first call of an alternation starts from a random basis. Later calls start from the basis that
 the previous one ended with, and its shift: the residual changes little from step to step, one pass
@@ -18,10 +22,13 @@ holds, against a remainder of a third and more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from loftq_cli.numerics.weighting import Weighting
 
 COLD_PASSES = 6
 WARM_PASSES = 1
@@ -33,8 +40,9 @@ _SMALLEST = 1e-37  # below this a reciprocal overflows float32
 
 @dataclass(frozen=True)
 class Basis:
-    """What a call leaves to the next one: ``right`` float32 (k, in), orthonormal rows, and
-    ``edge``, the smallest of their k singular values, a float32 scalar tensor."""
+    """What a call leaves to the next one: ``right`` float32 (k, in), the right singular vectors
+    as rows (times H, with a weighting), and ``edge``, the smallest of their k singular values, a
+    float32 scalar tensor."""
 
     right: torch.Tensor
     edge: torch.Tensor
@@ -44,8 +52,9 @@ class Basis:
 class LowRank:
     """``B @ A`` approximates the matrix; ``basis`` to carry, or None (exact).
 
-    ``sigma`` float32 (rank,) descending; ``B`` = U sqrt(sigma) (out, rank); ``A`` = sqrt(sigma) V^T
-    (rank, in).
+    ``sigma`` float32 (rank,) descending, the singular values in the weighted norm. ``B`` (out,
+    rank) has orthogonal columns, ``A`` (rank, in) is their projection of the matrix; each column of
+    B is as long as its row of A: without a weighting, U sqrt(sigma) and sqrt(sigma) V^T.
     """
 
     A: torch.Tensor
@@ -54,10 +63,18 @@ class LowRank:
     basis: Basis | None
 
 
-def exact(matrix: torch.Tensor, rank: int) -> LowRank:
+def exact(matrix: torch.Tensor, rank: int, weighting: Weighting | None = None) -> LowRank:
     """Rank-``rank`` truncation of the full SVD of float32 (out, in), rank <= min side."""
-    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
-    return _split(left[:, :rank], sigma[:rank], right[:rank], None)
+    if weighting is None:
+        left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+        norm = max(float(sigma[0]), _SMALLEST)
+        projected = (sigma / norm)[:rank, None] * right[:rank]
+        return _balanced(left[:, :rank].T, projected, sigma[:rank], None, norm)
+    root = weighting.root()
+    weighted = matrix @ root if weighting.is_full else matrix * root
+    left, sigma, _ = torch.linalg.svd(weighted, full_matrices=False)
+    kept, norm = left[:, :rank].T, max(float(sigma[0]), _SMALLEST)
+    return _balanced(kept, kept @ (matrix / norm), sigma[:rank], None, norm)
 
 
 def is_thin(rank: int, shape: Sequence[int]) -> bool:
@@ -75,16 +92,18 @@ def subspace(
     rank: int,
     generator: torch.Generator,
     warm: Basis | None = None,
+    weighting: Weighting | None = None,
 ) -> LowRank:
     """Rank-``rank`` approximation of ``matrix`` (out, in), which must be thin enough
     (:func:`is_thin`), in the dtype that the passes are to multiply in.
 
-    ``norm``: its Frobenius norm. ``warm``: the basis of an earlier call for nearly the same matrix;
-    None draws one from ``generator`` (a CPU generator, so that every device starts alike).
+    ``norm``: its Frobenius norm. ``warm``: the basis of an earlier call for nearly the same matrix
+    and the same weighting; None draws one from ``generator`` (a CPU generator, so that every device
+    starts alike).
     """
-    rows = matrix.shape[0]
     # Dividing every product by the norm keeps squares of sigma inside float32's range.
-    unit = 1 / max(norm, _SMALLEST)
+    norm = max(norm, _SMALLEST)
+    unit = 1 / norm
 
     # Thin matrices are kept as rows: CPU libraries multiply those faster.
     def times(thin: torch.Tensor) -> torch.Tensor:
@@ -93,43 +112,46 @@ def subspace(
     def transposed_times(thin: torch.Tensor) -> torch.Tensor:
         return (thin.to(matrix.dtype) @ matrix).float() * unit
 
+    def weighed(thin: torch.Tensor) -> torch.Tensor:
+        return thin if weighting is None else weighting.times(thin)
+
     if warm is None:
-        start = torch.randn((_width(rank), rows), generator=generator, dtype=torch.float32)
-        right, _ = _orthonormal(transposed_times(start.to(matrix.device)))
+        columns = matrix.shape[1]
+        start = torch.randn((_width(rank), columns), generator=generator, dtype=torch.float32)
+        left, _ = _orthonormal(times(weighed(start.to(matrix.device))))
         shift = torch.zeros((), device=matrix.device)
         passes = COLD_PASSES
     else:
-        right = warm.right
+        left, _ = _orthonormal(times(warm.right))
         shift = (warm.edge * unit).square() / 2
         passes = WARM_PASSES
     for _ in range(passes):
-        right, values = _orthonormal(transposed_times(times(right)) - shift * right)
+        left, values = _orthonormal(times(weighed(transposed_times(left))) - shift * left)
         smallest = values[-1]
         shift = torch.where(smallest > shift, (shift + smallest) / 2, shift)
-    left, values = _orthonormal(times(right))
     if bool(values[-1] < _WELL_CONDITIONED * values[0]):
         left, _ = _orthonormal(left)  # the first time leaves what float32 lost to conditioning
     projected = transposed_times(left)
-    inner, sigma = _eigen(projected)
-    right = (inner.T / sigma.clamp_min(_floor(sigma))[:, None]).float() @ projected
+    inner, sigma = _eigen(projected, weighed(projected))
+    left, projected = inner.T.float() @ left, inner.T.float() @ projected
+    right = weighed(projected) / sigma.clamp_min(_floor(sigma))[:, None].float()
     sigma = sigma.float() / unit
-    kept = inner[:, :rank].float()
-    low = _split((kept.T @ left).T, sigma[:rank], right[:rank], None)
-    return LowRank(low.A, low.B, low.sigma, Basis(right, sigma[-1]))
+    basis = Basis(right, sigma[-1])
+    return _balanced(left[:rank], projected[:rank], sigma[:rank], basis, norm)
 
 
-def _eigen(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _eigen(rows: torch.Tensor, weighed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(left singular vectors (k, k), singular values (k,) descending), float64, of float32
-    (k, n) by its Gram matrix: quick for thin ones, and good to about 3e-4 of the largest value,
-    which the flat spectra of residuals stay above."""
-    gram = (rows @ rows.T).double()
+    (k, n) by its Gram matrix ``rows @ weighed^T``: quick for thin ones, and good to about 3e-4 of
+    the largest value, which the flat spectra of residuals stay above."""
+    gram = (rows @ weighed.T).double()
     values, vectors = torch.linalg.eigh(gram)
     return vectors.flip(1), values.flip(0).clamp_min(0).sqrt()
 
 
 def _orthonormal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(an orthonormal basis of the row span of float32 (k, n), its singular values)."""
-    vectors, values = _eigen(rows)
+    vectors, values = _eigen(rows, rows)
     scaled = vectors.T / values.clamp_min(_floor(values))[:, None]
     return scaled.float() @ rows, values.float()
 
@@ -139,11 +161,19 @@ def _floor(values: torch.Tensor) -> torch.Tensor:
     return (values[0] * 1e-6).clamp_min(_SMALLEST)
 
 
-def _split(
-    left: torch.Tensor, sigma: torch.Tensor, right: torch.Tensor, basis: Basis | None
+def _balanced(
+    left: torch.Tensor,
+    projected: torch.Tensor,
+    sigma: torch.Tensor,
+    basis: Basis | None,
+    norm: float,
 ) -> LowRank:
-    root = sigma.sqrt()
-    return LowRank((root[:, None] * right).contiguous(), (left * root).contiguous(), sigma, basis)
+    """B and A from orthonormal rows ``left`` (rank, out) and ``projected`` = left @ matrix / norm,
+    which would lose digits if it were multiplied by a very small norm at once."""
+    lengths = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
+    root, share = lengths.sqrt(), math.sqrt(norm)
+    A = projected / root.clamp_min(_SMALLEST) * share
+    return LowRank(A.contiguous(), (left * root).T.contiguous() * share, sigma, basis)
 
 
 def fastest_products(device: torch.device) -> torch.dtype:

@@ -20,7 +20,7 @@ from loftq_cli.numerics.sweep import Product, Swept, stored_parameters, target_o
 _TILE = 64  # columns; TILE in kernels/product.h
 _ROWS = 16  # of a group, so that a tile of A is used often enough
 _BUFFER_ELEMENTS = 1 << 18  # of a group's targets: 1 MiB
-_STORES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MEMORY, _SCALE_LOST = 1, 2
 
 
@@ -57,6 +57,7 @@ class _Sweep(ctypes.Structure):
         ("size", ctypes.c_int64),
         ("flattened", ctypes.c_int32),
         ("store", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
         ("codebook", ctypes.POINTER(_Codebook)),
         ("uniform", _Uniform),
         ("search", _Search),
@@ -76,7 +77,7 @@ class _Sweep(ctypes.Structure):
 
 
 class NativeSweep:
-    """The passes over one float32 matrix on the CPU; see :class:`loftq_cli.numerics.sweep.Sweep`.
+    """The passes over one matrix on the CPU; see :class:`loftq_cli.numerics.sweep.Sweep`.
 
     The result does not depend on the number of threads: groups are independent, their sums are
     added in order.
@@ -93,8 +94,8 @@ class NativeSweep:
         self._scale_dtype: ScaleDtype = scale_dtype
         self._weight = weight.contiguous()
         self._quantizer = quantizer
-        self._store = _STORES[backbone_dtype or torch.float32]
-        self.residual = torch.empty_like(self._weight)
+        self._store = _DTYPES[backbone_dtype or torch.float32]
+        self.residual = torch.empty_like(self._weight, dtype=torch.float32)
         half = products == torch.bfloat16
         self.wide = torch.empty_like(self._weight, dtype=products) if half else self.residual
         columns = weight.shape[1]
@@ -177,6 +178,7 @@ class NativeSweep:
         weight = self._weight
         call.rows, call.columns = weight.shape
         call.group = self._group
+        call.kind = _DTYPES[weight.dtype]
         call.weight, call.residual = weight.data_ptr(), self.residual.data_ptr()
         if product is not None:
             left, tiles = product.left.contiguous(), _tiles(product.right)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-_CHUNK = 1 << 18  # groups of eight codes per step: bounds the int64 scratch to 2 MiB
+_CHUNK = 1 << 15  # groups of eight codes per step: bounds the int64 scratch to 2 MiB
 
 
 def packed_length(count: int, bits: int) -> int:
@@ -28,6 +28,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     flat = codes.reshape(-1)
     if bits == 8:
         return flat.clone()
+    if 8 % bits == 0:
+        return _pack_bytes(flat, bits)
     padding = -flat.numel() % 8
     if padding:
         flat = torch.nn.functional.pad(flat, (0, padding))
@@ -39,6 +41,17 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         words = (groups[start : start + _CHUNK].long() << shifts).sum(dim=1, keepdim=True)
         packed[start : start + _CHUNK] = (words >> byte_shifts) & 0xFF
     return packed.view(-1)[: packed_length(codes.numel(), bits)]
+
+
+def _pack_bytes(flat: torch.Tensor, bits: int) -> torch.Tensor:
+    """As :func:`pack`, where no code crosses a byte."""
+    padding = -flat.numel() % (8 // bits)
+    if padding:
+        flat = torch.nn.functional.pad(flat, (0, padding))
+    packed = flat[:: 8 // bits].clone()
+    for place in range(1, 8 // bits):
+        packed |= flat[place :: 8 // bits] << (place * bits)
+    return packed
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """One alternation step's passes over the matrix: subtract the product, quantize, keep R = W - Q.
 
-A matrix is swept in row ranges that fit the cache. Beside W, R is held in float32, for residuals,
-and in the dtype that the low-rank step multiplies in.
+A matrix is swept in row ranges that fit the cache. Beside W, in its own dtype, R is held in
+float32, for residuals, and in the dtype that the low-rank step multiplies in.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class TensorSweep:
         self._quantizer = quantizer
         self._backbone_dtype = backbone_dtype
         self._scale_dtype: ScaleDtype = scale_dtype
-        self.residual = torch.empty_like(weight)
+        self.residual = torch.empty_like(weight, dtype=torch.float32)
         same = products == torch.float32
         self.wide = self.residual if same else torch.empty_like(weight, dtype=products)
 
@@ -103,7 +103,7 @@ class TensorSweep:
         parts: list[Parameters] = []
         squared = previous = 0.0
         for rows in self._pieces():
-            weight, residual = self._weight[rows], self.residual[rows]
+            weight, residual = self._weight[rows].float(), self.residual[rows]
             target = weight
             if product is not None:
                 delta = product.left[rows] @ product.right
@@ -139,10 +139,10 @@ class TensorSweep:
 
 
 def target_of(weight: torch.Tensor, product: Product | None, rows: slice) -> torch.Tensor:
-    """W - product, of a row range."""
+    """W - product, float32, of a row range."""
     if product is None:
-        return weight[rows]
-    return weight[rows] - product.left[rows] @ product.right
+        return weight[rows].float()
+    return weight[rows].float() - product.left[rows] @ product.right
 
 
 def stored_parameters(quantized: Quantized, dtype: ScaleDtype) -> Parameters:

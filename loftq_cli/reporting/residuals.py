@@ -23,7 +23,8 @@ from loftq_cli.errors import InputError, LoftqError, NonFiniteWeightError, Verif
 from loftq_cli.layouts import adapter, layout_of
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.numerics import native
-from loftq_cli.numerics.alternation import Settings, decompose
+from loftq_cli.numerics.alternation import decompose
+from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.metrics import first_non_finite, squared_norm
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
 from loftq_cli.numerics.variant import Variant

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from loftq_cli.numerics import lowrank
-from loftq_cli.numerics.alternation import Settings, decompose
+from loftq_cli.numerics.alternation import decompose
+from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.quantizers import make_quantizer
 from tests.benchmarks.tools import table
 from tests.synthetic import llm_like

@@ -7,7 +7,8 @@ import torch
 from hypothesis import settings
 
 from loftq_cli.numerics import native
-from loftq_cli.numerics.alternation import Decomposition, Settings, make_sweep
+from loftq_cli.numerics.alternation import make_sweep
+from loftq_cli.numerics.decomposition import Decomposition, Settings
 from loftq_cli.numerics.quantizers import Fitted, Parameters, Quantizer, make_quantizer
 
 # No deadline: a test must not fail because the machine is busy. The same examples in every run.

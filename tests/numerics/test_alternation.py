@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loftq_cli.numerics.alternation import Decomposition, Settings, decompose
+from loftq_cli.numerics.alternation import decompose
+from loftq_cli.numerics.decomposition import Decomposition, Settings
 from loftq_cli.numerics.quantizers import make_quantizer
 from tests.numerics.helpers import (
     METHODS,

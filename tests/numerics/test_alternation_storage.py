@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from loftq_cli.errors import InputError, ScaleRangeError
-from loftq_cli.numerics.alternation import Decomposition, Settings, decompose
+from loftq_cli.numerics.alternation import decompose
+from loftq_cli.numerics.decomposition import Decomposition, Settings
 from loftq_cli.numerics.quantizers import make_quantizer
 from tests.numerics.helpers import METHODS, effective, fit, gaussian, recomputed
 from tests.synthetic import llm_like

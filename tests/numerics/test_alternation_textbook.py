@@ -7,7 +7,8 @@ from functools import cache, partial
 import pytest
 import torch
 
-from loftq_cli.numerics.alternation import Settings, decompose
+from loftq_cli.numerics.alternation import decompose
+from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.quantizers import make_quantizer
 from tests import textbook
 from tests.numerics.helpers import effective, gaussian

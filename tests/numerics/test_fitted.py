@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loftq_cli.numerics.alternation import Settings, decompose
+from loftq_cli.numerics.alternation import decompose
+from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.quantizers import make_quantizer
 from tests.numerics.helpers import SEARCHES, fit, gaussian, quantizer_of, recomputed, squared_error
 from tests.synthetic import llm_like

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loftq_cli.numerics import codebook_quantizer, native, uniform_quantizer
-from loftq_cli.numerics.alternation import Settings, decompose
+from loftq_cli.numerics.alternation import decompose
+from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.quantizers import make_quantizer
 from loftq_cli.numerics.search import grid
 from tests.numerics.helpers import (

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from loftq_cli.layouts.base import Matrix, Surroundings
 from loftq_cli.layouts.packed import PackedLayout
-from loftq_cli.numerics.alternation import Settings, decompose, make_sweep
+from loftq_cli.numerics.alternation import decompose, make_sweep
 from loftq_cli.numerics.blocks import Quantized
+from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.scale_storage import pack_scales, round_scales, unpack_scales
 from tests.numerics.helpers import PROPERTY, SEARCHES, quantizer_of, recomputed
 from tests.synthetic import llm_like

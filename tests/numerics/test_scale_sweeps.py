@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from loftq_cli.errors import InputError
 from loftq_cli.numerics import sweep as sweeps
-from loftq_cli.numerics.alternation import Settings, decompose, make_sweep
+from loftq_cli.numerics.alternation import decompose, make_sweep
 from loftq_cli.numerics.blocks import Parameters
+from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.quantizers import make_quantizer
 from loftq_cli.numerics.scale_storage import pack_scales, round_scales, unpack_scales

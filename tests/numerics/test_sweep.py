@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from loftq_cli.errors import ScaleRangeError
-from loftq_cli.numerics.alternation import Settings, make_sweep
+from loftq_cli.numerics.alternation import make_sweep
 from loftq_cli.numerics.blocks import Parameters
+from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep
 from tests.numerics.helpers import SEARCHES, gaussian, needs_kernels, quantizer_of

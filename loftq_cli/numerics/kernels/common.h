@@ -31,10 +31,24 @@ static inline uint16_t bfloat16_bits(float x) {
     return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
-static inline float as_bfloat16(float x) {
-    uint32_t u = (uint32_t)bfloat16_bits(x) << 16;
+static inline float from_bfloat16(uint16_t bits) {
+    uint32_t u = (uint32_t)bits << 16;
+    float x;
     memcpy(&x, &u, 4);
     return x;
+}
+
+static inline float as_bfloat16(float x) {
+    return from_bfloat16(bfloat16_bits(x));
+}
+
+/* Finite values; the multiplication moves the exponent and makes subnormal ones normal. */
+static inline float from_float16(uint16_t bits) {
+    uint32_t u = (uint32_t)(bits & 0x7fffu) << 13;
+    float x;
+    memcpy(&x, &u, 4);
+    x *= 0x1p112f;
+    return bits & 0x8000u ? -x : x;
 }
 
 static inline float as_float16(float x) {

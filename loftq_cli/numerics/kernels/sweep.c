@@ -10,22 +10,24 @@
 #include "uniform.h"
 
 enum { DONE = 0, NO_MEMORY = 1, SCALE_LOST = 2 };
-enum { AS_FLOAT32 = 0, AS_BFLOAT16 = 1, AS_FLOAT16 = 2 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
-/* The fields of native.py's _Sweep, in its order. All matrices are row-major float32. */
+/* The fields of native_sweep.py's _Sweep, in its order. All matrices are row-major, and float32 where
+ * nothing else is said. */
 typedef struct {
     int64_t rows, columns;
     int64_t group;       /* rows of one group; groups begin at block boundaries */
     int64_t size;        /* elements of a block, the last one short */
     int32_t flattened;   /* blocks run over the flattened matrix, else along each row */
-    int32_t store;       /* what the values are rounded to before they are subtracted */
+    int32_t store;       /* dtype that the values are rounded to before they are subtracted */
+    int32_t kind;        /* dtype of `weight` */
     const Codebook *codebook; /* or NULL */
     Uniform uniform;
     Search search;
     int32_t rank;        /* of the product; 0: there is none */
     const float *left;   /* (rows, rank) */
     const float *tiles;  /* [columns / 64][rank][64] */
-    const float *weight;
+    const void *weight;
     float *residual;     /* in: of the previous step; out: weight - values */
     uint16_t *wide;      /* out: the residual in bfloat16, or NULL */
     const float *start;  /* the previous step's scales, or NULL */
@@ -36,8 +38,23 @@ typedef struct {
     double *sums;        /* out, two a group: squares of residual - product, and of the new one */
 } Sweep;
 
-/* target = weight - product; returns the sum of squares of residual - product. */
-static double subtract_product(const Sweep *s, int64_t first, int64_t last, float *target) {
+/* Rows [first, last) of the weight: where they are float32, else in `buffer`. */
+static const float *weight_rows(const Sweep *s, int64_t first, int64_t last, float *buffer) {
+    int64_t at = first * s->columns, count = (last - first) * s->columns;
+    if (s->kind == FLOAT32) return (const float *)s->weight + at;
+    const uint16_t *restrict half = (const uint16_t *)s->weight + at;
+    float *restrict out = buffer;
+    if (s->kind == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) out[i] = from_bfloat16(half[i]);
+    else
+        for (int64_t i = 0; i < count; i++) out[i] = from_float16(half[i]);
+    return buffer;
+}
+
+/* target = weight - product, of rows [first, last), where `weight` and `target` begin; returns the
+ * sum of squares of residual - product. */
+static double subtract_product(const Sweep *s, int64_t first, int64_t last,
+                               const float *all_weights, float *target) {
     double total = 0.0;
     for (int64_t column = 0; column < s->columns; column += TILE) {
         const float *tile = s->tiles + column * s->rank;
@@ -50,9 +67,10 @@ static double subtract_product(const Sweep *s, int64_t first, int64_t last, floa
                 rows[i] = s->left + (row + (i < height ? i : 0)) * s->rank;
             multiply_tile(rows, tile, s->rank, product);
             for (int i = 0; i < height; i++) {
-                int64_t at = (row + i) * s->columns + column;
-                const float *restrict weight = s->weight + at, *restrict residual = s->residual + at;
-                float *restrict out = target + at - first * s->columns;
+                int64_t at = (row + i) * s->columns + column, here = at - first * s->columns;
+                const float *restrict weight = all_weights + here;
+                const float *restrict residual = s->residual + at;
+                float *restrict out = target + here;
                 for (int j = 0; j < width; j++) {
                     double rest = (double)(residual[j] - product[i][j]);
                     total += rest * rest;
@@ -66,13 +84,13 @@ static double subtract_product(const Sweep *s, int64_t first, int64_t last, floa
 }
 
 /* residual = weight - values, as stored; returns its sum of squares. */
-static double subtract_values(const Sweep *s, int64_t at, int n, float *restrict values) {
-    const float *restrict weight = s->weight + at;
+static double subtract_values(const Sweep *s, int64_t at, int n, const float *restrict weight,
+                              float *restrict values) {
     float *restrict residual = s->residual + at;
     double total = 0.0;
-    if (s->store == AS_BFLOAT16)
+    if (s->store == BFLOAT16)
         for (int i = 0; i < n; i++) values[i] = as_bfloat16(values[i]);
-    else if (s->store == AS_FLOAT16)
+    else if (s->store == FLOAT16)
         for (int i = 0; i < n; i++) values[i] = as_float16(values[i]);
     for (int i = 0; i < n; i++) {
         float rest = weight[i] - values[i];
@@ -87,8 +105,8 @@ static double subtract_values(const Sweep *s, int64_t at, int n, float *restrict
 }
 
 /* One run of `length` elements that begins at block `block` and element `at`. */
-static int quantize_run(const Sweep *s, const float *target, int64_t at, int64_t length,
-                        int64_t block, double *total) {
+static int quantize_run(const Sweep *s, const float *weight, const float *target, int64_t at,
+                        int64_t length, int64_t block, double *total) {
     float values[LARGEST_BLOCK];
     for (int64_t offset = 0; offset < length; offset += s->size, block++) {
         int n = (int)(length - offset < s->size ? length - offset : s->size);
@@ -105,41 +123,45 @@ static int quantize_run(const Sweep *s, const float *target, int64_t at, int64_t
             scale = uniform_fit(&s->uniform, &s->search, x, n, start, codes, zero, values);
         if (s->uniform.half_scales && isnan(scale)) return SCALE_LOST;
         s->scales[block] = scale;
-        *total += subtract_values(s, at + offset, n, values);
+        *total += subtract_values(s, at + offset, n, weight + offset, values);
     }
     return DONE;
 }
 
 /* Groups [first, last). */
 int loftq_sweep(const Sweep *s, int64_t first, int64_t last) {
-    float *buffer = NULL;
+    size_t size = (size_t)(s->group * s->columns) * sizeof(float);
+    float *target_buffer = s->rank && s->codes ? malloc(size) : NULL;
+    float *weight_buffer = s->kind != FLOAT32 && s->codes ? malloc(size) : NULL;
     int status = DONE;
-    if (s->rank && s->codes) {
-        buffer = malloc((size_t)(s->group * s->columns) * sizeof(float));
-        if (!buffer) return NO_MEMORY;
-    }
+    if ((s->rank && s->codes && !target_buffer) || (s->kind != FLOAT32 && s->codes && !weight_buffer))
+        status = NO_MEMORY;
     for (int64_t group = first; group < last && status == DONE; group++) {
         int64_t begin = group * s->group, end = begin + s->group;
         if (end > s->rows) end = s->rows;
         int64_t at = begin * s->columns;
         double *sums = s->sums + 2 * group;
-        const float *target = s->weight + at;
+        const float *weight = s->codes ? weight_rows(s, begin, end, weight_buffer) : NULL;
+        const float *target = weight;
         sums[0] = sums[1] = 0.0;
         if (s->rank) {
-            sums[0] = subtract_product(s, begin, end, buffer);
-            target = buffer;
+            sums[0] = subtract_product(s, begin, end, weight, target_buffer);
+            target = target_buffer;
         }
         if (!s->codes) continue;
         if (s->flattened) {
             int64_t length = (end - begin) * s->columns;
-            status = quantize_run(s, target, at, length, at / s->size, &sums[1]);
+            status = quantize_run(s, weight, target, at, length, at / s->size, &sums[1]);
         } else {
             int64_t blocks = (s->columns + s->size - 1) / s->size;
-            for (int64_t row = begin; row < end && status == DONE; row++)
-                status = quantize_run(s, target + (row - begin) * s->columns, row * s->columns,
-                                      s->columns, row * blocks, &sums[1]);
+            for (int64_t row = begin; row < end && status == DONE; row++) {
+                int64_t here = (row - begin) * s->columns;
+                status = quantize_run(s, weight + here, target + here, row * s->columns, s->columns,
+                                      row * blocks, &sums[1]);
+            }
         }
     }
-    free(buffer);
+    free(weight_buffer);
+    free(target_buffer);
     return status;
 }

@@ -1,0 +1,90 @@
+"""A and B of one step, as they are stored, and where they are drawn instead."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from loftq_cli.errors import InputError
+from loftq_cli.numerics import lowrank
+from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.weighting import Weighting
+
+
+def fit_adapter(
+    matrix: torch.Tensor,
+    wide: torch.Tensor,
+    norm: float,
+    warm: lowrank.Basis | None,
+    settings: Settings,
+    weighting: Weighting | None,
+) -> tuple[torch.Tensor, torch.Tensor, lowrank.Basis | None]:
+    """(A, B) as stored, the rank-r approximation of ``matrix``, and the basis to carry.
+
+    ``wide``: the matrix in the products' dtype; ``norm`` its Frobenius norm.
+    """
+    rank = min(settings.rank, *matrix.shape)
+    try:
+        if settings.svd == "exact" or not lowrank.is_thin(rank, matrix.shape):
+            low = lowrank.exact(matrix, rank, weighting)
+        else:
+            generator = _generator(settings, "basis")
+            low = lowrank.subspace(wide, norm, rank, generator, warm, weighting)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise too_large("a product of the values", torch.float32) from error
+    out_features, in_features = matrix.shape
+    B = (low.B / settings.scaling).to(settings.adapter_dtype)
+    A = low.A.to(settings.adapter_dtype)
+    if not bool(torch.isfinite(low.sigma).all()):
+        raise too_large("a product of the values", torch.float32)
+    if not bool(torch.isfinite(A).all() & torch.isfinite(B).all()):
+        raise too_large("the adapter", settings.adapter_dtype)
+    # Rounding noise is no direction: where sigma vanishes B is zero and A is drawn, because an
+    # adapter with A = B = 0 cannot train.
+    alive = low.sigma > 10 * torch.finfo(torch.float32).eps * low.sigma[:1]
+    alive &= (A != 0).any(dim=1) | (B != 0).any(dim=0)
+    if rank == settings.rank and bool(alive.all()):
+        return A, B, low.basis
+    left = torch.zeros(
+        (out_features, settings.rank), dtype=settings.adapter_dtype, device=matrix.device
+    )
+    right = _kaiming(settings, in_features).to(matrix.device, settings.adapter_dtype)
+    left[:, :rank] = torch.where(alive, B, left[:, :rank])
+    right[:rank] = torch.where(alive[:, None], A, right[:rank])
+    # A basis with dead directions would never find what the next residual has there: go cold.
+    return right, left, low.basis if bool(alive.all()) else None
+
+
+def too_large(what: str, dtype: torch.dtype) -> InputError:
+    wider = "" if dtype == torch.float32 else "store it in a wider dtype, or "
+    return InputError(
+        f"{what} is too large for {str(dtype).removeprefix('torch.')}",
+        hint=f"{wider}pass the tensor through with --exclude",
+    )
+
+
+def drawn_adapter(
+    shape: tuple[int, int], device: torch.device, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) that LoRA itself starts from, of a matrix of ``shape``: A Kaiming uniform, B = 0."""
+    out_features, in_features = shape
+    dtype = settings.adapter_dtype
+    A = _kaiming(settings, in_features).to(device, dtype)
+    return A, torch.zeros((out_features, settings.rank), dtype=dtype, device=device)
+
+
+def _kaiming(settings: Settings, in_features: int) -> torch.Tensor:
+    """A as PEFT draws it, kaiming_uniform_(a=sqrt(5)): uniform in +-1/sqrt(in), (rank, in)."""
+    bound = 1 / math.sqrt(in_features)
+    drawn = torch.empty((settings.rank, in_features))
+    return drawn.uniform_(-bound, bound, generator=_generator(settings, "adapter"))
+
+
+def _generator(settings: Settings, purpose: str) -> torch.Generator:
+    text = f"{settings.seed}\0{settings.name}\0{purpose}"
+    digest = hashlib.sha256(text.encode()).digest()
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return generator
