@@ -73,6 +73,24 @@ class NonFiniteWeightError(InputError):
     default_hint = "the checkpoint is damaged; repair it, or pass the tensor through with --exclude"
 
 
+class NonFiniteActivationError(InputError):
+    """The inputs of a layer hold NaN or Inf."""
+
+    default_hint = "the model overflows or is damaged; float32 weights and other text may help"
+
+
+class StatisticsError(InputError):
+    """Activation statistics are damaged, or are not those of a layer's inputs."""
+
+    default_hint = "calibrate again"
+
+
+class MissingStatisticsError(StatisticsError):
+    """There are no activation statistics for a matrix."""
+
+    default_hint = "calibrate with this model"
+
+
 class SourceChangedError(InputError):
     """The source is not what it was when the conversion began."""
 

@@ -13,8 +13,8 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,14 @@ class StoredTensor(TensorSpec):
 @dataclass(frozen=True)
 class Header:
     """A checked header: ``tensors`` in the order of their bytes, ``size`` of the whole file,
-    ``sha256`` of the length field and the JSON, ``data_start`` the offset of the first byte."""
+    ``sha256`` of the length field and the JSON, ``data_start`` the offset of the first byte,
+    ``metadata`` the texts under ``__metadata__``."""
 
     tensors: tuple[StoredTensor, ...]
     size: int
     data_start: int
     sha256: str
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 class HeaderError(ValueError):
@@ -107,10 +109,10 @@ def read_header(path: Path) -> Header:
         raw = file.read(length)
     if len(raw) < length:
         raise HeaderError("the file was shortened while it was read")
-    tensors = _parse(raw, data_start=8 + length)
+    tensors, metadata = _parse(raw, data_start=8 + length)
     _check_extents(tensors, 8 + length, size)
     digest = hashlib.sha256(prefix + raw).hexdigest()
-    return Header(tuple(tensors), size, 8 + length, digest)
+    return Header(tuple(tensors), size, 8 + length, digest, metadata)
 
 
 def strict_json(raw: bytes) -> Any:
@@ -149,7 +151,7 @@ def is_text(value: object) -> bool:
     return True
 
 
-def _parse(raw: bytes, data_start: int) -> list[StoredTensor]:
+def _parse(raw: bytes, data_start: int) -> tuple[list[StoredTensor], dict[str, str]]:
     try:
         entries = strict_json(raw)
     except ValueError as error:
@@ -161,7 +163,7 @@ def _parse(raw: bytes, data_start: int) -> list[StoredTensor]:
         raise HeaderError("__metadata__ is not a map from text to text")
     tensors = [_parse_entry(name, entry, data_start) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
-    return tensors
+    return tensors, metadata or {}
 
 
 def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:

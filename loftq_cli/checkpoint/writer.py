@@ -11,7 +11,7 @@ import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -32,10 +32,13 @@ def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(name, DTYPE_TAGS[tensor.dtype], tuple(tensor.shape))
 
 
-def place(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, StoredTensor]]:
-    """(length field and header, place of every tensor) of a file that holds ``specs``."""
+def place(
+    specs: Sequence[TensorSpec], metadata: Mapping[str, str] = _METADATA, room: int = 0
+) -> tuple[bytes, dict[str, StoredTensor]]:
+    """(length field and header, place of every tensor) of a file that holds ``specs``. The two
+    take ``room`` bytes, where they need no more."""
     ordered = sorted(specs, key=lambda spec: -DTYPE_BITS[spec.dtype])
-    entries: dict[str, object] = {"__metadata__": _METADATA}
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for spec in ordered:
         entries[spec.name] = {
@@ -45,6 +48,7 @@ def place(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, StoredTensor]]:
         }
         position += spec.nbytes
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw = raw.ljust(max(len(raw), room - 8))
     raw += b" " * (-len(raw) % 8)
     header = len(raw).to_bytes(8, "little") + raw
     placed = {}
@@ -53,6 +57,15 @@ def place(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, StoredTensor]]:
         placed[spec.name] = StoredTensor(spec.name, spec.dtype, spec.shape, position)
         position += spec.nbytes
     return header, placed
+
+
+def pieces_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of ``tensor``, in order, as they are stored."""
+    host = tensor.detach().cpu().contiguous()
+    # Through ctypes, not numpy: torch does not need numpy, and neither do we.
+    view = memoryview((ctypes.c_ubyte * host.nbytes).from_address(host.data_ptr()))
+    for start in range(0, host.nbytes, PIECE):
+        yield view[start : start + PIECE]
 
 
 class GrowingShard:
@@ -82,11 +95,7 @@ class GrowingShard:
         """Write a whole tensor; its sha256."""
         place = self._placed[name]
         assert spec_of(name, tensor) == TensorSpec(place.name, place.dtype, place.shape)
-        host = tensor.detach().cpu().contiguous()
-        # Through ctypes, not numpy: torch does not need numpy, and neither do we.
-        view = memoryview((ctypes.c_ubyte * place.nbytes).from_address(host.data_ptr()))
-        pieces = (view[start : start + PIECE] for start in range(0, place.nbytes, PIECE))
-        return self.write_pieces(name, pieces)
+        return self.write_pieces(name, pieces_of(tensor))
 
     def write_pieces(self, name: str, pieces: Iterable[bytes | bytearray | memoryview]) -> str:
         """Write a tensor's bytes in order; their sha256."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.extras import missing_extra, required
 from loftq_cli.checkpoint.header import HeaderError, read_header, strict_json
 from loftq_cli.checkpoint.output import open_output
 from loftq_cli.errors import (
     CorruptFileError,
-    EnvironmentFailure,
     InputError,
     SourceNotFoundError,
     UnsupportedInputError,
@@ -48,7 +47,7 @@ def load(
     output = open_output(directory)
     layout = output.manifest["recipe"]["layout"]
     check_files(output)
-    peft, transformers = _required("peft", "train"), _required("transformers", "train")
+    peft, transformers = (required(name, "train", "loading") for name in ("peft", "transformers"))
     hook.install()
     model_class = auto_class or _model_class(directory, transformers)
     try:
@@ -56,7 +55,7 @@ def load(
             directory, output_loading_info=True, **from_pretrained
         )
     except ImportError as error:
-        raise _missing_extra(error, "gptq" if layout == "gptq" else "train") from error
+        raise missing_extra(error, "gptq" if layout == "gptq" else "train", "loading") from error
     names = _names(backbone, directory)
     new = _new_modules(backbone, report, names, directory)
     model = _attach(peft, backbone, names, directory, trainable)
@@ -182,17 +181,3 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CorruptFileError(f"{file}: not a JSON object")
     return content
-
-
-def _required(package: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise _missing_extra(error, extra) from error
-
-
-def _missing_extra(error: ImportError, extra: str) -> EnvironmentFailure:
-    return EnvironmentFailure(
-        f"loading needs a package that is not installed: {error}",
-        hint=f'pip install "loftq-cli[{extra}]"',
-    )
