@@ -6,6 +6,8 @@ transformers able to load layout ``loftq``, whichever of the two is imported fir
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,17 @@ if TYPE_CHECKING:
     import torch
 
     from loftq_cli.numerics.decomposition import Decomposition
+    from loftq_cli.numerics.moments import Moments
 
-__all__ = ["convert", "decompose", "error_report", "inspect", "load"]
+__all__ = [
+    "Moments",
+    "convert",
+    "decompose",
+    "error_report",
+    "inspect",
+    "load",
+    "save_statistics",
+]
 
 _hook.install()
 
@@ -123,3 +134,31 @@ def load(
     from loftq_cli.integrations.loading import load as run
 
     return run(str(directory), auto_class, trainable, **from_pretrained)
+
+
+def save_statistics(
+    path: str | os.PathLike[str],
+    moments: Mapping[str, Moments],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write activation statistics that were measured in a loop of one's own.
+
+    ``moments`` maps the names that weight tensors have in the checkpoint to the
+    ``loftq_cli.Moments`` of their inputs; matrices that share an input share one object. ``model``
+    is the checkpoint's directory: names and widths are checked against it, and the file says which
+    model it is of. Raises UsageError for names or widths that are not the model's and for moments
+    of nothing, OutputConflictError where ``path`` exists (``overwrite`` replaces statistics).
+    """
+    from loftq_cli.conversion.statistics import save_statistics as run
+
+    run(path, moments, model=model, overwrite=overwrite)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Moments":  # torch is imported when it is asked for
+        from loftq_cli.numerics.moments import Moments
+
+        return Moments
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

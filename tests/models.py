@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
 VOCABULARY = 96
+CHARACTERS = f"{string.ascii_letters}{string.digits} \n.,;:!?'-()"
+FIRST_CHARACTER = 4  # the token of CHARACTERS[0]; those before are <pad>, <s>, </s> and <unk>
 
 
 def llama(hidden: int = 64, intermediate: int = 128, **config: Any) -> Any:
@@ -100,6 +104,23 @@ def falcon() -> Any:
 def save(model: Any, directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
     """Save ``model`` in ``dtype``; ``max_shard_size`` among the options makes several shards."""
     model.to(dtype).save_pretrained(directory, **options)
+    return directory
+
+
+def save_tokenizer(directory: Path) -> Path:
+    """Save a tokenizer for the models above: a token is a character, <s> and </s> are around."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocabulary = {token: number for number, token in enumerate([*special, *CHARACTERS])}
+    characters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    characters.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(r"[\s\S]"), behavior="isolated"
+    )
+    characters.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special))
+    saved = transformers.PreTrainedTokenizerFast(tokenizer_object=characters, **names)
+    saved.save_pretrained(directory)
     return directory
 
 

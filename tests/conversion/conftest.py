@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,28 @@ def converted(tmp_path: Path) -> Converter:
         return tmp_path / "out"
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint of a family, with a tokenizer."""
+    from tests import models  # imports transformers
+    from tests.conversion.calibrated import FAMILIES
+
+    @functools.cache
+    def make(family: str) -> Path:
+        directory = tmp_path_factory.mktemp(family)
+        models.save(FAMILIES[family](), directory)
+        return models.save_tokenizer(directory)
+
+    return make
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """A text to calibrate with."""
+    from tests.conversion.calibrated import TEXT
+
+    path = tmp_path / "notes.txt"
+    path.write_text(TEXT)
+    return path
