@@ -24,14 +24,18 @@ _PIPE_WIDTH = 200  # columns where stdout is not a terminal: names are not to be
 
 
 class Narrator(Observer):
-    """The observer for a terminal: one progress bar over bytes, remarks as lines.
+    """The observer for a terminal: one progress bar over bytes, or what ``unit`` names, remarks
+    as lines.
 
     The bar is shown only where stderr is a terminal; ``quiet`` silences remarks as well.
     """
 
-    def __init__(self, *, quiet: bool, verbose: bool, doing: str = "converting") -> None:
+    def __init__(
+        self, *, quiet: bool, verbose: bool, doing: str = "converting", unit: str = "B"
+    ) -> None:
         self._quiet = quiet
         self._doing = doing
+        self._unit = unit
         self._verbose = verbose
         self._bar: tqdm[Any] | None = None
 
@@ -42,8 +46,8 @@ class Narrator(Observer):
 
         self._bar = tqdm(
             total=total_bytes,
-            unit="B",
-            unit_scale=True,
+            unit=self._unit,
+            unit_scale=self._unit == "B",
             desc=self._doing,
             file=sys.stderr,
             dynamic_ncols=True,
@@ -271,6 +275,25 @@ def show_merge(result: Mapping[str, Any], *, as_json: bool) -> None:
     ]
     _pairs(f"wrote {result['output']}", pairs)
     _show_loading(result["loading"])
+
+
+def show_calibration(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The summary at the end of ``loftq calibrate``, and what to type next."""
+    if as_json:
+        _json(result)
+        return
+    text = f"{result['samples']} windows of {result['length']} tokens, {result['tokens']:,} in all"
+    pairs = [
+        ("model", result["model"]),
+        ("moments", f"{result['moments']}, {result['entries']} distinct inputs"),
+        ("matrices", f"{result['matrices']}, {len(result['missing'])} without"),
+        ("text", text),
+        ("size", _size(result["bytes"])),
+        ("time", f"{result['seconds']:.1f} s on {result['device']} in {result['dtype']}"),
+    ]
+    _pairs(f"wrote {result['output']}", pairs)
+    model, output = (shlex.quote(result[key]) for key in ("model", "output"))
+    print(f"next: loftq convert {printable(model)} --stats {printable(output)}")
 
 
 def _show_loading(snippet: str) -> None:

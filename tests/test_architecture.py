@@ -51,7 +51,9 @@ def allowed(name: str) -> set[str]:
     return {
         "__init__.py": {*FOLDERS, *FOR_ALL},
         "__main__.py": {"cli"},
-        "cli.py": {*FOLDERS, *FOR_ALL, "console"},
+        "cli.py": {*FOLDERS, *FOR_ALL, "console", "command", "cli_calibrate"},
+        "cli_calibrate.py": {*FOLDERS, *FOR_ALL, "console", "command"},
+        "command.py": {*FOR_ALL, "console"},
         "console.py": {"conversion", *FOR_ALL},
         "errors.py": set(),
         "recipe.py": {"errors"},
@@ -80,9 +82,10 @@ def test_numerics_is_pure_torch():
     ("packages", "holders"),
     [
         ({"rich", "tqdm"}, {"console.py"}),
-        ({"click"}, {"cli.py"}),
+        ({"click"}, {"cli.py", "cli_calibrate.py", "command.py"}),
         ({"huggingface_hub"}, {"checkpoint/hub.py", "checkpoint/hub_errors.py"}),
         ({"transformers", "peft"}, {"integrations/loading.py", "integrations/quantizer.py"}),
+        ({"gguf", "accelerate", "psutil", "tokenizers"}, set()),  # through checkpoint/extras.py
         ({"pickle", "numpy", "bitsandbytes", "gptqmodel", "safetensors"}, set()),
     ],
 )
@@ -125,8 +128,8 @@ def modules_after(program: str) -> set[str]:
 
 HELP = """
 from loftq_cli.cli import main
-for arguments in (["--help"], ["convert", "--help"], ["inspect", "--help"], ["error-report", "-h"]):
-    main(arguments, standalone_mode=False)
+for command in ([], ["convert"], ["inspect"], ["error-report"], ["calibrate"]):
+    main([*command, "--help"], standalone_mode=False)
 """
 
 

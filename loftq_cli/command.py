@@ -1,0 +1,86 @@
+"""What all commands share: errors become one line and an exit code, signals become errors."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import click
+
+from loftq_cli import console
+from loftq_cli.errors import EnvironmentFailure, InterruptedConversion, LoftqError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command ``-v`` and map what it raises to one line and an exit code."""
+
+    @click.option("-v", "--verbose", is_flag=True, help="Say more; show tracebacks.")
+    @functools.wraps(command)
+    def guarded(*args: Any, verbose: bool, **kwargs: Any) -> None:
+        # torch says this where numpy is not installed; nothing here needs it.
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+        try:
+            command(*args, verbose=verbose, **kwargs)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            _fail(_interruption(signal.SIGINT), verbose)
+        except LoftqError as error:
+            _fail(error, verbose)
+        except BrokenPipeError:
+            _drop_stdout()  # the reader has gone; nothing is left to say
+            sys.exit(0)
+        except click.ClickException:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                _drop_stdout()
+                where = error.filename or "standard output"
+                _fail(EnvironmentFailure(f"{where}: {error.strerror}"), verbose)
+            if verbose:
+                traceback.print_exc()
+            console.complain(f"internal error: {type(error).__name__}: {error}")
+            console.complain("this is a bug in loftq; -v shows where it happened")
+            sys.exit(1)
+
+    return guarded
+
+
+def _drop_stdout() -> None:
+    """Keep the interpreter from trying again, at its exit, to write what it could not."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(error: LoftqError, verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+    console.complain(f"error: {error}")
+    sys.exit(error.exit_code)
+
+
+def _interruption(number: signal.Signals) -> InterruptedConversion:
+    context = click.get_current_context(silent=True)
+    resumes = context is not None and context.info_name == "convert"
+    hint = None if resumes else "nothing was written"
+    message = f"interrupted by {number.name}"
+    return InterruptedConversion(message, signal_number=number, hint=hint)
+
+
+def on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise _interruption(signal.SIGTERM)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")
+
+
+def choice(*names: str) -> click.Choice[str]:
+    return click.Choice(names)

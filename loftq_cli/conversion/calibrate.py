@@ -1,0 +1,216 @@
+"""``loftq calibrate``: the original model, run on text, to a file of activation statistics."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.durable import explained
+from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.checkpoint.locate import locate
+from loftq_cli.checkpoint.reader import TORCH_DTYPES
+from loftq_cli.checkpoint.statistics_writer import StatisticsWriter, refuse_taken
+from loftq_cli.conversion.choices import choose_device
+from loftq_cli.conversion.observer import Observer
+from loftq_cli.conversion.selection import select
+from loftq_cli.conversion.statistics import identity_of, write_entry
+from loftq_cli.errors import (
+    CorruptFileError,
+    EnvironmentFailure,
+    InputError,
+    SourceNotFoundError,
+    UnsupportedInputError,
+    UsageError,
+)
+from loftq_cli.integrations.calibration import Calibration, prepare
+
+MOMENTS = ("diagonal", "full")
+_MOST_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text file: ``content`` decoded, ``sha256`` of its bytes."""
+
+    path: Path
+    content: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. ``samples`` None: up to 128; ``length`` None: 512, or what the model takes.
+    Raises UsageError for a value out of range."""
+
+    samples: int | None = None
+    length: int | None = None
+    moments: str = "diagonal"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, low in (
+            ("samples", self.samples, 1),
+            ("length", self.length, 2),
+            ("seed", self.seed, 0),
+        ):
+            if value is not None and not low <= value < 1 << 31:
+                raise UsageError(f"--{name} {value}: must be a whole number from {low}")
+        if self.moments not in MOMENTS:
+            raise UsageError(f"--moments {self.moments}: not one of {', '.join(MOMENTS)}")
+
+
+def calibrate(
+    model: str,
+    output: Path,
+    texts: Sequence[Path],
+    settings: Settings,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Measure ``model`` on ``texts`` and write ``output``; what ``--json`` prints.
+
+    Raises UsageError, InputError for the model or the texts, OutputConflictError,
+    EnvironmentFailure for a missing extra, memory, the disk or the device.
+    """
+    started = time.monotonic()
+    device = choose_device(settings.device)
+    read = [_read(path) for path in texts]
+    source = locate(model, revision=revision, offline=offline, say=observer.note)
+    if source.directory.resolve() in output.resolve().parents:
+        raise UsageError(
+            f"--output {output} is inside the input {source.directory}", hint="write it elsewhere"
+        )
+    refuse_taken(output, overwrite)
+    matrices = select(source.tensors, source.config.content).matrices
+    dtype = _dtype(matrices, device)
+    nbytes = sum(tensor.elements for tensor in source.tensors) * dtype.itemsize
+    widths = {tensor.name: tensor.shape[1] for tensor in matrices}
+    with explained(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        offload = tempfile.TemporaryDirectory(prefix=".loftq-offload-", dir=output.parent)
+    with _memory_explained(), offload as folder:
+        calibration = prepare(
+            source.directory,
+            source.config.content,
+            widths,
+            [text.content for text in read],
+            samples=settings.samples,
+            length=settings.length,
+            seed=settings.seed,
+            dtype=dtype,
+            nbytes=nbytes,
+            device=device,
+            offload_folder=Path(folder),
+        )
+        samples, length = calibration.windows.shape
+        provenance = {
+            "files": [text.sha256 for text in read],
+            "samples": samples,
+            "length": length,
+            "seed": settings.seed,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        with StatisticsWriter(
+            output, widths, model=identity_of(source), text=provenance, overwrite=overwrite
+        ) as writer:
+            written, entries = _write(writer, calibration, settings.moments == "full", observer)
+            missing = [name for name in widths if name not in written]
+            if not written:
+                raise UnsupportedInputError(
+                    f"{source.directory}: text goes through none of its {len(widths)} matrices",
+                    hint="measure its inputs in a loop of your own: loftq_cli.Moments",
+                )
+            nbytes = writer.publish()
+    if missing:
+        more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
+        observer.note(f"nothing was measured for {', '.join(missing[:_MOST_SHOWN])}{more}")
+    return {
+        "output": str(output),
+        "model": source.id,
+        "matrices": len(written),
+        "entries": entries,
+        "missing": missing,
+        "moments": settings.moments,
+        "samples": samples,
+        "length": length,
+        "tokens": samples * length,
+        "dtype": provenance["dtype"],
+        "device": str(device),
+        "bytes": nbytes,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _write(
+    writer: StatisticsWriter, calibration: Calibration, full: bool, observer: Observer
+) -> tuple[set[str], int]:
+    """Write every entry as soon as it is measured; (matrices, number of entries)."""
+
+    def advance(name: str) -> None:
+        observer.working_on(name)
+        observer.advance(1)
+
+    written, entries = set[str](), 0
+    try:
+        for names, moments in calibration.measure(full=full, begin=observer.begin, advance=advance):
+            write_entry(writer, names, moments)
+            written.update(names)
+            entries += 1
+    finally:
+        observer.end()
+    return written, entries
+
+
+def _read(path: Path) -> Text:
+    """A text file. Raises SourceNotFoundError, or InputError where it is empty or no UTF-8."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise SourceNotFoundError(f"--text {path}: no such file", hint="give a text file") from None
+    except OSError as error:
+        raise InputError(f"--text {path}: {error.strerror or error}") from error
+    try:
+        content = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(
+            f"--text {path}: not UTF-8 at byte {error.start}", hint="save it as UTF-8"
+        ) from error
+    if not content.strip():
+        raise InputError(f"--text {path}: no text in it", hint="give a text file")
+    return Text(path, content, hashlib.sha256(raw).hexdigest())
+
+
+def _dtype(matrices: Sequence[StoredTensor], device: torch.device) -> torch.dtype:
+    """What most of the matrices are stored in; float32 for float16 on a CPU, where many models
+    overflow in it and few processors compute in it."""
+    tag, _ = Counter(tensor.dtype for tensor in matrices).most_common(1)[0]
+    dtype = TORCH_DTYPES[tag]
+    return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
+
+
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Turn running out of memory into an EnvironmentFailure."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        # torch's CPU allocator raises a plain RuntimeError.
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        raise EnvironmentFailure(
+            "out of memory", hint="use --moments diagonal, a smaller --length or fewer --samples"
+        ) from error

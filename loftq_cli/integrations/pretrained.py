@@ -1,0 +1,142 @@
+"""The original model and its tokenizer, as transformers loads them, wherever they fit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loftq_cli.checkpoint.extras import missing_extra, required
+from loftq_cli.errors import InputError, SourceNotFoundError, UnsupportedInputError
+
+_DOING = "calibrating"
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model"),
+    *("sentencepiece.bpe.model", "source.spm", "spm.model", "bpe.codes", "tekken.json"),
+)
+# Shares of the free memory that weights may take; the rest is for activations and moments.
+_WHOLE, _PART = 0.7, 0.5
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in ``directory``. Raises SourceNotFoundError where there is none, InputError
+    where it cannot be read, EnvironmentFailure where a package is missing."""
+    transformers = required("transformers", "train", _DOING)
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise SourceNotFoundError(
+            f"{directory}: no tokenizer in it",
+            hint="add the model's tokenizer files, or measure its inputs in a loop of your own: "
+            "loftq_cli.Moments",
+        )
+    try:
+        with _quiet(transformers):
+            return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except ImportError as error:
+        raise missing_extra(error, "train", _DOING) from error
+    except Exception as error:  # of any kind
+        raise InputError(f"{directory}: the tokenizer cannot be read: {_line(error)}") from error
+
+
+def load_model(
+    directory: Path,
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    nbytes: int,
+    device: torch.device,
+    offload_folder: Path,
+) -> nn.Module:
+    """The model of ``directory``, of the class that ``config`` names, in ``dtype``, for evaluation.
+
+    ``nbytes`` is what its weights take. Where they do not fit on ``device``, blocks are left in
+    host memory, and where they do not fit there, on disk (``offload_folder``, where the files of
+    the checkpoint cannot be read directly). Raises InputError where transformers cannot load it
+    or finds no weights for a block.
+    """
+    transformers = required("transformers", "train", _DOING)
+    required("accelerate", "train", _DOING)
+    names = config.get("architectures") or [None]
+    model_class = getattr(transformers, str(names[0]), None)
+    if model_class is None:
+        raise UnsupportedInputError(
+            f"{directory / 'config.json'}: transformers has no class for architectures {names}",
+            hint="measure its inputs in a loop of your own: loftq_cli.Moments",
+        )
+    try:
+        with _quiet(transformers):
+            model, report = model_class.from_pretrained(
+                directory,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                **_placement(nbytes, device, offload_folder),
+            )
+    except ImportError as error:
+        raise missing_extra(error, "train", _DOING) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{directory}: transformers cannot load it: {_line(error)}") from error
+    _check_complete(model, report, directory)
+    for part in model.modules():
+        if getattr(getattr(part, "config", None), "use_cache", False):
+            part.config.use_cache = False
+    result: nn.Module = model.eval()
+    return result
+
+
+def _check_complete(model: Any, report: Mapping[str, Any], directory: Path) -> None:
+    """Raise InputError where a weight in or before the blocks was drawn at random."""
+    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    for name in sorted(absent):
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Embedding) or any(part.isdecimal() for part in name.split(".")):
+            raise InputError(f"{directory}: {type(model).__name__} does not find {name} in it")
+
+
+def _placement(nbytes: int, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Arguments of from_pretrained that put the weights where there is room."""
+    host = free_host_memory()
+    if device.type == "cpu":
+        if nbytes <= _WHOLE * host:
+            return {}
+        limits: dict[int | str, int] = {"cpu": int(_PART * host)}
+    else:
+        free = torch.cuda.mem_get_info(device)[0]
+        if nbytes <= _WHOLE * free:
+            return {"device_map": {"": device}}
+        limits = {device.index or 0: int(_PART * free), "cpu": int(_PART * host)}
+    return {"device_map": "auto", "max_memory": limits, "offload_folder": str(folder)}
+
+
+def free_host_memory() -> int:
+    """Bytes that this process may still take, in its container where it is in one."""
+    psutil = required("psutil", "train", _DOING)
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        free = min(free, limit - used)
+    return free
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """transformers' remarks and bars off; errors are raised."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
