@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from loftq_cli.checkpoint import hub
 from loftq_cli.checkpoint.hub import HubSnapshot
 from loftq_cli.cli import main
 from loftq_cli.version import VERSION
+from tests import models
 from tests.cli.common import Command
 
 HERE = Path(__file__).parent
@@ -83,8 +85,10 @@ def test_the_examples_of_the_manual_work(
 
     monkeypatch.setattr(hub, "fetch", fetch)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
-    (place / "model").rename(place / "my-model")
+    shutil.rmtree(place / "model")
+    models.save_tokenizer(models.save(models.llama(), place / "my-model"))
     (place / "model").symlink_to("my-model")
+    (place / "notes.txt").write_text("Nobody knew why the mill stood still. " * 20)
     examples = re.findall(r"^\$ loftq (.*)$", MANUAL, re.MULTILINE)
     assert len(examples) >= len(main.commands)
     for example in examples:

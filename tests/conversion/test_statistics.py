@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
@@ -63,3 +64,19 @@ def test_nothing_and_zeros_are_not_saved(tmp_path):
         with pytest.raises(LoftqError, match=said):
             loftq_cli.save_statistics(tmp_path / "stats.safetensors", moments)
     assert os.listdir(tmp_path) == []
+
+
+def test_the_example_of_the_manual_works(checkpoint, tmp_path, monkeypatch):
+    manual = (Path(__file__).parents[2] / "docs/python-api.md").read_text("utf-8")
+    (code,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", manual, flags=re.DOTALL)
+        if "save_statistics" in block
+    )
+    (tmp_path / "my-model").symlink_to(checkpoint("llama"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "python-api.md", "exec"), {})
+    found = open_statistics("stats.safetensors")
+    assert len(found.matrices) == 14
+    assert {found.tokens(name) for name in found.matrices} == {5}
+    assert found.moments("model.layers.1.mlp.down_proj.weight", in_features=128).dim() == 1

@@ -1,0 +1,102 @@
+"""``loftq calibrate`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loftq_cli.checkpoint.statistics import open_statistics
+from loftq_cli.conversion import calibrate as calibrating
+from tests import models
+from tests.cli.common import Command
+
+KEYS = {
+    *("bytes", "device", "dtype", "entries", "length", "matrices", "missing", "model"),
+    *("moments", "output", "samples", "seconds", "tokens"),
+}
+QUICK = ("--text", "notes.txt", "--length", "16", "--device", "cpu")
+MATRICES = 14  # seven in each of two blocks
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def real(place: Path) -> None:
+    """``real``, a Llama with a tokenizer, and ``notes.txt``."""
+    models.save_tokenizer(models.save(models.llama(), place / "real"))
+    (place / "notes.txt").write_text("Nobody knew why the mill stood still. " * 8)
+
+
+def test_it_writes_a_file_and_says_what_to_type_next(loftq: Command) -> None:
+    result = loftq("calibrate", "real", *QUICK)
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0] == "wrote stats.safetensors"
+    assert "diagonal, 8 distinct inputs" in result.stdout
+    assert "21 windows of 16 tokens, 336 in all" in result.stdout
+    assert lines[-1] == "next: loftq convert real --stats stats.safetensors"
+    found = open_statistics("stats.safetensors")
+    assert (len(found.matrices), found.kind(NAME)) == (MATRICES, "diagonal")
+    assert sorted(os.listdir()) == ["model", "notes.txt", "real", "stats.safetensors"]
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_the_options(short: bool, loftq: Command) -> None:
+    Path("more.txt").write_text("Or cared.")
+    words = ["-o" if short else "--output", "made/full.safetensors", "--moments", "full"]
+    words += ["--samples", "3", "--seed", "7", "--text", "more.txt", "--json"]
+    result = loftq("calibrate", "real", *QUICK, *words)
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert set(found) == KEYS
+    assert found["output"] == "made/full.safetensors"
+    assert found["bytes"] == Path("made/full.safetensors").stat().st_size
+    assert (found["matrices"], found["entries"], found["missing"]) == (MATRICES, 8, [])
+    assert (found["samples"], found["length"], found["tokens"]) == (3, 16, 48)
+    assert (found["moments"], found["device"], found["dtype"]) == ("full", "cpu", "float32")
+    assert open_statistics("made/full.safetensors").kind(NAME) == "full"
+
+
+def test_an_earlier_file_is_replaced_on_demand(loftq: Command) -> None:
+    assert loftq("calibrate", "real", *QUICK).exit_code == 0
+    result = loftq("calibrate", "real", *QUICK, "-q")
+    assert result.exit_code == 4
+    assert "stats.safetensors exists" in result.stderr
+    result = loftq("calibrate", "real", *QUICK, "--overwrite", "--quiet", "--offline")
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["real"], 2, "Missing option '--text'"),
+        (["real", "--text", "notes.txt", "--samples", "0"], 2, "--samples 0"),
+        (["real", "--text", "notes.txt", "--moments", "half"], 2, "half"),
+        (["real", *QUICK, "-o", "real/stats.safetensors"], 2, "is inside the input"),
+        (["real", "--text", "none.txt"], 3, "--text none.txt: no such file"),
+        (["./none", *QUICK], 3, "./none: no such file or directory"),
+        (["model", *QUICK], 3, "model: no tokenizer in it"),
+        (["real", *QUICK, "-o", "notes.txt", "--overwrite"], 4, "is not a file of statistics"),
+    ],
+)
+def test_what_is_refused(words: list[str], code: int, said: str, loftq: Command) -> None:
+    result = loftq("calibrate", *words)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert said in result.stderr.splitlines()[-1]
+    assert sorted(os.listdir()) == ["model", "notes.txt", "real"]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interruption_leaves_nothing(
+    name: str, loftq: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = getattr(signal, name)
+    monkeypatch.setattr(calibrating, "write_entry", lambda *_: os.kill(os.getpid(), number))
+    result = loftq("calibrate", "real", *QUICK)
+    assert result.exit_code == 128 + number
+    assert result.stderr == f"loftq: error: interrupted by {name} (nothing was written)\n"
+    assert sorted(os.listdir()) == ["model", "notes.txt", "real"]
