@@ -63,7 +63,7 @@ def is_legacy(start: bytes) -> bool:
     a plausible number of entries, then a plausible length of a name."""
     if len(start) < 8:
         return False
-    count, length = struct.unpack("<ii", start)
+    count, length = (int(number) for number in struct.unpack("<ii", start))
     return 0 < count < 1 << 20 and _FEWEST_CHARACTERS <= length <= _LONGEST_NAME
 
 

@@ -132,6 +132,7 @@ class BlockRunner:
 def resident(block: nn.Module) -> Iterator[None]:
     """Keep the weights of a block that accelerate has offloaded in memory, instead of loading them
     anew for every call."""
+    hooks: list[tuple[nn.Module, Any]]
     hooks = [(part, getattr(part, "_hf_hook", None)) for part in block.modules()]
     offloaded = [(part, hook) for part, hook in hooks if getattr(hook, "offload", False)]
     for part, hook in offloaded:

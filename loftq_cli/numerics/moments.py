@@ -59,7 +59,8 @@ class Moments:
         if self._sum is None:
             shape = (self.in_features,) * (2 if self.full else 1)
             self._sum = torch.zeros(shape, dtype=torch.float64, device=rows.device)
-        for part in rows.split(_ROWS):
+        for start in range(0, len(rows), _ROWS):
+            part = rows[start : start + _ROWS]
             self._sum += (_products(part) if self.full else part.double().square().sum(0)).to(
                 self._sum.device
             )

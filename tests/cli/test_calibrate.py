@@ -78,7 +78,7 @@ def test_an_earlier_file_is_replaced_on_demand(loftq: Command) -> None:
         (["real", "--text", "notes.txt", "--moments", "half"], 2, "half"),
         (["real", *QUICK, "-o", "real/stats.safetensors"], 2, "is inside the input"),
         (["real", "--text", "none.txt"], 3, "--text none.txt: no such file"),
-        (["./none", *QUICK], 3, "./none: no such file or directory"),
+        (["./none", *QUICK], 3, "none: no such file or directory"),
         (["model", *QUICK], 3, "model: no tokenizer in it"),
         (["real", *QUICK, "-o", "notes.txt", "--overwrite"], 4, "is not a file of statistics"),
     ],

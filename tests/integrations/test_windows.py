@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from loftq_cli.integrations import windows
 from loftq_cli.integrations.windows import cut
 from tests.models import CHARACTERS, FIRST_CHARACTER, save_tokenizer
 
-TEXT = "The quick brown fox jumps over the lazy dog. " * 4
+TEXT = "".join(random.Random(0).choices(CHARACTERS[:60], k=180))  # no two windows are alike
 
 
 @pytest.fixture(scope="module")
