@@ -102,6 +102,13 @@ def main() -> None:
     help="Pass these tensors through (glob over tensor names, repeatable).",
 )
 @click.option(
+    "--stats",
+    type=click.Path(),
+    metavar="FILE",
+    help="Activation statistics (`loftq calibrate`, or a llama.cpp imatrix): minimise the error of "
+    "each layer's output instead of its weights.",
+)
+@click.option(
     "--lora-alpha",
     type=float,
     help="lora_alpha of the adapter; B is divided by the scaling.  [default: the rank]",

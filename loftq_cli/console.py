@@ -343,6 +343,37 @@ def show_residuals(report: Mapping[str, Any], *, as_json: bool, as_csv: bool) ->
             ("worst layers", ", ".join(report["worst"])),
         ],
     )
+    if "weighted_residual" in totals:
+        _show_weighted(report)
+
+
+def _show_weighted(report: Mapping[str, Any]) -> None:
+    layers, totals = report["layers"], report["totals"]
+    _table(
+        "\nWeighted residuals, of the layers' outputs (relative)",
+        ("tensor", "statistics", "no adapter", "final"),
+        [
+            (
+                layer["name"],
+                layer["weighted"]["kind"],
+                f"{layer['weighted']['quantized'] / (layer['weighted']['weight'] or 1):.4f}",
+                f"{layer['weighted']['final'] / (layer['weighted']['weight'] or 1):.4f}",
+            )
+            for layer in layers
+            if layer["weighted"] is not None
+        ],
+    )
+    _pairs(
+        "weighted",
+        [
+            ("without adapter", f"{totals['weighted_residual_quantized']:.4f}"),
+            ("with adapter", f"{totals['weighted_residual']:.4f}"),
+        ],
+    )
+    print(
+        "The plain residual says how near the weights are; the weighted one how near the outputs "
+        "are on text like that measured. Neither is the model's score."
+    )
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -49,6 +49,7 @@ _DEFAULTS: dict[str, Any] = {
     "order": "quantize-first",
     "svd": "fast",
     "keep": "best",
+    "stats": None,
     "lora_alpha": None,
     "adapter_dtype": "source",
     "dense_dtype": "source",
@@ -93,6 +94,7 @@ class Options:
     keep: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    stats: str | None = None
     lora_alpha: float | None = None
     adapter_dtype: str | None = None
     dense_dtype: str | None = None
@@ -123,6 +125,8 @@ class Options:
             raise UsageError(f"--preset {self.preset}: not one of {', '.join(PRESETS)}")
         supplied = {**_DEFAULTS, **_PRESET_DEFAULTS[self.preset]}
         given = {name: value for name, value in asdict(self).items() if value is not None}
+        if "stats" in given:
+            given["stats"] = str(given["stats"])
         method = given.get("method", supplied["method"])
         if method in FIXED_SCALE_METHODS and "scale" in given:
             raise UsageError(f"--scale does not apply to --method {method}, which fixes its own")
@@ -152,7 +156,7 @@ class Options:
 class Settings:
     """Every setting has a value, but ``method``, ``layout`` and ``device`` may still be "auto",
     which the checkpoint and the machine decide. ``lora_alpha`` None: the rank; ``threads`` None:
-    all."""
+    all. ``stats``: the path of a file of activation statistics."""
 
     bits: int
     method: str
@@ -167,6 +171,7 @@ class Settings:
     keep: str
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    stats: str | None
     lora_alpha: float | None
     adapter_dtype: str
     dense_dtype: str
@@ -180,9 +185,9 @@ class Recipe(Settings):
     """Every setting that can change a byte of the output, resolved.
 
     ``method``, ``layout`` and ``threads`` are settled; ``scale`` is "fixed" where the method
-    defines it, ``scale_dtype`` concerns layout ``loftq`` only; ``device`` is the device type;
-    ``kernels`` the variant of the inner loops (numerics.variant). ``layout_fallback`` says why
-    layout auto had to leave its first choice while converting.
+    defines it, ``scale_dtype`` concerns layout ``loftq`` only; ``stats`` is the sha256 of the file;
+    ``device`` is the device type; ``kernels`` the variant of the inner loops (numerics.variant).
+    ``layout_fallback`` says why layout auto had to leave its first choice while converting.
     """
 
     threads: int

@@ -40,6 +40,7 @@ RECIPE = Recipe(
     keep="best",
     include=("a", "b"),
     exclude=(),
+    stats=None,
     lora_alpha=None,
     adapter_dtype="source",
     dense_dtype="source",

@@ -41,6 +41,7 @@ from loftq_cli.numerics.metrics import first_non_finite
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
 from loftq_cli.numerics.scale_storage import ScaleDtype
 from loftq_cli.numerics.variant import Variant
+from loftq_cli.numerics.weighting import Weighting, make_weighting
 
 _ADAPTER_FILE = f"{adapter.DIRECTORY}/{adapter.WEIGHTS}"
 
@@ -66,6 +67,7 @@ class Conversion:
     observer: Observer
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     source_hashes: dict[str, str] = field(default_factory=dict)
+    _weighting: tuple[str, Weighting] | None = None  # of the entry used last, which others share
 
     def run(self, identity: Identity) -> dict[str, Any]:
         """Convert every shard, write the rest of the output, and return the manifest."""
@@ -161,7 +163,11 @@ class Conversion:
             planned = self.plan.matrices[tensor.name]
             with _memory_explained(tensor.name, self.plan.device):
                 result = self._convert_matrix(shard, tensor, item, planned)
-            record = manifests.matrix_record(planned, self.plan.layout.name, result)
+            statistics = self.plan.statistics
+            kind = None
+            if result.weighted is not None and statistics is not None:
+                kind = statistics.kind(tensor.name)
+            record = manifests.matrix_record(planned, self.plan.layout.name, result, kind)
             self.records[tensor.name] = record
             self.observer.detail(_described(record))
 
@@ -228,7 +234,18 @@ class Conversion:
             seed=recipe.seed,
             name=matrix.name,
         )
-        return decompose(weight, quantizer, settings)
+        return decompose(weight, quantizer, settings, self._weighting_of(item, variant))
+
+    def _weighting_of(self, item: PlannedMatrix, variant: Variant) -> Weighting | None:
+        statistics, name = self.plan.statistics, item.matrix.name
+        if statistics is None or name not in statistics.matrices:
+            return None
+        entry = statistics.matrices[name]
+        if self._weighting is None or self._weighting[0] != entry:
+            self._weighting = None  # one in memory at a time
+            moments = statistics.moments(name).to(self.plan.device)
+            self._weighting = entry, make_weighting(moments, variant.products)
+        return self._weighting[1]
 
     def _write_companions(self) -> None:
         directory = self.plan.source.directory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ from loftq_cli.version import VERSION
 FORMAT_VERSION = 1
 
 
-def matrix_record(item: PlannedMatrix, layout: str, result: Decomposition) -> dict[str, Any]:
-    """The manifest's entry for one matrix."""
+def matrix_record(
+    item: PlannedMatrix, layout: str, result: Decomposition, kind: str | None
+) -> dict[str, Any]:
+    """The manifest's entry for one matrix; ``kind`` of its statistics, where it has any."""
     matrix = item.matrix
+    weighted = {}
+    if result.weighted is not None:
+        weighted["weighted"] = {"kind": kind, **asdict(result.weighted)}
     return {
         "name": matrix.name,
         "module": matrix.module,
@@ -31,12 +37,8 @@ def matrix_record(item: PlannedMatrix, layout: str, result: Decomposition) -> di
         "layout": layout,
         "bits_per_weight": item.bits_per_weight,
         "step": result.step,
-        "frobenius": {
-            "weight": result.weight_norm,
-            "quantized": result.quantized_norm,
-            "steps": result.residuals,
-            "final": result.final,
-        },
+        "frobenius": asdict(result.frobenius),
+        **weighted,
     }
 
 

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
+from loftq_cli.checkpoint.measured import Statistics
 from loftq_cli.checkpoint.source import Shard, Source
 from loftq_cli.checkpoint.writer import place
 from loftq_cli.conversion.choices import (
@@ -73,6 +74,14 @@ class Plan:
     shards: Sequence[PlannedShard]
     surroundings: Surroundings
     device: torch.device
+    statistics: Statistics | None = None
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """The matrices that the statistics hold nothing for, which are converted without."""
+        if self.statistics is None:
+            return []
+        return [name for name in self.matrices if name not in self.statistics.matrices]
 
     @property
     def fingerprint(self) -> str:
@@ -112,8 +121,14 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """Estimated peak for the largest matrix, above what importing torch takes: the source's
-        bytes, W and W - Q in float32, three sets of codes, and the thin factors."""
-        return max(_working_set(item) for item in self.matrices.values())
+        bytes, W - Q in float32 and in the products' dtype, three sets of codes, the thin factors,
+        and the second moments."""
+        moments = 0
+        if self.statistics is not None:
+            entries = self.statistics.entries.values()
+            sides = ((e.in_features, e.in_features if e.kind == "full" else 1) for e in entries)
+            moments = max(rows * columns for rows, columns in sides) * 6
+        return max(_working_set(item) for item in self.matrices.values()) + moments
 
     def with_fallback(self) -> Plan:
         """The plan that continues with layout ``loftq`` (see Recipe.with_fallback)."""
@@ -124,6 +139,7 @@ class Plan:
             self.device,
             auto_layout=False,
             layout_note=None,
+            statistics=self.statistics,
         )
 
 
@@ -134,13 +150,15 @@ def source_identity(source: Source) -> list[tuple[str, int, str]]:
     return identity + [(file.name, file.size, file.sha256) for file in small]
 
 
-def make_plan(source: Source, settings: Settings) -> Plan:
-    """Settle every automatic choice.
+def make_plan(source: Source, settings: Settings, statistics: Statistics | None = None) -> Plan:
+    """Settle every automatic choice; ``statistics`` is the opened file ``settings.stats``.
 
     Raises UsageError and its kin (exit 2) for settings that this checkpoint cannot have, and
     InputError (exit 3) for checkpoints that cannot be converted.
     """
     selection = select(source.tensors, source.config.content, settings.include, settings.exclude)
+    if statistics is not None:
+        _check_statistics(statistics, selection)
     device = choose_device(settings.device)
     method = resolve_method(settings)
     matrices = [
@@ -163,6 +181,7 @@ def make_plan(source: Source, settings: Settings) -> Plan:
         keep=settings.keep,
         include=settings.include,
         exclude=settings.exclude,
+        stats=None if statistics is None else statistics.sha256,
         lora_alpha=settings.lora_alpha,
         adapter_dtype=settings.adapter_dtype,
         dense_dtype=settings.dense_dtype,
@@ -172,7 +191,15 @@ def make_plan(source: Source, settings: Settings) -> Plan:
         kernels=str(choose_variant(device, method, settings.scale, settings.svd)),
     )
     auto = settings.layout == "auto"
-    return _assemble(source, recipe, selection, device, auto_layout=auto, layout_note=note)
+    return _assemble(
+        source,
+        recipe,
+        selection,
+        device,
+        auto_layout=auto,
+        layout_note=note,
+        statistics=statistics,
+    )
 
 
 def _assemble(
@@ -183,6 +210,7 @@ def _assemble(
     *,
     auto_layout: bool,
     layout_note: str | None,
+    statistics: Statistics | None,
 ) -> Plan:
     layout = make_layout(recipe.layout, recipe.dense_dtype, cast(ScaleDtype, recipe.scale_dtype))
     matrices = {}
@@ -207,7 +235,16 @@ def _assemble(
         shards=_output_shards(source, matrices),
         surroundings=_surroundings(source, selection),
         device=device,
+        statistics=statistics,
     )
+
+
+def _check_statistics(statistics: Statistics, selection: Selection) -> None:
+    """Raise StatisticsError where an entry does not fit its matrix, MissingStatisticsError where
+    there is none for any of them."""
+    widths = {tensor.name: tensor.shape[1] for tensor in selection.matrices}
+    measured = {name: width for name, width in widths.items() if name in statistics.matrices}
+    statistics.require(measured or widths)
 
 
 def _output_shards(source: Source, matrices: Mapping[str, PlannedMatrix]) -> list[PlannedShard]:
@@ -248,5 +285,5 @@ def _surroundings(source: Source, selection: Selection) -> Surroundings:
 def _working_set(item: PlannedMatrix) -> int:
     rows, columns = item.matrix.shape
     thin = (rows + columns) * 2 * max(item.rank, 16) * 4 * 4
-    source = 0 if item.matrix.dtype == "F32" else 2
-    return round(item.matrix.elements * (source + 8 + 0.75)) + thin
+    source = 4 if item.matrix.dtype == "F32" else 2
+    return item.matrix.elements * (source + 4 + 2 + 3) + thin

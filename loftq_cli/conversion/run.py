@@ -17,6 +17,7 @@ from loftq_cli.conversion.engine import Conversion
 from loftq_cli.conversion.journal import Identity
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.plan import Plan, make_plan, source_identity
+from loftq_cli.conversion.statistics import statistics_for
 from loftq_cli.conversion.workspace import Workspace, check_output_path, check_space
 from loftq_cli.errors import InputError, ScaleRangeError, SourceChangedError
 from loftq_cli.numerics import native
@@ -50,7 +51,13 @@ def prepare(
     resolved = options.resolve()
     source = locate(model, revision=revision, offline=offline, say=observer.note)
     path = check_output_path(Path(output), source.directory)
-    plan = make_plan(source, resolved)
+    statistics = None if resolved.stats is None else statistics_for(source, resolved.stats)
+    plan = make_plan(source, resolved, statistics)
+    if plan.unmeasured:
+        observer.note(
+            f"{len(plan.unmeasured)} of {len(plan.matrices)} matrices are not in {resolved.stats} "
+            "and are converted without statistics"
+        )
     if plan.layout_note:
         observer.note(plan.layout_note)
     # Only where there is a search to speed up: asking builds the kernels.

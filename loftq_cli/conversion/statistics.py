@@ -8,8 +8,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from loftq_cli.checkpoint.measured import ModelIdentity
+from loftq_cli.checkpoint.measured import ModelIdentity, Statistics
 from loftq_cli.checkpoint.source import Source, open_source
+from loftq_cli.checkpoint.statistics import open_statistics
 from loftq_cli.checkpoint.statistics_writer import StatisticsWriter
 from loftq_cli.conversion.plan import source_identity
 from loftq_cli.errors import StatisticsError, UsageError
@@ -22,6 +23,18 @@ def model_sha256(source: Source) -> str:
     one shape whose values differ have the same one."""
     text = json.dumps(sorted(source_identity(source)), separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def statistics_for(source: Source, path: str) -> Statistics:
+    """The file at ``path``, opened for ``source``. Raises StatisticsError where it says that it is
+    of another model, and what :func:`open_statistics` raises."""
+    statistics = open_statistics(path, source)
+    if statistics.model is not None and statistics.model.sha256 != model_sha256(source):
+        raise StatisticsError(
+            f"{path}: the statistics are of {statistics.model.id}, not of {source.id}",
+            hint="calibrate with this model",
+        )
+    return statistics
 
 
 def identity_of(source: Source) -> ModelIdentity:

@@ -69,6 +69,10 @@ def error_report(directory: Path, source: str | None = None) -> dict[str, Any]:
     if recomputed is not None:
         _compare(output, layers)
     totals = _totals(layers)
+    weighted = [layer["weighted"] for layer in layers if layer["weighted"] is not None]
+    if weighted:
+        totals["weighted_residual_quantized"] = _total(weighted, "quantized")
+        totals["weighted_residual"] = _total(weighted, "final")
     worst = sorted(layers, key=lambda layer: -layer["relative_residual"])[:WORST]
     return {
         "directory": str(directory),
@@ -217,6 +221,7 @@ def _layer(record: Mapping[str, Any], norms: Norms) -> dict[str, Any]:
         "relative_residual": norms.final / weight,
         "relative_residual_quantized": norms.quantized / weight,
         "ratio": norms.final / norms.quantized if norms.quantized else 1.0,
+        "weighted": record.get("weighted"),
     }
 
 

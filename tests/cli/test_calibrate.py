@@ -44,6 +44,15 @@ def test_it_writes_a_file_and_says_what_to_type_next(loftq: Command) -> None:
     assert sorted(os.listdir()) == ["model", "notes.txt", "real", "stats.safetensors"]
 
 
+def test_what_was_measured_is_what_convert_takes(loftq: Command) -> None:
+    loftq("calibrate", "real", *QUICK)
+    result = loftq("convert", "real", "--stats", "stats.safetensors", "--rank", "4", "--json")
+    assert result.exit_code == 0, result.stderr
+    records = json.loads(result.stdout)["matrices"]
+    assert [record["weighted"]["kind"] for record in records] == ["diagonal"] * MATRICES
+    assert all(r["weighted"]["final"] < r["weighted"]["quantized"] for r in records)
+
+
 @pytest.mark.parametrize("short", [False, True])
 def test_the_options(short: bool, loftq: Command) -> None:
     Path("more.txt").write_text("Or cared.")

@@ -1,0 +1,141 @@
+"""``--stats``: the weighted residual of what was written, and files that do not fit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+import loftq_cli
+from loftq_cli.cli import main
+from loftq_cli.errors import MissingStatisticsError, OutputConflictError, StatisticsError
+from tests import checkpoints
+from tests.conversion.contents import manifest, product
+from tests.numerics.helpers import gaussian
+
+SETTINGS: dict[str, Any] = {"threads": 1, "rank": 8, "iters": 3, "bits": 2, "layout": "dense"}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return checkpoints.write(tmp_path / "model", checkpoints.llama(layers=2), cuts=(5,))
+
+
+def measure(
+    path: Path, model: Path | None, names: list[str], full: bool, width: dict[str, int]
+) -> dict[str, torch.Tensor]:
+    """Write statistics of made-up inputs; q, k and v share theirs. Returns H by name, float64."""
+    shared: dict[str, Any] = {}
+    written, kept = {}, {}
+    for number, name in enumerate(names):
+        key = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+        if key not in shared:
+            inputs = gaussian(300, width[name], seed=number) * torch.linspace(0.1, 5, width[name])
+            inputs[:, 0] += 20
+            moments = loftq_cli.Moments(width[name], full=full)
+            moments.add(inputs)
+            H = inputs.double().T @ inputs.double() / 300
+            shared[key] = moments, H if full else torch.diag(H.diagonal())
+        written[name], kept[name] = shared[key]
+    loftq_cli.save_statistics(path, written, model=model)
+    return kept
+
+
+def widths(source: Path) -> dict[str, int]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in source.glob("*.safetensors"):
+        tensors.update(load_file(path))
+    return {name: tensors[name].shape[1] for name in checkpoints.matrices(tensors)}
+
+
+def norm(matrix: torch.Tensor, H: torch.Tensor) -> float:
+    return math.sqrt(float(((matrix.double() @ H) * matrix.double()).sum()))
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        tensors.update(load_file(path))
+    return tensors
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["diagonal", "full"])
+def test_the_manifest_says_what_was_written_and_that_is_nearer_in_the_outputs(
+    source, tmp_path, full
+):
+    width = widths(source)
+    moments = measure(tmp_path / "stats", source, list(width), full, width)
+    loftq_cli.convert(source, output=tmp_path / "plain", **SETTINGS)
+    out = tmp_path / "out"
+    loftq_cli.convert(source, output=out, stats=tmp_path / "stats", **SETTINGS)
+    original, backbone, plain = weights(source), weights(out), weights(tmp_path / "plain")
+    for record in manifest(out)["matrices"]:
+        name, stated, H = record["name"], record["weighted"], moments[record["name"]]
+        error = original[name].double() - backbone[name].double() - product(out, name)
+        assert stated["kind"] == ("full" if full else "diagonal")
+        assert stated["final"] == pytest.approx(norm(error, H), rel=3e-3)
+        assert stated["final"] == stated["steps"][record["step"] - 1] == min(stated["steps"])
+        assert stated["weight"] == pytest.approx(norm(original[name], H), rel=3e-3)
+        assert record["frobenius"]["final"] == pytest.approx(float(error.norm()), rel=1e-4)
+        unweighted = original[name].double() - plain[name].double()
+        assert norm(error, H) < norm(unweighted - product(tmp_path / "plain", name), H)
+    assert all("weighted" not in record for record in manifest(tmp_path / "plain")["matrices"])
+    report = loftq_cli.error_report(out, source=source)
+    assert report["totals"]["weighted_residual"] < report["totals"]["weighted_residual_quantized"]
+    shown = CliRunner().invoke(main, ["error-report", str(out)])
+    assert shown.exit_code == 0
+    assert "Weighted residuals" in shown.stdout
+
+
+def test_the_same_statistics_resume_and_others_do_not(source, tmp_path):
+    width = widths(source)
+    measure(tmp_path / "stats", source, list(width), False, width)
+    measure(tmp_path / "other", source, list(width), True, width)
+    out = tmp_path / "out"
+    first = loftq_cli.convert(source, output=out, stats=str(tmp_path / "stats"), **SETTINGS)
+    (tmp_path / "stats").rename(tmp_path / "moved")
+    again = loftq_cli.convert(source, output=out, stats=str(tmp_path / "moved"), **SETTINGS)
+    assert again == first
+    for stats in (str(tmp_path / "other"), None):
+        with pytest.raises(OutputConflictError, match="stats"):
+            loftq_cli.convert(source, output=out, stats=stats, **SETTINGS)
+
+
+def test_a_matrix_that_was_not_measured_is_converted_without(source, tmp_path):
+    width = widths(source)
+    left_out, *names = width
+    measure(tmp_path / "stats", source, names, False, width)
+    args = ["convert", str(source), "-o", str(tmp_path / "out"), "--stats", str(tmp_path / "stats")]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0, result.output
+    assert f"1 of {len(width)} matrices" in result.stderr
+    records = {record["name"]: record for record in manifest(tmp_path / "out")["matrices"]}
+    assert "weighted" not in records[left_out]
+    assert all("weighted" in records[name] for name in names)
+
+
+def test_statistics_that_do_not_fit_are_refused_before_anything_is_written(source, tmp_path):
+    width = widths(source)
+    name = next(iter(width))
+    other = checkpoints.write(tmp_path / "other", checkpoints.llama(layers=1))
+    measure(tmp_path / "of-another", other, list(widths(other)), False, widths(other))
+    measure(tmp_path / "too-wide", None, [name], False, {name: width[name] + 1})
+    measure(tmp_path / "of-nothing", None, ["lm_head.weight"], False, {"lm_head.weight": 64})
+    for stats, error, said in (
+        ("of-another", StatisticsError, "not of"),
+        ("too-wide", StatisticsError, f"{width[name]} inputs"),
+        ("of-nothing", MissingStatisticsError, "nothing for tensor"),
+    ):
+        with pytest.raises(error, match=said):
+            loftq_cli.convert(source, output=tmp_path / "out", stats=tmp_path / stats, **SETTINGS)
+    missing = ["convert", str(source), "--stats", str(tmp_path / "none"), "-o", str(tmp_path / "o")]
+    result = CliRunner().invoke(main, missing)
+    assert result.exit_code == 3
+    assert "no such file" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.glob(".*partial*")] == []

@@ -1,0 +1,132 @@
+"""The norm ||.||_H and the low-rank step that minimises it, against float64 and the full SVD."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from loftq_cli.numerics import lowrank
+from loftq_cli.numerics.alternation import decompose
+from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.quantizers import make_quantizer
+from loftq_cli.numerics.weighting import make_weighting
+from tests.numerics.helpers import effective, gaussian, recomputed
+from tests.synthetic import llm_like
+
+KINDS = ("diagonal", "full")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_dtype = pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=str)
+
+
+def moments(kind: str, width: int, tokens: int = 2000) -> torch.Tensor:
+    """Of inputs as a language model has them: correlated, of very different sizes, with a mean, two
+    massive channels and one that is never used."""
+    mixed = gaussian(tokens, width, seed=3) @ (gaussian(width, width, seed=4) / width**0.5)
+    inputs = mixed * (0.8 * gaussian(width, seed=5)).exp() + 0.5 * gaussian(width, seed=6)
+    inputs[:, [1, 7]] *= 50
+    inputs[:, 11] = 0
+    if kind == "diagonal":
+        return inputs.double().square().mean(dim=0).float()
+    return (inputs.double().T @ inputs.double() / tokens).float()
+
+
+def norm(matrix: torch.Tensor, H: torch.Tensor) -> float:
+    """||matrix||_H from the definition, tr(M H M^T), float64."""
+    M, H = matrix.double(), (torch.diag(H) if H.dim() == 1 else H).double()
+    return math.sqrt(float(((M @ H) * M).sum()))
+
+
+def smallest_distance(matrix: torch.Tensor, H: torch.Tensor, rank: int) -> float:
+    """Of any rank-r matrix in ||.||_H: what the SVD of M H^(1/2) leaves (Eckart-Young)."""
+    values, vectors = torch.linalg.eigh((torch.diag(H) if H.dim() == 1 else H).double())
+    root = vectors * values.clamp_min(0).sqrt()
+    return float(torch.linalg.svdvals(matrix.double() @ root)[rank:].norm())
+
+
+@every_kind
+@pytest.mark.parametrize("width", [96, 1500])
+@every_dtype
+def test_the_norm_is_that_of_its_definition(kind, width, products):
+    H, matrix = moments(kind, width), gaussian(70, width)
+    left, right = gaussian(70, 5, seed=1), gaussian(5, width, seed=2)
+    weighting = make_weighting(H.clone(), products)
+    tolerance = 1e-5 if products == torch.float32 else 2e-3
+    assert weighting.norm(matrix) == pytest.approx(norm(matrix, H), rel=tolerance)
+    assert weighting.norm(matrix.bfloat16()) == pytest.approx(
+        norm(matrix.bfloat16(), H), rel=tolerance
+    )
+    expected = norm(matrix.double() - left.double() @ right.double(), H)
+    assert weighting.norm(matrix, left, right) == pytest.approx(expected, rel=tolerance)
+
+
+@every_kind
+@every_dtype
+@pytest.mark.parametrize("shape", [(256, 192), (192, 256)], ids=str)
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e8])
+def test_the_fast_step_is_close_to_the_best_and_the_exact_one_is_it(kind, products, shape, factor):
+    matrix, rank = llm_like(*shape), 16
+    H = moments(kind, shape[1]) * factor
+    best = smallest_distance(matrix, H, rank)
+    weighting = make_weighting(H.clone(), products)
+    exact = lowrank.exact(matrix, rank, weighting)
+    assert norm(matrix - exact.B @ exact.A, H) <= 1.0005 * best
+    generator = torch.Generator().manual_seed(0)
+    fast = lowrank.subspace(
+        matrix.to(products), float(matrix.norm()), rank, generator, None, weighting
+    )
+    assert norm(matrix - fast.B @ fast.A, H) <= 1.01 * best
+    lengths = fast.A.norm(dim=1)
+    torch.testing.assert_close(fast.B.norm(dim=0), lengths, rtol=1e-3, atol=1e-6)
+
+
+@every_kind
+@every_dtype
+@pytest.mark.parametrize("svd", ["fast", "exact"])
+def test_the_alternation_minimises_and_reports_the_weighted_residual(kind, products, svd):
+    weight, H = llm_like(256, 192), moments(kind, 192)
+    quantizer = make_quantizer("nf", 2, 64, "mse", native=False)
+    settings = Settings(rank=16, iters=4, svd=svd, products=products)
+    plain = decompose(weight, quantizer, settings)
+    d = decompose(weight, quantizer, settings, make_weighting(H.clone(), products))
+    assert plain.weighted is None
+    assert d.weighted is not None
+    tolerance = 1e-4 if products == torch.float32 else 2e-3
+    final = norm(weight.double() - effective(d), H)
+    assert d.weighted.final == d.weighted.steps[d.step - 1] == min(d.weighted.steps)
+    assert d.weighted.final == pytest.approx(final, rel=tolerance)
+    assert d.weighted.weight == pytest.approx(norm(weight, H), rel=tolerance)
+    without = decompose(weight, quantizer, Settings(rank=16, iters=0))
+    assert d.weighted.quantized == pytest.approx(
+        norm(weight - without.backbone(), H), rel=tolerance
+    )
+    assert d.final == pytest.approx(recomputed(d, weight), rel=1e-5)
+    unweighted = norm(weight.double() - effective(plain), H)
+    assert final < 0.9 * unweighted
+    assert plain.final < d.final
+
+
+@every_kind
+def test_without_steps_the_weighted_residual_is_the_quantization_s(kind):
+    weight, H = llm_like(96, 128), moments(kind, 128)
+    quantizer = make_quantizer("uniform", 3, 64, "mse", native=False)
+    d = decompose(
+        weight, quantizer, Settings(rank=8, iters=0), make_weighting(H.clone(), torch.float32)
+    )
+    assert d.weighted is not None
+    assert d.weighted.steps == []
+    assert d.weighted.final == d.weighted.quantized
+    assert d.weighted.final == pytest.approx(norm(weight - d.backbone(), H), rel=1e-5)
+
+
+def test_moments_of_white_inputs_change_nothing_but_rounding():
+    weight = llm_like(192, 128)
+    quantizer = make_quantizer("nf", 2, 64, "mse", native=False)
+    settings = Settings(rank=16, iters=3)
+    plain = decompose(weight, quantizer, settings)
+    for H in (torch.full((128,), 4.0), 4.0 * torch.eye(128)):
+        d = decompose(weight, quantizer, settings, make_weighting(H, torch.float32))
+        assert d.weighted is not None
+        assert d.weighted.final == pytest.approx(2 * d.final, rel=1e-5)
+        assert d.final == pytest.approx(plain.final, rel=2e-3)
