@@ -73,9 +73,9 @@ def convert(
     """Convert a checkpoint directory or hub id; the manifest as a dict.
 
     ``settings`` are the long options of ``loftq convert`` with underscores: bits, method, rank,
-    iters, block_size, layout, scale, scale_dtype, order, svd, preset, include, exclude,
-    lora_alpha, adapter_dtype, dense_dtype, device, threads, seed. Resumes an unfinished conversion
-    with the same settings. Raises the classes of ``loftq_cli.errors``.
+    iters, block_size, layout, scale, scale_dtype, order, svd, preset, include, exclude, bits_map,
+    rank_map, lora_alpha, adapter_dtype, dense_dtype, device, threads, seed. Resumes an unfinished
+    conversion with the same settings. Raises the classes of ``loftq_cli.errors``.
     """
     from loftq_cli.conversion.observer import Observer
     from loftq_cli.conversion.run import prepare, run

@@ -114,13 +114,31 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="Directory to write.",
 )
-@click.option("--bits", type=int, help="Width of a code: 2, 3, 4 or 8.  [default: 4]")
+@click.option(
+    "--bits",
+    type=float,
+    metavar="N",
+    help="Width of a code: 2, 3, 4 or 8, or a fraction between 2 and 4, which gives the first "
+    "layers 4 bits and the rest 2.  [default: 4]",
+)
+@click.option(
+    "--bits-map",
+    type=str,
+    metavar="PATTERN=BITS,...",
+    help="Widths of these tensors (globs over tensor names, later entries win).",
+)
 @click.option(
     "--method",
     type=_choice(*recipe.METHODS),
     help="Quantizer.  [default: auto, which is nf at 4 bits and uniform at 2, 3 and 8]",
 )
 @click.option("--rank", type=int, help="Rank of the adapter.  [default: 16]")
+@click.option(
+    "--rank-map",
+    type=str,
+    metavar="PATTERN=RANK,...",
+    help="Ranks of these tensors (globs over tensor names, later entries win).",
+)
 @click.option("--iters", type=int, help="Alternating steps; 0 is QLoRA's start.  [default: 5]")
 @click.option(
     "--block-size", type=int, help="Weights per scale: 32, 64, 128 or 256.  [default: 64]"

@@ -10,6 +10,7 @@ import io
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +146,7 @@ def show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
                 entry["name"],
                 _shape(entry["shape"]),
                 entry["dtype"],
-                str(recipe["bits"]),
+                str(entry["bits"]),
                 str(entry["rank"]),
                 _size(entry["source_bytes"]),
                 _size(entry["backbone_bytes"]),
@@ -173,10 +174,7 @@ def show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
         [
             ("source", plan["source"]["id"]),
             ("output", plan["output"]),
-            (
-                "method",
-                f"{recipe['bits']}-bit {recipe['method']}, blocks of {recipe['block_size']}",
-            ),
+            ("method", f"{_kinds(plan['selected'])}, blocks of {recipe['block_size']}"),
             ("layout", recipe["layout"]),
             ("backbone", f"{_size(totals['source_bytes'])} -> {_size(totals['backbone_bytes'])}"),
             ("adapter", _size(totals["adapter_bytes"])),
@@ -195,12 +193,12 @@ def show_outcome(
     if as_json:
         _json(manifest)
         return
-    totals, environment, recipe = manifest["totals"], manifest["environment"], manifest["recipe"]
+    totals, environment = manifest["totals"], manifest["environment"]
     plain, final = totals["relative_residual_quantized"], totals["relative_residual"]
     _pairs(
         f"{output}, as it was" if nothing_to_do else f"wrote {output}",
         [
-            ("matrices", f"{len(manifest['matrices'])}, {recipe['bits']}-bit {recipe['method']}"),
+            ("matrices", f"{len(manifest['matrices'])}, {_kinds(manifest['matrices'])}"),
             ("layout", manifest["matrices"][0]["layout"]),
             ("backbone", f"{_size(totals['source_bytes'])} -> {_size(totals['backbone_bytes'])}"),
             ("adapter", _size(totals["adapter_bytes"])),
@@ -240,6 +238,7 @@ def show_inspection(found: Mapping[str, Any], *, as_json: bool) -> None:
     pairs = [
         ("source", f"{source['id']}{revision}"),
         ("made by", f"{found['tool']['name']} {found['tool']['version']}"),
+        ("widths", _kinds(found["layers"])),
         ("parameters", f"{totals['parameters']:,}"),
         ("passed through", f"{found['passed_through']} tensors"),
         ("backbone", f"{_size(totals['source_bytes'])} -> {_size(totals['backbone_bytes'])}"),
@@ -320,6 +319,15 @@ def show_residuals(report: Mapping[str, Any], *, as_json: bool, as_csv: bool) ->
             ("worst layers", ", ".join(report["worst"])),
         ],
     )
+
+
+def _kinds(matrices: Sequence[Mapping[str, Any]]) -> str:
+    """Widths and methods of ``matrices``, with their counts where there are several."""
+    counts = Counter((matrix["bits"], matrix["method"]) for matrix in matrices)
+    named = [(f"{bits}-bit {method}", count) for (bits, method), count in sorted(counts.items())]
+    if len(named) == 1:
+        return named[0][0]
+    return ", ".join(f"{count} in {kind}" for kind, count in named)
 
 
 def _shape(shape: Sequence[int]) -> str:

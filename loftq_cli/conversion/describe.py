@@ -23,6 +23,8 @@ def describe(plan: Plan, output: Path) -> dict[str, Any]:
                 "name": name,
                 "shape": list(item.matrix.shape),
                 "dtype": item.matrix.dtype,
+                "method": item.matrix.method,
+                "bits": item.matrix.bits,
                 "rank": item.rank,
                 "layout": plan.layout.name,
                 "bits_per_weight": item.bits_per_weight,
