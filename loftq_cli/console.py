@@ -36,7 +36,7 @@ class Narrator(Observer):
         self._verbose = verbose
         self._bar: tqdm[Any] | None = None
 
-    def begin(self, total_bytes: int) -> None:
+    def begin(self, total_bytes: int, doing: str | None = None) -> None:
         if self._quiet or not sys.stderr.isatty():
             return
         from tqdm import tqdm
@@ -45,7 +45,7 @@ class Narrator(Observer):
             total=total_bytes,
             unit="B",
             unit_scale=True,
-            desc=self._doing,
+            desc=doing or self._doing,
             file=sys.stderr,
             dynamic_ncols=True,
             smoothing=0.1,
@@ -146,10 +146,10 @@ def show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
                 entry["name"],
                 _shape(entry["shape"]),
                 entry["dtype"],
-                str(entry["bits"]),
+                "?" if entry["bits"] is None else str(entry["bits"]),
                 str(entry["rank"]),
                 _size(entry["source_bytes"]),
-                _size(entry["backbone_bytes"]),
+                "?" if entry["bits"] is None else _size(entry["backbone_bytes"]),
                 entry["reason"],
             )
             for entry in plan["selected"]
@@ -323,9 +323,14 @@ def show_residuals(report: Mapping[str, Any], *, as_json: bool, as_csv: bool) ->
 
 def _kinds(matrices: Sequence[Mapping[str, Any]]) -> str:
     """Widths and methods of ``matrices``, with their counts where there are several."""
-    counts = Counter((matrix["bits"], matrix["method"]) for matrix in matrices)
+    counts = Counter(
+        (matrix["bits"], matrix["method"]) for matrix in matrices if matrix["bits"] is not None
+    )
     named = [(f"{bits}-bit {method}", count) for (bits, method), count in sorted(counts.items())]
-    if len(named) == 1:
+    unsettled = len(matrices) - counts.total()
+    if unsettled:
+        named.append(("widths that a pass over the weights will settle", unsettled))
+    if len(named) == 1 and not unsettled:
         return named[0][0]
     return ", ".join(f"{count} in {kind}" for kind, count in named)
 

@@ -123,8 +123,10 @@ class Options:
             name: maps.canonical(_flag(name), settings.get(name))
             for name in ("bits_map", "rank_map", "widths")
         }
-        preset = settings.get("preset") or "default"
-        return Options(**{**settings, **patterns, **entries, "preset": preset})
+        given = {**settings, **patterns, **entries}
+        if given.get("preset") is None:
+            given["preset"] = "default"
+        return Options(**given)
 
     def resolve(self) -> Settings:
         """The settings that these options, the preset and the defaults make, every range checked.
@@ -285,8 +287,9 @@ def _check_target(given: Mapping[str, Any]) -> None:
     if not (_is_number(target) and math.isfinite(target) and target > 0):
         raise UsageError(f"--target-bpw {target}: must be a positive number")
     if "bits" in given:
+        bits = _checked_bits(given["bits"])
         raise UsageError(
-            f"--target-bpw {target} and --bits {given['bits']}: only one can decide the widths",
+            f"--target-bpw {target} and --bits {bits}: only one can decide the widths",
             hint="--bits-map fixes the width of some matrices under either",
         )
 
