@@ -7,7 +7,15 @@ import sys
 import time
 
 NAMES = (
-    *("residual", "mixed", "choices", "speed", "svd", "memory", "overlap", "dequantize", "gpu"),
+    "residual",
+    "mixed",
+    "choices",
+    "speed",
+    "svd",
+    "memory",
+    "overlap",
+    "dequantize",
+    "gpu",
 )
 
 
