@@ -45,13 +45,38 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="Directory to write.",
 )
-@click.option("--bits", type=int, help="Width of a code: 2, 3, 4 or 8.  [default: 4]")
+@click.option(
+    "--bits",
+    type=float,
+    metavar="N",
+    help="Width of a code: 2, 3, 4 or 8, or a fraction between 2 and 4, which gives the first "
+    "layers 4 bits and the rest 2.  [default: 4]",
+)
+@click.option(
+    "--bits-map",
+    type=str,
+    metavar="PATTERN=BITS,...",
+    help="Widths of these tensors (globs over tensor names, later entries win).",
+)
+@click.option(
+    "--target-bpw",
+    type=float,
+    metavar="X",
+    help="Choose a width for every matrix, instead of --bits: the least residual at an average of "
+    "X stored bits per weight, scales included.",
+)
 @click.option(
     "--method",
     type=_choice(*recipe.METHODS),
     help="Quantizer.  [default: auto, which is nf at 4 bits and uniform at 2, 3 and 8]",
 )
 @click.option("--rank", type=int, help="Rank of the adapter.  [default: 16]")
+@click.option(
+    "--rank-map",
+    type=str,
+    metavar="PATTERN=RANK,...",
+    help="Ranks of these tensors (globs over tensor names, later entries win).",
+)
 @click.option("--iters", type=int, help="Alternating steps; 0 is QLoRA's start.  [default: 5]")
 @click.option(
     "--block-size", type=int, help="Weights per scale: 32, 64, 128 or 256.  [default: 64]"
@@ -85,9 +110,21 @@ def main() -> None:
 @click.option(
     "--preset",
     type=_choice(*recipe.PRESETS),
-    default="default",
-    show_default=True,
-    help="Defaults to start from; paper is what the LoftQ reference code does.",
+    help="Defaults to start from; paper is what the LoftQ reference code does.  [default: default]",
+)
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Take options from a TOML file, or from the manifest of an earlier conversion.  "
+    "What is given here wins.",
+)
+@click.option(
+    "--save-recipe",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write all options as they were resolved to a TOML file.",
 )
 @click.option(
     "--include",
@@ -143,6 +180,8 @@ def convert(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    recipe_file: Path | None,
+    save_recipe: Path | None,
     **settings: Any,
 ) -> None:
     """Convert MODEL, a checkpoint directory or a hub id.
@@ -154,12 +193,15 @@ def convert(
     loftq convert meta-llama/Llama-2-7b --bits 2 --rank 64 --iters 5
     loftq convert ./my-model -o quantized --bits 4 --dry-run
     """
+    from loftq_cli.conversion import recipe_file as recipes
     from loftq_cli.conversion.describe import describe
     from loftq_cli.conversion.run import prepare, run
 
     signal.signal(signal.SIGTERM, _on_sigterm)
     narrator = console.Narrator(quiet=quiet, verbose=verbose)
-    options = recipe.Options.from_settings(settings)
+    options = recipes.options(settings, recipe_file)
+    if save_recipe is not None:
+        recipes.check_writable(save_recipe, dry_run=dry_run)
     plan, path = prepare(
         model, output, options, revision=revision, offline=offline, observer=narrator
     )
@@ -167,6 +209,8 @@ def convert(
         console.show_plan(describe(plan, path), as_json=as_json)
         return
     outcome = run(plan, path, overwrite=overwrite, observer=narrator)
+    if save_recipe is not None:
+        recipes.save(save_recipe, outcome.manifest["recipe"])
     if outcome.nothing_to_do:
         narrator.note(f"nothing to do: {output} is complete and verified")
     console.show_outcome(

@@ -10,6 +10,7 @@ import io
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ class Narrator(Observer):
         self._verbose = verbose
         self._bar: tqdm[Any] | None = None
 
-    def begin(self, total_bytes: int) -> None:
+    def begin(self, total_bytes: int, doing: str | None = None) -> None:
         if self._quiet or not sys.stderr.isatty():
             return
         from tqdm import tqdm
@@ -48,7 +49,7 @@ class Narrator(Observer):
             total=total_bytes,
             unit=self._unit,
             unit_scale=self._unit == "B",
-            desc=self._doing,
+            desc=doing or self._doing,
             file=sys.stderr,
             dynamic_ncols=True,
             smoothing=0.1,
@@ -149,10 +150,10 @@ def show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
                 entry["name"],
                 _shape(entry["shape"]),
                 entry["dtype"],
-                str(recipe["bits"]),
+                "?" if entry["bits"] is None else str(entry["bits"]),
                 str(entry["rank"]),
                 _size(entry["source_bytes"]),
-                _size(entry["backbone_bytes"]),
+                "?" if entry["bits"] is None else _size(entry["backbone_bytes"]),
                 entry["reason"],
             )
             for entry in plan["selected"]
@@ -177,10 +178,7 @@ def show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
         [
             ("source", plan["source"]["id"]),
             ("output", plan["output"]),
-            (
-                "method",
-                f"{recipe['bits']}-bit {recipe['method']}, blocks of {recipe['block_size']}",
-            ),
+            ("method", f"{_kinds(plan['selected'])}, blocks of {recipe['block_size']}"),
             ("layout", recipe["layout"]),
             ("backbone", f"{_size(totals['source_bytes'])} -> {_size(totals['backbone_bytes'])}"),
             ("adapter", _size(totals["adapter_bytes"])),
@@ -199,12 +197,12 @@ def show_outcome(
     if as_json:
         _json(manifest)
         return
-    totals, environment, recipe = manifest["totals"], manifest["environment"], manifest["recipe"]
+    totals, environment = manifest["totals"], manifest["environment"]
     plain, final = totals["relative_residual_quantized"], totals["relative_residual"]
     _pairs(
         f"{output}, as it was" if nothing_to_do else f"wrote {output}",
         [
-            ("matrices", f"{len(manifest['matrices'])}, {recipe['bits']}-bit {recipe['method']}"),
+            ("matrices", f"{len(manifest['matrices'])}, {_kinds(manifest['matrices'])}"),
             ("layout", manifest["matrices"][0]["layout"]),
             ("backbone", f"{_size(totals['source_bytes'])} -> {_size(totals['backbone_bytes'])}"),
             ("adapter", _size(totals["adapter_bytes"])),
@@ -244,6 +242,7 @@ def show_inspection(found: Mapping[str, Any], *, as_json: bool) -> None:
     pairs = [
         ("source", f"{source['id']}{revision}"),
         ("made by", f"{found['tool']['name']} {found['tool']['version']}"),
+        ("widths", _kinds(found["layers"])),
         ("parameters", f"{totals['parameters']:,}"),
         ("passed through", f"{found['passed_through']} tensors"),
         ("backbone", f"{_size(totals['source_bytes'])} -> {_size(totals['backbone_bytes'])}"),
@@ -374,6 +373,20 @@ def _show_weighted(report: Mapping[str, Any]) -> None:
         "The plain residual says how near the weights are; the weighted one how near the outputs "
         "are on text like that measured. Neither is the model's score."
     )
+
+
+def _kinds(matrices: Sequence[Mapping[str, Any]]) -> str:
+    """Widths and methods of ``matrices``, with their counts where there are several."""
+    counts = Counter(
+        (matrix["bits"], matrix["method"]) for matrix in matrices if matrix["bits"] is not None
+    )
+    named = [(f"{bits}-bit {method}", count) for (bits, method), count in sorted(counts.items())]
+    unsettled = len(matrices) - counts.total()
+    if unsettled:
+        named.append(("widths that a pass over the weights will settle", unsettled))
+    if len(named) == 1 and not unsettled:
+        return named[0][0]
+    return ", ".join(f"{count} in {kind}" for kind, count in named)
 
 
 def _shape(shape: Sequence[int]) -> str:

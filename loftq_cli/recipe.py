@@ -16,9 +16,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from loftq_cli import maps
 from loftq_cli.errors import LayoutError, UsageError
 
 BITS = (2, 3, 4, 8)
+MIXED = (2, 4)
+"""The widths that a fraction between them mixes."""
 BLOCK_SIZES = (32, 64, 128, 256)
 METHODS = ("auto", "nf", "nf-symmetric", "fitted", "uniform", "uniform-block", "uniform-tensor")
 LAYOUTS = ("auto", "bnb", "gptq", "loftq", "dense")
@@ -56,6 +59,7 @@ _DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "threads": None,
     "seed": 0,
+    "target_bpw": None,
 }
 _PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -63,7 +67,6 @@ _PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
     "paper": {"method": "nf", "scale": "absmax", "svd": "exact", "keep": "last"},
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "bits": BITS,
     "method": METHODS,
     "block_size": BLOCK_SIZES,
     "layout": LAYOUTS,
@@ -81,7 +84,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 class Options:
     """Settings as given by the user; None means the preset's or the default value."""
 
-    bits: int | None = None
+    bits: float | None = None
     method: str | None = None
     rank: int | None = None
     iters: int | None = None
@@ -102,6 +105,10 @@ class Options:
     threads: int | None = None
     seed: int | None = None
     preset: str = "default"
+    bits_map: tuple[str, ...] = ()
+    rank_map: tuple[str, ...] = ()
+    target_bpw: float | None = None
+    widths: tuple[str, ...] = ()
 
     @staticmethod
     def from_settings(settings: Mapping[str, Any]) -> Options:
@@ -114,7 +121,14 @@ class Options:
                     f"unknown setting {name!r}", hint=f"did you mean {near[0]!r}?" if near else ""
                 )
         patterns = {name: _patterns(name, settings.get(name)) for name in ("include", "exclude")}
-        return Options(**{**settings, **patterns})
+        entries = {
+            name: maps.canonical(_flag(name), settings.get(name))
+            for name in ("bits_map", "rank_map", "widths")
+        }
+        given = {**settings, **patterns, **entries}
+        if given.get("preset") is None:
+            given["preset"] = "default"
+        return Options(**given)
 
     def resolve(self) -> Settings:
         """The settings that these options, the preset and the defaults make, every range checked.
@@ -131,16 +145,28 @@ class Options:
         if method in FIXED_SCALE_METHODS and "scale" in given:
             raise UsageError(f"--scale does not apply to --method {method}, which fixes its own")
         del given["preset"]
+        if "target_bpw" in given:
+            _check_target(given)
+            supplied["bits"] = None
         settings = Settings(**{**supplied, **given})
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(settings, name), choices)
         _check_scale_dtype(settings)
-        if method == "fitted" and settings.bits > MAX_FITTED_BITS:
+        settings = replace(settings, bits=_checked_bits(settings.bits))
+        asked = [settings.bits or 0, *_checked_map("bits_map", settings.bits_map)]
+        if method == "fitted" and max(asked) > MAX_FITTED_BITS:
             raise UsageError(
-                f"--method fitted --bits {settings.bits}: levels are fitted up to "
+                f"--method fitted --bits {max(asked)}: levels are fitted up to "
                 f"{MAX_FITTED_BITS} bits",
                 hint="use --method nf or uniform",
             )
+        for rank in _checked_map("rank_map", settings.rank_map):
+            _check_range("rank_map", rank, 1, MAX_RANK)
+        if settings.widths and settings.target_bpw is None:
+            raise UsageError("widths are what target_bpw settled, and need it beside them")
+        _checked_map("widths", settings.widths)
+        if not isinstance(settings.device, str):
+            raise UsageError(f"--device {settings.device}: use auto, cpu, cuda or cuda:N")
         _check_range("rank", settings.rank, 1, MAX_RANK)
         _check_range("iters", settings.iters, 0, MAX_ITERS)
         _check_range("seed", settings.seed, 0, 2**63 - 1)
@@ -156,9 +182,12 @@ class Options:
 class Settings:
     """Every setting has a value, but ``method``, ``layout`` and ``device`` may still be "auto",
     which the checkpoint and the machine decide. ``lora_alpha`` None: the rank; ``threads`` None:
-    all. ``stats``: the path of a file of activation statistics."""
+    all; ``bits`` None: ``target_bpw`` decides, an average of stored bits. ``bits_map`` and
+    ``rank_map`` overrule ``bits``, ``target_bpw`` and ``rank`` (see maps); ``widths`` are entries
+    for the matrices whose width the target has settled. ``stats``: the path of a file of activation
+    statistics."""
 
-    bits: int
+    bits: float | None
     method: str
     rank: int
     iters: int
@@ -178,16 +207,21 @@ class Settings:
     device: str
     threads: int | None
     seed: int
+    bits_map: tuple[str, ...]
+    rank_map: tuple[str, ...]
+    target_bpw: float | None
+    widths: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Settings):
     """Every setting that can change a byte of the output, resolved.
 
-    ``method``, ``layout`` and ``threads`` are settled; ``scale`` is "fixed" where the method
-    defines it, ``scale_dtype`` concerns layout ``loftq`` only; ``stats`` is the sha256 of the file;
-    ``device`` is the device type; ``kernels`` the variant of the inner loops (numerics.variant).
-    ``layout_fallback`` says why layout auto had to leave its first choice while converting.
+    ``method`` (but for "auto" where widths that differ have methods that differ), ``layout`` and
+    ``threads`` are settled; ``scale`` is "fixed" where the method defines it, ``scale_dtype``
+    concerns layout ``loftq`` only; ``stats`` is the sha256 of the file; ``device`` is the device
+    type; ``kernels`` the variant of the inner loops (numerics.variant). ``layout_fallback`` says
+    why layout auto had to leave its first choice while converting.
     """
 
     threads: int
@@ -197,8 +231,10 @@ class Recipe(Settings):
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, as the manifest holds it."""
         values = asdict(self)
-        values["include"], values["exclude"] = list(self.include), list(self.exclude)
-        return values
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+        }
 
     def with_fallback(self) -> Recipe:
         """The recipe that layout auto continues with when a scale does not fit float16."""
@@ -239,6 +275,37 @@ def _check_scale_dtype(settings: Settings) -> None:
         )
     if settings.method == "uniform-tensor":
         raise UsageError(f"{asked} does not apply to --method uniform-tensor, which has one scale")
+
+
+def _checked_bits(bits: Any) -> float | None:
+    """``bits``, whole numbers as int. Raises UsageError."""
+    if isinstance(bits, float) and bits.is_integer():
+        bits = int(bits)
+    fraction = isinstance(bits, float) and MIXED[0] < bits < MIXED[1]
+    if not fraction and bits is not None and (type(bits) is not int or bits not in BITS):
+        listed = ", ".join(str(width) for width in BITS)
+        raise UsageError(f"--bits {bits}: not one of {listed}, nor a fraction between 2 and 4")
+    return bits  # type: ignore[no-any-return]
+
+
+def _check_target(given: Mapping[str, Any]) -> None:
+    target = given["target_bpw"]
+    if not (_is_number(target) and math.isfinite(target) and target > 0):
+        raise UsageError(f"--target-bpw {target}: must be a positive number")
+    if "bits" in given:
+        bits = _checked_bits(given["bits"])
+        raise UsageError(
+            f"--target-bpw {target} and --bits {bits}: only one can decide the widths",
+            hint="--bits-map fixes the width of some matrices under either",
+        )
+
+
+def _checked_map(name: str, entries: tuple[str, ...]) -> list[int]:
+    """The numbers in a map. Raises UsageError, also for widths that there are not."""
+    numbers = list(maps.parse(_flag(name), entries).values())
+    for number in numbers if name != "rank_map" else ():
+        _check_choice(name, number, BITS)
+    return numbers
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

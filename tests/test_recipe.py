@@ -49,6 +49,10 @@ RECIPE = Recipe(
     seed=0,
     scale_dtype="float32",
     kernels="1:tensor+float32",
+    bits_map=("*.q.*=2",),
+    rank_map=(),
+    target_bpw=None,
+    widths=(),
 )
 SOURCES = [("config.json", 10, "aa"), ("model.safetensors", 20, "bb")]
 

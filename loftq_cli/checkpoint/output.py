@@ -60,6 +60,12 @@ def open_output(directory: Path) -> Output:
             f"{directory}: no {MANIFEST}, this is not the output of a conversion",
             hint="give the directory that `loftq convert` wrote",
         )
+    return Output(directory, read_manifest(path))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest at ``path``. Raises VerificationError where it is broken, InputError where it
+    is of a newer format."""
     try:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise VerificationError(f"{path}: larger than 256 MiB")
@@ -76,8 +82,9 @@ def open_output(directory: Path) -> Output:
             f"{path}: format version {version}, this loftq reads up to {FORMAT_VERSION}",
             hint="pip install --upgrade loftq-cli",
         )
-    _check(path, manifest)
-    return Output(directory, manifest)
+    found: dict[str, Any] = manifest
+    _check(path, found)
+    return found
 
 
 def verify(output: Output) -> int:

@@ -15,14 +15,14 @@ from loftq_cli.numerics.variant import Variant
 from loftq_cli.recipe import FIXED_SCALE_METHODS, Settings
 
 
-def resolve_method(settings: Settings) -> str:
-    """The method of ``settings``: auto is nf at 4 bits and uniform at 2, 3 and 8, so that
-    a decoder's default output loads in stock transformers (bnb, gptq)."""
+def resolve_method(settings: Settings, bits: int) -> str:
+    """The method of ``settings`` at that width: auto is nf at 4 bits and uniform at 2, 3 and 8, so
+    that a decoder's default output loads in stock transformers (bnb, gptq)."""
     if settings.method != "auto":
         return settings.method
     if settings.layout == "bnb":
         return "nf"
-    return "nf" if settings.bits == 4 and settings.layout != "gptq" else "uniform"
+    return "nf" if bits == 4 and settings.layout != "gptq" else "uniform"
 
 
 def searches_scales(method: str, scale: str) -> bool:
@@ -40,16 +40,23 @@ def choose_variant(device: torch.device, method: str, scale: str, svd: str) -> V
 
 
 def choose_layout(
-    settings: Settings, method: str, matrices: Sequence[Matrix], surroundings: Surroundings
+    settings: Settings, matrices: Sequence[Matrix], surroundings: Surroundings
 ) -> tuple[str, str | None]:
     """(layout, remark): auto takes what stock consumers load, where it holds every matrix."""
+    kinds = {(matrix.method, matrix.bits) for matrix in matrices}
     if settings.layout != "auto":
         wanted = make_layout(settings.layout)
         obstacles = _obstacles(wanted, matrices, surroundings)
         if obstacles:
             raise LayoutError(f"--layout {wanted.name} cannot hold " + "; ".join(obstacles))
+        mixed = settings.target_bpw is not None or len(kinds) > 1
+        if mixed and not wanted.mixes:
+            raise LayoutError(f"--layout {wanted.name} cannot hold matrices of several widths")
         return wanted.name, None
-    if method == "nf" and settings.bits == 4:
+    if settings.target_bpw is not None or len(kinds) > 1:
+        return "loftq", "layout loftq, because bnb and gptq hold one width"
+    method, bits = kinds.pop()
+    if method == "nf" and bits == 4:
         first = "bnb"
     elif method == "uniform" and is_decoder_only(surroundings):
         first = "gptq"

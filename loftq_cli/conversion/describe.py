@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.conversion.plan import Plan
+from loftq_cli.conversion.target import headroom
 
 
 def describe(plan: Plan, output: Path) -> dict[str, Any]:
-    """What would be selected and passed through, why, and what it would take."""
+    """What would be selected and passed through, why, and what it would take.
+
+    Where a target has yet to settle a width, figures of that matrix are None, and sums the most
+    that they can be.
+    """
+    added = headroom(plan)
+    elements = sum(item.matrix.elements for item in plan.matrices.values())
     sizes = {tensor.name: tensor.nbytes for tensor in plan.selection.matrices}
     existing = next(path for path in (output, *output.parents) if path.exists())
     return {
@@ -23,11 +30,15 @@ def describe(plan: Plan, output: Path) -> dict[str, Any]:
                 "name": name,
                 "shape": list(item.matrix.shape),
                 "dtype": item.matrix.dtype,
+                "method": plan.recipe.method if name in plan.unsettled else item.matrix.method,
+                "bits": None if name in plan.unsettled else item.matrix.bits,
                 "rank": item.rank,
                 "layout": plan.layout.name,
-                "bits_per_weight": item.bits_per_weight,
+                "bits_per_weight": None if name in plan.unsettled else item.bits_per_weight,
                 "source_bytes": sizes[name],
-                "backbone_bytes": sum(spec.nbytes for spec in item.specs),
+                "backbone_bytes": None
+                if name in plan.unsettled
+                else sum(spec.nbytes for spec in item.specs),
                 "reason": "asked for by --include"
                 if name in plan.selection.included
                 else "linear layer of a block",
@@ -47,11 +58,11 @@ def describe(plan: Plan, output: Path) -> dict[str, Any]:
         "totals": {
             "parameters": plan.parameters,
             "source_bytes": plan.source_bytes,
-            "backbone_bytes": plan.backbone_bytes,
+            "backbone_bytes": plan.backbone_bytes + added,
             "adapter_bytes": plan.adapter_bytes,
-            "bits_per_weight": plan.bits_per_weight,
+            "bits_per_weight": plan.bits_per_weight + added * 8 / elements,
         },
         "memory_bytes": plan.memory_bytes,
-        "disk_bytes": plan.disk_bytes,
+        "disk_bytes": plan.disk_bytes + added,
         "free_disk_bytes": shutil.disk_usage(existing).free,
     }

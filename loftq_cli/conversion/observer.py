@@ -6,8 +6,9 @@ from __future__ import annotations
 class Observer:
     """Receives progress; this base class ignores it."""
 
-    def begin(self, total_bytes: int) -> None:
-        """The conversion starts; ``total_bytes`` of source tensors will be worked through."""
+    def begin(self, total_bytes: int, doing: str | None = None) -> None:
+        """The conversion, or what ``doing`` names, starts; ``total_bytes`` of source tensors will
+        be worked through."""
 
     def working_on(self, name: str) -> None:
         """The tensor ``name`` is next."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -20,6 +20,7 @@ from loftq_cli.conversion.choices import (
     resolve_method,
 )
 from loftq_cli.conversion.selection import Selection, select, stacks
+from loftq_cli.conversion.widths import assign_ranks, assign_widths, candidates
 from loftq_cli.errors import CorruptFileError
 from loftq_cli.layouts import Layout, adapter, make_layout
 from loftq_cli.layouts.base import Matrix, Surroundings
@@ -62,7 +63,8 @@ class PlannedShard:
 @dataclass(frozen=True)
 class Plan:
     """A conversion, before it starts. ``auto_layout``: the layout may still be changed to
-    ``loftq`` where a scale turns out not to fit float16."""
+    ``loftq`` where a scale turns out not to fit float16. ``unsettled``: matrices that have the
+    narrowest width until the recipe's target has settled theirs (see target.py)."""
 
     source: Source
     recipe: Recipe
@@ -74,7 +76,8 @@ class Plan:
     shards: Sequence[PlannedShard]
     surroundings: Surroundings
     device: torch.device
-    statistics: Statistics | None = None
+    unsettled: frozenset[str]
+    statistics: Statistics | None
 
     @property
     def unmeasured(self) -> list[str]:
@@ -142,6 +145,20 @@ class Plan:
             statistics=self.statistics,
         )
 
+    def with_widths(self, widths: Mapping[str, int]) -> Plan:
+        """The plan in which those ``unsettled`` have these widths. Raises UsageError where they
+        are not the same matrices."""
+        entries = tuple(f"{name}={bits}" for name, bits in sorted(widths.items()))
+        return _assemble(
+            self.source,
+            replace(self.recipe, widths=entries),
+            self.selection,
+            self.device,
+            auto_layout=False,
+            layout_note=self.layout_note,
+            statistics=self.statistics,
+        )
+
 
 def source_identity(source: Source) -> list[tuple[str, int, str]]:
     """(name, size, header sha256) of each shard; whole contents for the small JSON files."""
@@ -160,12 +177,13 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
     if statistics is not None:
         _check_statistics(statistics, selection)
     device = choose_device(settings.device)
-    method = resolve_method(settings)
-    matrices = [
-        _matrix(tensor, method, settings.bits, settings.block_size) for tensor in selection.matrices
-    ]
+    widths = _widths(source, selection, settings)
+    matrices = [_matrix(tensor, settings, widths) for tensor in selection.matrices]
+    methods = {matrix.method for matrix in matrices}
+    several = len(methods) > 1 or settings.target_bpw is not None
+    method = settings.method if several else methods.pop()
     surroundings = _surroundings(source, selection)
-    layout_name, note = choose_layout(settings, method, matrices, surroundings)
+    layout_name, note = choose_layout(settings, matrices, surroundings)
     recipe = Recipe(
         bits=settings.bits,
         method=method,
@@ -189,6 +207,10 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
         threads=settings.threads or count_cpus(),
         seed=settings.seed,
         kernels=str(choose_variant(device, method, settings.scale, settings.svd)),
+        bits_map=settings.bits_map,
+        rank_map=settings.rank_map,
+        target_bpw=settings.target_bpw,
+        widths=settings.widths,
     )
     auto = settings.layout == "auto"
     return _assemble(
@@ -214,9 +236,11 @@ def _assemble(
 ) -> Plan:
     layout = make_layout(recipe.layout, recipe.dense_dtype, cast(ScaleDtype, recipe.scale_dtype))
     matrices = {}
+    widths = _widths(source, selection, recipe)
+    ranks = assign_ranks(recipe, list(widths))
     for tensor in selection.matrices:
-        matrix = _matrix(tensor, recipe.method, recipe.bits, recipe.block_size)
-        rank = min(recipe.rank, *matrix.shape)
+        matrix = _matrix(tensor, recipe, widths)
+        rank = min(ranks[tensor.name], *matrix.shape)
         matrices[tensor.name] = PlannedMatrix(
             matrix,
             rank,
@@ -236,6 +260,7 @@ def _assemble(
         surroundings=_surroundings(source, selection),
         device=device,
         statistics=statistics,
+        unsettled=frozenset(name for name, bits in widths.items() if bits is None),
     )
 
 
@@ -266,9 +291,16 @@ def _output_shards(source: Source, matrices: Mapping[str, PlannedMatrix]) -> lis
     return planned
 
 
-def _matrix(tensor: StoredTensor, method: str, bits: int, block_size: int) -> Matrix:
+def _widths(source: Source, selection: Selection, settings: Settings) -> dict[str, int | None]:
+    names = [tensor.name for tensor in selection.matrices]
+    return assign_widths(settings, names, [tensor.name for tensor in source.tensors])
+
+
+def _matrix(tensor: StoredTensor, settings: Settings, widths: Mapping[str, int | None]) -> Matrix:
     rows, columns = tensor.shape
-    return Matrix(tensor.name, (rows, columns), tensor.dtype, method, bits, block_size)
+    bits = widths[tensor.name] or min(candidates(settings.method))
+    method = resolve_method(settings, bits)
+    return Matrix(tensor.name, (rows, columns), tensor.dtype, method, bits, settings.block_size)
 
 
 def _surroundings(source: Source, selection: Selection) -> Surroundings:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from loftq_cli import maps
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.output import verify
+from loftq_cli.conversion import target
 from loftq_cli.conversion.choices import searches_scales
 from loftq_cli.conversion.engine import Conversion
 from loftq_cli.conversion.journal import Identity
@@ -19,7 +21,7 @@ from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.plan import Plan, make_plan, source_identity
 from loftq_cli.conversion.statistics import statistics_for
 from loftq_cli.conversion.workspace import Workspace, check_output_path, check_space
-from loftq_cli.errors import InputError, ScaleRangeError, SourceChangedError
+from loftq_cli.errors import InputError, ScaleRangeError, SourceChangedError, UsageError
 from loftq_cli.numerics import native
 from loftq_cli.recipe import Options
 
@@ -53,6 +55,7 @@ def prepare(
     path = check_output_path(Path(output), source.directory)
     statistics = None if resolved.stats is None else statistics_for(source, resolved.stats)
     plan = make_plan(source, resolved, statistics)
+    target.check(plan)
     if plan.unmeasured:
         observer.note(
             f"{len(plan.unmeasured)} of {len(plan.matrices)} matrices are not in {resolved.stats} "
@@ -74,9 +77,11 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
     a source that changed), VerificationError (a complete output that was altered).
     """
     workspace = Workspace(path)
-    plans = [plan] + ([plan.with_fallback()] if plan.auto_layout else [])
-    accepted = {each.fingerprint: _identity(each) for each in plans}
     with workspace.locked():
+        if plan.unsettled:
+            plan = _settled(plan, workspace, overwrite, observer)
+        plans = [plan] + ([plan.with_fallback()] if plan.auto_layout else [])
+        accepted = {each.fingerprint: _identity(each) for each in plans}
         existing = workspace.complete_output()
         if existing is not None and existing.fingerprint in accepted and not overwrite:
             verify(existing)
@@ -97,6 +102,25 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
             observer.note("the source has changed since; starting again, as --overwrite says")
             workspace.discard_work()
             return work.finish()
+
+
+def _settled(plan: Plan, workspace: Workspace, overwrite: bool, observer: Observer) -> Plan:
+    """The plan with the widths that its own earlier work or output has, or else settled anew.
+
+    Under ``overwrite`` always anew: the source may be another now. Raises OutputConflictError
+    before the pass over the weights where what is there is of something else.
+    """
+    if not overwrite:
+        for recipe, fingerprint in workspace.held():
+            if {**recipe, "widths": []} == plan.recipe.as_dict():
+                with suppress(UsageError):  # of other matrices, so of another source
+                    earlier = plan.with_widths(maps.parse("widths", recipe["widths"]))
+                    if earlier.fingerprint == fingerprint:
+                        return earlier
+        workspace.refuse_other_output(_identity(plan), overwrite)
+        workspace.refuse_other_partial({plan.fingerprint: _identity(plan)}, overwrite)
+    with _threads(plan.recipe.threads):
+        return target.settle(plan, observer)
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,13 @@ def select(
 
 def stacks(names: Iterable[str]) -> list[str]:
     """The paths of the stacks of blocks that ``names`` lie in: what precedes the first number."""
-    found = {match.group(1) for name in names if (match := re.match(r"(.*?)\.?\d+\.", name))}
-    return sorted(found)
+    return sorted({place[0] for name in names if (place := block_of(name))})
+
+
+def block_of(name: str) -> tuple[str, int] | None:
+    """(path of the stack of blocks, number of the block) of a tensor, None outside of stacks."""
+    match = re.match(r"(.*?)\.?(\d+)\.", name)
+    return (match.group(1), int(match.group(2))) if match else None
 
 
 def _not_a_matrix(tensor: StoredTensor) -> str | None:

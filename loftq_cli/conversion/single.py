@@ -29,12 +29,15 @@ def decompose(weight: torch.Tensor, options: Options) -> Decomposition:
     bad = first_non_finite(weight)
     if bad is not None:
         raise NonFiniteWeightError(f"weight holds {bad[1]} at {list(bad[0])}", hint="")
-    method = resolve_method(resolved)
+    bits = resolved.bits
+    if not isinstance(bits, int):
+        raise UsageError(f"bits {bits}: one matrix has one width, a whole number", hint="")
+    method = resolve_method(resolved, bits)
     scale = cast(Any, resolved.scale)
     variant = choose_variant(weight.device, method, scale, resolved.svd)
     quantizer = make_quantizer(
         method,
-        resolved.bits,
+        bits,
         resolved.block_size,
         scale,
         native=variant.native,

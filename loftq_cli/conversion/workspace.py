@@ -23,6 +23,8 @@ from loftq_cli.checkpoint.output import MANIFEST, Output, open_output
 from loftq_cli.conversion.journal import Identity, identify
 from loftq_cli.errors import EnvironmentFailure, InputError, OutputConflictError, UsageError
 
+_LONGEST = 200  # characters of a setting's value in a message
+
 
 class Workspace:
     """Paths of one output and of the work on it."""
@@ -87,6 +89,16 @@ class Workspace:
             return open_output(self.final)
         except InputError:
             return None
+
+    def held(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """(recipe, fingerprint) of the unfinished work and of the complete output, what there is
+        of them."""
+        work = identify(self.journal)
+        if work is not None:
+            yield work.recipe, work.fingerprint
+        output = self.complete_output()
+        if output is not None:
+            yield output.manifest["recipe"], output.fingerprint
 
     def written(self) -> int:
         """Bytes on disk of unfinished work: shards have their full size from the start, but hold
@@ -232,8 +244,15 @@ def differences(found: Identity, wanted: Identity) -> str:
 
 
 def _differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names = [name for name in sorted({*there, *now}) if there.get(name) != now.get(name)]
+    if len(names) > 1:  # what was settled follows from the others
+        names = [name for name in names if name != "widths"]
     return [
-        f"{name} {there.get(name)!r} there, {now.get(name)!r} now"
-        for name in sorted({*there, *now})
-        if there.get(name) != now.get(name)
+        f"{name} {_short(there.get(name))} there, {_short(now.get(name))} now" for name in names
     ]
+
+
+def _short(value: Any) -> str:
+    """What a message can hold of a setting: there may be an entry for every matrix."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"

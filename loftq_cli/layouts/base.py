@@ -73,6 +73,8 @@ class Layout(Protocol):
     name: str
     scale_dtype: torch.dtype
     """What a quantizer rounds each scale to as it fits it."""
+    mixes: bool
+    """Whether matrices of several widths and methods can be in one output."""
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         """Why this layout cannot hold ``matrix``, or None."""

@@ -56,6 +56,7 @@ class BnbLayout:
 
     name = "bnb"
     scale_dtype = torch.float32
+    mixes = False
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         if matrix.method != "nf" or matrix.bits != 4:

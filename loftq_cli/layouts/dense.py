@@ -20,6 +20,7 @@ class DenseLayout:
 
     name = "dense"
     scale_dtype = torch.float32
+    mixes = True
 
     def __init__(self, dtype: str) -> None:
         self._dtype = dtype

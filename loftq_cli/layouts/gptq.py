@@ -38,6 +38,7 @@ class GptqLayout:
 
     name = "gptq"
     scale_dtype = torch.float16
+    mixes = False  # optimum builds every layer in the config's one width
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         out_features, in_features = matrix.shape

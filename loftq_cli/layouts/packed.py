@@ -37,6 +37,7 @@ class PackedLayout:
 
     name = "loftq"
     scale_dtype = torch.float32
+    mixes = True
 
     def __init__(self, scales: ScaleDtype = "float32") -> None:
         self._scales: ScaleDtype = scales

@@ -6,7 +6,17 @@ import importlib
 import sys
 import time
 
-NAMES = ("residual", "choices", "speed", "svd", "memory", "overlap", "dequantize", "gpu")
+NAMES = (
+    "residual",
+    "mixed",
+    "choices",
+    "speed",
+    "svd",
+    "memory",
+    "overlap",
+    "dequantize",
+    "gpu",
+)
 
 
 def main(names: list[str]) -> None:

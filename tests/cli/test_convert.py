@@ -29,7 +29,7 @@ PLAN_KEYS = {
     *("passed_through", "recipe", "selected", "source", "totals"),
 }
 SELECTED_KEYS = {
-    *("backbone_bytes", "bits_per_weight", "dtype", "layout", "name"),
+    *("backbone_bytes", "bits", "bits_per_weight", "dtype", "layout", "method", "name"),
     *("rank", "reason", "shape", "source_bytes"),
 }
 PASSED_THROUGH_KEYS = {"bytes", "dtype", "name", "reason", "shape"}
@@ -58,6 +58,10 @@ def recipe(loftq: Command, *options: str) -> dict[str, Any]:
         ("--preset", "paper", "keep", "last"),
         ("--include", "lm_head.*", "include", ["lm_head.*"]),
         ("--exclude", "*.q_proj.*", "exclude", ["*.q_proj.*"]),
+        ("--bits", "2.5", "bits", 2.5),
+        ("--bits-map", "*=2,*.q_proj.*=4", "bits_map", ["*=2", "*.q_proj.*=4"]),
+        ("--rank-map", "*.q_proj.*=4", "rank_map", ["*.q_proj.*=4"]),
+        ("--target-bpw", "3.5", "target_bpw", 3.5),
         ("--lora-alpha", "32", "lora_alpha", 32.0),
         ("--adapter-dtype", "float16", "adapter_dtype", "float16"),
         ("--dense-dtype", "bfloat16", "dense_dtype", "bfloat16"),

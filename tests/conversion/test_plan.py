@@ -262,6 +262,12 @@ def test_every_resolved_setting_is_part_of_the_fingerprint(planned: Planner) -> 
         {"lora_alpha": 16.0},
         {"adapter_dtype": "float16"},
         {"dense_dtype": "float16"},
+        {"bits": 2.5},
+        {"bits_map": "*.q_proj.*=2"},
+        {"bits_map": "*.q_proj.*=3"},
+        {"rank_map": "*.q_proj.*=2"},
+        {"target_bpw": 3.5},
+        {"target_bpw": 3},
     ]
     settings = [{"threads": 2, **change} for change in [{}, *changes]]
     prints = [planned(tensors, **each).fingerprint for each in settings]

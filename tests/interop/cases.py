@@ -115,6 +115,10 @@ CASES = [
     _loftq("llama", 2, "uniform", 64, **_ALPHA),
     _loftq("llama-sharded", 3, "nf", 64, exclude=("*.0.mlp.*", "*.v_proj.*")),
     _loftq("llama", 3, "nf", 64, include=("lm_head.weight",)),
+    Case(
+        "llama", "loftq", {"bits": 2.5, "bits_map": "*.down_proj.*=3", "rank_map": "*.q_proj.*=8"}
+    ),
+    Case("bart", "loftq", {"bits": 3.5, "method": "nf", "rank_map": "*.fc1.*=8", "lora_alpha": 8}),
     _loftq("classifier", 2, "nf", 64, include=("classifier.weight",)),
     _loftq("bart", 2, "uniform", 64),
     _loftq("t5", 3, "nf", 64),

@@ -1,0 +1,115 @@
+"""How far quantization alone would be from every matrix at every width, from a sample of its rows.
+
+This is what a target of stored bits is allocated by (target.py): not the residual that a conversion
+ends with, which is lower by the adapter's part, but cheap, and in about the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+
+from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
+from loftq_cli.checkpoint.reader import TensorFile, as_tensor
+from loftq_cli.checkpoint.source import Shard
+from loftq_cli.conversion.observer import Observer
+from loftq_cli.conversion.plan import Plan
+from loftq_cli.errors import InputError, NonFiniteWeightError
+from loftq_cli.layouts.base import Matrix
+from loftq_cli.numerics.alternation import make_sweep
+from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.metrics import first_non_finite
+from loftq_cli.numerics.quantizers import Scale, make_quantizer
+from loftq_cli.numerics.scale_storage import ScaleDtype
+from loftq_cli.numerics.variant import Variant
+
+_RUNS, _RUN = 32, 8
+"""Rows are sampled in this many runs of this many, from the middles of equal parts."""
+
+
+def estimate(
+    plan: Plan, widths: Mapping[str, Sequence[Matrix]], observer: Observer
+) -> dict[str, list[float]]:
+    """||W - quantize(W)||^2 of each matrix, by name, in each of the forms that ``widths`` gives it.
+
+    Reads sampled rows of these matrices only. Raises NonFiniteWeightError for NaN or Inf among
+    them, InputError where values are too large for float32 arithmetic.
+    """
+    tensors = [
+        (shard, tensor)
+        for shard in plan.source.shards
+        for tensor in shard.header.tensors
+        if tensor.name in widths
+    ]
+    observer.begin(sum(_sampled_bytes(tensor) for _, tensor in tensors), doing="settling widths")
+    errors = {}
+    try:
+        for shard, tensor in tensors:
+            observer.working_on(tensor.name)
+            rows = _sample(shard, tensor).to(plan.device)
+            scaling = tensor.shape[0] / rows.shape[0]
+            squared = [squared_residual(rows, plan, matrix) for matrix in widths[tensor.name]]
+            if not all(math.isfinite(value) for value in squared):
+                raise InputError(
+                    f"{shard.path}: tensor {tensor.name!r}: values are too large for float32",
+                    hint="pass the tensor through with --exclude",
+                )
+            errors[tensor.name] = [value * scaling for value in squared]
+            observer.advance(_sampled_bytes(tensor))
+    finally:
+        observer.end()
+    return errors
+
+
+def squared_residual(rows: torch.Tensor, plan: Plan, matrix: Matrix) -> float:
+    """||W - quantize(W)||^2 of float32 ``rows`` (some, in) of ``matrix``, at its width and with its
+    method, quantized and stored as the conversion would."""
+    recipe = plan.recipe
+    quantizer = make_quantizer(
+        matrix.method,
+        matrix.bits,
+        matrix.block_size,
+        cast(Scale, recipe.scale),
+        plan.layout.scale_dtype,
+        native=Variant.parse(recipe.kernels).native,
+    )
+    settings = Settings(
+        rank=1,
+        iters=0,
+        backbone_dtype=plan.layout.rounding(matrix),
+        scale_dtype=cast(ScaleDtype, recipe.scale_dtype),
+    )
+    return make_sweep(rows, quantizer, settings).quantize(None, None).squared
+
+
+def _runs(rows: int) -> list[tuple[int, int]]:
+    """(first row, number of rows) of the runs that are sampled of so many rows."""
+    if rows <= _RUNS * _RUN:
+        return [(0, rows)]
+    middles = [(2 * number + 1) * rows // (2 * _RUNS) for number in range(_RUNS)]
+    return [(middle - _RUN // 2, _RUN) for middle in middles]
+
+
+def _sampled_bytes(tensor: StoredTensor) -> int:
+    rows = tensor.shape[0]
+    return tensor.nbytes // rows * sum(count for _, count in _runs(rows))
+
+
+def _sample(shard: Shard, tensor: StoredTensor) -> torch.Tensor:
+    """The sampled rows of ``tensor``, float32 (some, in)."""
+    rows, columns = tensor.shape
+    row_bytes = tensor.nbytes // rows
+    runs = _runs(rows)
+    buffer = bytearray()
+    with TensorFile(shard.path) as file:
+        for first, count in runs:
+            buffer += file.read_range(tensor.start + first * row_bytes, count * row_bytes)
+    shape = (sum(count for _, count in runs), columns)
+    sample = as_tensor(TensorSpec(tensor.name, tensor.dtype, shape), buffer).float()
+    bad = first_non_finite(sample)
+    if bad is not None:
+        raise NonFiniteWeightError(f"{shard.path}: tensor {tensor.name!r} holds {bad[1]}")
+    return sample
