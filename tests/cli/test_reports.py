@@ -33,6 +33,7 @@ REPORT_KEYS = {"directory", "layers", "recomputed", "source", "totals", "worst"}
 REPORT_LAYER_KEYS = {
     *("bits", "final", "name", "quantized", "rank", "ratio", "relative_residual"),
     *("relative_residual_quantized", "shape", "step", "steps", "weight"),
+    "weighted",
 }
 MATRICES = checkpoints.matrices(checkpoints.llama())
 
