@@ -11,9 +11,10 @@ With a weighting H (:mod:`loftq_cli.numerics.weighting`) the product B A that is
 in between, and nothing is ever divided by it.
 
 The first call of an alternation starts from a random basis. Later calls start from the basis that
-the previous one ended with, and its shift: the residual changes little from step to step, one pass
-is enough. What is carried is the orthonormal basis, never V*sqrt(sigma): its columns keep their
-weight however small their sigma.
+the previous one ended with: its image under the old residual, taken through the new one, is already
+one pass. The residual changes most from the first step to the second, which takes another; later
+ones need none. What is carried is the orthonormal basis, never V*sqrt(sigma): its columns keep
+their weight however small their sigma.
 
 The products may be in bfloat16, where the device is faster at it. Rounding then moves the basis
 and the projection by 0.4 % at most, which enters the residual squared: 1e-5 of what the adapter
@@ -30,8 +31,7 @@ import torch
 
 from loftq_cli.numerics.weighting import Weighting
 
-COLD_PASSES = 6
-WARM_PASSES = 1
+PASSES = (6, 1, 0)  # of an alternation's first call, its second, and the later ones
 MIN_OVERSAMPLING = 16
 
 _WELL_CONDITIONED = 0.03  # of the largest singular value: float32 then loses less than 1e-4
@@ -40,12 +40,17 @@ _SMALLEST = 1e-37  # below this a reciprocal overflows float32
 
 @dataclass(frozen=True)
 class Basis:
-    """What a call leaves to the next one: ``right`` float32 (k, in), the right singular vectors
-    as rows (times H, with a weighting), and ``edge``, the smallest of their k singular values, a
-    float32 scalar tensor."""
+    """What a call leaves to the next one, of the matrix R divided by its Frobenius norm.
 
-    right: torch.Tensor
+    ``left`` float32 (k, out) the orthonormal rows U^T found, ``image`` (k, in) = U^T R (times H,
+    with a weighting), ``edge`` the smallest of the k singular values, a scalar tensor; ``calls``
+    made so far.
+    """
+
+    left: torch.Tensor
+    image: torch.Tensor
     edge: torch.Tensor
+    calls: int
 
 
 @dataclass(frozen=True)
@@ -118,14 +123,17 @@ def subspace(
     if warm is None:
         columns = matrix.shape[1]
         start = torch.randn((_width(rank), columns), generator=generator, dtype=torch.float32)
-        left, _ = _orthonormal(times(weighed(start.to(matrix.device))))
+        left, values = _orthonormal(times(weighed(start.to(matrix.device))))
         shift = torch.zeros((), device=matrix.device)
-        passes = COLD_PASSES
+        calls = 0
     else:
-        left, _ = _orthonormal(times(warm.right))
-        shift = (warm.edge * unit).square() / 2
-        passes = WARM_PASSES
-    for _ in range(passes):
+        shift = warm.edge.square() / 2
+        calls = warm.calls
+        start = times(warm.image)
+        if calls > 1:  # after the first change, the largest, the old left side is stale
+            start -= shift * warm.left
+        left, values = _orthonormal(start)
+    for _ in range(PASSES[min(calls, len(PASSES) - 1)]):
         left, values = _orthonormal(times(weighed(transposed_times(left))) - shift * left)
         smallest = values[-1]
         shift = torch.where(smallest > shift, (shift + smallest) / 2, shift)
@@ -134,10 +142,9 @@ def subspace(
     projected = transposed_times(left)
     inner, sigma = _eigen(projected, weighed(projected))
     left, projected = inner.T.float() @ left, inner.T.float() @ projected
-    right = weighed(projected) / sigma.clamp_min(_floor(sigma))[:, None].float()
-    sigma = sigma.float() / unit
-    basis = Basis(right, sigma[-1])
-    return _balanced(left[:rank], projected[:rank], sigma[:rank], basis, norm)
+    sigma = sigma.float()
+    basis = Basis(left, weighed(projected), sigma[-1], calls + 1)
+    return _balanced(left[:rank], projected[:rank], sigma[:rank] / unit, basis, norm)
 
 
 def _eigen(rows: torch.Tensor, weighed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

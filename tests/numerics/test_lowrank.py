@@ -88,6 +88,18 @@ def test_one_warm_call_follows_a_matrix_that_changed(name):
     assert distance(changed, low) <= 1.003 * smallest_distance(sigma, rank)
 
 
+@every_matrix
+def test_later_calls_keep_up_with_small_changes(name):
+    """As an alternation's residual changes after its second step."""
+    matrix, rank = MATRICES[name], 16
+    low = subspace(matrix, rank, generator())
+    for step in range(4):
+        matrix = matrix + 0.2 * matrix.std() * gaussian(*matrix.shape, seed=20 + step)
+        low = subspace(matrix, rank, generator(), low.basis)
+        sigma = torch.linalg.svdvals(matrix.double())
+        assert distance(matrix, low) <= 1.003 * smallest_distance(sigma, rank)
+
+
 @pytest.mark.parametrize("shape", [(200, 150), (64, 300), (300, 64)], ids=str)
 @pytest.mark.parametrize("rank", [1, 8, 33])
 @pytest.mark.parametrize("method", [exact, subspace])
@@ -124,8 +136,8 @@ def test_factors_share_sigma_evenly_and_have_orthogonal_directions(name, method)
 def test_carried_basis_is_orthonormal(name, products):
     carried = subspace(MATRICES[name], 16, generator(), products=products).basis
     assert carried is not None
-    basis = carried.right.double()
-    assert basis.shape[1] == MATRICES[name].shape[1]
+    basis = carried.left.double()
+    assert basis.shape[1] == MATRICES[name].shape[0]
     assert basis.shape[0] >= 16
     identity = torch.eye(basis.shape[0], dtype=torch.float64)
     torch.testing.assert_close(basis @ basis.T, identity, rtol=0, atol=1e-5)
@@ -137,7 +149,7 @@ def test_what_a_deficient_matrix_leaves_behind_does_no_harm(rank):
     first = subspace(rank_deficient(100, 80, rank), 16, generator())
     assert bool(torch.isfinite(first.A).all() & torch.isfinite(first.B).all())
     assert first.basis is not None
-    assert float(first.basis.right.norm(dim=1).max()) < 1.001
+    assert float(first.basis.left.norm(dim=1).max()) < 1.001
     matrix = gaussian(100, 80)
     low = subspace(matrix, 16, generator(), first.basis)
     assert bool(torch.isfinite(low.A).all() & torch.isfinite(low.B).all())
