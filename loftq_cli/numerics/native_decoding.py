@@ -14,7 +14,7 @@ from loftq_cli.numerics.packing import packed_length
 
 _STORES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PIECE = 4096  # elements; what one block for the whole matrix is divided into
-_ONE_THREAD = 1 << 20  # elements: below, waking a thread takes longer than the work
+_ONE_THREAD = 1 << 23  # elements: below, waking a second thread costs what it saves
 
 
 class _Call(ctypes.Structure):

@@ -11,9 +11,9 @@ from loftq_cli.layouts.packed import decode_packed
 from loftq_cli.numerics.packing import packed_length
 from tests.benchmarks.tools import seconds, table
 
-_SIDES = (1024, 4096)
+_SIDES = (1024, 2048, 4096)
 _DTYPES = (torch.float32, torch.bfloat16)
-_RUNS = 15
+_RUNS = 31
 
 
 def main() -> None:
