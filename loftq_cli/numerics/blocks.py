@@ -111,11 +111,9 @@ def divide(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def multiply_reciprocal(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """blocks times (1 / scale) per row, which rounds as bitsandbytes does."""
     divisor = nonzero(scales)
-    unit = blocks * divisor.reciprocal()[:, None]
-    tiny = divisor < TINY  # the reciprocal of a subnormal may overflow
-    if bool(tiny.any()):
-        unit[tiny] = blocks[tiny] / divisor[tiny, None]
-    return unit
+    tiny = (divisor < TINY)[:, None]  # the reciprocal of a subnormal may overflow
+    divisor = divisor[:, None]
+    return torch.where(tiny, blocks / divisor, blocks * divisor.reciprocal())
 
 
 def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:

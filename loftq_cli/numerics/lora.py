@@ -37,15 +37,19 @@ def fit_adapter(
     out_features, in_features = matrix.shape
     B = (low.B / settings.scaling).to(settings.adapter_dtype)
     A = low.A.to(settings.adapter_dtype)
-    if not bool(torch.isfinite(low.sigma).all()):
-        raise too_large("a product of the values", torch.float32)
-    if not bool(torch.isfinite(A).all() & torch.isfinite(B).all()):
-        raise too_large("the adapter", settings.adapter_dtype)
     # Rounding noise is no direction: where sigma vanishes B is zero and A is drawn, because an
     # adapter with A = B = 0 cannot train.
     alive = low.sigma > 10 * torch.finfo(torch.float32).eps * low.sigma[:1]
     alive &= (A != 0).any(dim=1) | (B != 0).any(dim=0)
-    if rank == settings.rank and bool(alive.all()):
+    finite = torch.isfinite(low.sigma).all()
+    fits = torch.isfinite(A).all() & torch.isfinite(B).all()
+    # At once: a device is waited for each time a value is read from it.
+    products_finite, adapter_fits, all_alive = torch.stack((finite, fits, alive.all())).tolist()
+    if not products_finite:
+        raise too_large("a product of the values", torch.float32)
+    if not adapter_fits:
+        raise too_large("the adapter", settings.adapter_dtype)
+    if rank == settings.rank and all_alive:
         return A, B, low.basis
     left = torch.zeros(
         (out_features, settings.rank), dtype=settings.adapter_dtype, device=matrix.device
@@ -54,7 +58,7 @@ def fit_adapter(
     left[:, :rank] = torch.where(alive, B, left[:, :rank])
     right[:rank] = torch.where(alive[:, None], A, right[:rank])
     # A basis with dead directions would never find what the next residual has there: go cold.
-    return right, left, low.basis if bool(alive.all()) else None
+    return right, left, low.basis if all_alive else None
 
 
 def too_large(what: str, dtype: torch.dtype) -> InputError:

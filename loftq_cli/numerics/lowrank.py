@@ -34,7 +34,8 @@ from loftq_cli.numerics.weighting import Weighting
 PASSES = (6, 1, 0)  # of an alternation's first call, its second, and the later ones
 MIN_OVERSAMPLING = 16
 
-_WELL_CONDITIONED = 0.03  # of the largest singular value: float32 then loses less than 1e-4
+_RIDGE = 1e-6  # what float32 products lose, of a Gram matrix of any condition
+_FINE_RIDGE = 1e-8  # of rows that are nearly orthonormal already
 _SMALLEST = 1e-37  # below this a reciprocal overflows float32
 
 
@@ -123,7 +124,7 @@ def subspace(
     if warm is None:
         columns = matrix.shape[1]
         start = torch.randn((_width(rank), columns), generator=generator, dtype=torch.float32)
-        left, values = _orthonormal(times(weighed(start.to(matrix.device))))
+        left, _ = _orthonormal(times(weighed(start.to(matrix.device))), _RIDGE)
         shift = torch.zeros((), device=matrix.device)
         calls = 0
     else:
@@ -132,13 +133,12 @@ def subspace(
         start = times(warm.image)
         if calls > 1:  # after the first change, the largest, the old left side is stale
             start -= shift * warm.left
-        left, values = _orthonormal(start)
+        left, _ = _orthonormal(start, _RIDGE)
     for _ in range(PASSES[min(calls, len(PASSES) - 1)]):
-        left, values = _orthonormal(times(weighed(transposed_times(left))) - shift * left)
-        smallest = values[-1]
+        image = times(weighed(transposed_times(left))) - shift * left
+        left, smallest = _orthonormal(image, _RIDGE)
         shift = torch.where(smallest > shift, (shift + smallest) / 2, shift)
-    if bool(values[-1] < _WELL_CONDITIONED * values[0]):
-        left, _ = _orthonormal(left)  # the first time leaves what float32 lost to conditioning
+    left, _ = _orthonormal(left, _FINE_RIDGE)  # what the first time lost to conditioning
     projected = transposed_times(left)
     inner, sigma = _eigen(projected, weighed(projected))
     left, projected = inner.T.float() @ left, inner.T.float() @ projected
@@ -156,16 +156,26 @@ def _eigen(rows: torch.Tensor, weighed: torch.Tensor) -> tuple[torch.Tensor, tor
     return vectors.flip(1), values.flip(0).clamp_min(0).sqrt()
 
 
-def _orthonormal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(an orthonormal basis of the row span of float32 (k, n), its singular values)."""
-    vectors, values = _eigen(rows, rows)
-    scaled = vectors.T / values.clamp_min(_floor(values))[:, None]
-    return scaled.float() @ rows, values.float()
+def _orthonormal(rows: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a basis of the row span of float32 (k, n), nearly orthonormal; about its smallest singular
+    value).
 
-
-def _floor(values: torch.Tensor) -> torch.Tensor:
-    """Below this a singular value is noise: its direction is left short, not blown up to one."""
-    return (values[0] * 1e-6).clamp_min(_SMALLEST)
+    By the Cholesky factor of the Gram matrix, which a device computes without waiting for the
+    host. A ``ridge``, in parts of the trace, keeps it positive where rows depend on each other;
+    directions below it are left short, not blown up to one. The value is the mean of all, squared,
+    weighted with their 32nd negative powers: at most a few percent too large.
+    """
+    gram = (rows @ rows.T).double()
+    gram.diagonal().add_(gram.diagonal().sum() * ridge + _SMALLEST)
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    power = inverse.T @ inverse
+    for _ in range(4):
+        power = power / power.diagonal().sum()
+        power = power @ power
+    smallest = (gram * (power @ power)).sum() / power.square().sum()
+    return inverse.float() @ rows, smallest.sqrt().float()
 
 
 def _balanced(
@@ -179,7 +189,8 @@ def _balanced(
     which would lose digits if it were multiplied by a very small norm at once."""
     lengths = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
     root, share = lengths.sqrt(), math.sqrt(norm)
-    A = projected / root.clamp_min(_SMALLEST) * share
+    # The length of a row below 1e-19 underflows to zero; the row must not be blown up for it.
+    A = projected / root.clamp_min(math.sqrt(_SMALLEST)) * share
     return LowRank(A.contiguous(), (left * root).T.contiguous() * share, sigma, basis)
 
 

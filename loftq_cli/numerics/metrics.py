@@ -29,6 +29,14 @@ def squared_norm(rows: torch.Tensor) -> float:
     return total
 
 
+def squares(rows: torch.Tensor) -> torch.Tensor:
+    """The same as a float64 scalar on the device of ``rows``, which need not be waited for."""
+    if rows.is_cuda:  # in float64 throughout: short of the memory's speed on no device
+        norm: torch.Tensor = torch.linalg.vector_norm(rows, dtype=torch.float64)
+        return norm.square()
+    return torch.tensor(squared_norm(rows), dtype=torch.float64)
+
+
 def first_non_finite(weight: torch.Tensor) -> tuple[tuple[int, ...], float] | None:
     """Index and value of the first NaN or Inf in row-major order, or None."""
     if weight.numel() == 0 or bool(torch.isfinite(torch.stack(weight.aminmax())).all()):

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from loftq_cli.numerics.blocks import Fitted, Parameters, Quantized
-from loftq_cli.numerics.metrics import squared_norm
+from loftq_cli.numerics.metrics import squares
 from loftq_cli.numerics.quantizers import Quantizer
 from loftq_cli.numerics.scale_storage import ScaleDtype, round_scales
 
@@ -101,13 +101,13 @@ class TensorSweep:
         quantizer, columns = self._quantizer, self._weight.shape[1]
         codes = torch.empty(self._weight.shape, dtype=torch.uint8, device=self._weight.device)
         parts: list[Parameters] = []
-        squared = previous = 0.0
+        sums = torch.zeros(2, dtype=torch.float64, device=self._weight.device)
         for rows in self._pieces():
             weight, residual = self._weight[rows].float(), self.residual[rows]
             target = weight
             if product is not None:
                 delta = product.left[rows] @ product.right
-                previous += squared_norm(residual.sub_(delta))
+                sums[1] += squares(residual.sub_(delta))
                 target = weight - delta
             blocks = slice(
                 quantizer.blocks_before(rows.start, columns),
@@ -117,17 +117,18 @@ class TensorSweep:
             codes[rows] = fitted.codes
             parts.append(fitted.parameters)
             torch.sub(weight, as_stored(fitted.values, self._backbone_dtype), out=residual)
-            squared += squared_norm(residual)
+            sums[0] += squares(residual)
             if self.wide is not self.residual:
                 self.wide[rows] = residual
+        squared, previous = sums.tolist()
         return Swept(quantizer.assemble(codes, Parameters.join(parts)), squared, previous)
 
     def remainder(self, product: Product) -> float:
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self._weight.device)
         for rows in self._pieces():
             delta = product.left[rows] @ product.right
-            total += squared_norm(torch.sub(self.residual[rows], delta, out=delta))
-        return total
+            total += squares(torch.sub(self.residual[rows], delta, out=delta))
+        return float(total)
 
     def _pieces(self) -> Iterator[slice]:
         rows, columns = self._weight.shape

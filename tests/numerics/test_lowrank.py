@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.lowrank import Basis, LowRank, exact
@@ -169,3 +170,30 @@ def test_magnitude_does_not_matter(factor):
     low = subspace(matrix * factor, 8, generator())
     expected = smallest_distance(torch.linalg.svdvals(matrix.double()), 8) * factor
     assert distance(matrix * factor, low) <= 1.003 * expected
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values read from it, and factorisations that
+    look whether they succeeded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "_linalg_eigh", "_linalg_svd", "equal", "nonzero"):
+            self.read.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_the_host_waits_for_one_small_factorisation_a_call(calls):
+    matrix = MATRICES["llm-like"]
+    norm = float(matrix.norm())
+    basis = None
+    for _ in range(calls):
+        basis = lowrank.subspace(matrix, norm, 16, generator(), basis).basis
+    with Waits() as waits:
+        lowrank.subspace(matrix, norm, 16, generator(), basis)
+    assert waits.read == ["_linalg_eigh"]
