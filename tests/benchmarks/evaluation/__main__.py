@@ -22,7 +22,7 @@ from tests.benchmarks.tools import minilm, table
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="every start, three seeds")
-    parser.add_argument("--steps", type=int, help="training steps (60; 150 with --full)")
+    parser.add_argument("--steps", type=int, help="training steps (60; 100 with --full)")
     parser.add_argument("--model", type=Path, help="a checkpoint directory (MiniLM)")
     parser.add_argument("--data", type=Path, help="lines of label<TAB>text (movie reviews)")
     parser.add_argument("--work", type=Path, default=Path("build/evaluation"))
@@ -31,7 +31,7 @@ def main() -> None:
     data = given.data or given.work / "movie-reviews.tsv"
     if given.data is None and not data.is_file():
         sentences.movie_reviews(data)
-    steps = given.steps or (150 if given.full else 60)
+    steps = given.steps or (100 if given.full else 60)
     seeds = (0, 1, 2) if given.full else (0, 1)
     chosen = [start for start in starts.STARTS if given.full or start.small]
     runs = _Runs(given.model or minilm(), data, given.work, steps)

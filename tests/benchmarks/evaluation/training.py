@@ -56,7 +56,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         factor = min(progress / _WARMUP, 1.0) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = job["rate"] * max(factor, 0.01)
-        loss = model(**batch(order.sample(parts["train"], _BATCH))).loss
+        with _bfloat16():
+            loss = model(**batch(order.sample(parts["train"], _BATCH))).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -80,11 +81,15 @@ def _accuracy(model: Any, batch: Any, chosen: list[sentences.Sentence]) -> float
     model.eval()
     right = 0
     ordered = sorted(chosen, key=lambda sentence: len(sentence.text))
-    with torch.inference_mode():
+    with torch.inference_mode(), _bfloat16():
         for at in range(0, len(ordered), 2 * _BATCH):
             inputs = batch(ordered[at : at + 2 * _BATCH])
             right += int((model(**inputs).logits.argmax(dim=1) == inputs["labels"]).sum())
     return right / len(ordered)
+
+
+def _bfloat16() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)  # twice as fast where the processor has it
 
 
 def _peak_bytes() -> int:
