@@ -33,7 +33,11 @@ _FLAGS = (
     *("-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
     *("-shared", "-fPIC", "-std=c11"),
 )
-_TUNING = (("-march=native",), ("-mcpu=native",), ())
+_TUNING = tuple(
+    (*processor, *threads)
+    for threads in (("-fopenmp",), ())
+    for processor in (("-march=native",), ("-mcpu=native",), ())
+)
 _TASKS_PER_THREAD = 4
 
 
@@ -140,5 +144,20 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="loftq-kernels")
 
 
+def team(count: int) -> int:
+    """Threads for a function that divides its ``count`` units with OpenMP. Its threads do not
+    survive a fork, and GCC's OpenMP would wait for them for ever: one in a forked process."""
+    return 1 if _forked else max(min(torch.get_num_threads(), count), 1)
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    _pool.cache_clear()  # a child has none of the threads
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of the threads
+    os.register_at_fork(after_in_child=_after_fork)

@@ -14,7 +14,7 @@ from loftq_cli.numerics.packing import packed_length
 
 _STORES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PIECE = 4096  # elements; what one block for the whole matrix is divided into
-_ONE_THREAD = 1 << 23  # elements: below, waking a second thread costs what it saves
+_ONE_THREAD = 1 << 17  # elements: below, a second thread costs what it saves
 
 
 class _Call(ctypes.Structure):
@@ -79,15 +79,10 @@ def decode(
         zeros=None if zeros is None else zeros.data_ptr(),
         out=out.data_ptr(),
     )
-    function, address = native.function("loftq_dequantize"), ctypes.byref(call)
-
-    def work(first: int, last: int) -> None:
-        function(address, ctypes.c_int64(first), ctypes.c_int64(last))
-
-    if count < _ONE_THREAD:
-        work(0, blocks)
-    else:
-        native.divide(work, blocks)
+    threads = 1 if count < _ONE_THREAD else native.team(blocks)
+    native.function("loftq_dequantize")(
+        ctypes.byref(call), ctypes.c_int64(blocks), ctypes.c_int32(threads)
+    )
     return out
 
 

@@ -209,14 +209,21 @@ def test_without_the_library_tensor_operations_decode(monkeypatch):
 
 FORK = """
 import os, torch
-from loftq_cli.numerics import native
+from loftq_cli.numerics import native, native_decoding
 torch.set_num_threads(2)
+native_decoding._ONE_THREAD = 0
+packed, scales, levels = torch.arange(64, dtype=torch.uint8), torch.ones(4), torch.arange(4.0)
+
+def decoded():
+    return native_decoding.decode((4, 64), 2, 64, packed, scales, None, levels, torch.float32)
+
+before = decoded()
 done = []
 native.divide(lambda first, last: done.append(last - first), 100)
 child = os.fork()
 if child == 0:
     native.divide(lambda first, last: done.append(last - first), 100)
-    os._exit(0 if sum(done) == 200 else 1)
+    os._exit(0 if sum(done) == 200 and torch.equal(decoded(), before) else 1)
 assert os.waitpid(child, 0)[1] == 0
 """
 

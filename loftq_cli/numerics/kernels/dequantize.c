@@ -133,9 +133,17 @@ INLINE void any_store(const Dequantize *d, int64_t first, int64_t last, int bits
     else blocks(d, first, last, bits, TO_FLOAT32);
 }
 
-void loftq_dequantize(const Dequantize *d, int64_t first, int64_t last) {
+static void range(const Dequantize *d, int64_t first, int64_t last) {
     if (d->bits == 2) any_store(d, first, last, 2);
     else if (d->bits == 3) any_store(d, first, last, 3);
     else if (d->bits == 4) any_store(d, first, last, 4);
     else any_store(d, first, last, 8);
+}
+
+/* All `count` blocks. OpenMP's threads stay awake for a while after a call, which makes a second one
+ * worth its while for a matrix of a million elements; built without it, one thread does the work. */
+void loftq_dequantize(const Dequantize *d, int64_t count, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int32_t part = 0; part < threads; part++)
+        range(d, count * part / threads, count * (part + 1) / threads);
 }
