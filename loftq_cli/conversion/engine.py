@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
 from loftq_cli.conversion.plan import Plan, PlannedMatrix, PlannedShard
 from loftq_cli.conversion.shard_output import ShardOutput
+from loftq_cli.conversion.usage import peak_host_bytes
 from loftq_cli.conversion.workspace import Workspace
 from loftq_cli.errors import (
     EnvironmentFailure,
@@ -283,13 +282,11 @@ class Conversion:
     def _environment(self, seconds: float) -> dict[str, Any]:
         device = self.plan.device
         cuda = device.type == "cuda"
-        # Linux counts ru_maxrss in KiB, macOS in bytes.
-        unit = 1 if sys.platform == "darwin" else 1024
         return {
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if cuda else "cpu",
             "seconds": round(seconds, 3),
-            "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            "peak_host_bytes": peak_host_bytes(),
             "peak_device_bytes": torch.cuda.max_memory_allocated(device) if cuda else 0,
         }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 import time
 
@@ -24,17 +23,12 @@ def main(names: list[str]) -> None:
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         sys.exit(f"unknown benchmark {unknown[0]!r}; there are: {', '.join(NAMES)}")
-    if len(names) != 1:
-        # A process inherits the peak memory of the one that started it: each gets a fresh one.
-        for name in names or NAMES:
-            subprocess.run([sys.executable, "-m", "tests.benchmarks", name], check=True)
-        return
-    (name,) = names
-    started = time.monotonic()
-    module = importlib.import_module(f"tests.benchmarks.{name}")
-    print(f"\n## {name}: {module.__doc__.splitlines()[0]}\n", flush=True)
-    module.main()
-    print(f"\n({time.monotonic() - started:.0f} s)", flush=True)
+    for name in names or NAMES:
+        started = time.monotonic()
+        module = importlib.import_module(f"tests.benchmarks.{name}")
+        print(f"\n## {name}: {module.__doc__.splitlines()[0]}\n", flush=True)
+        module.main()
+        print(f"\n({time.monotonic() - started:.0f} s)", flush=True)
 
 
 main(sys.argv[1:])

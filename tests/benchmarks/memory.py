@@ -93,7 +93,6 @@ def _layer(number: int) -> Iterator[TensorSpec]:
 
 
 def _import_only() -> int:
-    code = "import resource, torch; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code = "import torch; from loftq_cli.conversion import usage; print(usage.peak_host_bytes())"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(result.stdout) * unit
+    return int(result.stdout)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import resource
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from loftq_cli.conversion.usage import peak_host_bytes
 from tests.benchmarks.evaluation import sentences, starts
 
 _BATCH = 32
@@ -44,7 +44,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     torch.manual_seed(job["seed"])
     model = starts.load(start, model_path, work, labels)
-    before = _peak_bytes()
+    before = peak_host_bytes()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job["rate"], weight_decay=0.01)
     order = random.Random(job["seed"])
@@ -64,7 +64,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(loss.item())
     seconds = time.monotonic() - started
-    peak = _peak_bytes()
+    peak = peak_host_bytes()
     length = max(len(losses) // _CURVE, 1)
     return {
         **job,
@@ -90,11 +90,6 @@ def _accuracy(model: Any, batch: Any, chosen: list[sentences.Sentence]) -> float
 
 def _bfloat16() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)  # twice as fast where the processor has it
-
-
-def _peak_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":
