@@ -98,7 +98,13 @@ def convert(
     observer = Observer()
     options = combined(settings, None if recipe is None else Path(recipe))
     plan, path = prepare(
-        str(model), output, options, revision=revision, offline=offline, observer=observer
+        str(model),
+        output,
+        options,
+        revision=revision,
+        offline=offline,
+        overwrite=overwrite,
+        observer=observer,
     )
     return run(plan, path, overwrite=overwrite, observer=observer).manifest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from loftq_cli.command import CONTEXT as _CONTEXT
 from loftq_cli.command import choice as _choice
 from loftq_cli.command import guarded as _guarded
 from loftq_cli.command import json_option as _json_option
-from loftq_cli.command import on_sigterm as _on_sigterm
 from loftq_cli.version import VERSION
 
 _directory = click.argument(
@@ -197,13 +195,18 @@ def convert(
     from loftq_cli.conversion.describe import describe
     from loftq_cli.conversion.run import prepare, run
 
-    signal.signal(signal.SIGTERM, _on_sigterm)
     narrator = console.Narrator(quiet=quiet, verbose=verbose)
     options = recipes.options(settings, recipe_file)
     if save_recipe is not None:
         recipes.check_writable(save_recipe, dry_run=dry_run)
     plan, path = prepare(
-        model, output, options, revision=revision, offline=offline, observer=narrator
+        model,
+        output,
+        options,
+        revision=revision,
+        offline=offline,
+        overwrite=overwrite,
+        observer=narrator,
     )
     if dry_run:
         console.show_plan(describe(plan, path), as_json=as_json)
@@ -259,7 +262,6 @@ def merge(
     """
     from loftq_cli.conversion.merge import merge as run
 
-    signal.signal(signal.SIGTERM, _on_sigterm)
     narrator = console.Narrator(quiet=quiet, verbose=verbose, doing="merging")
     result = run(
         directory, output, adapter=adapter, dtype=dtype, overwrite=overwrite, observer=narrator

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import click
 
 from loftq_cli import console
-from loftq_cli.command import CONTEXT, choice, guarded, json_option, on_sigterm
+from loftq_cli.command import CONTEXT, choice, guarded, json_option
 
 
 @click.command(context_settings=CONTEXT)
@@ -82,7 +81,6 @@ def calibrate(
     from loftq_cli.conversion.calibrate import Settings
     from loftq_cli.conversion.calibrate import calibrate as run
 
-    signal.signal(signal.SIGTERM, on_sigterm)
     narrator = console.Narrator(quiet=quiet, verbose=verbose, doing="calibrating", unit=" windows")
     result = run(
         model,

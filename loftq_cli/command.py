@@ -27,11 +27,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("-v", "--verbose", is_flag=True, help="Say more; show tracebacks.")
     @functools.wraps(command)
     def guarded(*args: Any, verbose: bool, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, _on_sigterm)
         # torch says this where numpy is not installed; nothing here needs it.
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         try:
             command(*args, verbose=verbose, **kwargs)
             sys.stdout.flush()
+        except Terminated:
+            _fail(_interruption(signal.SIGTERM), verbose)
         except KeyboardInterrupt:
             _fail(_interruption(signal.SIGINT), verbose)
         except LoftqError as error:
@@ -75,8 +78,12 @@ def _interruption(number: signal.Signals) -> InterruptedConversion:
     return InterruptedConversion(message, signal_number=number, hint=hint)
 
 
-def on_sigterm(number: int, frame: FrameType | None) -> None:
-    raise _interruption(signal.SIGTERM)
+class Terminated(KeyboardInterrupt):
+    """SIGTERM. Like Ctrl-C it is no Exception: nothing on its way that handles errors stops it."""
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")

@@ -46,13 +46,20 @@ def is_companion(name: str) -> bool:
     )
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the companions in ``source``, but for config.json, which is not copied as it is, to
-    ``target``. Raises EnvironmentFailure."""
+def companions(source: Path) -> list[Path]:
+    """The files in ``source`` that are copied as they are: not config.json. Raises
+    EnvironmentFailure."""
     with explained(source):
-        paths = sorted(source.iterdir())
-    for path in paths:
-        if path.name != "config.json" and is_companion(path.name) and path.is_file():
-            with explained(path):
-                content = path.read_bytes()
-            write_file(target / path.name, content)
+        return [
+            path
+            for path in sorted(source.iterdir())
+            if path.name != "config.json" and is_companion(path.name) and path.is_file()
+        ]
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the companions in ``source`` to ``target``. Raises EnvironmentFailure."""
+    for path in companions(source):
+        with explained(path):
+            content = path.read_bytes()
+        write_file(target / path.name, content)

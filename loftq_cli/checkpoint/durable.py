@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +33,21 @@ def explained(path: Path) -> Iterator[None]:
 
 def write_file(path: Path, content: bytes) -> None:
     """Replace ``path`` atomically: temporary file, fsync, rename, fsync of the directory."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A name that nobody else has: what is written, replaced and removed here is ours.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with explained(path):
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            write_all(descriptor, content)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
+            try:
+                write_all(descriptor, content)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
         sync_directory(path.parent)
 
 
@@ -54,13 +63,42 @@ def write_all(descriptor: int, content: bytes | memoryview, offset: int | None =
         view = view[written:]
 
 
+def make_directory(path: Path) -> None:
+    """Create ``path``, and what is missing above it, durably. Raises OSError."""
+    missing = list(takewhile(lambda each: not each.exists(), path.parents))
+    path.mkdir(parents=True, exist_ok=True)
+    # Also where it was there already: whoever made it may have died before this.
+    for made in (path, *missing):
+        sync_directory(made.parent)
+
+
 def sync_directory(path: Path) -> None:
     """Make renames and creations in ``path`` durable. Raises OSError."""
+    try:
+        _sync(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that know no better
+            raise
+
+
+def sync_tree(path: Path) -> None:
+    """Make everything in the directory ``path`` durable. Raises OSError."""
+    for directory, _, names in os.walk(path, onerror=_raise):
+        for name in names:
+            _sync(Path(directory, name))
+        sync_directory(Path(directory))
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def file_sha256(path: Path) -> str:

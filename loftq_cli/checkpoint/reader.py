@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -91,10 +92,12 @@ class TensorFile:
 
 
 class ShardReader(TensorFile):
-    """A source shard, read in file order so that its sha256 comes for free."""
+    """A source shard, read in file order so that its sha256 comes for free. ``mtime_ns`` is what
+    it was when it was opened."""
 
     def __init__(self, shard: Shard) -> None:
         super().__init__(shard.path)
+        self.mtime_ns = os.fstat(self._file).st_mtime_ns
         self._position = shard.header.data_start
         try:
             self._digest = hashlib.sha256(self.read_range(0, shard.header.data_start))
@@ -103,6 +106,15 @@ class ShardReader(TensorFile):
         except BaseException:
             os.close(self._file)
             raise
+
+    def check_unchanged(self) -> None:
+        """Raise SourceChangedError where the file was written to since it was opened."""
+        now = os.fstat(self._file).st_mtime_ns
+        if now != self.mtime_ns:
+            raise SourceChangedError(
+                f"{self.path}: changed while it was read: mtime {_time(self.mtime_ns)} then, "
+                f"{_time(now)} now"
+            )
 
     def pieces(self, tensor: StoredTensor) -> Iterator[bytearray]:
         self._advance(tensor)
@@ -124,6 +136,11 @@ class ShardReader(TensorFile):
     def sha256(self) -> str:
         """Of all bytes up to the end of the last tensor that was read."""
         return self._digest.hexdigest()
+
+
+def _time(nanoseconds: int) -> str:
+    seconds, rest = divmod(nanoseconds, 10**9)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09}Z"
 
 
 def as_tensor(spec: TensorSpec, buffer: bytearray) -> torch.Tensor:

@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-from loftq_cli.checkpoint.durable import explained, sync_directory, write_all
+from loftq_cli.checkpoint.durable import explained, make_directory, sync_directory, write_all
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.checkpoint.measured import DIAGONAL, FULL, ModelIdentity
 from loftq_cli.checkpoint.statistics import FORMAT, FORMAT_VERSION, compact_json, open_statistics
@@ -59,15 +59,18 @@ class StatisticsWriter:
         self._partial = path.with_name(f".{path.name}.loftq-partial")
         self._published = False
         with explained(self._partial):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
-            if not self._locked():
+            try:
+                if not self._locked():
+                    raise OutputConflictError(
+                        f"{path}: another process is writing it",
+                        hint="wait for it, or choose another --output",
+                    )
+                os.ftruncate(self._file, 0)  # what a crash left
+            except BaseException:
                 os.close(self._file)
-                raise OutputConflictError(
-                    f"{path}: another process is writing it",
-                    hint="wait for it, or choose another --output",
-                )
-            os.ftruncate(self._file, 0)  # what a crash left
+                raise
 
     def _locked(self) -> bool:
         """Whether the partial file is now ours, and was not published by another process between
@@ -87,9 +90,12 @@ class StatisticsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._published:
-            self._partial.unlink(missing_ok=True)
-        os.close(self._file)
+        try:
+            if not self._published:
+                with explained(self._partial):
+                    self._partial.unlink(missing_ok=True)
+        finally:
+            os.close(self._file)
 
     def add(self, matrices: Sequence[str], moments: torch.Tensor, tokens: int) -> None:
         """Append an entry: ``moments``, float32 (in,) or (in, in) over ``tokens`` tokens, of what

@@ -17,7 +17,7 @@ from types import TracebackType
 
 import torch
 
-from loftq_cli.checkpoint.durable import explained, write_all
+from loftq_cli.checkpoint.durable import explained, sync_directory, write_all
 from loftq_cli.checkpoint.header import DTYPE_BITS, StoredTensor, TensorSpec
 from loftq_cli.checkpoint.reader import PIECE, TORCH_DTYPES, TensorFile
 
@@ -77,8 +77,13 @@ class GrowingShard:
         size = len(header) + sum(spec.nbytes for spec in specs)
         with explained(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            os.ftruncate(self._file, size)
-            write_all(self._file, header, 0)
+            try:
+                os.ftruncate(self._file, size)
+                write_all(self._file, header, 0)
+                sync_directory(path.parent)  # or the file may vanish with all that is synced in it
+            except BaseException:
+                os.close(self._file)
+                raise
 
     def __enter__(self) -> GrowingShard:
         return self

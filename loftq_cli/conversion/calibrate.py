@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from loftq_cli.checkpoint.reader import TORCH_DTYPES
 from loftq_cli.checkpoint.statistics_writer import StatisticsWriter, refuse_taken
 from loftq_cli.conversion.choices import choose_device
 from loftq_cli.conversion.observer import Observer
+from loftq_cli.conversion.resources import check_space, memory_explained
 from loftq_cli.conversion.selection import select
 from loftq_cli.conversion.statistics import identity_of, write_entry
+from loftq_cli.conversion.workspace import Workspace
 from loftq_cli.errors import (
     CorruptFileError,
-    EnvironmentFailure,
     InputError,
     SourceNotFoundError,
     UnsupportedInputError,
@@ -35,6 +35,15 @@ from loftq_cli.integrations.calibration import Calibration, prepare
 
 MOMENTS = ("diagonal", "full")
 _MOST_SHOWN = 3
+_LESS_MEMORY = "use --moments diagonal, a smaller --length or fewer --samples"
+
+
+class _Workspace(Workspace):
+    """Keeps two processes from measuring for the same file; ``output`` is where parts of a model
+    lie that does not fit in memory."""
+
+    suffix = "loftq-calibrate"
+    doing = "writing"
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,13 @@ def calibrate(
     dtype = _dtype(matrices, device)
     nbytes = sum(tensor.elements for tensor in source.tensors) * dtype.itemsize
     widths = {tensor.name: tensor.shape[1] for tensor in matrices}
-    with explained(output.parent):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        offload = tempfile.TemporaryDirectory(prefix=".loftq-offload-", dir=output.parent)
-    with _memory_explained(), offload as folder:
+    sides = max(widths.values()), max(widths.values()) if settings.moments == "full" else 1
+    check_space(output.absolute().parent, math.prod(sides) * 4)
+    workspace = _Workspace(output)
+    with memory_explained("calibrating", hint=_LESS_MEMORY), workspace.locked():
+        workspace.discard_work()  # what a crash left
+        with explained(workspace.output):
+            workspace.output.mkdir()
         calibration = prepare(
             source.directory,
             source.config.content,
@@ -113,7 +125,7 @@ def calibrate(
             dtype=dtype,
             nbytes=nbytes,
             device=device,
-            offload_folder=Path(folder),
+            offload_folder=workspace.output,
         )
         samples, length = calibration.windows.shape
         provenance = {
@@ -199,18 +211,3 @@ def _dtype(matrices: Sequence[StoredTensor], device: torch.device) -> torch.dtyp
     tag, _ = Counter(tensor.dtype for tensor in matrices).most_common(1)[0]
     dtype = TORCH_DTYPES[tag]
     return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
-
-
-@contextmanager
-def _memory_explained() -> Iterator[None]:
-    """Turn running out of memory into an EnvironmentFailure."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        # torch's CPU allocator raises a plain RuntimeError.
-        if not known and "can't allocate memory" not in str(error):
-            raise
-        raise EnvironmentFailure(
-            "out of memory", hint="use --moments diagonal, a smaller --length or fewer --samples"
-        ) from error

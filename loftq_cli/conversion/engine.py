@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 
-from loftq_cli.checkpoint.companions import is_companion
+from loftq_cli.checkpoint.companions import copy_companions
 from loftq_cli.checkpoint.durable import explained, pretty_json, write_file
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.output import MANIFEST
@@ -19,15 +18,15 @@ from loftq_cli.checkpoint.reader import TORCH_DTYPES, ShardReader
 from loftq_cli.checkpoint.source import CONFIG, INDEX
 from loftq_cli.checkpoint.writer import GrowingShard
 from loftq_cli.conversion import manifest as manifests
-from loftq_cli.conversion.journal import Identity, Journal, Unit
+from loftq_cli.conversion.journal import Identity, Journal, ReadShard, Unit
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
 from loftq_cli.conversion.plan import Plan, PlannedMatrix, PlannedShard
+from loftq_cli.conversion.resources import memory_explained
 from loftq_cli.conversion.shard_output import ShardOutput
 from loftq_cli.conversion.usage import peak_host_bytes
 from loftq_cli.conversion.workspace import Workspace
 from loftq_cli.errors import (
-    EnvironmentFailure,
     InputError,
     NonFiniteWeightError,
     ScaleRangeError,
@@ -82,7 +81,7 @@ class Conversion:
         ):
             for shard in plan.shards:
                 self._convert_shard(shard, journal, adapters)
-        self._write_companions()
+        copy_companions(plan.source.directory, output)
         write_file(output / CONFIG, _json(self._config()))
         write_file(output / adapter.DIRECTORY / adapter.CONFIG, pretty_json(self._adapter_config()))
         if len(plan.shards) > 1:
@@ -112,18 +111,23 @@ class Conversion:
                 if unit.record:
                     self.records[name] = unit.record
             known = journal.shards.get(shard.source.name)
-            if known is not None and len(finished) == len(tensors):
-                self.source_hashes[shard.source.name] = known
-                self.observer.advance(sum(tensor.nbytes for tensor in tensors))
-                return
             with ShardReader(shard.source) as reader:
+                if known is not None and len(finished) == len(tensors):
+                    if known.mtime_ns == reader.mtime_ns:
+                        self.source_hashes[shard.source.name] = known.sha256
+                        self.observer.advance(sum(tensor.nbytes for tensor in tensors))
+                        return
+                    self.observer.detail(f"{shard.source.name}: read again, its mtime changed")
                 items = self._read(shard, reader, finished)
                 with WriteBehind() as behind, ReadAhead(items) as ahead:
                     for item in ahead:
                         self._convert_item(shard, item, output, behind)
+                reader.check_unchanged()
+                if known is not None and known.sha256 != reader.sha256:
+                    raise _changed(reader, "the contents", known.sha256)
                 output.settle()
                 self.source_hashes[shard.source.name] = reader.sha256
-                journal.add_shard(shard.source.name, reader.sha256)
+                journal.add_shard(ReadShard(shard.source.name, reader.sha256, reader.mtime_ns))
 
     def _read(
         self, shard: PlannedShard, reader: ShardReader, finished: Mapping[str, Unit]
@@ -133,11 +137,9 @@ class Conversion:
             if tensor.name in finished:
                 for _ in reader.pieces(tensor):
                     pass
-                if reader.sha256 != finished[tensor.name].prefix_sha256:
-                    raise SourceChangedError(
-                        f"{shard.source.path}: the contents up to tensor {tensor.name!r} are not "
-                        "those that the unfinished conversion read"
-                    )
+                before = finished[tensor.name].prefix_sha256
+                if reader.sha256 != before:
+                    raise _changed(reader, f"the contents up to tensor {tensor.name!r}", before)
                 yield _Item(tensor, reader.sha256)
             elif tensor.name in self.plan.matrices:
                 weight = reader.read(tensor)
@@ -160,7 +162,8 @@ class Conversion:
         if item.weight is not None:
             assert prefix is not None
             planned = self.plan.matrices[tensor.name]
-            with _memory_explained(tensor.name, self.plan.device):
+            needed = "--dry-run says how much is needed"
+            with memory_explained(f"tensor {tensor.name!r}", hint=needed, device=self.plan.device):
                 result = self._convert_matrix(shard, tensor, item, planned)
             statistics = self.plan.statistics
             kind = None
@@ -246,16 +249,6 @@ class Conversion:
             self._weighting = entry, make_weighting(moments, variant.products)
         return self._weighting[1]
 
-    def _write_companions(self) -> None:
-        directory = self.plan.source.directory
-        with explained(directory):
-            paths = sorted(directory.iterdir())
-        for path in paths:
-            if path.name != CONFIG and is_companion(path.name) and path.is_file():
-                with explained(path):
-                    content = path.read_bytes()
-                write_file(self.workspace.output / path.name, content)
-
     def _config(self) -> dict[str, Any]:
         plan = self.plan
         matrices = [item.matrix for item in plan.matrices.values()]
@@ -291,23 +284,11 @@ class Conversion:
         }
 
 
-@contextmanager
-def _memory_explained(name: str, device: torch.device) -> Iterator[None]:
-    """Turn running out of memory into an EnvironmentFailure that names the tensor."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentFailure(
-            f"tensor {name!r}: {device} is out of memory",
-            hint="use --device cpu, or free the device",
-        ) from error
-    except (MemoryError, RuntimeError) as error:
-        # torch's CPU allocator raises a plain RuntimeError.
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
-            raise
-        raise EnvironmentFailure(
-            f"tensor {name!r}: out of memory", hint="--dry-run says how much is needed"
-        ) from error
+def _changed(reader: ShardReader, what: str, before: str) -> SourceChangedError:
+    return SourceChangedError(
+        f"{reader.path}: {what} are not those that the unfinished conversion read: sha256 "
+        f"{before[:16]}… there, {reader.sha256[:16]}… now"
+    )
 
 
 def _described(record: Mapping[str, Any]) -> str:

@@ -2,22 +2,25 @@
 
 JSON lines, appended and fsynced after the data they speak of. The first line identifies the
 conversion; each further one a source tensor whose outputs are on disk, with their hashes, or a
-source shard that was read to its end. A torn last line is a crash's, and is cut off.
+source shard that was read to its end. Every line carries a hash of itself. A torn last line is a
+crash's, and is cut off; a damaged one is passed over, and what it spoke of counts as not done.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from loftq_cli.checkpoint.durable import explained, sync_directory, write_all
 
-VERSION = 1
+VERSION = 2
+_CHECK = b', "check": "'  # the last key of every line: the hash of the line without it
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,15 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class ReadShard:
+    """A source shard that was read to its end, when it was as old as this."""
+
+    shard: str
+    sha256: str
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
 class Identity:
     """What an unfinished conversion is of."""
 
@@ -42,37 +54,33 @@ class Identity:
 
 
 class Journal:
-    """An open journal. ``units`` and ``shards`` ({source shard: sha256}) are what it held when it
-    was opened; what :meth:`add` appends is the caller's to remember."""
+    """An open journal. ``units`` and ``shards``, by name, are what it held when it was opened, and
+    ``damaged`` the number of lines that could not be believed; what :meth:`add` appends is the
+    caller's to remember."""
 
     def __init__(self, path: Path, identity: Identity) -> None:
         self.path = path
         self.units: dict[str, Unit] = {}
-        self.shards: dict[str, str] = {}
-        lines, length = _complete_lines(path)
+        self.shards: dict[str, ReadShard] = {}
+        lines, length, self.damaged = _read(path)
         for line in lines[1:]:
             if "shard" in line:
-                self.shards[line["shard"]] = line["sha256"]
+                self.shards[line["shard"]] = ReadShard(**line)
             else:
-                unit = Unit(line["tensor"], line["prefix_sha256"], line["outputs"], line["record"])
-                self.units[unit.tensor] = unit
+                self.units[line["tensor"]] = Unit(**line)
         with explained(path):
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-            os.ftruncate(self._file, length)
-            os.lseek(self._file, length, os.SEEK_SET)
-        if not lines:
-            self._append(
-                [
-                    {
-                        "journal": VERSION,
-                        "fingerprint": identity.fingerprint,
-                        "recipe": identity.recipe,
-                        "sources": identity.sources,
-                    }
-                ]
-            )
+        try:
+            with explained(path):
+                os.ftruncate(self._file, length)
+                os.lseek(self._file, length, os.SEEK_SET)
+            if not lines:
+                self._append([{"journal": VERSION, **asdict(identity)}])
             with explained(path):
                 sync_directory(path.parent)
+        except BaseException:
+            os.close(self._file)
+            raise
 
     def __enter__(self) -> Journal:
         return self
@@ -87,57 +95,73 @@ class Journal:
 
     def add(self, units: Sequence[Unit]) -> None:
         """Record units whose outputs are durable."""
-        self._append(
-            [
-                {
-                    "tensor": unit.tensor,
-                    "prefix_sha256": unit.prefix_sha256,
-                    "outputs": unit.outputs,
-                    "record": unit.record,
-                }
-                for unit in units
-            ]
-        )
+        self._append([asdict(unit) for unit in units])
 
-    def add_shard(self, name: str, sha256: str) -> None:
+    def add_shard(self, shard: ReadShard) -> None:
         """Record that a source shard was read to its end."""
-        self._append([{"shard": name, "sha256": sha256}])
+        self._append([asdict(shard)])
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
         with explained(self.path):
-            write_all(self._file, text.encode())
+            write_all(self._file, b"".join(_sealed(line) for line in lines))
             os.fsync(self._file)
 
 
 def identify(path: Path) -> Identity | None:
-    """The identity in the journal at ``path``; None where there is no whole first line."""
-    lines, _ = _complete_lines(path)
+    """The identity in the journal at ``path``; None where there is none, or none to believe.
+    Raises EnvironmentFailure where it cannot be read."""
+    lines, _, _ = _read(path)
     if not lines:
         return None
     return Identity(lines[0]["fingerprint"], lines[0]["recipe"], lines[0]["sources"])
 
 
-def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Parsed lines up to the first that is torn, and their length in bytes."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return [], 0
-    lines: list[dict[str, Any]] = []
-    length = 0
-    for line in raw.splitlines(keepends=True):
+def is_damaged(path: Path) -> bool:
+    """Whether there is a journal that does not say what it is of, though it once did: damaged, or
+    another version's. Raises EnvironmentFailure where it cannot be read."""
+    lines, _, damaged = _read(path)
+    return not lines and damaged > 0
+
+
+def _sealed(line: Mapping[str, Any]) -> bytes:
+    body = json.dumps(line).encode()
+    return body[:-1] + _CHECK + _digest(body) + b'"}\n'
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest()[:32].encode()
+
+
+def _opened(line: bytes) -> dict[str, Any] | None:
+    """What a line, without its end, says; None where it is damaged."""
+    head, _, tail = line.rpartition(_CHECK)
+    body = head + b"}"
+    if tail != _digest(body) + b'"}':
+        return None
+    value: dict[str, Any] = json.loads(body)
+    return value
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int, int]:
+    """What the whole lines say, from the one that identifies the conversion on; the length in bytes
+    up to the last of them; and how many lines before that are damaged. Without a first line that
+    is whole nothing else can be believed."""
+    with explained(path):
         try:
-            value = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(value, dict):
-            break
-        expected = "fingerprint" if not lines else ("shard" if "shard" in value else "tensor")
-        if expected not in value:
-            break
-        if not lines and value.get("journal") != VERSION:
-            break
-        lines.append(value)
-        length += len(line)
-    return lines, length
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            return [], 0, 0
+    lines: list[dict[str, Any]] = []
+    position = length = passed = damaged = 0
+    for line in raw.split(b"\n")[:-1]:
+        position += len(line) + 1
+        value = _opened(line)
+        if not lines and (value is None or value.get("journal") != VERSION):
+            return [], 0, 1
+        if value is None:
+            passed += 1
+        else:
+            lines.append(value)
+            length, damaged = position, damaged + passed
+            passed = 0
+    return lines, length, damaged

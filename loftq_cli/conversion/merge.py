@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.companions import copy_companions
+from loftq_cli.checkpoint.companions import companions, copy_companions
 from loftq_cli.checkpoint.durable import explained, pretty_json, write_file
 from loftq_cli.checkpoint.output import open_output
 from loftq_cli.checkpoint.reader import TORCH_DTYPES, TensorFile
@@ -31,14 +29,15 @@ from loftq_cli.conversion.merge_config import (
 )
 from loftq_cli.conversion.merge_plan import Copied, Merged, MergePlan, make_merge_plan
 from loftq_cli.conversion.observer import Observer
-from loftq_cli.conversion.workspace import Workspace, check_output_path, check_space
-from loftq_cli.errors import EnvironmentFailure, NonFiniteWeightError, UsageError
+from loftq_cli.conversion.resources import check_space, memory_explained
+from loftq_cli.conversion.workspace import Workspace, check_output_path
+from loftq_cli.errors import NonFiniteWeightError, UsageError
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
 from loftq_cli.numerics.metrics import first_non_finite
 
 MARKER = "loftq_merge.json"
-_MARGIN = 4 << 20  # room for config, tokenizer and the marker
+_MARGIN = 4 << 20  # room for config and the marker
 
 
 class MergeWorkspace(Workspace):
@@ -73,10 +72,13 @@ def merge(
     plan = make_merge_plan(found, open_source(directory), trained, dtype and DTYPE_TAGS[dtype])
     _remark(plan, observer)
     workspace = MergeWorkspace(final)
+    workspace.refuse_other_output(None, overwrite)
+    copied = sum(path.stat().st_size for path in companions(directory))
+    check_space(final.parent, plan.disk_bytes + copied + _MARGIN - workspace.written())
+    workspace.check_permissions()
     with workspace.locked():
         workspace.refuse_other_output(None, overwrite)
         workspace.discard_work()  # what a crash left
-        check_space(final.parent, plan.disk_bytes + _MARGIN)
         try:
             _write(plan, workspace.output, observer)
         finally:
@@ -136,7 +138,8 @@ def _write(plan: MergePlan, target: Path, observer: Observer) -> None:
                     with TensorFile(item.file) as file:
                         shard.write_pieces(item.spec.name, file.pieces(item.tensor))
                 else:
-                    with _memory_explained(item.spec.name):
+                    hint = "free memory for several float32 copies of this matrix"
+                    with memory_explained(f"tensor {item.spec.name!r}", hint=hint):
                         shard.write(item.spec.name, _value(plan, item))
                 observer.advance(item.spec.nbytes)
             shard.sync()
@@ -189,18 +192,3 @@ def _index(plan: MergePlan) -> dict[str, Any]:
         "metadata": {"total_size": plan.tensor_bytes},
         "weight_map": {item.spec.name: name for name, items in plan.shards for item in items},
     }
-
-
-@contextmanager
-def _memory_explained(name: str) -> Iterator[None]:
-    """Turn running out of memory into an EnvironmentFailure that names the tensor."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # torch's CPU allocator raises a plain RuntimeError.
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
-            raise
-        raise EnvironmentFailure(
-            f"tensor {name!r}: out of memory",
-            hint="free memory for several float32 copies of this matrix",
-        ) from error

@@ -32,7 +32,7 @@ class ReadAhead(Generic[_Item]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        _end(self._pool)
 
     def _iterate(self) -> Iterator[_Item]:
         coming = self._pool.submit(next, self._items, cast(_Item, _END))
@@ -59,7 +59,7 @@ class WriteBehind:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown()  # what was computed is written, whatever went wrong since
+        _end(self._pool)  # what was computed is written, whatever went wrong since
         if error is None:
             self.wait()
 
@@ -71,3 +71,17 @@ class WriteBehind:
         if self._last is not None:
             last, self._last = self._last, None
             last.result()
+
+
+def _end(pool: ThreadPoolExecutor) -> None:
+    """Wait for what runs, however often Ctrl-C is pressed meanwhile: the thread must not outlive
+    the files that it works on, nor the lock on them."""
+    interruption = None
+    while True:
+        try:
+            pool.shutdown()
+            break
+        except KeyboardInterrupt as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption

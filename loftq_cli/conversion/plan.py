@@ -124,8 +124,8 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """Estimated peak for the largest matrix, above what importing torch takes: the source's
-        bytes, W - Q in float32 and in the products' dtype, three sets of codes, the thin factors,
-        and the second moments."""
+        bytes, those of the next one too, W - Q in float32 and in the products' dtype, three sets of
+        codes, the thin factors, and the second moments."""
         moments = 0
         if self.statistics is not None:
             entries = self.statistics.entries.values()
@@ -318,4 +318,4 @@ def _working_set(item: PlannedMatrix) -> int:
     rows, columns = item.matrix.shape
     thin = (rows + columns) * 2 * max(item.rank, 16) * 4 * 4
     source = 4 if item.matrix.dtype == "F32" else 2
-    return item.matrix.elements * (source + 4 + 2 + 3) + thin
+    return item.matrix.elements * (2 * source + 4 + 2 + 3) + thin

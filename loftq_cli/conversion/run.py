@@ -11,21 +11,31 @@ from typing import Any
 import torch
 
 from loftq_cli import maps
+from loftq_cli.checkpoint.companions import companions
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.output import verify
 from loftq_cli.conversion import target
 from loftq_cli.conversion.choices import searches_scales
 from loftq_cli.conversion.engine import Conversion
-from loftq_cli.conversion.journal import Identity
+from loftq_cli.conversion.journal import Identity, is_damaged
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.plan import Plan, make_plan, source_identity
+from loftq_cli.conversion.resources import check_memory, check_space
 from loftq_cli.conversion.statistics import statistics_for
-from loftq_cli.conversion.workspace import Workspace, check_output_path, check_space
-from loftq_cli.errors import InputError, ScaleRangeError, SourceChangedError, UsageError
+from loftq_cli.conversion.workspace import Workspace, check_output_path
+from loftq_cli.errors import (
+    CorruptFileError,
+    InputError,
+    ScaleRangeError,
+    SourceChangedError,
+    UsageError,
+)
 from loftq_cli.numerics import native
 from loftq_cli.recipe import Options
 
-_MARGIN = 4 << 20  # room for config, tokenizer, manifest and journal
+_MARGIN = 4 << 20  # room for config, manifest and journal
+_SETTLED = ("widths", "layout", "layout_fallback")
+"""Fields of a recipe that may not be known yet when it is first planned."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,13 @@ def prepare(
     *,
     revision: str | None = None,
     offline: bool = False,
+    overwrite: bool = False,
     observer: Observer,
 ) -> tuple[Plan, Path]:
     """The plan of a conversion and the absolute output path; nothing is written.
+
+    Where nobody chose the number of threads, it is that of unfinished work with these settings, or
+    (unless it is to be overwritten) of an output with them: another would change the bytes.
 
     Raises UsageError for bad settings or an output inside the input, InputError for a bad source,
     EnvironmentFailure where the hub or the device cannot be reached.
@@ -56,6 +70,8 @@ def prepare(
     statistics = None if resolved.stats is None else statistics_for(source, resolved.stats)
     plan = make_plan(source, resolved, statistics)
     target.check(plan)
+    if resolved.threads is None:
+        plan = _with_earlier_threads(plan, Workspace(path), overwrite)
     if plan.unmeasured:
         observer.note(
             f"{len(plan.unmeasured)} of {len(plan.matrices)} matrices are not in {resolved.stats} "
@@ -77,6 +93,8 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
     a source that changed), VerificationError (a complete output that was altered).
     """
     workspace = Workspace(path)
+    if overwrite or workspace.complete_output() is None:
+        _check_resources(plan, workspace)
     with workspace.locked():
         if plan.unsettled:
             plan = _settled(plan, workspace, overwrite, observer)
@@ -88,8 +106,9 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
             workspace.discard_unless_other(accepted)
             return Outcome(existing.manifest, nothing_to_do=True)
         workspace.refuse_other_output(_identity(plan), overwrite)
+        if is_damaged(workspace.journal):
+            observer.note(f"{workspace.journal} is damaged, or of another version: starting again")
         resumed = workspace.refuse_other_partial(accepted, overwrite)
-        check_space(path.parent, plan.disk_bytes + _MARGIN - workspace.written())
         if resumed is not None:
             observer.note(f"resuming the unfinished conversion in {workspace.partial}")
             plan = next(each for each in plans if each.fingerprint == resumed)
@@ -102,6 +121,25 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
             observer.note("the source has changed since; starting again, as --overwrite says")
             workspace.discard_work()
             return work.finish()
+
+
+def _with_earlier_threads(plan: Plan, workspace: Workspace, overwrite: bool) -> Plan:
+    wanted = plan.recipe.as_dict()
+    for held, _ in workspace.held(finished=not overwrite):
+        differing = {name for name in {*held, *wanted} if held.get(name) != wanted.get(name)}
+        if "threads" in differing and differing <= {"threads", *_SETTLED}:
+            return replace(plan, recipe=replace(plan.recipe, threads=held["threads"]))
+    return plan
+
+
+def _check_resources(plan: Plan, workspace: Workspace) -> None:
+    """Raise EnvironmentFailure where disk, memory or permissions are not enough; writes nothing."""
+    copied = sum(path.stat().st_size for path in companions(plan.source.directory))
+    needed = plan.disk_bytes + target.headroom(plan) + copied + _MARGIN
+    check_space(workspace.final.parent, needed - workspace.written())
+    workspace.check_permissions()
+    largest = max(plan.matrices, key=lambda name: plan.matrices[name].matrix.elements)
+    check_memory(plan.memory_bytes, f"tensor {largest!r}", plan.device)
 
 
 def _settled(plan: Plan, workspace: Workspace, overwrite: bool, observer: Observer) -> Plan:
@@ -147,10 +185,10 @@ class _Work:
             if self.plan is self.fallback:
                 raise
             message = error.message
-        except SourceChangedError:
-            raise
+        except (SourceChangedError, CorruptFileError):
+            raise  # a file that was replaced or shortened meanwhile may be restored
         except InputError:
-            # The work cannot be of use: what repairs the input changes the fingerprint.
+            # The work cannot be of use: what helps changes the fingerprint.
             self.workspace.discard_work()
             raise
         finally:

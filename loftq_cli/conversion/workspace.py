@@ -14,13 +14,14 @@ import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.durable import explained, sync_directory
+from loftq_cli.checkpoint.durable import explained, make_directory, sync_directory, sync_tree
 from loftq_cli.checkpoint.output import MANIFEST, Output, open_output
 from loftq_cli.conversion.journal import Identity, identify
+from loftq_cli.conversion.resources import check_permissions
 from loftq_cli.errors import EnvironmentFailure, InputError, OutputConflictError, UsageError
 
 _LONGEST = 200  # characters of a setting's value in a message
@@ -33,6 +34,7 @@ class Workspace:
     marker = MANIFEST
     """The file by which an output that may be replaced is known."""
     kind = "the output of a conversion"
+    doing = "converting to"
 
     def __init__(self, output: Path) -> None:
         self.final = output
@@ -51,30 +53,34 @@ class Workspace:
         try:
             yield
         finally:
-            # Once we have published, the directory may be another process's already.
-            if self._is_lock(descriptor) and not self.journal.exists():
-                self.discard()
-            os.close(descriptor)
+            try:
+                # Once we have published, the directory may be another process's already.
+                if self._is_lock(descriptor) and not self.journal.exists():
+                    self.discard()
+            finally:
+                os.close(descriptor)
 
     def _lock(self) -> int:
         while True:
             with explained(self.partial):
-                self.partial.parent.mkdir(parents=True, exist_ok=True)
-                self.partial.mkdir(exist_ok=True)
+                make_directory(self.partial)
                 try:
                     descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o666)
                 except FileNotFoundError:
                     continue  # its holder finished and removed the directory
-                try:
+            try:
+                with explained(self._lock_file):
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(descriptor)
+                    if self._is_lock(descriptor):
+                        return descriptor
+            except EnvironmentFailure as error:
+                os.close(descriptor)
+                if isinstance(error.__cause__, BlockingIOError):
                     raise OutputConflictError(
-                        f"{self.final}: another process is converting to it",
+                        f"{self.final}: another process is {self.doing} it",
                         hint="wait for it, or choose another --output",
                     ) from None
-            if self._is_lock(descriptor):
-                return descriptor
+                raise
             os.close(descriptor)  # its holder removed the file between open and flock
 
     def _is_lock(self, descriptor: int) -> bool:
@@ -90,21 +96,29 @@ class Workspace:
         except InputError:
             return None
 
-    def held(self) -> Iterator[tuple[dict[str, Any], str]]:
-        """(recipe, fingerprint) of the unfinished work and of the complete output, what there is
-        of them."""
+    def held(self, *, finished: bool = True) -> Iterator[tuple[dict[str, Any], str]]:
+        """(recipe, fingerprint) of the unfinished work and, where ``finished``, of the complete
+        output, what there is of them."""
         work = identify(self.journal)
         if work is not None:
             yield work.recipe, work.fingerprint
-        output = self.complete_output()
+        output = self.complete_output() if finished else None
         if output is not None:
             yield output.manifest["recipe"], output.fingerprint
 
     def written(self) -> int:
         """Bytes on disk of unfinished work: shards have their full size from the start, but hold
         no space for what is not written yet."""
-        files = (path for path in self.output.rglob("*") if path.is_file())
-        return sum(path.stat().st_blocks * 512 for path in files)
+        with explained(self.output):
+            files = (path for path in self.output.rglob("*") if path.is_file())
+            return sum(path.stat().st_blocks * 512 for path in files)
+
+    def check_permissions(self) -> None:
+        """Raise EnvironmentFailure where what is there already could not be worked in, or moved
+        away in the end."""
+        for directory in (self.partial, self.output, self.final):
+            if directory.is_dir():
+                check_permissions(directory)
 
     def keep_only(self, names: Collection[str]) -> None:
         """Remove all files but these from the unfinished output: what a crash left of the files
@@ -143,16 +157,17 @@ class Workspace:
 
     def refuse_other_output(self, wanted: Identity | None, overwrite: bool) -> None:
         """Raise OutputConflictError where the output exists and may not be replaced."""
-        if not self.final.exists() and not self.final.is_symlink():
+        if not os.path.lexists(self.final):
             return
         if os.path.ismount(self.final):
             raise OutputConflictError(
                 f"{self.final} is a mount point, onto which nothing can be renamed",
                 hint="choose a directory inside it",
             )
-        if self.final.is_dir() and not any(self.final.iterdir()):
-            return
-        ours = (self.final / self.marker).is_file()
+        with explained(self.final):
+            if self.final.is_dir() and not any(self.final.iterdir()):
+                return
+            ours = (self.final / self.marker).is_file()
         if not ours:
             raise OutputConflictError(
                 f"{self.final} exists and is not {self.kind}",
@@ -179,15 +194,29 @@ class Workspace:
         """
         self.refuse_other_output(wanted, overwrite)
         with explained(self.final):
-            for directory, _, _ in os.walk(self.output):
-                sync_directory(Path(directory))
+            sync_tree(self.output)
             if self.final.is_dir() and any(self.final.iterdir()):
-                if self._replaced.exists():  # left by a crash right after an earlier rename
-                    shutil.rmtree(self._replaced)
-                os.rename(self.final, self._replaced)
-            os.rename(self.output, self.final)
+                self._set_aside()
+            try:
+                os.rename(self.output, self.final)
+            except OSError:
+                self._put_back()
+                raise
+            sync_directory(self.partial)
             sync_directory(self.final.parent)
-            self.discard()
+        self.discard()
+
+    def _set_aside(self) -> None:
+        if self._replaced.exists():  # left by a crash right after an earlier rename
+            shutil.rmtree(self._replaced)
+        os.rename(self.final, self._replaced)
+        # Durable before the next rename, whatever order the file system would choose.
+        sync_directory(self.partial)
+        sync_directory(self.final.parent)
+
+    def _put_back(self) -> None:
+        if self._replaced.exists() and not os.path.lexists(self.final):
+            os.rename(self._replaced, self.final)
             sync_directory(self.final.parent)
 
     def discard_work(self) -> None:
@@ -198,11 +227,16 @@ class Workspace:
                 shutil.rmtree(self.output)
 
     def discard(self) -> None:
-        """Remove the whole partial directory."""
+        """Remove the partial directory, and in it what is ours. The lock last: until it is gone
+        nobody else begins there."""
         with explained(self.partial):
-            if self._replaced.exists() and not self.final.exists():
-                os.rename(self._replaced, self.final)
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self._put_back()
+        for directory in (self.output, self._replaced):
+            shutil.rmtree(directory, ignore_errors=True)
+        with suppress(OSError):  # as much of it as can be: nothing depends on it any more
+            self.journal.unlink(missing_ok=True)
+            self._lock_file.unlink(missing_ok=True)
+            self.partial.rmdir()
 
 
 def check_output_path(output: Path, source: Path) -> Path:
@@ -219,28 +253,21 @@ def check_output_path(output: Path, source: Path) -> Path:
     return real_output
 
 
-def check_space(directory: Path, needed: int) -> None:
-    """Raise EnvironmentFailure where the disk of ``directory`` (or of its nearest existing parent)
-    lacks ``needed`` bytes, or cannot be written."""
-    while not directory.exists():
-        directory = directory.parent
-    if not os.access(directory, os.W_OK):
-        raise EnvironmentFailure(f"{directory}: not writable", hint="choose another --output")
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise EnvironmentFailure(
-            f"{directory}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
-            hint="free space or choose an --output on another disk",
-        )
-
-
 def differences(found: Identity, wanted: Identity) -> str:
     """The settings and source files in which two conversions differ, both values shown."""
     parts = _differing(found.recipe, wanted.recipe)
-    there = {tuple(entry) for entry in found.sources}
-    now = {tuple(entry) for entry in wanted.sources}
-    parts += [f"source file {name} differs" for name in sorted({entry[0] for entry in there ^ now})]
+    there = {name: _file(*rest) for name, *rest in found.sources}
+    now = {name: _file(*rest) for name, *rest in wanted.sources}
+    parts += [
+        f"source file {name} {there.get(name, 'absent')} there, {now.get(name, 'absent')} now"
+        for name in sorted({*there, *now})
+        if there.get(name) != now.get(name)
+    ]
     return "; ".join(parts) or "the fingerprints differ"
+
+
+def _file(size: int, sha256: str) -> str:
+    return f"{size} bytes, sha256 {sha256[:16]}…"
 
 
 def _differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

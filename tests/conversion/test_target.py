@@ -144,15 +144,15 @@ def test_the_same_command_makes_no_second_pass(
     assert (listener.passes, again.nothing_to_do) == ([], True)
     # Resumed, with the widths of the journal, whatever a pass would say now.
     writes = []
-    original = run.Conversion._write_companions
+    original = run.Conversion._config
 
-    def interrupted(self: run.Conversion) -> None:
+    def interrupted(self: run.Conversion) -> dict[str, Any]:
         writes.append(self)
         if len(writes) == 1:
             raise KeyboardInterrupt
-        original(self)
+        return original(self)
 
-    monkeypatch.setattr(run.Conversion, "_write_companions", interrupted)
+    monkeypatch.setattr(run.Conversion, "_config", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert("other")
     monkeypatch.setattr(target, "settle", lambda plan, observer: pytest.fail("a second pass"))
