@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.checkpoint.measured import DIAGONAL, FULL, ModelIdentity
 from loftq_cli.checkpoint.statistics import FORMAT, FORMAT_VERSION, compact_json, open_statistics
 from loftq_cli.checkpoint.writer import TensorWriter, pieces_of, place
-from loftq_cli.errors import LoftqError, OutputConflictError
+from loftq_cli.errors import EnvironmentFailure, InputError, OutputConflictError
 
 _LARGEST = 1 << 62
 
@@ -144,7 +144,11 @@ def refuse_taken(path: Path, overwrite: bool) -> None:
     try:
         open_statistics(path)
         ours = not path.is_symlink()
-    except LoftqError:
+    except InputError:
+        ours = False
+    except EnvironmentFailure as error:
+        if isinstance(error.__cause__, OSError):
+            raise  # it could not be read, whatever it is
         ours = False
     if not ours:
         raise OutputConflictError(

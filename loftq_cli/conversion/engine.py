@@ -79,6 +79,9 @@ class Conversion:
             Journal(self.workspace.journal, identity) as journal,
             GrowingShard(output / _ADAPTER_FILE, plan.adapter_specs) as adapters,
         ):
+            if journal.damaged:
+                lines = "1 line" if journal.damaged == 1 else f"{journal.damaged} lines"
+                self.observer.detail(f"{lines} of the journal damaged: done again")
             for shard in plan.shards:
                 self._convert_shard(shard, journal, adapters)
         copy_companions(plan.source.directory, output)

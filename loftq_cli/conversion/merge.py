@@ -72,10 +72,10 @@ def merge(
     plan = make_merge_plan(found, open_source(directory), trained, dtype and DTYPE_TAGS[dtype])
     _remark(plan, observer)
     workspace = MergeWorkspace(final)
-    workspace.refuse_other_output(None, overwrite)
-    copied = sum(path.stat().st_size for path in companions(directory))
-    check_space(final.parent, plan.disk_bytes + copied + _MARGIN - workspace.written())
-    workspace.check_permissions()
+    if overwrite or not workspace.is_taken():
+        copied = sum(path.stat().st_size for path in companions(directory))
+        check_space(final.parent, plan.disk_bytes + copied + _MARGIN - workspace.written())
+        workspace.check_permissions()
     with workspace.locked():
         workspace.refuse_other_output(None, overwrite)
         workspace.discard_work()  # what a crash left

@@ -93,7 +93,7 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
     a source that changed), VerificationError (a complete output that was altered).
     """
     workspace = Workspace(path)
-    if overwrite or workspace.complete_output() is None:
+    if overwrite or not workspace.is_taken():
         _check_resources(plan, workspace)
     with workspace.locked():
         if plan.unsettled:

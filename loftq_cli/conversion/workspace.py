@@ -89,6 +89,10 @@ class Workspace:
         except FileNotFoundError:
             return False
 
+    def is_taken(self) -> bool:
+        """Whether there is something under the name of the output."""
+        return os.path.lexists(self.final)
+
     def complete_output(self) -> Output | None:
         """The output where it is there and readable, else None."""
         try:
@@ -157,7 +161,7 @@ class Workspace:
 
     def refuse_other_output(self, wanted: Identity | None, overwrite: bool) -> None:
         """Raise OutputConflictError where the output exists and may not be replaced."""
-        if not os.path.lexists(self.final):
+        if not self.is_taken():
             return
         if os.path.ismount(self.final):
             raise OutputConflictError(
@@ -196,7 +200,9 @@ class Workspace:
         with explained(self.final):
             sync_tree(self.output)
             if self.final.is_dir() and any(self.final.iterdir()):
-                self._set_aside()
+                if self._replaced.exists():  # left by a crash right after an earlier rename
+                    shutil.rmtree(self._replaced)
+                os.rename(self.final, self._replaced)
             try:
                 os.rename(self.output, self.final)
             except OSError:
@@ -206,16 +212,8 @@ class Workspace:
             sync_directory(self.final.parent)
         self.discard()
 
-    def _set_aside(self) -> None:
-        if self._replaced.exists():  # left by a crash right after an earlier rename
-            shutil.rmtree(self._replaced)
-        os.rename(self.final, self._replaced)
-        # Durable before the next rename, whatever order the file system would choose.
-        sync_directory(self.partial)
-        sync_directory(self.final.parent)
-
     def _put_back(self) -> None:
-        if self._replaced.exists() and not os.path.lexists(self.final):
+        if self._replaced.exists() and not self.is_taken():
             os.rename(self._replaced, self.final)
             sync_directory(self.final.parent)
 
