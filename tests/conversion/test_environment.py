@@ -47,7 +47,7 @@ def test_too_little_space_is_found_out_before_anything_is_computed(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 9, 9))
     recorder = Recorder()
-    with pytest.raises(EnvironmentFailure, match=r"GB needed, 0\.00 GB free") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"MB needed, 0\.00 MB free") as caught:
         bench.convert(recorder)
     assert caught.value.exit_code == 5
     assert not recorder.named("converted")

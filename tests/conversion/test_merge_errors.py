@@ -311,7 +311,7 @@ def test_a_full_disk(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         workspace.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1)
     )
-    assert refused(EnvironmentFailure, "GB needed", out).exit_code == 5
+    assert refused(EnvironmentFailure, "MB needed", out).exit_code == 5
 
 
 def test_out_of_memory(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

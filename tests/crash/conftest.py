@@ -16,7 +16,7 @@ _MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(scope="session")
-def _memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory in memory where there is one: what is synced there by the thousand costs
     nothing, and power losses are simulated anyway."""
     if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 1 << 28:
@@ -27,16 +27,16 @@ def _memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def scratch(_memory: Path) -> Iterator[Path]:
+def scratch(memory: Path) -> Iterator[Path]:
     """An empty directory, as fast as can be."""
-    directory = Path(tempfile.mkdtemp(dir=_memory))
+    directory = Path(tempfile.mkdtemp(dir=memory))
     yield directory
     shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="session")
-def learned(_memory: Path) -> dict[str, Scenario]:
+def learned(memory: Path) -> dict[str, Scenario]:
     """The scenarios, with what they leave when nothing happens."""
-    home = _memory / "scenarios"
+    home = memory / "scenarios"
     home.mkdir()
     return {name: each.learn(home / "undisturbed") for name, each in scenarios(home).items()}

@@ -6,6 +6,7 @@ A fork server imports torch once; every process is then a real one, but starts a
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 import os
 import resource
@@ -17,6 +18,8 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["loftq_cli.cli", "loftq_cli.conversion.run", __name__])
+
+_NUMBERS = itertools.count()
 
 # What changes files. Path and shutil call these too.
 _MUTATING = (
@@ -34,22 +37,47 @@ class Ended:
     stderr: str
 
 
+class Running:
+    """A process in which ``loftq`` runs; ``directory`` takes what it says."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str | Path],
+        directory: Path,
+        fault: Callable[[], None] | None = None,
+    ) -> None:
+        self._said = [directory / f".{name}.{next(_NUMBERS)}" for name in ("stdout", "stderr")]
+        words = [str(argument) for argument in arguments]
+        self._process = _CONTEXT.Process(target=_run, args=(words, self._said, fault))
+        self._process.start()
+
+    @property
+    def is_over(self) -> bool:
+        return not self._process.is_alive()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, unless it is over."""
+        assert self._process.pid is not None
+        if not self.is_over:
+            os.kill(self._process.pid, number)
+
+    def end(self) -> Ended:
+        """Wait for its end."""
+        self._process.join()
+        code = self._process.exitcode
+        self._process.close()
+        assert code is not None
+        texts = [path.read_text() if path.exists() else "" for path in self._said]
+        for path in self._said:
+            path.unlink(missing_ok=True)
+        return Ended(code, *texts)
+
+
 def loftq(
     arguments: Sequence[str | Path], directory: Path, fault: Callable[[], None] | None = None
 ) -> Ended:
     """Run ``loftq`` in a process; ``fault`` is called in it first."""
-    said = [directory / f".{name}" for name in ("stdout", "stderr")]
-    words = [str(argument) for argument in arguments]
-    process = _CONTEXT.Process(target=_run, args=(words, said, fault))
-    process.start()
-    process.join()
-    code = process.exitcode
-    process.close()
-    assert code is not None
-    texts = [path.read_text() for path in said]
-    for path in said:
-        path.unlink()
-    return Ended(code, *texts)
+    return Running(arguments, directory, fault).end()
 
 
 def killed_at(call: int) -> Callable[[], None]:

@@ -95,9 +95,9 @@ class Scenario:
         )
 
 
-def convert(scenario: Scenario, directory: Path) -> Recorder:
+def convert(scenario: Scenario, directory: Path, recorder: Recorder | None = None) -> Recorder:
     """Run a scenario that is a conversion; what was said."""
-    recorder = Recorder()
+    recorder = recorder or Recorder()
     overwrite = bool(scenario.before)
     options = Options.from_settings(SETTINGS)
     assert scenario.model is not None
