@@ -22,6 +22,7 @@ from loftq_cli.conversion.journal import Identity, Journal, ReadShard, Unit
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
 from loftq_cli.conversion.plan import Plan, PlannedMatrix, PlannedShard
+from loftq_cli.conversion.reread import check_contents, check_prefix
 from loftq_cli.conversion.resources import memory_explained
 from loftq_cli.conversion.shard_output import ShardOutput
 from loftq_cli.conversion.usage import peak_host_bytes
@@ -30,7 +31,6 @@ from loftq_cli.errors import (
     InputError,
     NonFiniteWeightError,
     ScaleRangeError,
-    SourceChangedError,
 )
 from loftq_cli.layouts import adapter
 from loftq_cli.numerics.alternation import decompose
@@ -113,24 +113,37 @@ class Conversion:
                 self.observer.detail(f"{name}: kept, it was finished before")
                 if unit.record:
                     self.records[name] = unit.record
-            known = journal.shards.get(shard.source.name)
+            known = self._known(shard, journal, finished)
+            if known is not None and len(finished) == len(tensors):
+                self.source_hashes[shard.source.name] = known.sha256
+                self.observer.advance(sum(tensor.nbytes for tensor in tensors))
+                return
             with ShardReader(shard.source) as reader:
-                if known is not None and len(finished) == len(tensors):
-                    if known.mtime_ns == reader.mtime_ns:
-                        self.source_hashes[shard.source.name] = known.sha256
-                        self.observer.advance(sum(tensor.nbytes for tensor in tensors))
-                        return
-                    self.observer.detail(f"{shard.source.name}: read again, its mtime changed")
                 items = self._read(shard, reader, finished)
                 with WriteBehind() as behind, ReadAhead(items) as ahead:
                     for item in ahead:
                         self._convert_item(shard, item, output, behind)
                 reader.check_unchanged()
-                if known is not None and known.sha256 != reader.sha256:
-                    raise _changed(reader, "the contents", known.sha256)
                 output.settle()
                 self.source_hashes[shard.source.name] = reader.sha256
                 journal.add_shard(ReadShard(shard.source.name, reader.sha256, reader.mtime_ns))
+
+    def _known(
+        self, shard: PlannedShard, journal: Journal, finished: Mapping[str, Unit]
+    ) -> ReadShard | None:
+        """What is known of the whole shard, read again where its mtime changed. Where finished
+        tensors lie behind such as must be done again, it is read first, too."""
+        tensors, known = shard.source.header.tensors, journal.shards.get(shard.source.name)
+        done = [tensor.name in finished for tensor in tensors]
+        with explained(shard.source.path):
+            touched = known and known.mtime_ns != shard.source.path.stat().st_mtime_ns
+        if touched or (False in done and (known or True in done[done.index(False) :])):
+            self.observer.detail(f"{shard.source.name}: read again, to see whether it changed")
+            found = check_contents(shard.source, finished, known)
+            if known is not None:
+                journal.add_shard(found)
+                return found
+        return known
 
     def _read(
         self, shard: PlannedShard, reader: ShardReader, finished: Mapping[str, Unit]
@@ -140,9 +153,7 @@ class Conversion:
             if tensor.name in finished:
                 for _ in reader.pieces(tensor):
                     pass
-                before = finished[tensor.name].prefix_sha256
-                if reader.sha256 != before:
-                    raise _changed(reader, f"the contents up to tensor {tensor.name!r}", before)
+                check_prefix(reader, finished[tensor.name])
                 yield _Item(tensor, reader.sha256)
             elif tensor.name in self.plan.matrices:
                 weight = reader.read(tensor)
@@ -286,13 +297,6 @@ class Conversion:
             "peak_host_bytes": peak_host_bytes(),
             "peak_device_bytes": torch.cuda.max_memory_allocated(device) if cuda else 0,
         }
-
-
-def _changed(reader: ShardReader, what: str, before: str) -> SourceChangedError:
-    return SourceChangedError(
-        f"{reader.path}: {what} are not those that the unfinished conversion read: sha256 "
-        f"{before[:16]}… there, {reader.sha256[:16]}… now"
-    )
 
 
 def _described(record: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.durable import write_file
 from loftq_cli.checkpoint.output import MANIFEST, read_manifest
+from loftq_cli.conversion.resources import check_permissions
 from loftq_cli.errors import EnvironmentFailure, InputError, SourceNotFoundError, UsageError
 from loftq_cli.recipe import Options
 
@@ -85,12 +86,13 @@ def save(path: Path, recipe: Mapping[str, Any]) -> None:
 
 
 def check_writable(path: Path, *, dry_run: bool) -> None:
-    """Raise UsageError where no recipe can be saved at ``path``."""
+    """Raise UsageError or EnvironmentFailure where no recipe can be saved at ``path``."""
     if dry_run:
         raise UsageError(f"--save-recipe {path}: --dry-run writes nothing")
     if path.is_dir() or not path.parent.is_dir():
         what = "is a directory" if path.is_dir() else f"there is no directory {path.parent}"
         raise UsageError(f"--save-recipe {path}: {what}", hint="name a file to write")
+    check_permissions(path.parent)
 
 
 def _toml(path: Path) -> dict[str, Any]:

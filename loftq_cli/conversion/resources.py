@@ -39,7 +39,7 @@ def check_permissions(directory: Path) -> None:
     """Raise EnvironmentFailure where an existing directory is not ours to change and to sync."""
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
         raise EnvironmentFailure(
-            f"{directory}: not writable", hint="fix its permissions, or choose another --output"
+            f"{directory}: not writable", hint="fix its permissions, or choose another place"
         )
 
 

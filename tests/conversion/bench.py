@@ -69,7 +69,9 @@ class Bench:
         recorder = recorder or Recorder()
         options = Options.from_settings({"threads": 1, "rank": 4, "iters": 2, **settings})
         target = output or self.output
-        plan, path = prepare(str(self.source), target, options, observer=recorder)
+        plan, path = prepare(
+            str(self.source), target, options, overwrite=overwrite, observer=recorder
+        )
         return run(plan, path, overwrite=overwrite, observer=recorder)
 
     def interrupt(self, stop_before: str, **settings: Any) -> None:
