@@ -222,7 +222,7 @@ class Conversion:
             raise ScaleRangeError(f"tensor {tensor.name!r}: {error.message}") from error
         except InputError as error:
             message = f"{shard.source.path}: tensor {tensor.name!r}: {error.message}"
-            raise InputError(message, hint=error.hint) from error
+            raise type(error)(message, hint=error.hint) from error
 
     def _decompose(self, weight: torch.Tensor, item: PlannedMatrix) -> Decomposition:
         recipe, layout, matrix = self.plan.recipe, self.plan.layout, item.matrix

@@ -9,7 +9,15 @@ import os
 import pytest
 
 from loftq_cli.checkpoint import durable
-from loftq_cli.checkpoint.durable import explained, file_sha256, pretty_json, write_file
+from loftq_cli.checkpoint.durable import (
+    explained,
+    file_sha256,
+    make_directory,
+    pretty_json,
+    sync_directory,
+    sync_tree,
+    write_file,
+)
 from loftq_cli.errors import EnvironmentFailure
 
 
@@ -34,6 +42,7 @@ def test_an_error_in_between_leaves_the_old_file(tmp_path, monkeypatch, step):
         write_file(path, b"new")
     assert caught.value.exit_code == 5
     assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["config.json"]
     monkeypatch.undo()
     write_file(path, b"new")
     assert path.read_bytes() == b"new"
@@ -92,3 +101,46 @@ def test_json_is_sorted_utf8_and_ends_its_line():
 def test_json_holds_file_names_that_are_not_utf8():
     name = os.fsdecode(b"caf\xe9")
     assert json.loads(pretty_json({"id": name}).decode("utf-8")) == {"id": name}
+
+
+def test_files_that_happen_to_be_called_like_temporary_ones_stay(tmp_path):
+    (tmp_path / ".config.json.tmp").write_bytes(b"mine")
+    write_file(tmp_path / "config.json", b"new")
+    assert (tmp_path / ".config.json.tmp").read_bytes() == b"mine"
+
+
+def test_a_new_directory_is_durable_with_all_that_is_above_it(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(durable, "sync_directory", synced.append)
+    make_directory(tmp_path / "a/b/c")
+    assert (tmp_path / "a/b/c").is_dir()
+    assert set(synced) == {tmp_path, tmp_path / "a", tmp_path / "a/b"}
+    synced.clear()
+    make_directory(tmp_path / "a/b/c")  # who made it may have died before he synced
+    assert synced == [tmp_path / "a/b"]
+
+
+@pytest.mark.parametrize(("code", "tolerated"), [(22, True), (95, True), (5, False), (28, False)])
+def test_file_systems_that_cannot_sync_directories(tmp_path, monkeypatch, code, tolerated):
+    def fsync(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if tolerated:
+        sync_directory(tmp_path)
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            sync_directory(tmp_path)
+
+
+def test_a_tree_is_synced_with_every_file_and_directory(tmp_path, monkeypatch):
+    (tmp_path / "a/b").mkdir(parents=True)
+    for name in ("f", "a/g", "a/b/h"):
+        (tmp_path / name).touch()
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}"))
+    )
+    sync_tree(tmp_path)
+    assert set(synced) == {str(tmp_path), *(str(path) for path in tmp_path.rglob("*"))}
+    assert len(synced) == 6

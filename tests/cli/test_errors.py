@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -231,6 +233,24 @@ def test_ctrl_c_exits_with_130(loftq: Command, monkeypatch: pytest.MonkeyPatch) 
     assert result.exit_code == 128 + signal.SIGINT
     (line,) = result.stderr.splitlines()
     assert "interrupted by SIGINT" in line
+
+
+@pytest.mark.parametrize("words", [["convert", "model"], ["inspect", "model"]])
+def test_sigterm_exits_with_143_whatever_handles_errors_on_its_way(
+    words: list[str], loftq: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminated(*arguments: Any, **options: Any) -> None:
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(100):
+                time.sleep(0.1)
+
+    monkeypatch.setattr(loftq_cli.conversion.run, "prepare", terminated)
+    monkeypatch.setattr(loftq_cli.reporting.inspect, "inspect", terminated)
+    result = loftq(*words)
+    assert result.exit_code == 128 + signal.SIGTERM
+    (line,) = result.stderr.splitlines()
+    assert "interrupted by SIGTERM" in line
 
 
 def inspect_into(stdout: BinaryIO, place: Path) -> tuple[int, str]:

@@ -123,3 +123,34 @@ def test_an_output_that_is_in_the_way(checkpoint, notes):
     inside = directory / "stats.safetensors"
     with pytest.raises(UsageError, match="is inside the input"):
         calibrate(str(directory), inside, [notes], Settings(), observer=Observer())
+
+
+def test_what_a_killed_calibration_left_is_removed(checkpoint, tmp_path, notes):
+    left = tmp_path / ".stats.loftq-calibrate/output"
+    left.mkdir(parents=True)
+    (left / "weight.dat").write_bytes(b"x" * 1000)
+    path = tmp_path / "stats"
+    calibrate(str(checkpoint("llama")), path, [notes], Settings(), observer=Observer())
+    assert {each.name for each in tmp_path.iterdir()} == {"stats", "notes.txt"}
+
+
+def test_two_calibrations_for_one_file(checkpoint, tmp_path, notes, monkeypatch):
+    path = tmp_path / "stats"
+
+    class Second(Observer):
+        """Starts another one, when the first has begun to measure."""
+
+        def begin(self, total_bytes, doing=None):
+            with pytest.raises(OutputConflictError, match="another process is writing it"):
+                calibrate(str(checkpoint("llama")), path, [notes], Settings(), observer=Observer())
+
+    calibrate(str(checkpoint("llama")), path, [notes], Settings(), observer=Second())
+    assert {each.name for each in tmp_path.iterdir()} == {"stats", "notes.txt"}
+
+
+def test_an_output_that_may_not_be_written_is_found_out_first(checkpoint, notes, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != notes.parent)
+    path = notes.parent / "new/stats"
+    with pytest.raises(EnvironmentFailure, match="not writable"):
+        calibrate(str(checkpoint("llama")), path, [notes], Settings(), observer=Observer())
+    assert list(notes.parent.iterdir()) == [notes]

@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+import loftq_cli
 from loftq_cli.conversion import engine
 from loftq_cli.conversion import run as runs
+from loftq_cli.conversion.merge import merge
+from loftq_cli.conversion.observer import Observer
+from loftq_cli.conversion.recipe_file import save
 from loftq_cli.errors import (
     EnvironmentFailure,
     InputError,
@@ -139,3 +143,25 @@ def test_a_source_shard_that_vanishes_is_named_and_the_work_kept(bench: Bench) -
     recorder = Recorder()
     bench.convert(recorder)
     assert {KEY, OUT} <= recorder.named("kept")
+
+
+@pytest.mark.parametrize(
+    ("umask", "directories", "files"),
+    [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600), (0o002, 0o775, 0o664), (0o027, 0o750, 0o640)],
+)
+def test_modes_follow_the_umask(umask: int, directories: int, files: int, bench: Bench) -> None:
+    (bench.source / "tokenizer.json").write_text("{}")
+    before = os.umask(umask)
+    try:
+        recipe = bench.convert(output=bench.directory / "new/out").manifest["recipe"]
+        merge(bench.directory / "new/out", bench.directory / "new/merged", observer=Observer())
+        save(bench.directory / "new/recipe.toml", recipe)
+        moments = loftq_cli.Moments(2)
+        moments.add(torch.ones(1, 2))
+        path = bench.directory / "new/deep/stats.safetensors"
+        loftq_cli.save_statistics(path, {"a.weight": moments})
+    finally:
+        os.umask(before)
+    made = [bench.directory / "new", *(bench.directory / "new").rglob("*")]
+    modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in made}
+    assert modes == {(True, directories), (False, files)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -79,3 +80,37 @@ def test_what_was_handed_over_is_written_when_the_caller_fails():
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert done == ["written"]
+
+
+@pytest.mark.parametrize("kind", [ReadAhead, WriteBehind])
+def test_impatience_does_not_leave_the_thread_to_itself(kind, monkeypatch):
+    """Ctrl-C again while what was handed over is being written: the files must not be closed."""
+    gate, done = threading.Event(), []
+
+    def work():
+        gate.wait(_PATIENCE)
+        done.append("written")
+        return iter(())
+
+    original, calls = ThreadPoolExecutor.shutdown, []
+
+    def shutdown(self, *arguments, **options):
+        calls.append(self)
+        if len(calls) < 3:
+            raise KeyboardInterrupt
+        gate.set()
+        original(self, *arguments, **options)
+
+    def interrupted():
+        if kind is WriteBehind:
+            with WriteBehind() as behind:
+                behind.submit(work)
+                raise KeyboardInterrupt
+        with ReadAhead(iter(())):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(calls) == 3
+    assert done == (["written"] if kind is WriteBehind else [])

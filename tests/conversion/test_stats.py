@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from safetensors.torch import load_file
 
 import loftq_cli
 from loftq_cli.cli import main
-from loftq_cli.errors import MissingStatisticsError, OutputConflictError, StatisticsError
+from loftq_cli.conversion import engine
+from loftq_cli.errors import (
+    MissingStatisticsError,
+    OutputConflictError,
+    SourceChangedError,
+    StatisticsError,
+)
 from tests import checkpoints
 from tests.conversion.contents import manifest, product
 from tests.numerics.helpers import gaussian
@@ -104,6 +111,28 @@ def test_the_same_statistics_resume_and_others_do_not(source, tmp_path):
     for stats in (str(tmp_path / "other"), None):
         with pytest.raises(OutputConflictError, match="stats"):
             loftq_cli.convert(source, output=out, stats=stats, **SETTINGS)
+
+
+def test_statistics_that_change_while_they_are_used_are_refused_and_the_work_kept(
+    source, tmp_path, monkeypatch
+):
+    width = widths(source)
+    path = tmp_path / "stats"
+    measure(path, source, list(width), False, width)
+    mtime, original = path.stat().st_mtime_ns, engine.decompose
+
+    def meddling(*arguments):
+        os.utime(path, (1, 1))
+        return original(*arguments)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(engine, "decompose", meddling)
+        said = r"stats: the statistics changed: \d+ bytes, mtime 20.*Z at first, .*mtime 1970-01-01"
+        with pytest.raises(SourceChangedError, match=said):
+            loftq_cli.convert(source, output=tmp_path / "out", stats=path, **SETTINGS)
+    assert (tmp_path / ".out.loftq-partial").exists()
+    os.utime(path, ns=(mtime, mtime))
+    loftq_cli.convert(source, output=tmp_path / "out", stats=path, **SETTINGS)
 
 
 def test_a_matrix_that_was_not_measured_is_converted_without(source, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from loftq_cli.conversion.workspace import Workspace
-from loftq_cli.errors import OutputConflictError
+from loftq_cli.errors import EnvironmentFailure, OutputConflictError
 
 
 def test_nothing_is_left_of_a_lock_that_was_held_for_nothing(tmp_path: Path) -> None:
@@ -58,3 +60,30 @@ def test_a_directory_that_vanishes_under_the_lock_is_made_again(
     with Workspace(tmp_path / "out").locked():
         assert lock.exists()
     assert len(opened) == 2
+
+
+def test_files_that_are_not_ours_stay(tmp_path: Path) -> None:
+    partial = tmp_path / ".out.loftq-partial"
+    partial.mkdir()
+    (partial / "notes.txt").write_text("mine")
+    (tmp_path / ".other.loftq-partial").mkdir()
+    with Workspace(tmp_path / "out").locked():
+        pass
+    assert [path.name for path in partial.iterdir()] == ["notes.txt"]
+    assert (tmp_path / ".other.loftq-partial").exists()
+
+
+def test_a_lock_that_cannot_be_had_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    before = len(os.listdir("/proc/self/fd"))
+    with (
+        pytest.raises(EnvironmentFailure, match=r"lock: No locks available"),
+        Workspace(tmp_path / "out").locked(),
+    ):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before
