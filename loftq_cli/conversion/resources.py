@@ -37,7 +37,8 @@ def check_space(directory: Path, needed: int) -> None:
 
 def check_permissions(directory: Path) -> None:
     """Raise EnvironmentFailure where an existing directory is not ours to change and to sync."""
-    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+    allowed = os.access(directory, os.R_OK | os.W_OK | os.X_OK)
+    if not allowed and directory.is_dir():  # else it was published or discarded just now
         raise EnvironmentFailure(
             f"{directory}: not writable", hint="fix its permissions, or choose another place"
         )

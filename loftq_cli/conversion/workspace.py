@@ -113,9 +113,12 @@ class Workspace:
     def written(self) -> int:
         """Bytes on disk of unfinished work: shards have their full size from the start, but hold
         no space for what is not written yet."""
-        with explained(self.output):
-            files = (path for path in self.output.rglob("*") if path.is_file())
-            return sum(path.stat().st_blocks * 512 for path in files)
+        size = 0
+        for directory, _, names in os.walk(self.output):
+            for name in names:
+                with suppress(FileNotFoundError):  # published just now, by another process
+                    size += os.stat(os.path.join(directory, name)).st_blocks * 512
+        return size
 
     def check_permissions(self) -> None:
         """Raise EnvironmentFailure where what is there already could not be worked in, or moved
@@ -205,7 +208,7 @@ class Workspace:
                 os.rename(self.final, self._replaced)
             try:
                 os.rename(self.output, self.final)
-            except OSError:
+            except BaseException:
                 self._put_back()
                 raise
             sync_directory(self.partial)
