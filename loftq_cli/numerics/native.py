@@ -58,7 +58,12 @@ def load() -> Kernels:
     if compiler is None:
         return Kernels(None, "no C compiler found")
     try:
-        library = ctypes.CDLL(str(_build(compiler)))
+        target = _build(compiler)
+        try:
+            library = ctypes.CDLL(str(target))
+        except OSError:  # damaged in the cache
+            target.unlink(missing_ok=True)
+            library = ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         return Kernels(None, f"the C kernels could not be built: {error}")
     return Kernels(library, "")
@@ -88,6 +93,8 @@ def _build(compiler: str) -> Path:
             command = [compiler, *_FLAGS, *tuning, "-o", str(built), *units, "-lm"]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode == 0:
+                with built.open("rb") as file:
+                    os.fsync(file.fileno())  # a loss of power must not leave the name alone
                 os.replace(built, target)
                 return target
     raise OSError(result.stderr.strip().splitlines()[-1] if result.stderr else "compiler failed")

@@ -250,3 +250,17 @@ def test_the_build_is_kept_in_the_cache_and_found_again(monkeypatch, tmp_path):
     first = built.stat()
     assert native.load.__wrapped__().library is not None
     assert [path.stat() for path in tmp_path.rglob("*.so")] == [first]
+
+
+@needs_kernels
+@pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(100)])
+def test_a_build_that_was_damaged_in_the_cache_is_made_again(monkeypatch, tmp_path, content):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "first"))
+    native.load.__wrapped__()
+    (built,) = tmp_path.rglob("*.so")
+    damaged = tmp_path / "second/loftq" / built.name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(content)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
+    assert native.load.__wrapped__().library is not None
+    assert damaged.read_bytes() == built.read_bytes()
