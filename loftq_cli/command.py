@@ -49,6 +49,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 _drop_stdout()
                 where = error.filename or "standard output"
                 _fail(EnvironmentFailure(f"{where}: {error.strerror}"), verbose)
+            if isinstance(error, MemoryError):
+                _fail(EnvironmentFailure("out of memory", hint="free memory"), verbose)
             if verbose:
                 traceback.print_exc()
             console.complain(f"internal error: {type(error).__name__}: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -156,9 +157,10 @@ class Conversion:
                 check_prefix(reader, finished[tensor.name])
                 yield _Item(tensor, reader.sha256)
             elif tensor.name in self.plan.matrices:
-                weight = reader.read(tensor)
-                if self.plan.device.type == "cuda":
-                    weight = weight.pin_memory()
+                with self._memory_for(tensor):
+                    weight = reader.read(tensor)
+                    if self.plan.device.type == "cuda":
+                        weight = weight.pin_memory()
                 yield _Item(tensor, reader.sha256, weight=weight)
             else:
                 pieces = reader.pieces(tensor)
@@ -176,8 +178,7 @@ class Conversion:
         if item.weight is not None:
             assert prefix is not None
             planned = self.plan.matrices[tensor.name]
-            needed = "--dry-run says how much is needed"
-            with memory_explained(f"tensor {tensor.name!r}", hint=needed, device=self.plan.device):
+            with self._memory_for(tensor):
                 result = self._convert_matrix(shard, tensor, item, planned)
             statistics = self.plan.statistics
             kind = None
@@ -189,10 +190,11 @@ class Conversion:
 
             def write() -> None:
                 module = planned.matrix.module
-                groups = {
-                    shard.name: self.plan.layout.encode(planned.matrix, result.quantized),
-                    _ADAPTER_FILE: adapter.tensors(module, result.lora_A, result.lora_B),
-                }
+                with self._memory_for(tensor):
+                    groups = {
+                        shard.name: self.plan.layout.encode(planned.matrix, result.quantized),
+                        _ADAPTER_FILE: adapter.tensors(module, result.lora_A, result.lora_B),
+                    }
                 output.write(tensor, prefix, groups, record)
 
             behind.submit(write)
@@ -203,6 +205,10 @@ class Conversion:
                 behind.submit(lambda: output.end_copy(tensor, prefix))
         if prefix is not None:
             self.observer.advance(tensor.nbytes)
+
+    def _memory_for(self, tensor: StoredTensor) -> AbstractContextManager[None]:
+        needed = "--dry-run says how much is needed"
+        return memory_explained(f"tensor {tensor.name!r}", hint=needed, device=self.plan.device)
 
     def _convert_matrix(
         self, shard: PlannedShard, tensor: StoredTensor, item: _Item, planned: PlannedMatrix

@@ -21,6 +21,11 @@ from loftq_cli.checkpoint.durable import explained, sync_directory, write_all
 
 VERSION = 2
 _CHECK = b', "check": "'  # the last key of every line: the hash of the line without it
+_KEYS = (
+    {"journal", "fingerprint", "recipe", "sources"},
+    {"tensor", "prefix_sha256", "outputs", "record"},
+    {"shard", "sha256", "mtime_ns"},
+)
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ def _opened(line: bytes) -> dict[str, Any] | None:
     if tail != _digest(body) + b'"}':
         return None
     value: dict[str, Any] = json.loads(body)
-    return value
+    return value if set(value) in _KEYS else None
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int, int]:

@@ -29,7 +29,7 @@ from loftq_cli.conversion.merge_config import (
 )
 from loftq_cli.conversion.merge_plan import Copied, Merged, MergePlan, make_merge_plan
 from loftq_cli.conversion.observer import Observer
-from loftq_cli.conversion.resources import check_space, memory_explained
+from loftq_cli.conversion.resources import check_memory, check_space, memory_explained
 from loftq_cli.conversion.workspace import Workspace, check_output_path
 from loftq_cli.errors import NonFiniteWeightError, UsageError
 from loftq_cli.layouts import adapter as adapters
@@ -76,6 +76,9 @@ def merge(
         copied = sum(path.stat().st_size for path in companions(directory))
         check_space(final.parent, plan.disk_bytes + copied + _MARGIN - workspace.written())
         workspace.check_permissions()
+        largest = max(plan.merged, key=lambda item: item.spec.elements)
+        needed = 2 * 4 * largest.spec.elements  # the matrix and the product, in float32
+        check_memory(needed, f"tensor {largest.spec.name!r}", torch.device("cpu"))
     with workspace.locked():
         workspace.refuse_other_output(None, overwrite)
         workspace.discard_work()  # what a crash left

@@ -235,6 +235,16 @@ def test_ctrl_c_exits_with_130(loftq: Command, monkeypatch: pytest.MonkeyPatch) 
     assert "interrupted by SIGINT" in line
 
 
+def test_memory_that_runs_out_anywhere_is_no_bug(
+    loftq: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loftq_cli.conversion.run, "prepare", lambda *_, **__: bytearray(1 << 50))
+    result = loftq("convert", "model")
+    assert result.exit_code == 5
+    (line,) = result.stderr.splitlines()
+    assert line == "loftq: error: out of memory (free memory)"
+
+
 @pytest.mark.parametrize("words", [["convert", "model"], ["inspect", "model"]])
 def test_sigterm_exits_with_143_whatever_handles_errors_on_its_way(
     words: list[str], loftq: Command, monkeypatch: pytest.MonkeyPatch

@@ -119,6 +119,21 @@ def test_running_out_of_memory_names_the_tensor(
     assert not bench.output.exists()
 
 
+@pytest.mark.parametrize("where", ["reading", "writing"])
+def test_running_out_of_memory_beside_the_computation_names_the_tensor(
+    where: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*arguments: Any) -> None:
+        bytearray(1 << 50)
+
+    if where == "writing":
+        monkeypatch.setattr(engine.adapter, "tensors", allocate)
+    else:
+        monkeypatch.setattr(engine.ShardReader, "read", allocate)
+    with pytest.raises(EnvironmentFailure, match=r"tensor 'model.*k_proj.*': out of memory"):
+        bench.convert()
+
+
 def test_other_errors_of_torch_stay_bugs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def decompose(*arguments: Any) -> None:
         torch.ones(2) @ torch.ones(3)

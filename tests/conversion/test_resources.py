@@ -81,6 +81,19 @@ def test_a_limit_of_the_process_counts(machine: Path, monkeypatch: pytest.Monkey
     assert resources.available_memory(CPU) == 10240 - 3 * 1024
 
 
+def test_a_device_has_what_is_free_and_what_the_process_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
+    device = torch.device("cuda:1")
+    assert resources.available_memory(device) == 1300
+    with pytest.raises(EnvironmentFailure, match=r"0\.00 MB available \(cuda:1\)"):
+        resources.check_memory(1301, "tensor 'x'", device)
+    resources.check_memory(1300, "tensor 'x'", device)
+
+
 def test_this_machine_says_something_sensible() -> None:
     available = resources.available_memory(CPU)
     assert available is None or 0 < available < 1 << 50
@@ -150,6 +163,15 @@ def test_a_merge_asks_first_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
     bench.convert()
     refusing(monkeypatch, bench.directory)
     with pytest.raises(EnvironmentFailure, match="not writable"):
+        merge(bench.output, bench.directory / "deep/merged", observer=Observer())
+    assert bench.names() == {"model", "out"}
+
+
+def test_a_merge_asks_for_memory_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.convert()
+    monkeypatch.setattr(resources, "available_memory", lambda device: 60_000)
+    # Two times 128 x 64 in float32.
+    with pytest.raises(EnvironmentFailure, match=r"mlp.*0\.07 MB of memory needed, 0\.06 MB avail"):
         merge(bench.output, bench.directory / "deep/merged", observer=Observer())
     assert bench.names() == {"model", "out"}
 

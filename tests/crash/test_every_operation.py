@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import re
 import shutil
 from pathlib import Path
 
@@ -103,3 +104,27 @@ def test_an_error_at_any_operation_is_named_and_loses_nothing(
             break
     tell(f"{name}: {errno.errorcode[code]} at each of {number - 1} operations")
     assert number > LEAST[name] // 3
+
+
+def test_an_error_at_any_reading_of_the_source_is_named_and_loses_nothing(
+    learned: dict[str, Scenario], scratch: Path
+) -> None:
+    scenario = learned["convert"]
+    assert scenario.model is not None
+    for number in itertools.count(1):
+        work = scratch / str(number)
+        scenario.prepare(work)
+        act = FailsAt(number, errno.EIO, lambda each: each.name == "preadv", lasting=True)
+        try:
+            with watched(scenario.model, act):
+                scenario.command(work)
+        except EnvironmentFailure as failure:
+            named = re.match(r".*/model-0000\d-of-00002\.safetensors: ", failure.message)
+            assert named, failure.message  # noqa: PT017
+        finished = scenario.state(work)
+        repeat(scenario, work)
+        if act.failed is None:
+            break
+        assert finished == {}
+    tell(f"convert: EIO at each of {number - 1} readings of the source")
+    assert number > 6

@@ -162,24 +162,24 @@ def test_a_second_process_on_the_same_output_is_refused(chain: Chain) -> None:
 
 @pytest.mark.parametrize("over_an_old_output", [False, True])
 def test_killed_at_any_call_that_changes_a_file_it_ends_with_the_same_bytes(
-    over_an_old_output: bool, tmp_path: Path
+    over_an_old_output: bool, scratch: Path
 ) -> None:
-    model = checkpoints.write(tmp_path / "model", checkpoints.llama(), cuts=(5,))
+    model = checkpoints.write(scratch / "model", checkpoints.llama(), cuts=(5,))
     (model / "tokenizer.json").write_text("{}")
-    old, new = tmp_path / "old", tmp_path / "new"
+    old, new = scratch / "old", scratch / "new"
     loftq_cli.convert(model, output=old, **{**QUICK_SETTINGS, "rank": 3})
     loftq_cli.convert(model, output=new, **QUICK_SETTINGS)
     expected = checkpoints.comparable(new)
     flags = ["--overwrite"] if over_an_old_output else []
     # Every eleventh call, until a conversion gets through.
     for call in itertools.count(1, 11):
-        work = tmp_path / f"killed at {call}"
+        work = scratch / f"killed at {call}"
         work.mkdir()
         output = work / "out"
         if over_an_old_output:
             shutil.copytree(old, output)
         arguments = ["convert", model, "-o", output, *QUICK, *flags]
-        ended = processes.loftq(arguments, tmp_path, processes.killed_at(call))
+        ended = processes.loftq(arguments, scratch, processes.killed_at(call))
         if ended.code == 0:
             break
         assert ended.code == -signal.SIGKILL
