@@ -91,6 +91,17 @@ def limited_to(size: int) -> Callable[[], None]:
     return functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
 
 
+def allowed(memory: int) -> Callable[[], None]:
+    """A fault: the process may get ``memory`` bytes of address space and no more."""
+    return functools.partial(_allow, memory)
+
+
+def _allow(memory: int) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + memory
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
 def _run(arguments: list[str], said: list[Path], fault: Callable[[], None] | None) -> None:
     for number, path in enumerate(said, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 import loftq_cli
 from loftq_cli.checkpoint.output import open_output, verify
@@ -245,3 +246,16 @@ def test_a_file_that_cannot_grow_leaves_no_output_and_can_be_resumed(tmp_path: P
     assert not output.exists()
     assert processes.loftq(arguments, tmp_path).code == 0
     verify(open_output(output))
+
+
+def test_a_process_that_may_not_have_the_memory_is_told_before_it_writes(scratch: Path) -> None:
+    weight = torch.zeros(4096, 2048)
+    model = checkpoints.write(scratch / "model", {"model.layers.0.mlp.up_proj.weight": weight})
+    arguments = ["convert", model, "-o", scratch / "new/out", *QUICK, "--layout", "loftq"]
+    ended = processes.loftq(arguments, scratch, processes.allowed(100 << 20))
+    assert ended.code == 5, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    # 17 bytes for each of 8.4 million weights, and 3 MB of thin factors.
+    assert "tensor 'model.layers.0.mlp.up_proj.weight': 0.15 GB of memory needed, " in line
+    assert "available (cpu)" in line
+    assert not (scratch / "new").exists()
