@@ -27,10 +27,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("-v", "--verbose", is_flag=True, help="Say more; show tracebacks.")
     @functools.wraps(command)
     def guarded(*args: Any, verbose: bool, **kwargs: Any) -> None:
-        signal.signal(signal.SIGTERM, _on_sigterm)
         # torch says this where numpy is not installed; nothing here needs it.
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         try:
+            _import_torch()
+            signal.signal(signal.SIGTERM, _on_sigterm)
             command(*args, verbose=verbose, **kwargs)
             sys.stdout.flush()
         except Terminated:
@@ -58,6 +59,29 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(1)
 
     return guarded
+
+
+def _import_torch() -> None:
+    """What every command needs first. A signal ends the process on the spot: nothing has begun,
+    and torch, interrupted in its import, swallows what is raised in it or remains half imported."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        console.complain(f"error: {_interruption(signal.Signals(number))}")
+        sys.stderr.flush()
+        os._exit(128 + number)
+
+    watched = [
+        (number, before)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if (before := signal.getsignal(number)) not in (signal.SIG_IGN, None)
+    ]
+    try:
+        for number, _ in watched:
+            signal.signal(number, end)
+        import torch  # noqa: F401
+    finally:
+        for number, before in watched:
+            signal.signal(number, before)
 
 
 def _drop_stdout() -> None:

@@ -19,6 +19,8 @@ import loftq_cli.reporting.inspect
 from tests import checkpoints
 from tests.cli.common import QUICK, Command
 
+ROOT = Path(loftq_cli.__file__).parents[1]
+
 
 @pytest.mark.parametrize(
     ("words", "said"),
@@ -261,6 +263,32 @@ def test_sigterm_exits_with_143_whatever_handles_errors_on_its_way(
     assert result.exit_code == 128 + signal.SIGTERM
     (line,) = result.stderr.splitlines()
     assert "interrupted by SIGTERM" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_torch_is_imported_is_not_swallowed(
+    number: signal.Signals, place: Path
+) -> None:
+    """A torch that handles whatever is raised in it, as parts of the real one do."""
+    (place / "torch.py").write_text(
+        "import os, time\n"
+        "try:\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    time.sleep(60)\n"
+        "except BaseException:\n"
+        "    pass\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "loftq_cli", "convert", "model"],
+        capture_output=True,
+        text=True,
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": f"{place}{os.pathsep}{ROOT}"},
+        check=False,
+    )
+    assert result.returncode == 128 + number
+    (line,) = result.stderr.splitlines()
+    assert f"interrupted by {number.name}" in line
 
 
 def inspect_into(stdout: BinaryIO, place: Path) -> tuple[int, str]:
