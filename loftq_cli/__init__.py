@@ -79,6 +79,7 @@ def convert(
     overwrite: bool = False,
     revision: str | None = None,
     offline: bool = False,
+    discard_shards: bool = False,
     recipe: str | Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -88,8 +89,8 @@ def convert(
     iters, block_size, layout, scale, scale_dtype, order, svd, preset, include, exclude, bits_map,
     rank_map, target_bpw, lora_alpha, adapter_dtype, dense_dtype, device, threads, seed. ``recipe``
     is a file that holds settings, TOML or the manifest of an earlier conversion; settings given
-    here win. Resumes an unfinished conversion with the same settings. Raises the classes of
-    ``loftq_cli.errors``.
+    here win. ``discard_shards`` deletes each shard from the hub once it is converted. Resumes an
+    unfinished conversion with the same settings. Raises the classes of ``loftq_cli.errors``.
     """
     from loftq_cli.conversion.observer import Observer
     from loftq_cli.conversion.recipe_file import options as combined
@@ -104,6 +105,7 @@ def convert(
         revision=revision,
         offline=offline,
         overwrite=overwrite,
+        discard_shards=discard_shards,
         observer=observer,
     )
     return run(plan, path, overwrite=overwrite, observer=observer).manifest

@@ -13,6 +13,7 @@ from loftq_cli.command import CONTEXT as _CONTEXT
 from loftq_cli.command import choice as _choice
 from loftq_cli.command import guarded as _guarded
 from loftq_cli.command import json_option as _json_option
+from loftq_cli.narrator import Narrator
 from loftq_cli.version import VERSION
 
 _directory = click.argument(
@@ -163,6 +164,12 @@ def main() -> None:
 @click.option("--seed", type=int, help="Seed of every random draw.  [default: 0]")
 @click.option("--revision", type=str, help="Branch, tag or commit on the hub.")
 @click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
+@click.option(
+    "--discard-shards",
+    is_flag=True,
+    help="Delete each shard from the hub once it is converted: room for two of them is enough.  "
+    "What is in the hub cache already stays.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output once done.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; read headers, write nothing.")
 @_json_option
@@ -173,6 +180,7 @@ def convert(
     output: Path,
     revision: str | None,
     offline: bool,
+    discard_shards: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -195,7 +203,7 @@ def convert(
     from loftq_cli.conversion.describe import describe
     from loftq_cli.conversion.run import prepare, run
 
-    narrator = console.Narrator(quiet=quiet, verbose=verbose)
+    narrator = Narrator(quiet=quiet, verbose=verbose)
     options = recipes.options(settings, recipe_file)
     if save_recipe is not None:
         recipes.check_writable(save_recipe, dry_run=dry_run)
@@ -206,6 +214,7 @@ def convert(
         revision=revision,
         offline=offline,
         overwrite=overwrite,
+        discard_shards=discard_shards,
         observer=narrator,
     )
     if dry_run:
@@ -262,7 +271,7 @@ def merge(
     """
     from loftq_cli.conversion.merge import merge as run
 
-    narrator = console.Narrator(quiet=quiet, verbose=verbose, doing="merging")
+    narrator = Narrator(quiet=quiet, verbose=verbose, doing="merging")
     result = run(
         directory, output, adapter=adapter, dtype=dtype, overwrite=overwrite, observer=narrator
     )

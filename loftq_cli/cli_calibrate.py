@@ -8,6 +8,7 @@ import click
 
 from loftq_cli import console
 from loftq_cli.command import CONTEXT, choice, guarded, json_option
+from loftq_cli.narrator import Narrator
 
 
 @click.command(context_settings=CONTEXT)
@@ -81,7 +82,7 @@ def calibrate(
     from loftq_cli.conversion.calibrate import Settings
     from loftq_cli.conversion.calibrate import calibrate as run
 
-    narrator = console.Narrator(quiet=quiet, verbose=verbose, doing="calibrating", unit=" windows")
+    narrator = Narrator(quiet=quiet, verbose=verbose, doing="calibrating", unit=" windows")
     result = run(
         model,
         output,

@@ -1,6 +1,7 @@
 """The only module that prints: results on stdout, everything else on stderr.
 
-rich and tqdm are imported where they are used, so that ``loftq --help`` stays quick.
+Bars are narrator.py's, which sends its lines through here. rich is imported where it is used, so
+that ``loftq --help`` stays quick.
 """
 
 from __future__ import annotations
@@ -14,72 +15,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.conversion.observer import Observer
 from loftq_cli.errors import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from tqdm import tqdm
 
 _PIPE_WIDTH = 200  # columns where stdout is not a terminal: names are not to be cut
-
-
-class Narrator(Observer):
-    """The observer for a terminal: one progress bar over bytes, or what ``unit`` names, remarks
-    as lines.
-
-    The bar is shown only where stderr is a terminal; ``quiet`` silences remarks as well.
-    """
-
-    def __init__(
-        self, *, quiet: bool, verbose: bool, doing: str = "converting", unit: str = "B"
-    ) -> None:
-        self._quiet = quiet
-        self._doing = doing
-        self._unit = unit
-        self._verbose = verbose
-        self._bar: tqdm[Any] | None = None
-
-    def begin(self, total_bytes: int, doing: str | None = None) -> None:
-        if self._quiet or not sys.stderr.isatty():
-            return
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=total_bytes,
-            unit=self._unit,
-            unit_scale=self._unit == "B",
-            desc=doing or self._doing,
-            file=sys.stderr,
-            dynamic_ncols=True,
-            smoothing=0.1,
-        )
-
-    def working_on(self, name: str) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(printable(name), refresh=True)
-
-    def advance(self, nbytes: int) -> None:
-        if self._bar is not None:
-            self._bar.update(nbytes)
-
-    def note(self, text: str) -> None:
-        if not self._quiet:
-            self._line(text)
-
-    def detail(self, text: str) -> None:
-        if self._verbose:
-            self._line(text)
-
-    def end(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.clear()
-        complain(text)
 
 
 def complain(text: str) -> None:
@@ -185,9 +126,18 @@ def show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
             ("bits per weight", f"{totals['bits_per_weight']:.3f}"),
             ("memory", f"{_size(plan['memory_bytes'])} above importing torch"),
             ("disk", f"{_size(plan['disk_bytes'])} of {_size(plan['free_disk_bytes'])} free"),
+            *_download(plan["download"]),
         ],
     )
     print("nothing was written (dry run)")
+
+
+def _download(download: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not download["files"]:
+        return []
+    amount = f"{_size(download['bytes'])} in {download['files']} files"
+    at_once = f"at most {_size(download['disk_bytes'])} at a time"
+    return [("download", f"{amount} to {download['directory']}, {at_once}")]
 
 
 def show_outcome(

@@ -126,6 +126,10 @@ class InterruptedConversion(LoftqError):
         self.exit_code = 128 + signal_number
 
 
+class DownloadAbandoned(LoftqError):
+    """Ends a download that nobody waits for any more; not for a user to see."""
+
+
 class ScaleRangeError(LoftqError):
     """A fitted scale does not fit float16.
 

@@ -4,6 +4,7 @@ Repositories lie in a directory tree ``root/<repo id>/<commit>/<files>``; ``publ
 and moves a branch to it. Served are
 
     GET       /api/models/<id>[/revision/<revision>]     commit and files, with sizes and hashes
+    GET       /api/models/<id>/refs                      branches, tags, pull requests
     HEAD, GET /<id>/resolve/<revision>/<file>            ETag, X-Repo-Commit, X-Linked-*, Range
 
 A ``Fault`` on a repository makes some of its requests fail as the hub makes them fail.
@@ -11,10 +12,13 @@ A ``Fault`` on a repository makes some of its requests fail as the hub makes the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,12 +30,14 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".pth")
 
 @dataclass
 class Fault:
-    """What goes wrong, for requests ``on`` the "api", on "resolve", or on both (None).
+    """What goes wrong, for requests ``on`` the "api", on "resolve" (whole files), on "range" (the
+    beginning of one), or on all of them (None).
 
     With a ``status``, the answer is an error. Otherwise the file is served, but the connection
     ends after ``drop_after`` bytes of a body, or the body is ``corrupt`` (right size, wrong bytes),
-    or the headers announce ``extra_size`` bytes more than there are. ``file`` confines a fault
-    to one file, ``times`` to that many requests.
+    or the headers announce ``extra_size`` bytes more than there are, or a range that was asked for
+    is ignored (``whole``), or there is a pause of ``delay`` seconds between two thousandths of
+    the body. ``file`` confines a fault to one file, ``times`` to that many requests.
     """
 
     on: str | None = None
@@ -40,6 +46,8 @@ class Fault:
     drop_after: int | None = None
     corrupt: bool = False
     extra_size: int = 0
+    whole: bool = False
+    delay: float = 0
     file: str | None = None
     times: int | None = None
 
@@ -75,6 +83,8 @@ class HubServer:
         self.root = root
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
+        self.ranges: list[str] = []
+        """The files of which the beginning was asked for, in order."""
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(
@@ -111,7 +121,7 @@ class HubServer:
         return commit
 
     def downloads(self) -> list[str]:
-        """The files whose bytes were asked for, in order."""
+        """The files that were asked for whole, or from some byte to their end, in order."""
         return [
             path.split("/resolve/")[1].split("/", 1)[1]
             for method, path in self.requests
@@ -133,15 +143,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = urlsplit(self.path).path
-        self.hub.requests.append((self.command, path))
         if path.startswith("/api/models/"):
             repo_id, _, revision = path.removeprefix("/api/models/").partition("/revision/")
             on, file = "api", None
         else:
             repo_id, _, rest = path[1:].partition("/resolve/")
             revision, _, file = rest.partition("/")
-            on = "resolve"
-        repository = self.hub.repositories.get(repo_id)
+            on = "range" if self._wants_beginning() else "resolve"
+        if on == "range":
+            self.hub.ranges.append(str(file))
+        else:
+            self.hub.requests.append((self.command, path))
+        refs = repo_id.endswith("/refs")
+        repository = self.hub.repositories.get(repo_id.removesuffix("/refs"))
         if repository is None or not self._may_read(repository):
             self._fail(401, {"X-Error-Code": "RepoNotFound"})
             return
@@ -154,6 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.status:
             self._fail(fault.status, fault.headers)
             return
+        if refs:
+            self._list_refs(repository)
+            return
         commit = repository.commit_of(unquote(revision) or "main")
         if commit is None:
             self._fail(404, {"X-Error-Code": "RevisionNotFound"})
@@ -162,8 +179,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif not (repository.directory / commit / unquote(file)).is_file():
             self._fail(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         else:
-            data = (repository.directory / commit / unquote(file)).read_bytes()
-            self._serve(data, commit, _etag(file, data), fault or Fault())
+            self._serve(repository.directory / commit / unquote(file), commit, fault or Fault())
+
+    def _wants_beginning(self) -> bool:
+        return not self.headers.get("Range", "-").endswith("-")
 
     def _may_read(self, repository: Repository) -> bool:
         sent = self.headers.get("Authorization")
@@ -180,54 +199,72 @@ class _Handler(BaseHTTPRequestHandler):
         root = repository.directory / commit
         siblings = []
         for path in sorted(path for path in root.rglob("*") if path.is_file()):
-            data = path.read_bytes()
+            size = path.stat().st_size
             entry: dict[str, object] = {
                 "rfilename": path.relative_to(root).as_posix(),
-                "size": len(data),
-                "blobId": _git_sha1(data),
+                "size": size,
+                "blobId": _git_sha1(path),
             }
             if path.name.endswith(LFS_SUFFIXES):
-                sha256 = hashlib.sha256(data).hexdigest()
-                entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
+                entry["lfs"] = {"sha256": _sha256(path), "size": size, "pointerSize": 134}
             siblings.append(entry)
         if repository.after_listing is not None:
             repository.after_listing()
         body = json.dumps({"id": repo_id, "sha": commit, "siblings": siblings}).encode()
+        self._send_json(body)
+
+    def _list_refs(self, repository: Repository) -> None:
+        found: dict[str, list[dict[str, str]]] = {"branches": [], "converts": [], "tags": []}
+        found["pullRequests"] = []
+        for name, commit in repository.refs.items():
+            kind = "pullRequests" if name.startswith("refs/pr/") else "branches"
+            ref = name if name.startswith("refs/") else f"refs/heads/{name}"
+            found[kind].append({"name": name, "ref": ref, "targetCommit": commit})
+        self._send_json(json.dumps(found).encode())
+
+    def _send_json(self, body: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
-    def _serve(self, data: bytes, commit: str, etag: str, fault: Fault) -> None:
-        start, end = 0, len(data)
-        wanted = self.headers.get("Range")
+    def _serve(self, path: Path, commit: str, fault: Fault) -> None:
+        size = path.stat().st_size
+        etag = _sha256(path) if path.name.endswith(LFS_SUFFIXES) else _git_sha1(path)
+        start, end = 0, size
+        wanted = None if fault.whole else self.headers.get("Range")
         if wanted is not None:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             start, end = int(first), min(int(last) + 1, end) if last else end
         self.send_response(200 if wanted is None else 206)
         if wanted is not None:
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
         self.send_header("Content-Length", str(end - start))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", commit)
         self.send_header("X-Linked-Etag", f'"{etag}"')
-        self.send_header("X-Linked-Size", str(len(data) + fault.extra_size))
+        self.send_header("X-Linked-Size", str(size + fault.extra_size))
         self.end_headers()
         if self.command == "GET":
-            if fault.corrupt:
-                data = bytes(byte ^ 1 for byte in data)
             if fault.drop_after is not None:
                 end = min(end, start + fault.drop_after)
-            self.wfile.write(data[start:end])
+            step = max(1, size // 1000) if fault.delay else 1 << 20
+            with path.open("rb") as file, suppress(ConnectionError):  # who has seen enough
+                file.seek(start)
+                while (left := end - file.tell()) > 0:
+                    piece = file.read(min(step, left))
+                    self.wfile.write(bytes(b ^ 1 for b in piece) if fault.corrupt else piece)
+                    time.sleep(fault.delay)
 
 
-def _etag(name: str, data: bytes) -> str:
-    if name.endswith(LFS_SUFFIXES):
-        return hashlib.sha256(data).hexdigest()
-    return _git_sha1(data)
+@functools.cache
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _git_sha1(data: bytes) -> str:
+@functools.cache
+def _git_sha1(path: Path) -> str:
+    data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -99,14 +99,26 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
-        if len(prefix) < 8:
-            raise HeaderError(f"{size} bytes are too few for a safetensors file")
-        length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER_BYTES:
-            raise HeaderError("not a safetensors file, or its header exceeds 100 MB")
-        if 8 + length > size:
-            raise HeaderError(f"the header claims {length} bytes, the file ends after {size - 8}")
-        raw = file.read(length)
+        return parse_header(prefix, file.read(json_length(prefix, size)), size)
+
+
+def json_length(prefix: bytes, size: int) -> int:
+    """How much JSON follows the first eight bytes of a file of ``size`` bytes. Raises HeaderError
+    where that cannot be."""
+    if len(prefix) < 8:
+        raise HeaderError(f"{size} bytes are too few for a safetensors file")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError("not a safetensors file, or its header exceeds 100 MB")
+    if 8 + length > size:
+        raise HeaderError(f"the header claims {length} bytes, the file ends after {size - 8}")
+    return length
+
+
+def parse_header(prefix: bytes, raw: bytes, size: int) -> Header:
+    """Check the header of a file of ``size`` bytes: its first eight bytes and the JSON behind
+    them. Raises HeaderError."""
+    length = json_length(prefix, size)
     if len(raw) < length:
         raise HeaderError("the file was shortened while it was read")
     tensors, metadata = _parse(raw, data_start=8 + length)

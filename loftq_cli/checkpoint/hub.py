@@ -1,35 +1,32 @@
-"""A model on the Hugging Face hub, as a directory in the hub cache.
+"""A model on the Hugging Face hub: which commit, which files, and the small ones among them.
 
 The revision is resolved to one commit, and of that commit only what a conversion reads is
-downloaded: configuration, tokenizer and safetensors weights. Cache, tokens, retries, proxies and
-progress bars are huggingface_hub's; this module chooses the files and checks what arrived.
+downloaded: here configuration, tokenizer and index, into the hub cache; the weights when they are
+needed (hub_shards.py). Cache, tokens, retries and proxies are huggingface_hub's.
 
 Small files come first and the weights last, so that a snapshot with all of its weights is a
-complete one. Weights come one after the other, each checked against the hub's sha256 before use.
+complete one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    hf_hub_download,
-    snapshot_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from loftq_cli.checkpoint.companions import is_companion
-from loftq_cli.checkpoint.durable import file_sha256
 from loftq_cli.checkpoint.header import strict_json
 from loftq_cli.checkpoint.hub_errors import explained
+from loftq_cli.checkpoint.hub_patience import patiently
+from loftq_cli.checkpoint.hub_transfer import download
 from loftq_cli.checkpoint.source import CONFIG, INDEX, SINGLE, is_plain_name
+from loftq_cli.checkpoint.supply import Commit
 from loftq_cli.errors import (
     CorruptFileError,
     EnvironmentFailure,
@@ -41,27 +38,37 @@ _Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class RemoteFile:
+    """What the hub says of a file: its size in bytes and its sha256, None for a small file."""
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
 class HubSnapshot:
     """One commit of a hub repository, in the hub cache.
 
-    ``directory`` holds the files, ``repo_id`` is the repository whose files they are,
+    ``directory`` holds the small files, ``repo_id`` is the repository whose files they are,
     ``revision`` its commit hash, and ``resolved_from`` the id that was asked for where the twin
-    ``<id>-hf`` was used instead.
+    ``<id>-hf`` was used instead. ``shards`` are the files of the weights, which may not be there
+    yet.
     """
 
     directory: Path
     repo_id: str
     revision: str
     resolved_from: str | None
+    shards: Mapping[str, RemoteFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """A repository's files at one commit, each with the hub's sha256 (None for small files)."""
+    """A repository's files at one commit."""
 
     repo_id: str
     commit: str
-    sha256: dict[str, str | None]
+    files: dict[str, RemoteFile]
 
 
 def looks_like_hub_id(text: str) -> bool:
@@ -78,18 +85,20 @@ def fetch(
     revision: str | None = None,
     *,
     offline: bool = False,
+    pinned: Commit | None = None,
     say: _Say,
 ) -> HubSnapshot:
-    """Bring a model's configuration, tokenizer and safetensors weights into the hub cache.
+    """Bring a model's configuration, tokenizer and index into the hub cache, and list its weights.
 
     ``revision`` is a branch, tag, pull request reference or commit, by default the main branch.
-    With ``offline``, or where ``HF_HUB_OFFLINE`` is set, only the cache is used. A repository
-    that holds Meta's original files gives way to its twin ``<id>-hf``, at the same revision, and
-    ``say`` gets one line about it.
+    ``pinned`` is the commit that earlier work was begun with: it is used whatever ``revision`` is
+    by now. With ``offline``, or where ``HF_HUB_OFFLINE`` is set, only the cache is used, and all
+    weights must be in it. A repository that holds Meta's original files gives way to its twin
+    ``<id>-hf``, at the same revision. ``say`` gets one line about each of these.
 
     Raises ``SourceNotFoundError`` (no hub id, no weights), ``UnsupportedInputError`` (only pickled
-    weights), ``CorruptFileError`` (a broken or hostile index, a wrong size or hash) and
-    ``EnvironmentFailure`` (access, network, disk, an incomplete cache).
+    weights), ``CorruptFileError`` (a broken or hostile index) and ``EnvironmentFailure`` (access,
+    network, disk, an incomplete cache).
     """
     if not looks_like_hub_id(repo_id):
         raise SourceNotFoundError(
@@ -97,49 +106,68 @@ def fetch(
             hint="a hub id is NAME or OWNER/NAME, such as meta-llama/Llama-2-7b",
         )
     if offline or constants.HF_HUB_OFFLINE:
-        used, directory = _find_in_cache(repo_id, revision, say)
+        at = pinned or Commit(repo_id, revision or "main")
+        used, directory, shards = _find_in_cache(at.repo_id, at.revision, say)
     else:
-        used, directory = _download_all(repo_id, revision, say)
-    return HubSnapshot(directory, used, directory.name, repo_id if used != repo_id else None)
+        used, directory, shards = _download_small(repo_id, revision, pinned, say)
+    resolved_from = repo_id if used != repo_id else None
+    return HubSnapshot(directory, used, directory.name, resolved_from, shards)
 
 
-def _download_all(repo_id: str, revision: str | None, say: _Say) -> tuple[str, Path]:
-    listing = _list_files(repo_id, revision)
-    if _is_metas_layout(listing.sha256):
+def _download_small(
+    repo_id: str, revision: str | None, pinned: Commit | None, say: _Say
+) -> tuple[str, Path, dict[str, RemoteFile]]:
+    listing = _list_files(repo_id, revision, say)
+    if _is_metas_layout(listing.files):
         twin = f"{repo_id}-hf"
         with explained(twin, revision):
-            exists = HfApi().repo_exists(twin)
+            exists = patiently(lambda: HfApi().repo_exists(twin), say)
         if not exists:
             raise SourceNotFoundError(
                 f"{repo_id} holds Meta's original files, and there is no {twin} to use instead",
                 hint="give the id of a repository with the same model in safetensors format",
             )
         say(f"{repo_id} holds Meta's original files; using its twin {twin}")
-        listing = _list_files(twin, revision)
+        listing = _list_files(twin, revision, say)
+    if pinned is not None and pinned != Commit(listing.repo_id, listing.commit):
+        say(
+            f"{listing.repo_id} is at {listing.commit} by now; the unfinished conversion goes on "
+            f"with {pinned.revision} (--overwrite starts again)"
+        )
+        listing = _list_files(pinned.repo_id, pinned.revision, say)
+        revision = pinned.revision
 
     entry = _entry_to_weights(listing)
-    companions = sorted(name for name in listing.sha256 if is_companion(name))
+    # config.json first: there is no snapshot directory before its first file.
+    small = sorted((name for name in listing.files if is_companion(name)), key=_config_first)
+    if CONFIG not in small:
+        raise SourceNotFoundError(
+            f"{listing.repo_id} has no {CONFIG} at this revision",
+            hint="give the id of a repository with a transformers model in safetensors format",
+        )
     if revision != listing.commit:
         # Once under the revision's own name: the library then records in the cache which commit
         # that is, and a later offline run, ours or another tool's, finds the snapshot by it.
-        with explained(listing.repo_id, revision):
-            hf_hub_download(listing.repo_id, [*companions, entry][0], revision=revision)
-    for name in companions:
-        _download(listing, name)
-    path = _download(listing, entry)
+        download(listing.repo_id, revision or "main", CONFIG)
+    paths = [download(listing.repo_id, listing.commit, name) for name in small]
+    names = [SINGLE]
     if entry == INDEX:
-        shards = _shards(path, listing.repo_id)
-        if missing := [name for name in shards if name not in listing.sha256]:
+        names = _shards(download(listing.repo_id, listing.commit, INDEX), listing.repo_id)
+        if missing := [name for name in names if name not in listing.files]:
             raise CorruptFileError(
                 f"{listing.repo_id}: {INDEX} names files that are not there: {', '.join(missing)}",
                 hint="the repository is incomplete; another --revision may be whole",
             )
-        for name in shards:
-            _download(listing, name)
-    return listing.repo_id, path.parent
+    return listing.repo_id, paths[0].parent, {name: listing.files[name] for name in names}
 
 
-def _find_in_cache(repo_id: str, revision: str | None, say: _Say) -> tuple[str, Path]:
+def _config_first(name: str) -> tuple[bool, str]:
+    return name != CONFIG, name
+
+
+def _find_in_cache(
+    repo_id: str, revision: str, say: _Say
+) -> tuple[str, Path, dict[str, RemoteFile]]:
     used, directory = repo_id, _cached_directory(repo_id, revision)
     if directory is None or _is_metas_layout([path.name for path in directory.iterdir()]):
         twin = f"{repo_id}-hf"
@@ -148,7 +176,7 @@ def _find_in_cache(repo_id: str, revision: str | None, say: _Say) -> tuple[str, 
             used, directory = twin, found
     hint = "run once with a connection, without --offline or HF_HUB_OFFLINE, to download it"
     if directory is None:
-        at = f"{repo_id} at revision {revision or 'main'}"
+        at = f"{repo_id} at revision {revision}"
         raise EnvironmentFailure(
             f"{at} is not in the hub cache {constants.HF_HUB_CACHE}", hint=hint
         )
@@ -162,7 +190,13 @@ def _find_in_cache(repo_id: str, revision: str | None, say: _Say) -> tuple[str, 
         raise EnvironmentFailure(
             f"{used} is not complete in the hub cache; missing: {', '.join(missing)}", hint=hint
         )
-    return used, directory
+    return used, directory, {name: _cached_file(directory / name) for name in weights}
+
+
+def _cached_file(path: Path) -> RemoteFile:
+    """The cache names a large file by its sha256, and links to it from the snapshot."""
+    blob = path.resolve().name
+    return RemoteFile(path.stat().st_size, blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
 
 
 def _cached_directory(repo_id: str, revision: str | None) -> Path | None:
@@ -178,14 +212,19 @@ def _cached_directory(repo_id: str, revision: str | None) -> Path | None:
             return None
 
 
-def _list_files(repo_id: str, revision: str | None) -> _Listing:
+def _list_files(repo_id: str, revision: str | None, say: _Say) -> _Listing:
+    def ask() -> ModelInfo:
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        return HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+
     with explained(repo_id, revision):
-        info = HfApi().model_info(
-            repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-        )
+        info = patiently(ask, say)
         if info.sha is None:
             raise ValueError("the answer names no commit")
-    files = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or ()}
+        files = {
+            file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None)
+            for file in info.siblings or ()
+        }
     return _Listing(repo_id, info.sha, files)
 
 
@@ -199,9 +238,9 @@ def _is_metas_layout(names: Collection[str]) -> bool:
 def _entry_to_weights(listing: _Listing) -> str:
     """The file that leads to the weights; a single file first, as transformers does."""
     for name in (SINGLE, INDEX):
-        if name in listing.sha256:
+        if name in listing.files:
             return name
-    if any(fnmatchcase(name, "pytorch_model*.bin") for name in listing.sha256):
+    if any(fnmatchcase(name, "pytorch_model*.bin") for name in listing.files):
         raise UnsupportedInputError(
             f"{listing.repo_id} has only pickled weights (pytorch_model*.bin) at this revision",
             hint="a pull request with a safetensors conversion may exist: look at "
@@ -230,17 +269,3 @@ def _shards(index: Path, repo_id: str) -> list[str]:
 
 def _is_shard_name(name: object) -> bool:
     return isinstance(name, str) and is_plain_name(name) and name.endswith(".safetensors")
-
-
-def _download(listing: _Listing, name: str) -> Path:
-    repo_id, commit = listing.repo_id, listing.commit
-    with explained(repo_id, commit, name):
-        was_cached = isinstance(try_to_load_from_cache(repo_id, name, revision=commit), str)
-        path = Path(hf_hub_download(repo_id, name, revision=commit))
-        expected = listing.sha256[name]
-        if expected is None or was_cached or file_sha256(path) == expected:
-            return path
-        path.resolve().unlink()  # or the next run would take it for the right one
-        path.unlink(missing_ok=True)
-    message = f"{name} of {repo_id} arrived damaged: its sha256 is not the hub's"
-    raise CorruptFileError(message, hint="it was removed from the cache; run the command again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -19,23 +20,28 @@ from loftq_cli.errors import CorruptFileError, EnvironmentFailure, LoftqError
 
 
 @contextmanager
-def explained(repo_id: str, revision: str | None, name: str | None = None) -> Iterator[None]:
+def explained(
+    repo_id: str, revision: str | None, name: str | None = None, place: Path | None = None
+) -> Iterator[None]:
     """Around what asks the hub or reads its cache, and nothing else: all of that block's errors
-    become ``EnvironmentFailure``, or ``CorruptFileError`` where a file has the wrong size."""
+    become ``EnvironmentFailure``, or ``CorruptFileError`` where a file has the wrong size.
+    ``place`` is where the file goes if not into the hub cache."""
     try:
         yield
     except LoftqError:  # such as a signal that arrives during a download
         raise
     except Exception as error:
         what = f"{name} of {repo_id}" if name else repo_id
-        raise _explain(error, repo_id, revision, what) from error
+        raise _explain(error, repo_id, revision, what, place) from error
 
 
-def _explain(error: BaseException, repo_id: str, revision: str | None, what: str) -> LoftqError:
+def _explain(
+    error: BaseException, repo_id: str, revision: str | None, what: str, place: Path | None
+) -> LoftqError:
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{repo_id}"
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         # The library fell back on the cache, in vain; why it had to is the cause.
-        return _explain(error.__cause__, repo_id, revision, what)
+        return _explain(error.__cause__, repo_id, revision, what, place)
     if isinstance(error, GatedRepoError):  # before its base class, RepositoryNotFoundError
         return EnvironmentFailure(
             f"access to {repo_id} is gated: its licence has to be accepted first",
@@ -54,22 +60,27 @@ def _explain(error: BaseException, repo_id: str, revision: str | None, what: str
     if isinstance(error, HfHubHTTPError):
         return _explain_status(error, what)
     reason = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return EnvironmentFailure(
-            f"no space left for {what} in the hub cache {constants.HF_HUB_CACHE}",
-            hint="free some (`hf cache` helps), or set HF_HOME to a larger disk",
-        )
     if isinstance(error, OSError) and error.errno is not None:
-        return EnvironmentFailure(
-            f"cannot use the hub cache {constants.HF_HUB_CACHE}: {error.strerror or reason}",
-            hint="set HF_HOME to a directory that can be written",
-        )
+        return _explain_disk(error, reason, what, place)
     if type(error) is OSError:  # how the library says that a file has the wrong size
         return CorruptFileError(f"{what} arrived damaged: {reason}", hint="run the command again")
     return EnvironmentFailure(
         f"{what} could not be read from {hub}: {type(error).__name__}: {reason}",
         hint="check the connection and HF_ENDPOINT; --offline uses what is in the hub cache",
     )
+
+
+def _explain_disk(error: OSError, reason: str, what: str, place: Path | None) -> EnvironmentFailure:
+    where = f"the hub cache {constants.HF_HUB_CACHE}" if place is None else str(place)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some (`hf cache` helps), or set HF_HOME to a larger disk"
+        if place is not None:
+            hint = "free some, or choose an --output on a larger disk"
+        return EnvironmentFailure(f"no space left for {what} in {where}", hint=hint)
+    hint = "set HF_HOME to a directory that can be written"
+    if place is not None:
+        hint = "choose an --output whose directory can be written"
+    return EnvironmentFailure(f"cannot use {where}: {error.strerror or reason}", hint=hint)
 
 
 def _explain_status(error: HfHubHTTPError, what: str) -> EnvironmentFailure:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loftq_cli.checkpoint.source import Source, open_source
+from loftq_cli.checkpoint.supply import Commit
 from loftq_cli.errors import SourceNotFoundError
 
 
@@ -15,21 +16,35 @@ def locate(
     *,
     revision: str | None = None,
     offline: bool = False,
+    pinned: Commit | None = None,
+    passing: Path | None = None,
     say: Callable[[str], None],
 ) -> Source:
     """The source that ``model`` names: a path where it exists or starts with ``.`` or ``/``, else
-    a hub id. Raises InputError for a bad checkpoint, EnvironmentFailure for hub access."""
-    if model.startswith((".", "/", "~")) or os.path.exists(model):
+    a hub id. A hub's shards may not be there yet: ``supply`` brings them, into the hub cache or,
+    to stay until they are released, into ``passing``. ``pinned`` is the commit to use whatever
+    ``revision`` is by now.
+
+    Raises InputError for a bad checkpoint, EnvironmentFailure for hub access.
+    """
+    if is_path(model):
         return open_source(Path(os.path.expanduser(model)), source_id=model)
     # Imported here: a local conversion needs no hub client.
-    from loftq_cli.checkpoint import hub
+    from loftq_cli.checkpoint import hub, hub_shards
 
     if not hub.looks_like_hub_id(model):
         raise SourceNotFoundError(f"{model}: no such directory, and not a hub id")
-    snapshot = hub.fetch(model, revision, offline=offline, say=say)
+    snapshot = hub.fetch(model, revision, offline=offline, pinned=pinned, say=say)
     return open_source(
         snapshot.directory,
         source_id=snapshot.repo_id,
         revision=snapshot.revision,
+        requested_revision=revision,
         resolved_from=snapshot.resolved_from,
+        supply=hub_shards.HubSupply(snapshot, passing),
     )
+
+
+def is_path(model: str) -> bool:
+    """Whether MODEL is a directory's path, and not a hub id."""
+    return model.startswith((".", "/", "~")) or os.path.exists(model)

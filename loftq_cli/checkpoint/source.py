@@ -14,10 +14,10 @@ from loftq_cli.checkpoint.header import (
     HeaderError,
     StoredTensor,
     is_text,
-    read_header,
     shown,
     strict_json,
 )
+from loftq_cli.checkpoint.supply import Supply
 from loftq_cli.errors import CorruptFileError, SourceNotFoundError, UnsupportedInputError
 
 SINGLE = "model.safetensors"
@@ -49,15 +49,19 @@ class Shard:
 @dataclass(frozen=True)
 class Source:
     """A checked checkpoint. ``id`` is what the user typed, ``revision`` a hub commit or None,
-    ``resolved_from`` the id that was asked for where a twin repository was used instead."""
+    ``resolved_from`` the id that was asked for where a twin repository was used instead,
+    ``requested_revision`` the branch, tag or commit that was asked for. A shard may be read once
+    ``supply`` has ensured that it is there."""
 
     directory: Path
     id: str
     shards: tuple[Shard, ...]
     config: SmallFile
     index: SmallFile | None
+    supply: Supply
     revision: str | None = None
     resolved_from: str | None = None
+    requested_revision: str | None = None
 
     @property
     def tensors(self) -> list[StoredTensor]:
@@ -70,8 +74,12 @@ def open_source(
     source_id: str | None = None,
     revision: str | None = None,
     resolved_from: str | None = None,
+    requested_revision: str | None = None,
+    supply: Supply | None = None,
 ) -> Source:
     """Read the headers of the checkpoint in ``directory`` and check them against each other.
+
+    ``supply`` knows the shards where they are not all in ``directory`` yet.
 
     Raises SourceNotFoundError where there is nothing to convert and CorruptFileError with every
     fault that the headers show, before anything is computed.
@@ -84,15 +92,15 @@ def open_source(
             f"{directory} is a file, not a directory",
             hint="give the directory that holds config.json and model.safetensors",
         )
-    names, index = _shard_names(directory)
+    supply = supply or Supply(directory)
+    names, index = _shard_names(directory, supply)
     config = read_json(directory / CONFIG)
     _check_config(directory / CONFIG, config.content)
     faults: list[str] = []
     shards = []
     for name in names:
-        path = directory / name
         try:
-            shards.append(Shard(name, path, read_header(path)))
+            shards.append(Shard(name, supply.path(name), supply.header(name)))
         except FileNotFoundError:
             faults.append(f"{name}: missing, the index names it")
         except HeaderError as error:
@@ -109,13 +117,15 @@ def open_source(
         tuple(shards),
         config,
         index,
+        supply,
         revision,
         resolved_from,
+        requested_revision,
     )
 
 
-def _shard_names(directory: Path) -> tuple[list[str], SmallFile | None]:
-    if (directory / SINGLE).exists():
+def _shard_names(directory: Path, supply: Supply) -> tuple[list[str], SmallFile | None]:
+    if supply.has(SINGLE):
         return [SINGLE], None
     if not (directory / INDEX).exists():
         others = sorted(

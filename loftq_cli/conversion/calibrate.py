@@ -22,6 +22,7 @@ from loftq_cli.conversion.choices import choose_device
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.resources import check_space, memory_explained
 from loftq_cli.conversion.selection import select
+from loftq_cli.conversion.shard_supply import deliver_all
 from loftq_cli.conversion.statistics import identity_of, write_entry
 from loftq_cli.conversion.workspace import Workspace
 from loftq_cli.errors import (
@@ -107,6 +108,7 @@ def calibrate(
     dtype = _dtype(matrices, device)
     nbytes = sum(tensor.elements for tensor in source.tensors) * dtype.itemsize
     widths = {tensor.name: tensor.shape[1] for tensor in matrices}
+    deliver_all(source, observer)
     sides = max(widths.values()), max(widths.values()) if settings.moments == "full" else 1
     check_space(output.absolute().parent, math.prod(sides) * 4)
     workspace = _Workspace(output)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.conversion.download import planned_download
 from loftq_cli.conversion.plan import Plan
 from loftq_cli.conversion.target import headroom
 
@@ -19,6 +20,7 @@ def describe(plan: Plan, output: Path) -> dict[str, Any]:
     added = headroom(plan)
     elements = sum(item.matrix.elements for item in plan.matrices.values())
     sizes = {tensor.name: tensor.nbytes for tensor in plan.selection.matrices}
+    download = planned_download(plan.source)
     existing = next(path for path in (output, *output.parents) if path.exists())
     return {
         "source": {"id": plan.source.id, "revision": plan.source.revision},
@@ -64,5 +66,11 @@ def describe(plan: Plan, output: Path) -> dict[str, Any]:
         },
         "memory_bytes": plan.memory_bytes,
         "disk_bytes": plan.disk_bytes + added,
+        "download": {
+            "files": download.files,
+            "bytes": download.nbytes,
+            "disk_bytes": download.disk_bytes,
+            "directory": download.directory and str(download.directory),
+        },
         "free_disk_bytes": shutil.disk_usage(existing).free,
     }

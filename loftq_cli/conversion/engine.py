@@ -26,6 +26,7 @@ from loftq_cli.conversion.plan import Plan, PlannedMatrix, PlannedShard
 from loftq_cli.conversion.reread import check_contents, check_prefix
 from loftq_cli.conversion.resources import memory_explained
 from loftq_cli.conversion.shard_output import ShardOutput
+from loftq_cli.conversion.shard_supply import Deliveries
 from loftq_cli.conversion.usage import peak_host_bytes
 from loftq_cli.conversion.workspace import Workspace
 from loftq_cli.errors import (
@@ -79,12 +80,14 @@ class Conversion:
         with (
             Journal(self.workspace.journal, identity) as journal,
             GrowingShard(output / _ADAPTER_FILE, plan.adapter_specs) as adapters,
+            Deliveries(plan.source, self._unread(journal), self.observer) as deliveries,
         ):
             if journal.damaged:
                 lines = "1 line" if journal.damaged == 1 else f"{journal.damaged} lines"
                 self.observer.detail(f"{lines} of the journal damaged: done again")
             for shard in plan.shards:
-                self._convert_shard(shard, journal, adapters)
+                self._convert_shard(shard, journal, adapters, deliveries)
+                deliveries.done(shard.source.name)
         copy_companions(plan.source.directory, output)
         write_file(output / CONFIG, _json(self._config()))
         write_file(output / adapter.DIRECTORY / adapter.CONFIG, pretty_json(self._adapter_config()))
@@ -102,7 +105,14 @@ class Conversion:
         write_file(output / MANIFEST, pretty_json(value))
         return value
 
-    def _convert_shard(self, shard: PlannedShard, journal: Journal, adapters: GrowingShard) -> None:
+    def _unread(self, journal: Journal) -> list[str]:
+        """The source's shards that were not read to their end before."""
+        names = [shard.source.name for shard in self.plan.shards]
+        return [name for name in names if name not in journal.shards]
+
+    def _convert_shard(
+        self, shard: PlannedShard, journal: Journal, adapters: GrowingShard, deliveries: Deliveries
+    ) -> None:
         path = self.workspace.output / shard.name
         with GrowingShard(path, shard.specs) as backbone:
             files = {shard.name: backbone, _ADAPTER_FILE: adapters}
@@ -114,11 +124,12 @@ class Conversion:
                 self.observer.detail(f"{name}: kept, it was finished before")
                 if unit.record:
                     self.records[name] = unit.record
-            known = self._known(shard, journal, finished)
+            known = self._known(shard, journal, finished, deliveries)
             if known is not None and len(finished) == len(tensors):
                 self.source_hashes[shard.source.name] = known.sha256
                 self.observer.advance(sum(tensor.nbytes for tensor in tensors))
                 return
+            deliveries.take(shard.source.name)
             with ShardReader(shard.source) as reader:
                 items = self._read(shard, reader, finished)
                 with WriteBehind() as behind, ReadAhead(items) as ahead:
@@ -130,16 +141,21 @@ class Conversion:
                 journal.add_shard(ReadShard(shard.source.name, reader.sha256, reader.mtime_ns))
 
     def _known(
-        self, shard: PlannedShard, journal: Journal, finished: Mapping[str, Unit]
+        self,
+        shard: PlannedShard,
+        journal: Journal,
+        finished: Mapping[str, Unit],
+        deliveries: Deliveries,
     ) -> ReadShard | None:
-        """What is known of the whole shard, read again where its mtime changed. Where finished
+        """What is known of the whole shard, read again where it may have changed. Where finished
         tensors lie behind such as must be done again, it is read first, too."""
         tensors, known = shard.source.header.tensors, journal.shards.get(shard.source.name)
         done = [tensor.name in finished for tensor in tensors]
-        with explained(shard.source.path):
-            touched = known and known.mtime_ns != shard.source.path.stat().st_mtime_ns
+        supply, name = self.plan.source.supply, shard.source.name
+        touched = known and not supply.is_unchanged(name, known.sha256, known.mtime_ns)
         if touched or (False in done and (known or True in done[done.index(False) :])):
-            self.observer.detail(f"{shard.source.name}: read again, to see whether it changed")
+            deliveries.take(name)
+            self.observer.detail(f"{name}: read again, to see whether it changed")
             found = check_contents(shard.source, finished, known)
             if known is not None:
                 journal.add_shard(found)

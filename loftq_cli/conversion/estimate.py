@@ -17,6 +17,7 @@ from loftq_cli.checkpoint.reader import TensorFile, as_tensor
 from loftq_cli.checkpoint.source import Shard
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.plan import Plan
+from loftq_cli.conversion.shard_supply import Deliveries
 from loftq_cli.errors import InputError, NonFiniteWeightError
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.numerics.alternation import make_sweep
@@ -35,33 +36,43 @@ def estimate(
 ) -> dict[str, list[float]]:
     """||W - quantize(W)||^2 of each matrix, by name, in each of the forms that ``widths`` gives it.
 
-    Reads sampled rows of these matrices only. Raises NonFiniteWeightError for NaN or Inf among
+    Reads sampled rows of these matrices only, but has whole shards brought for that. Raises
+    what their supply raises, NonFiniteWeightError for NaN or Inf among
     them, InputError where values are too large for float32 arithmetic.
     """
-    tensors = [
-        (shard, tensor)
+    tensors = {
+        shard.name: [tensor for tensor in shard.header.tensors if tensor.name in widths]
         for shard in plan.source.shards
-        for tensor in shard.header.tensors
-        if tensor.name in widths
-    ]
-    observer.begin(sum(_sampled_bytes(tensor) for _, tensor in tensors), doing="settling widths")
+    }
+    names = [name for name, found in tensors.items() if found]
+    total = sum(_sampled_bytes(tensor) for found in tensors.values() for tensor in found)
+    observer.begin(total, doing="settling widths")
     errors = {}
     try:
-        for shard, tensor in tensors:
-            observer.working_on(tensor.name)
-            rows = _sample(shard, tensor).to(plan.device)
-            scaling = tensor.shape[0] / rows.shape[0]
-            squared = [squared_residual(rows, plan, matrix) for matrix in widths[tensor.name]]
-            if not all(math.isfinite(value) for value in squared):
-                raise InputError(
-                    f"{shard.path}: tensor {tensor.name!r}: values are too large for float32",
-                    hint="pass the tensor through with --exclude",
-                )
-            errors[tensor.name] = [value * scaling for value in squared]
-            observer.advance(_sampled_bytes(tensor))
+        with Deliveries(plan.source, names, observer) as deliveries:
+            for shard in plan.source.shards:
+                if tensors[shard.name]:
+                    deliveries.take(shard.name)
+                for tensor in tensors[shard.name]:
+                    observer.working_on(tensor.name)
+                    errors[tensor.name] = _errors(shard, tensor, plan, widths[tensor.name])
+                    observer.advance(_sampled_bytes(tensor))
+                deliveries.done(shard.name)
     finally:
         observer.end()
     return errors
+
+
+def _errors(shard: Shard, tensor: StoredTensor, plan: Plan, forms: Sequence[Matrix]) -> list[float]:
+    rows = _sample(shard, tensor).to(plan.device)
+    scaling = tensor.shape[0] / rows.shape[0]
+    squared = [squared_residual(rows, plan, matrix) for matrix in forms]
+    if not all(math.isfinite(value) for value in squared):
+        raise InputError(
+            f"{shard.path}: tensor {tensor.name!r}: values are too large for float32",
+            hint="pass the tensor through with --exclude",
+        )
+    return [value * scaling for value in squared]
 
 
 def squared_residual(rows: torch.Tensor, plan: Plan, matrix: Matrix) -> float:

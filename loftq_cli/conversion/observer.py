@@ -16,6 +16,12 @@ class Observer:
     def advance(self, nbytes: int) -> None:
         """``nbytes`` more of the source are done."""
 
+    def begin_download(self, total_bytes: int) -> None:
+        """So much of the source is not on disk yet, and will be downloaded meanwhile."""
+
+    def downloaded(self, nbytes: int) -> None:
+        """``nbytes`` more have arrived. Called from a thread of its own."""
+
     def note(self, text: str) -> None:
         """A one-line remark for the user."""
 

@@ -17,9 +17,10 @@ from loftq_cli.errors import EnvironmentFailure
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def check_space(directory: Path, needed: int) -> None:
+def check_space(directory: Path, needed: int, hint: str | None = None) -> None:
     """Raise EnvironmentFailure where the disk of ``directory`` (or of its nearest existing parent)
-    lacks ``needed`` bytes, or files in it cannot be made, renamed and made durable."""
+    lacks ``needed`` bytes, or files in it cannot be made, renamed and made durable. ``hint`` is
+    for a disk that is too small."""
     existing = directory
     while not os.path.exists(existing):
         existing = existing.parent
@@ -31,7 +32,7 @@ def check_space(directory: Path, needed: int) -> None:
     if free < needed:
         raise EnvironmentFailure(
             f"{directory}: {_size(needed)} needed, {_size(free)} free",
-            hint="free space or choose an --output on another disk",
+            hint=hint or "free space or choose an --output on another disk",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,17 +12,19 @@ import torch
 
 from loftq_cli import maps
 from loftq_cli.checkpoint.companions import companions
-from loftq_cli.checkpoint.locate import locate
-from loftq_cli.checkpoint.output import verify
+from loftq_cli.checkpoint.locate import is_path, locate
+from loftq_cli.checkpoint.output import Output, verify
 from loftq_cli.conversion import target
 from loftq_cli.conversion.choices import searches_scales
+from loftq_cli.conversion.download import check_disks
 from loftq_cli.conversion.engine import Conversion
 from loftq_cli.conversion.journal import Identity, is_damaged
 from loftq_cli.conversion.observer import Observer
+from loftq_cli.conversion.pin import pin, pinned
 from loftq_cli.conversion.plan import Plan, make_plan, source_identity
-from loftq_cli.conversion.resources import check_memory, check_space
+from loftq_cli.conversion.resources import check_memory
 from loftq_cli.conversion.statistics import statistics_for
-from loftq_cli.conversion.workspace import Workspace, check_output_path
+from loftq_cli.conversion.workspace import Workspace, check_output_path, real_path
 from loftq_cli.errors import (
     CorruptFileError,
     InputError,
@@ -54,9 +56,14 @@ def prepare(
     revision: str | None = None,
     offline: bool = False,
     overwrite: bool = False,
+    discard_shards: bool = False,
     observer: Observer,
 ) -> tuple[Plan, Path]:
-    """The plan of a conversion and the absolute output path; nothing is written.
+    """The plan of a conversion and the absolute output path; nothing is written but the small
+    files of a hub model to the hub cache.
+
+    Unfinished work goes on with the commit that it was begun with, unless ``overwrite``.
+    ``discard_shards``: shards that are not in the hub cache pass through the partial directory.
 
     Where nobody chose the number of threads, it is that of unfinished work with these settings, or
     (unless it is to be overwritten) of an output with them: another would change the bytes.
@@ -65,7 +72,20 @@ def prepare(
     EnvironmentFailure where the hub or the device cannot be reached.
     """
     resolved = options.resolve()
-    source = locate(model, revision=revision, offline=offline, say=observer.note)
+    if discard_shards and is_path(model):
+        raise UsageError(
+            f"--discard-shards is for models from the hub; the files of {model} are never deleted",
+            hint="leave the option out",
+        )
+    workspace = Workspace(real_path(Path(output)))
+    source = locate(
+        model,
+        revision=revision,
+        offline=offline,
+        pinned=None if overwrite else pinned(workspace, model, revision),
+        passing=workspace.passing if discard_shards else None,
+        say=observer.note,
+    )
     path = check_output_path(Path(output), source.directory)
     statistics = None if resolved.stats is None else statistics_for(source, resolved.stats)
     plan = make_plan(source, resolved, statistics)
@@ -101,7 +121,7 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
         plans = [plan] + ([plan.with_fallback()] if plan.auto_layout else [])
         accepted = {each.fingerprint: _identity(each) for each in plans}
         existing = workspace.complete_output()
-        if existing is not None and existing.fingerprint in accepted and not overwrite:
+        if existing is not None and not overwrite and _is_of(existing, plan, accepted):
             verify(existing)
             workspace.discard_unless_other(accepted)
             return Outcome(existing.manifest, nothing_to_do=True)
@@ -112,6 +132,8 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
         if resumed is not None:
             observer.note(f"resuming the unfinished conversion in {workspace.partial}")
             plan = next(each for each in plans if each.fingerprint == resumed)
+        if resumed is None or overwrite or not workspace.pin.exists():
+            pin(workspace, plan.source)
         work = _Work(plan, plans[-1], workspace, overwrite, observer)
         try:
             return work.finish()
@@ -121,6 +143,16 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
             observer.note("the source has changed since; starting again, as --overwrite says")
             workspace.discard_work()
             return work.finish()
+
+
+def _is_of(output: Output, plan: Plan, accepted: Collection[str]) -> bool:
+    """Whether ``output`` is what the plan would give: of one of these fingerprints, and of the same
+    contents where those are known, as they are on the hub."""
+    files = {entry["name"]: entry["sha256"] for entry in output.manifest["source"]["files"]}
+    return output.fingerprint in accepted and all(
+        plan.source.supply.sha256(shard.name) in (None, files.get(shard.name))
+        for shard in plan.source.shards
+    )
 
 
 def _with_earlier_threads(plan: Plan, workspace: Workspace, overwrite: bool) -> Plan:
@@ -136,7 +168,7 @@ def _check_resources(plan: Plan, workspace: Workspace) -> None:
     """Raise EnvironmentFailure where disk, memory or permissions are not enough; writes nothing."""
     copied = sum(path.stat().st_size for path in companions(plan.source.directory))
     needed = plan.disk_bytes + target.headroom(plan) + copied + _MARGIN
-    check_space(workspace.final.parent, needed - workspace.written())
+    check_disks(plan.source, workspace.final.parent, needed - workspace.written())
     workspace.check_permissions()
     largest = max(plan.matrices, key=lambda name: plan.matrices[name].matrix.elements)
     check_memory(plan.memory_bytes, f"tensor {largest!r}", plan.device)

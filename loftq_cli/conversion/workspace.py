@@ -5,6 +5,8 @@ Work happens in ``.<name>.loftq-partial/`` beside the output::
     lock       held (flock) while a conversion runs
     journal    what is finished (see journal.py)
     output/    the future output directory, renamed into place at the end
+    source     which commit of a hub repository it is of (see pin.py)
+    shards/    shards of a hub model that do not stay
     replaced/  the old output under --overwrite, from that rename until it is deleted
 """
 
@@ -41,6 +43,8 @@ class Workspace:
         self.partial = output.parent / f".{output.name}.{self.suffix}"
         self.output = self.partial / "output"
         self.journal = self.partial / "journal"
+        self.pin = self.partial / "source"
+        self.passing = self.partial / "shards"
         self._lock_file = self.partial / "lock"
         self._replaced = self.partial / "replaced"
 
@@ -232,10 +236,11 @@ class Workspace:
         nobody else begins there."""
         with explained(self.partial):
             self._put_back()
-        for directory in (self.output, self._replaced):
+        for directory in (self.output, self.passing, self._replaced):
             shutil.rmtree(directory, ignore_errors=True)
         with suppress(OSError):  # as much of it as can be: nothing depends on it any more
             self.journal.unlink(missing_ok=True)
+            self.pin.unlink(missing_ok=True)
             self._lock_file.unlink(missing_ok=True)
             self.partial.rmdir()
 
@@ -243,15 +248,20 @@ class Workspace:
 def check_output_path(output: Path, source: Path) -> Path:
     """The real path of ``output``. Raises UsageError where it is the source directory, lies inside
     it or around it, or cannot be resolved."""
-    try:
-        real_output, real_source = output.resolve(), source.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
-        raise UsageError(f"--output {output}: {error}", hint="choose another") from error
+    real_output, real_source = real_path(output), source.resolve()
     inside = real_output == real_source or real_source in real_output.parents
     if inside or real_output in real_source.parents:
         how = "is inside the input" if inside else "contains the input"
         raise UsageError(f"--output {output} {how} {source}", hint="choose a directory outside it")
     return real_output
+
+
+def real_path(output: Path) -> Path:
+    """``output`` without links. Raises UsageError where it cannot be resolved."""
+    try:
+        return output.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise UsageError(f"--output {output}: {error}", hint="choose another") from error
 
 
 def differences(found: Identity, wanted: Identity) -> str:

@@ -87,6 +87,8 @@ def error_report(directory: Path, source: str | None = None) -> dict[str, Any]:
 def recompute(output: Output, model: str) -> dict[str, Norms]:
     """Norms of every matrix, from the stored bytes and the weights of ``model``."""
     source = locate(model, say=lambda text: None)
+    for shard in source.shards:
+        source.supply.ensure(shard.name)
     weights = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
     stored = _stored_tensors(output)
     norms = {}

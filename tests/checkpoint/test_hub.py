@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from loftq_cli.checkpoint import hub
+from loftq_cli.checkpoint import hub, hub_transfer
 from loftq_cli.checkpoint.companions import is_companion
-from loftq_cli.checkpoint.hub import HubSnapshot, fetch, looks_like_hub_id
+from loftq_cli.checkpoint.hub import HubSnapshot, RemoteFile, looks_like_hub_id
+from loftq_cli.checkpoint.hub_shards import HubSupply
 from loftq_cli.errors import (
     CorruptFileError,
     EnvironmentFailure,
@@ -27,6 +29,7 @@ from loftq_cli.errors import (
     SourceNotFoundError,
     UnsupportedInputError,
 )
+from tests.hub_fixtures import use_endpoint
 from tests.hub_server import Fault, HubServer
 
 SINGLE = "model.safetensors"
@@ -55,7 +58,11 @@ def shard(number: int) -> str:
 
 
 def weights(seed: int) -> bytes:
-    return bytes((seed + i * i) % 251 for i in range(70_000))
+    """A safetensors file of 70,000 bytes."""
+    entry = {"dtype": "U8", "shape": [69_900], "data_offsets": [0, 69_900]}
+    header = json.dumps({"w": entry}).encode().ljust(92)
+    data = bytes((seed + i * i) % 251 for i in range(69_900))
+    return len(header).to_bytes(8, "little") + header + data
 
 
 SHARDS = {shard(1): weights(1), shard(2): weights(2)}
@@ -65,31 +72,16 @@ def index(*names: object) -> bytes:
     return json.dumps({"weight_map": {f"t{i}": name for i, name in enumerate(names)}}).encode()
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache, no token, no proxy, no waiting between the library's retries."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    return tmp_path / "cache"
-
-
-def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
-@pytest.fixture
-def server(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with HubServer(tmp_path / "hub") as running:
-        use_endpoint(monkeypatch, running.url)
-        yield running
-        huggingface_hub.close_session()
+def fetch(
+    repo_id: str, revision: str | None = None, *, say: Callable[[str], None], **options: Any
+) -> HubSnapshot:
+    """The whole model: its small files, then each of its shards."""
+    snapshot = hub.fetch(repo_id, revision, say=say, **options)
+    supply = HubSupply(snapshot)
+    for name in snapshot.shards:
+        assert supply.header(name).size == snapshot.shards[name].size
+        supply.ensure(name, lambda nbytes: None)
+    return snapshot
 
 
 def silent(line: str) -> None:
@@ -118,7 +110,11 @@ def test_single_file(server: HubServer, cache: Path, capfd: pytest.CaptureFixtur
     commit = server.publish("org/model", {**SMALL, **UNWANTED, SINGLE: weights(0)})
     snapshot = fetch("org/model", say=silent)
     assert snapshot == HubSnapshot(
-        cache / "models--org--model" / "snapshots" / commit, "org/model", commit, None
+        cache / "models--org--model" / "snapshots" / commit,
+        "org/model",
+        commit,
+        None,
+        {SINGLE: RemoteFile(70_000, hashlib.sha256(weights(0)).hexdigest())},
     )
     assert contents(snapshot) == {**SMALL, SINGLE: weights(0)}
     assert sorted(server.downloads()) == sorted([*SMALL, SINGLE])
@@ -138,15 +134,27 @@ def test_a_single_file_wins_over_an_index(server: HubServer) -> None:
     assert contents(fetch("org/model", say=silent)) == {**SMALL, SINGLE: weights(0)}
 
 
-def test_what_is_in_the_cache_is_not_downloaded_or_hashed_again(
-    server: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_in_the_cache_is_not_downloaded_again(server: HubServer) -> None:
     server.publish("org/model", {**SMALL, SINGLE: weights(0)})
     first = fetch("org/model", say=silent)
     server.requests.clear()
-    monkeypatch.delattr(hub, "file_sha256")
     assert fetch("org/model", say=silent) == first
     assert server.downloads() == []
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_was_damaged_in_the_cache_is_noticed_and_left_there(
+    server: HubServer, offline: bool
+) -> None:
+    server.publish("org/model", {**SMALL, SINGLE: weights(0)})
+    path = fetch("org/model", say=silent).directory / SINGLE
+    damaged = weights(0)[:-1] + b"x"
+    path.write_bytes(damaged)
+    error = failure(offline=offline)
+    assert isinstance(error, CorruptFileError)
+    assert error.message == f"{path} is damaged: its sha256 is not the hub's"
+    assert str(path.resolve()) in error.hint
+    assert path.read_bytes() == damaged
 
 
 def test_a_private_model_with_a_token(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +200,7 @@ def test_the_twin_of_metas_files(server: HubServer) -> None:
     said: list[str] = []
     snapshot = fetch("org/model", say=said.append)
     assert said == ["org/model holds Meta's original files; using its twin org/model-hf"]
-    assert dataclasses.astuple(snapshot)[1:] == ("org/model-hf", commit, "org/model")
+    assert dataclasses.astuple(snapshot)[1:4] == ("org/model-hf", commit, "org/model")
     assert contents(snapshot) == {**SMALL, SINGLE: weights(0)}
     assert sorted(server.downloads()) == sorted([*SMALL, SINGLE])
 
@@ -500,14 +508,14 @@ def test_a_disk_that_refuses(
     server: HubServer, monkeypatch: pytest.MonkeyPatch, number: int, expected: str
 ) -> None:
     server.publish("org/model", {**SMALL, SINGLE: weights(0)})
-    download = hub.hf_hub_download
+    download = hub_transfer.hf_hub_download
 
     def full(repo_id: str, name: str, **kwargs: str) -> str:
         if name == SINGLE:
             raise OSError(number, os.strerror(number), "/a/file")
         return download(repo_id, name, **kwargs)
 
-    monkeypatch.setattr(hub, "hf_hub_download", full)
+    monkeypatch.setattr(hub_transfer, "hf_hub_download", full)
     error = failure()
     assert type(error) is EnvironmentFailure
     assert expected in error.message
@@ -528,7 +536,7 @@ def test_an_interruption_stays_one(server: HubServer, monkeypatch: pytest.Monkey
     def interrupted(*args: object, **kwargs: object) -> str:
         raise InterruptedConversion("stopped", signal_number=2)
 
-    monkeypatch.setattr(hub, "hf_hub_download", interrupted)
+    monkeypatch.setattr(hub_transfer, "hf_hub_download", interrupted)
     with pytest.raises(InterruptedConversion):
         fetch("org/model", say=silent)
 
@@ -538,9 +546,13 @@ def test_an_interruption_stays_one(server: HubServer, monkeypatch: pytest.Monkey
 SCRIPT = """
 import sys
 from loftq_cli.checkpoint.hub import fetch
+from loftq_cli.checkpoint.hub_shards import HubSupply
 from loftq_cli.errors import LoftqError
 try:
     snapshot = fetch(sys.argv[1], say=lambda line: print("said", line))
+    supply = HubSupply(snapshot)
+    for name in snapshot.shards:
+        supply.ensure(name)
 except LoftqError as error:
     sys.exit(f"{error.exit_code}: {error}")
 assert "torch" not in sys.modules

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,18 @@ import pytest
 
 from loftq_cli.checkpoint import hub
 from loftq_cli.checkpoint.hub import HubSnapshot
-from loftq_cli.console import Narrator
 from loftq_cli.conversion.run import prepare, run
+from loftq_cli.narrator import Narrator
 from loftq_cli.recipe import Options
 from tests import checkpoints
-from tests.cli.common import QUICK, Command
+from tests.cli.common import QUICK, Command, snapshot_of
 
 MANIFEST_KEYS = {
     *("environment", "fingerprint", "format_version", "matrices", "outputs"),
     *("passed_through", "recipe", "source", "tool", "totals"),
 }
 PLAN_KEYS = {
+    "download",
     *("disk_bytes", "fingerprint", "free_disk_bytes", "memory_bytes", "output"),
     *("passed_through", "recipe", "selected", "source", "totals"),
 }
@@ -252,10 +252,10 @@ def asked(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
 
     def fetch(
-        repo_id: str, revision: str | None = None, *, offline: bool, say: Callable[[str], None]
+        repo_id: str, revision: str | None = None, *, offline: bool, **others: object
     ) -> HubSnapshot:
         calls.append((repo_id, revision, offline))
-        return HubSnapshot(place / "model", f"{repo_id}-hf", "c0ffee", repo_id)
+        return snapshot_of(place / "model", f"{repo_id}-hf", "c0ffee", repo_id)
 
     monkeypatch.setattr(hub, "fetch", fetch)
     return calls
@@ -281,3 +281,11 @@ def test_what_exists_is_a_path_even_if_it_looks_like_a_hub_id(
 ) -> None:
     assert loftq("convert", "model", "--dry-run").exit_code == 0
     assert asked == []
+
+
+def test_shards_of_a_directory_are_not_discarded(place: Path, loftq: Command) -> None:
+    before = checkpoints.files(place)
+    result = loftq("convert", "model", "--discard-shards")
+    assert result.exit_code == 2
+    assert "--discard-shards" in result.stderr
+    assert checkpoints.files(place) == before

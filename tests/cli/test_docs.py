@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.hub import HubSnapshot
 from loftq_cli.cli import main
 from loftq_cli.version import VERSION
 from tests import models
-from tests.cli.common import Command
+from tests.cli.common import Command, snapshot_of
 
 HERE = Path(__file__).parent
 MANUAL = (HERE.parents[1] / "docs/cli.md").read_text("utf-8")
@@ -81,7 +81,7 @@ def test_the_examples_of_the_manual_work(
     place: Path, loftq: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetch(repo_id: str, revision: str | None = None, **options: Any) -> HubSnapshot:
-        return HubSnapshot(place / "model", repo_id, "0" * 40, None)
+        return snapshot_of(place / "model", repo_id, "0" * 40)
 
     monkeypatch.setattr(hub, "fetch", fetch)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)

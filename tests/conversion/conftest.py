@@ -15,6 +15,9 @@ from tests import checkpoints
 from tests.checkpoints import LLAMA
 from tests.conversion.bench import Bench
 from tests.conversion.contents import FAST, Converter
+from tests.hub_fixtures import cache, server
+
+__all__ = ["cache", "server"]
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_space_that_unfinished_work_will_still_need_is_counted(
     bench.write(tensors, cuts=(5,))
     bench.interrupt(KEY, layout="dense")  # before the first matrix
     asked = []
-    monkeypatch.setattr(runs, "check_space", lambda path, needed: asked.append(needed))
+    monkeypatch.setattr(runs, "check_disks", lambda source, path, needed: asked.append(needed))
     bench.interrupt(KEY, layout="dense")
     left = sum(tensors[name].nbytes for name in checkpoints.matrices(tensors))
     assert asked[0] - runs._MARGIN >= left
