@@ -9,6 +9,7 @@ import click
 
 from loftq_cli import console, recipe
 from loftq_cli.cli_calibrate import calibrate
+from loftq_cli.cli_push import push
 from loftq_cli.command import CONTEXT as _CONTEXT
 from loftq_cli.command import choice as _choice
 from loftq_cli.command import guarded as _guarded
@@ -322,3 +323,4 @@ def error_report(
 
 
 main.add_command(calibrate)
+main.add_command(push)

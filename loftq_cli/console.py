@@ -245,6 +245,19 @@ def show_calibration(result: Mapping[str, Any], *, as_json: bool) -> None:
     print(f"next: loftq convert {printable(model)} --stats {printable(output)}")
 
 
+def show_push(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The summary at the end of ``loftq push``."""
+    if as_json:
+        _json(result)
+        return
+    pairs = [
+        ("repository", f"{result['repo_id']}, {'private' if result['private'] else 'public'}"),
+        ("revision", f"{result['revision']} at {result['commit']}"),
+        ("files", f"{result['files']}, {_size(result['bytes'])}"),
+    ]
+    _pairs(f"sent to {result['url']}", pairs)
+
+
 def _show_loading(snippet: str) -> None:
     print("load it with:\n")
     print("\n".join(f"    {line}".rstrip() for line in snippet.splitlines()))

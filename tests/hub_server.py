@@ -6,6 +6,7 @@ and moves a branch to it. Served are
     GET       /api/models/<id>[/revision/<revision>]     commit and files, with sizes and hashes
     GET       /api/models/<id>/refs                      branches, tags, pull requests
     HEAD, GET /<id>/resolve/<revision>/<file>            ETag, X-Repo-Commit, X-Linked-*, Range
+    uploads                                              see hub_uploads.py
 
 A ``Fault`` on a repository makes some of its requests fail as the hub makes them fail.
 """
@@ -14,16 +15,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
+
+from tests.hub_uploads import Uploads
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pth")
 
@@ -66,6 +68,7 @@ class Repository:
     token: str | None = None
     """The one token that may read it; without one it is public."""
     fault: Fault | None = None
+    private: bool = False
     after_listing: Callable[[], None] | None = None
     """Called between listing the files and answering: the moment when somebody else pushes."""
 
@@ -83,6 +86,14 @@ class HubServer:
         self.root = root
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
+        self.objects: dict[str, bytes] = {}
+        """Large files that were uploaded, by sha256."""
+        self.writer: str | None = None
+        """The one token that may write; without one any may."""
+        self.refuse: dict[str, list[int]] = {}
+        """{part of a path: statuses} of uploads that fail, each once."""
+        self.regular = True
+        """Whether all files are uploaded within their commit, or those with LFS_SUFFIXES first."""
         self.ranges: list[str] = []
         """The files of which the beginning was asked for, in order."""
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -120,6 +131,15 @@ class HubServer:
         repository.refs[branch] = commit
         return commit
 
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """What a repository holds."""
+        repository = self.repositories[repo_id]
+        commit = repository.commit_of(revision)
+        assert commit is not None
+        root = repository.directory / commit
+        paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
     def downloads(self) -> list[str]:
         """The files that were asked for whole, or from some byte to their end, in order."""
         return [
@@ -129,7 +149,7 @@ class HubServer:
         ]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads):
     hub: HubServer
 
     def do_HEAD(self) -> None:
@@ -138,11 +158,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
     def _answer(self) -> None:
         path = urlsplit(self.path).path
+        if "/tree/" in path:
+            repo_id, _, revision = path.removeprefix("/api/models/").partition("/tree/")
+            self.send_tree(repo_id, unquote(revision))
+            return
         if path.startswith("/api/models/"):
             repo_id, _, revision = path.removeprefix("/api/models/").partition("/revision/")
             on, file = "api", None
@@ -157,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         refs = repo_id.endswith("/refs")
         repository = self.hub.repositories.get(repo_id.removesuffix("/refs"))
         if repository is None or not self._may_read(repository):
-            self._fail(401, {"X-Error-Code": "RepoNotFound"})
+            self.fail(401, {"X-Error-Code": "RepoNotFound"})
             return
         fault = repository.fault
         # A fault of bodies waits for one, so that `times` counts what was spoiled.
@@ -166,18 +187,18 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and not fault.strikes(on, file):
             fault = None
         if fault and fault.status:
-            self._fail(fault.status, fault.headers)
+            self.fail(fault.status, fault.headers)
             return
         if refs:
             self._list_refs(repository)
             return
         commit = repository.commit_of(unquote(revision) or "main")
         if commit is None:
-            self._fail(404, {"X-Error-Code": "RevisionNotFound"})
+            self.fail(404, {"X-Error-Code": "RevisionNotFound"})
         elif file is None:
             self._list(repo_id, repository, commit)
         elif not (repository.directory / commit / unquote(file)).is_file():
-            self._fail(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+            self.fail(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         else:
             self._serve(repository.directory / commit / unquote(file), commit, fault or Fault())
 
@@ -187,13 +208,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _may_read(self, repository: Repository) -> bool:
         sent = self.headers.get("Authorization")
         return repository.token is None or sent == f"Bearer {repository.token}"
-
-    def _fail(self, status: int, headers: Mapping[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
 
     def _list(self, repo_id: str, repository: Repository, commit: str) -> None:
         root = repository.directory / commit
@@ -210,8 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
             siblings.append(entry)
         if repository.after_listing is not None:
             repository.after_listing()
-        body = json.dumps({"id": repo_id, "sha": commit, "siblings": siblings}).encode()
-        self._send_json(body)
+        self.send_json(
+            {"id": repo_id, "sha": commit, "siblings": siblings, "private": repository.private}
+        )
 
     def _list_refs(self, repository: Repository) -> None:
         found: dict[str, list[dict[str, str]]] = {"branches": [], "converts": [], "tags": []}
@@ -220,14 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
             kind = "pullRequests" if name.startswith("refs/pr/") else "branches"
             ref = name if name.startswith("refs/") else f"refs/heads/{name}"
             found[kind].append({"name": name, "ref": ref, "targetCommit": commit})
-        self._send_json(json.dumps(found).encode())
-
-    def _send_json(self, body: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self.send_json(found)
 
     def _serve(self, path: Path, commit: str, fault: Fault) -> None:
         size = path.stat().st_size

@@ -51,8 +51,17 @@ def allowed(name: str) -> set[str]:
     return {
         "__init__.py": {*FOLDERS, *FOR_ALL},
         "__main__.py": {"cli"},
-        "cli.py": {*FOLDERS, *FOR_ALL, "console", "command", "narrator", "cli_calibrate"},
+        "cli.py": {
+            *FOLDERS,
+            *FOR_ALL,
+            "console",
+            "command",
+            "narrator",
+            "cli_calibrate",
+            "cli_push",
+        },
         "cli_calibrate.py": {*FOLDERS, *FOR_ALL, "console", "command", "narrator"},
+        "cli_push.py": {*FOLDERS, *FOR_ALL, "console", "command", "narrator"},
         "command.py": {*FOR_ALL, "console"},
         "console.py": FOR_ALL,
         "narrator.py": {"conversion", "console", *FOR_ALL},
@@ -85,7 +94,7 @@ def test_numerics_is_pure_torch():
     [
         ({"rich"}, {"console.py"}),
         ({"tqdm"}, {"narrator.py"}),
-        ({"click"}, {"cli.py", "cli_calibrate.py", "command.py"}),
+        ({"click"}, {"cli.py", "cli_calibrate.py", "cli_push.py", "command.py"}),
         ({"huggingface_hub"}, {name for name in MODULES if name.startswith("checkpoint/hub")}),
         ({"transformers", "peft"}, {"integrations/loading.py", "integrations/quantizer.py"}),
         ({"gguf", "accelerate", "psutil", "tokenizers"}, set()),  # through checkpoint/extras.py
@@ -131,7 +140,7 @@ def modules_after(program: str) -> set[str]:
 
 HELP = """
 from loftq_cli.cli import main
-for command in ([], ["convert"], ["inspect"], ["error-report"], ["calibrate"]):
+for command in ([], ["convert"], ["inspect"], ["error-report"], ["calibrate"], ["push"]):
     main([*command, "--help"], standalone_mode=False)
 """
 

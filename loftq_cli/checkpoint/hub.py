@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,6 +34,8 @@ from loftq_cli.errors import (
     SourceNotFoundError,
     UnsupportedInputError,
 )
+
+_MOST_REQUESTS = 20  # pull requests that are looked at, newest first
 
 _Say = Callable[[str], None]
 
@@ -241,15 +244,35 @@ def _entry_to_weights(listing: _Listing) -> str:
         if name in listing.files:
             return name
     if any(fnmatchcase(name, "pytorch_model*.bin") for name in listing.files):
+        found = _converted_at(listing.repo_id)
+        hint = f"use --revision {found}, a pull request that has safetensors, or --allow-pickle"
+        if found is None:
+            hint = (
+                "use --allow-pickle if you trust its author, or convert it: a pull request with "
+                f"safetensors is used by --revision refs/pr/N, and none was found at "
+                f"{constants.ENDPOINT}/{listing.repo_id}/discussions"
+            )
         raise UnsupportedInputError(
             f"{listing.repo_id} has only pickled weights (pytorch_model*.bin) at this revision",
-            hint="a pull request with a safetensors conversion may exist: look at "
-            f"{constants.ENDPOINT}/{listing.repo_id}/discussions and use --revision refs/pr/N",
+            hint=hint,
         )
     raise SourceNotFoundError(
         f"{listing.repo_id} has neither {SINGLE} nor {INDEX} at this revision",
         hint="give the id of a repository with a transformers model in safetensors format",
     )
+
+
+def _converted_at(repo_id: str) -> str | None:
+    """The newest pull request, of those looked at, with weights in safetensors."""
+    api, timeout = HfApi(), constants.HF_HUB_ETAG_TIMEOUT
+    with suppress(Exception):  # it is only for a hint
+        requests = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or ()
+        numbers = sorted((int(each.ref.rpartition("/")[2]) for each in requests), reverse=True)
+        for ref in (f"refs/pr/{number}" for number in numbers[:_MOST_REQUESTS]):
+            siblings = api.model_info(repo_id, revision=ref, timeout=timeout).siblings or ()
+            if {SINGLE, INDEX} & {file.rfilename for file in siblings}:
+                return ref
+    return None
 
 
 def _shards(index: Path, repo_id: str) -> list[str]:

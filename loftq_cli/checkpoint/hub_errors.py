@@ -21,27 +21,42 @@ from loftq_cli.errors import CorruptFileError, EnvironmentFailure, LoftqError
 
 @contextmanager
 def explained(
-    repo_id: str, revision: str | None, name: str | None = None, place: Path | None = None
+    repo_id: str,
+    revision: str | None,
+    name: str | None = None,
+    *,
+    place: Path | None = None,
+    sending: bool = False,
 ) -> Iterator[None]:
     """Around what asks the hub or reads its cache, and nothing else: all of that block's errors
     become ``EnvironmentFailure``, or ``CorruptFileError`` where a file has the wrong size.
-    ``place`` is where the file goes if not into the hub cache."""
+    ``place`` is where the file goes if not into the hub cache; ``sending`` is for uploads."""
     try:
         yield
-    except LoftqError:  # such as a signal that arrives during a download
+    except LoftqError:  # such as a download that was given up
         raise
     except Exception as error:
         what = f"{name} of {repo_id}" if name else repo_id
-        raise _explain(error, repo_id, revision, what, place) from error
+        raise _explain(error, repo_id, revision, what, place, sending) from error
 
 
 def _explain(
-    error: BaseException, repo_id: str, revision: str | None, what: str, place: Path | None
+    error: BaseException,
+    repo_id: str,
+    revision: str | None,
+    what: str,
+    place: Path | None,
+    sending: bool,
 ) -> LoftqError:
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/{repo_id}"
+    otherwise = "--offline uses what is in the hub cache"
+    if sending:
+        otherwise = "the same command goes on where it was"
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         # The library fell back on the cache, in vain; why it had to is the cause.
-        return _explain(error.__cause__, repo_id, revision, what, place)
+        return _explain(error.__cause__, repo_id, revision, what, place, sending)
+    if sending and type(error) is RuntimeError and error.__cause__ is not None:
+        return _explain(error.__cause__, repo_id, revision, what, place, sending)
     if isinstance(error, GatedRepoError):  # before its base class, RepositoryNotFoundError
         return EnvironmentFailure(
             f"access to {repo_id} is gated: its licence has to be accepted first",
@@ -58,15 +73,16 @@ def _explain(
             hint=f"{page} lists the branches and tags",
         )
     if isinstance(error, HfHubHTTPError):
-        return _explain_status(error, what)
+        return _explain_status(error, what, otherwise)
     reason = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_disk(error, reason, what, place)
     if type(error) is OSError:  # how the library says that a file has the wrong size
         return CorruptFileError(f"{what} arrived damaged: {reason}", hint="run the command again")
     return EnvironmentFailure(
-        f"{what} could not be read from {hub}: {type(error).__name__}: {reason}",
-        hint="check the connection and HF_ENDPOINT; --offline uses what is in the hub cache",
+        f"{what} could not be {'sent to' if sending else 'read from'} {hub}: "
+        f"{type(error).__name__}: {reason}",
+        hint=f"check the connection and HF_ENDPOINT; {otherwise}",
     )
 
 
@@ -83,15 +99,15 @@ def _explain_disk(error: OSError, reason: str, what: str, place: Path | None) ->
     return EnvironmentFailure(f"cannot use {where}: {error.strerror or reason}", hint=hint)
 
 
-def _explain_status(error: HfHubHTTPError, what: str) -> EnvironmentFailure:
+def _explain_status(error: HfHubHTTPError, what: str, otherwise: str) -> EnvironmentFailure:
     status = error.response.status_code
     if status == 401:
         hint = "the token is missing or wrong: log in with `hf auth login`, or correct HF_TOKEN"
     elif status == 403:
-        hint = "the token may not read this repository; `hf auth whoami` says whose it is"
+        hint = "the token has no right to this; `hf auth whoami` says whose it is"
     elif status == 429:
         hint = "too many requests: wait some minutes, and log in for a higher limit"
     else:
-        hint = "try again later; --offline uses what is in the hub cache"
+        hint = f"try again later; {otherwise}"
     said = f": {' '.join(error.server_message.split())}" if error.server_message else ""
     return EnvironmentFailure(f"{constants.ENDPOINT} answered {status} for {what}{said}", hint=hint)

@@ -41,14 +41,16 @@ def inspect(directory: Path, *, verify: bool = False) -> dict[str, Any]:
     }
 
 
-def snippet(output: Output) -> str:
-    """Python that loads the backbone and attaches the adapter for training."""
+def snippet(output: Output, place: str | None = None) -> str:
+    """Python that loads the backbone and attaches the adapter for training, from ``place``, by
+    default the output's directory."""
+    place = place or str(output.directory)
     registers = any(record["layout"] == "loftq" for record in output.records)
     return (
         ("import loftq_cli\n" if registers else "") + "from peft import PeftModel\n"
         f"from transformers import {auto_class(output)}\n\n"
-        f"model = {auto_class(output)}.from_pretrained({str(output.directory)!r})\n"
-        f"model = PeftModel.from_pretrained(model, {str(output.directory)!r}, "
+        f"model = {auto_class(output)}.from_pretrained({place!r})\n"
+        f"model = PeftModel.from_pretrained(model, {place!r}, "
         'subfolder="loftq_init", is_trainable=True)'
     )
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,7 +247,14 @@ def test_only_pickles(server: HubServer) -> None:
     assert isinstance(error, UnsupportedInputError)
     assert error.exit_code == 3
     assert "--revision refs/pr/N" in error.hint
+    assert "--allow-pickle" in error.hint
     assert f"{server.url}/org/model/discussions" in error.hint
+    server.publish("org/model", {**SMALL, SINGLE: weights(0)}, branch="refs/pr/9")
+    server.publish("org/model", {**SMALL, SINGLE: weights(0)}, branch="refs/pr/10")
+    server.publish("org/model", {**SMALL, "README.md": b"better"}, branch="refs/pr/11")
+    hint = "use --revision refs/pr/10, a pull request that has safetensors, or --allow-pickle"
+    assert failure().hint == hint
+    assert contents(fetch("org/model", "refs/pr/10", say=silent))[SINGLE] == weights(0)
 
 
 @pytest.mark.parametrize("others", [{}, {"adapter_model.safetensors": b"", "model.gguf": b""}])
@@ -470,11 +478,49 @@ def test_a_connection_that_always_drops(server: HubServer) -> None:
     assert f"{SINGLE} of org/model could not be read" in error.message
 
 
-def test_a_rate_limit_that_ends(server: HubServer) -> None:
+@pytest.mark.parametrize("on", ["api", "range", "resolve"])
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 8),
+        (
+            {"RateLimit": '"api";r=0;t=55', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'},
+            56,
+        ),
+    ],
+)
+def test_a_rate_limit_that_ends(
+    server: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+    on: str,
+    headers: dict[str, str],
+    seconds: int,
+) -> None:
     server.publish("org/model", {**SMALL, SINGLE: weights(0)})
-    limit = Fault("resolve", status=429, headers={"Retry-After": "1"}, file=SINGLE, times=2)
+    file = None if on == "api" else SINGLE
+    limit = Fault(on, status=429, headers=headers, file=file, times=2)
     server.repositories["org/model"].fault = limit
-    assert contents(fetch("org/model", say=silent))[SINGLE] == weights(0)
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    said: list[str] = []
+    assert contents(fetch("org/model", say=said.append))[SINGLE] == weights(0)
+    assert waited.count(seconds) == 2 or (on == "resolve" and waited.count(seconds) == 1)
+    if on == "api":
+        line = f"{server.url} limits the rate of requests; waiting {seconds} s"
+        assert said == [line, line]
+
+
+def test_a_rate_limit_that_does_not_end(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.publish("org/model", {**SMALL, SINGLE: weights(0)})
+    repository = server.repositories["org/model"]
+    repository.fault = Fault("api", status=429, headers={"Retry-After": "7"})
+    assert "answered 429" in failure().message
+    assert len(server.requests) == 5
+    # Longer than the hub's own windows: it is for the user to wait.
+    repository.fault = Fault("api", status=429, headers={"Retry-After": "86400"})
+    server.requests.clear()
+    assert "answered 429" in failure().message
+    assert len(server.requests) == 1
 
 
 def test_a_wrong_hash(server: HubServer) -> None:

@@ -14,8 +14,9 @@ import click
 import pytest
 
 from loftq_cli import errors
-from loftq_cli.checkpoint import hub
+from loftq_cli.checkpoint import hub, hub_upload
 from loftq_cli.checkpoint.hub import HubSnapshot
+from loftq_cli.checkpoint.hub_upload import Pushed
 from loftq_cli.cli import main
 from loftq_cli.version import VERSION
 from tests import models
@@ -83,7 +84,12 @@ def test_the_examples_of_the_manual_work(
     def fetch(repo_id: str, revision: str | None = None, **options: Any) -> HubSnapshot:
         return snapshot_of(place / "model", repo_id, "0" * 40)
 
+    def push_folder(folder: Path, names: set[str], repo_id: str, **options: Any) -> Pushed:
+        assert all((folder / name).is_file() for name in names)
+        return Pushed(repo_id, "main", "0" * 40, "https://hub", True)
+
     monkeypatch.setattr(hub, "fetch", fetch)
+    monkeypatch.setattr(hub_upload, "push_folder", push_folder)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
     shutil.rmtree(place / "model")
     models.save_tokenizer(models.save(models.llama(), place / "my-model"))

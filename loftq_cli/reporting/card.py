@@ -1,0 +1,135 @@
+"""The model card of a conversion that is sent to the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from loftq_cli.checkpoint.output import MANIFEST, Output
+from loftq_cli.errors import printable
+from loftq_cli.layouts import adapter
+from loftq_cli.reporting.inspect import inspect, snippet
+
+WORST = 5
+"""How many matrices are listed."""
+
+_LONGEST = 200  # characters of a setting's value: some list hundreds of names
+
+_CARD = """
+# {name}
+
+{base}, quantized, with a LoRA adapter that makes up for the quantization
+([LoftQ](https://arxiv.org/abs/2310.08659)): Q + B·A ≈ W, matrix by matrix. Fine-tuning starts from
+the adapter in `{adapter}/` instead of from zero.
+
+```python
+{loading}
+```
+
+{facts}
+
+The residual is the norm of W - Q - B·A over all quantized matrices, relative to that of W: how near
+the weights are, not how good the model is.
+
+## Recipe
+
+{settings}
+
+## Matrices furthest from their originals
+
+{worst}
+
+`{manifest}` has the residuals of every matrix and step, and the sha256 of every file.
+"""
+
+
+def metadata(output: Output) -> dict[str, Any]:
+    """The fields by which the hub lists the model as a quantization of its base, and as an adapter
+    of it. Without a base where the source was a directory, which says nothing to others."""
+    source = output.manifest["source"]
+    base = source["id"] if source["revision"] else None
+    tags = [
+        "loftq",
+        "lora",
+        "peft",
+        *sorted({f"{record['bits']}-bit" for record in output.records}),
+    ]
+    if base is not None:
+        tags.append(f"base_model:adapter:{base}")  # as PEFT itself tags an adapter
+    return {
+        "base_model": base,
+        "base_model_relation": "quantized" if base else None,
+        "library_name": "transformers",
+        "tags": tags,
+    }
+
+
+def body(output: Output, repo_id: str) -> str:
+    """The card below its metadata, in Markdown."""
+    found = inspect(output.directory)
+    source, totals = found["source"], found["totals"]
+    base = f"`{source['id']}` at `{source['revision']}`" if source["revision"] else "A checkpoint"
+    settings = [
+        (f"`{name}`", f"`{value}`")
+        for name, value in found["recipe"].items()
+        if value not in (None, [], ()) and len(str(value)) <= _LONGEST
+    ]
+    worst = sorted(output.records, key=lambda record: -_relative(record, "final"))[:WORST]
+    return _CARD.format(
+        name=repo_id.rpartition("/")[2],
+        base=base,
+        adapter=adapter.DIRECTORY,
+        loading=snippet(output, repo_id),
+        facts=_table(("", ""), _facts(found, totals)),
+        settings=_table(("setting", "value"), settings),
+        worst=_table(
+            ("tensor", "bits", "rank", "residual", "of the quantization alone"),
+            [
+                (
+                    f"`{record['name']}`",
+                    str(record["bits"]),
+                    str(record["rank"]),
+                    f"{_relative(record, 'final'):.4f}",
+                    f"{_relative(record, 'quantized'):.4f}",
+                )
+                for record in worst
+            ],
+        ),
+        manifest=MANIFEST,
+    )
+
+
+def _facts(found: Mapping[str, Any], totals: Mapping[str, Any]) -> list[tuple[str, str]]:
+    before, after, beside = (
+        f"{totals[name] / 1e9:.3f} GB"
+        for name in ("source_bytes", "backbone_bytes", "adapter_bytes")
+    )
+    plain, final = totals["relative_residual_quantized"], totals["relative_residual"]
+    return [
+        (
+            "quantized",
+            f"{len(found['layers'])} matrices; {found['passed_through']} tensors are as they were",
+        ),
+        (
+            "bits per weight",
+            f"{totals['bits_per_weight']:.3f} stored, scales included; "
+            f"{totals['bits_per_weight_with_adapter']:.3f} with the adapter",
+        ),
+        ("size", f"{before} before; {after}, and {beside} of adapter, after"),
+        ("relative residual", f"{final:.4f} with the adapter, {plain:.4f} without"),
+        ("made by", f"{found['tool']['name']} {found['tool']['version']}"),
+    ]
+
+
+def _relative(record: Mapping[str, Any], which: str) -> float:
+    norms = record["frobenius"]
+    return float(norms[which] / (norms["weight"] or 1.0))
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    cells = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in cells)
+
+
+def _cell(text: str) -> str:
+    return printable(text).replace("|", "\\|")

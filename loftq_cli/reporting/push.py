@@ -1,0 +1,71 @@
+"""``loftq push``: a finished conversion to a repository on the hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.checkpoint.durable import explained
+from loftq_cli.checkpoint.output import MANIFEST, Output, open_output, verify
+from loftq_cli.errors import UsageError
+from loftq_cli.reporting.card import body, metadata
+
+_CARD = "README.md"
+
+
+def push(
+    directory: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Verify the conversion in ``directory`` and send its files, and no others, with a model card;
+    what ``--json`` prints. Nothing is written to ``directory``.
+
+    Raises UsageError for a malformed id, InputError and VerificationError where the conversion is
+    not finished or was altered, OutputConflictError where the repository holds something else, and
+    EnvironmentFailure (no token, access, network).
+    """
+    # Imported here: the other reports need no hub client.
+    from loftq_cli.checkpoint.hub import looks_like_hub_id
+    from loftq_cli.checkpoint.hub_upload import front_matter, push_folder
+
+    if not looks_like_hub_id(repo_id):
+        raise UsageError(f"{repo_id!r} is not a hub id", hint="a hub id is NAME or OWNER/NAME")
+    output = open_output(directory)
+    verify(output)
+    fields = metadata(output)
+    if fields["base_model"] is None:
+        say(f"{output.manifest['source']['id']} is no hub id: the card names no base model")
+    with explained(directory), tempfile.TemporaryDirectory(prefix="loftq-push-") as folder:
+        names = _stage(output, Path(folder))
+        card = front_matter(fields) + body(output, repo_id)
+        (Path(folder) / _CARD).write_text(card, "utf-8")
+        pushed = push_folder(
+            Path(folder),
+            {*names, _CARD},
+            repo_id,
+            marker=MANIFEST,
+            private=private,
+            revision=revision,
+            message=f"Upload a LoftQ conversion, fingerprint {output.fingerprint[:12]}",
+            say=say,
+        )
+    size = sum(entry["size"] for entry in output.manifest["outputs"])
+    return {**asdict(pushed), "files": len(names) + 1, "bytes": size}
+
+
+def _stage(output: Output, folder: Path) -> list[str]:
+    """Links to what belongs to the conversion: what else came to lie in its directory, such as
+    checkpoints of a training, stays at home."""
+    names = [entry["name"] for entry in output.manifest["outputs"]] + [MANIFEST]
+    for name in names:
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to((output.directory / name).absolute())
+    return names
