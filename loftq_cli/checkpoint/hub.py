@@ -10,6 +10,7 @@ complete one.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -197,8 +198,9 @@ def _find_in_cache(
 
 
 def _cached_file(path: Path) -> RemoteFile:
-    """The cache names a large file by its sha256, and links to it from the snapshot."""
-    blob = path.resolve().name
+    """The cache names a large file by its sha256, and links to it from the snapshot. Only that one
+    link: the blob may be another to a store that several caches share, under another hash."""
+    blob = Path(os.readlink(path)).name if path.is_symlink() else ""
     return RemoteFile(path.stat().st_size, blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
 
 

@@ -70,5 +70,8 @@ class Supply:
         """Have the shard at its path, verified. Raises EnvironmentFailure (network, access, disk)
         and CorruptFileError (not what the hub says it is)."""
 
+    def give_up(self) -> None:
+        """Nobody waits any more for what :meth:`ensure` is doing in another thread."""
+
     def release(self, name: str) -> None:
         """Nothing more is read from the shard."""

@@ -44,7 +44,8 @@ class Deliveries:
         trace: TracebackType | None,
     ) -> None:
         self._abandoned = True
-        if self._last is not None:
+        if self._last is not None and self._last.is_alive():
+            self._supply.give_up()
             self._last.join(_PATIENCE)
 
     def take(self, name: str) -> None:

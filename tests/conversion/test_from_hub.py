@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
@@ -301,6 +302,29 @@ def test_an_interrupted_conversion_goes_on_where_it_was(
     assert but_the_manifest(tmp_path / "out") == expected(tmp_path, files)
     # The last one was there already when its matrix was reached.
     assert not [name for name in server.downloads() if name.endswith(".safetensors")]
+
+
+def test_an_interruption_ends_the_download_and_leaves_nothing_of_it(
+    server: HubServer, commit: str, tmp_path: Path
+) -> None:
+    slow = Fault("resolve", delay=0.02, file=shard(2))  # 20 seconds for the whole shard
+    server.repositories[MODEL].fault = slow
+
+    class Interrupted(Recorder):
+        def downloaded(self, nbytes: int) -> None:
+            arrived.set()
+
+        def working_on(self, name: str) -> None:
+            if "layers.0.mlp" in name:
+                while shard(2) not in server.downloads():
+                    arrived.wait(0.01)
+                raise KeyboardInterrupt
+
+    arrived = threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "out", Interrupted())
+    assert "loftq-download" not in {thread.name for thread in threading.enumerate()}
+    assert not list((tmp_path / "cache").rglob("*.incomplete"))
 
 
 def test_what_a_crash_left_of_a_download_is_cleared_away(
