@@ -111,7 +111,12 @@ def _bar_for(progress: Progress) -> type[tqdm]:
         def update(self, n: float | None = 1) -> None:
             progress(int(n or 0))
 
+        # With these two the client makes one bar of a file under xet, and not a second one that
+        # counts what is on the wire.
         def update_transfer(self, n: float) -> None:
-            """Bytes on the wire, which are fewer than those of the file under xet."""
+            pass
+
+        def set_transfer_postfix_str(self, *args: Any, **kwargs: Any) -> None:
+            pass
 
     return Bar

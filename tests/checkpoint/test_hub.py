@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -604,6 +605,27 @@ def test_an_interruption_stays_one(server: HubServer, monkeypatch: pytest.Monkey
     monkeypatch.setattr(hub_transfer, "hf_hub_download", interrupted)
     with pytest.raises(InterruptedConversion):
         fetch("org/model", say=silent)
+
+
+def test_progress_counts_what_is_written_also_under_xet() -> None:
+    """The protocol by which the client reports, which the server here does not speak."""
+    from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+
+    arrived: list[int] = []
+    bar = hub_transfer._bar_for(arrived.append)
+    with XetDownloadProgressReporter(
+        reconstruction_desc="a file", total=100, log_level=30, tqdm_class=bar
+    ) as reporter:
+        for written, transferred in ((10, 40), (60, 50), (100, 70)):
+            report = SimpleNamespace(
+                total_bytes=100,
+                total_bytes_completed=written,
+                total_transfer_bytes_completed=transferred,
+                total_bytes_completion_rate=1.0,
+                total_transfer_bytes_completion_rate=1.0,
+            )
+            reporter.update_progress(report)
+    assert arrived == [10, 50, 40]
 
 
 # As a user's process sees it: the library reads its environment at import
