@@ -129,7 +129,7 @@ def test_what_is_needed_is_what_the_dry_run_says(
 
 def test_space_for_the_tokenizer_is_counted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(run, "check_space", lambda path, needed: asked.append(needed))
+    monkeypatch.setattr(run, "check_disks", lambda source, path, needed: asked.append(needed))
     bench.interrupt(KEY)
     (bench.source / "tokenizer.json").write_bytes(b"x" * 1_000_000)
     bench.convert(overwrite=True)
