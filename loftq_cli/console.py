@@ -135,7 +135,8 @@ def show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
 def _download(download: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not download["files"]:
         return []
-    amount = f"{_size(download['bytes'])} in {download['files']} files"
+    files = "1 file" if download["files"] == 1 else f"{download['files']} files"
+    amount = f"{_size(download['bytes'])} in {files}"
     at_once = f"at most {_size(download['disk_bytes'])} at a time"
     return [("download", f"{amount} to {download['directory']}, {at_once}")]
 

@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests import checkpoints
+from tests.cli.common import Command
+from tests.hub_fixtures import cache, server
 from tests.hub_server import HubServer
+
+__all__ = ["cache", "server"]
 
 SETTINGS = ("--bits", "2", "--rank", "4", "--iters", "2", "-t", "1", "--json")
 
 
-def loftq(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(
         [sys.executable, "-m", "loftq_cli", *arguments],
@@ -29,7 +33,7 @@ def loftq(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return checkpoints.write(tmp_path / "model", checkpoints.llama(layers=2), cuts=[9])
+    return checkpoints.write(tmp_path / "sharded", checkpoints.llama(layers=2), cuts=[9])
 
 
 def test_a_twin_on_the_hub_converts_as_the_same_files_on_disk_do(
@@ -40,19 +44,19 @@ def test_a_twin_on_the_hub_converts_as_the_same_files_on_disk_do(
         hub.publish("org/model", meta)
         commit = hub.publish("org/model-hf", checkpoints.files(model))
         home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url}
-        online = loftq("convert", "org/model", "-o", str(tmp_path / "online"), *SETTINGS, **home)
+        online = run("convert", "org/model", "-o", str(tmp_path / "online"), *SETTINGS, **home)
     assert online.returncode == 0, online.stderr
     assert "using its twin org/model-hf" in online.stderr
     source = json.loads(online.stdout)["source"]
     assert (source["id"], source["revision"]) == ("org/model-hf", commit)
     assert source["resolved_from"] == "org/model"
 
-    offline = loftq(
+    offline = run(
         *("convert", "org/model-hf", "-o", str(tmp_path / "offline"), "--offline", *SETTINGS),
         **home,
     )
     assert offline.returncode == 0, offline.stderr
-    local = loftq("convert", str(model), "-o", str(tmp_path / "local"), *SETTINGS)
+    local = run("convert", str(model), "-o", str(tmp_path / "local"), *SETTINGS)
     assert local.returncode == 0, local.stderr
     outputs = [
         {
@@ -73,8 +77,24 @@ def test_a_twin_on_the_hub_converts_as_the_same_files_on_disk_do(
 def test_a_repository_that_is_not_there_exits_with_5(tmp_path: Path) -> None:
     with HubServer(tmp_path / "hub") as hub:
         home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url}
-        result = loftq("convert", "org/none", "-o", str(tmp_path / "out"), **home)
+        result = run("convert", "org/none", "-o", str(tmp_path / "out"), **home)
     assert (result.returncode, result.stdout) == (5, "")
     (line,) = result.stderr.splitlines()
     assert "org/none" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_a_dry_run_says_what_would_be_downloaded_and_downloads_no_shard(
+    server: HubServer, model: Path, cache: Path, loftq: Command, discard: bool
+) -> None:
+    commit = server.publish("org/model", checkpoints.files(model))
+    words = ["--dry-run", *(["--discard-shards"] if discard else [])]
+    result = loftq("convert", "org/model", "-o", "new", *words)
+    assert result.exit_code == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("  download ")]
+    assert "kB in 2 files to " in line
+    place = f".new.loftq-partial/shards/{commit}" if discard else f"{cache}/models--org--model"
+    assert place in line
+    assert not [name for name in server.downloads() if name.endswith(".safetensors")]
+    assert not list(cache.rglob("*.safetensors"))

@@ -11,7 +11,7 @@ import pytest
 
 from loftq_cli.checkpoint.supply import Progress, Supply
 from loftq_cli.conversion.observer import Observer
-from loftq_cli.conversion.shard_supply import Deliveries
+from loftq_cli.conversion.shard_supply import Deliveries, deliver_all
 from loftq_cli.errors import DownloadAbandoned, EnvironmentFailure
 
 SOON = 30  # seconds: the end of a test that would otherwise hang
@@ -106,3 +106,13 @@ def test_one_that_was_not_expected_is_brought_all_the_same() -> None:
         found.take("a")
         found.take("b")
     assert supply.asked == ["a", "b"]
+
+
+def test_all_of_them_where_a_model_is_needed_as_a_whole() -> None:
+    supply = Slow()
+    for event in supply.let.values():
+        event.set()
+    source: Any = SimpleNamespace(supply=supply, shards=[SimpleNamespace(name=n) for n in "abc"])
+    deliver_all(source, Observer())
+    assert supply.ended == {"a": None, "b": None, "c": None}
+    assert supply.released == []
