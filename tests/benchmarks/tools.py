@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -49,3 +50,17 @@ def convert(model: Path, output: Path, *options: str) -> dict[str, Any]:
     )
     manifest: dict[str, Any] = json.loads(result.stdout)
     return manifest
+
+
+def save_result(target: Path, result: dict[str, Any]) -> None:
+    """Write ``result`` to ``target`` as JSON, whole or not at all."""
+    scratch = target.with_suffix(".part")
+    scratch.write_text(json.dumps(result))
+    scratch.replace(target)
+
+
+def warmed_cosine(progress: float) -> float:
+    """The share of the learning rate at ``progress`` from 0 to 1: up to the tenth, then down along
+    a cosine, never below a hundredth."""
+    factor = min(progress / 0.1, 1.0) * 0.5 * (1 + math.cos(math.pi * progress))
+    return max(factor, 0.01)

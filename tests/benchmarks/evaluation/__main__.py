@@ -31,10 +31,14 @@ def main() -> None:
     data = given.data or given.work / "movie-reviews.tsv"
     if given.data is None and not data.is_file():
         sentences.movie_reviews(data)
+    text = given.work / "training.txt"
+    training = (sentence.text for sentence in sentences.read(data) if sentence.split == "train")
+    text.write_text("\n".join(training) + "\n", "utf-8")
     steps = given.steps or (100 if given.full else 60)
     seeds = (0, 1, 2) if given.full else (0, 1)
     chosen = [start for start in starts.STARTS if given.full or start.small]
     runs = _Runs(given.model or minilm(), data, given.work, steps)
+    starts.measure(runs.model, text, runs.work)
     facts = [starts.prepare(start, runs.model, runs.work) for start in chosen]
     tried = runs.all([(start, rate, seeds[0]) for start in chosen for rate in start.rates])
     rates = {}

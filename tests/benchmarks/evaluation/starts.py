@@ -7,20 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.moments import calibrate, diagonals
 from tests.benchmarks.tools import convert
 
 RANK = 16
 _RATES = (3e-4, 1e-3, 3e-3)
+_TOKENS, _LENGTH = 8192, 128  # of calibration
 
 
 @dataclass(frozen=True)
 class Start:
-    """``options`` of ``loftq convert``, or None for the full-precision backbone."""
+    """``options`` of ``loftq convert``, or None for the full-precision backbone; ``stats``:
+    "diagonal" or "full", the statistics that weight the conversion."""
 
     name: str
     options: tuple[str, ...] | None
     lora: bool = True
     small: bool = False  # part of the smaller table
+    stats: str | None = None
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -51,6 +55,11 @@ def _quantized() -> list[Start]:
             Start(f"{width}, loftq", (*common, *ours), small=bits == 2),
             Start(f"{width}, svd-first", (*common, *ours, "--order", "svd-first")),
         ]
+        if bits == 2:
+            starts += [
+                Start(f"{width}, {kind}", (*common, *ours), small=kind == "full", stats=kind)
+                for kind in ("diagonal", "full")
+            ]
         if two:
             fitted = (*common, "--method", "fitted")
             starts.append(Start("fitted 2 bit, loftq", fitted, small=True))
@@ -64,6 +73,13 @@ STARTS = (
 )
 
 
+def measure(model: Path, text: Path, work: Path) -> None:
+    """The statistics of ``model`` on ``text``, both kinds, unless they are in ``work``."""
+    full = work / "full.safetensors"
+    calibrate(model, text, full, _TOKENS, _LENGTH)
+    diagonals(full, work / "diagonal.safetensors")
+
+
 def prepare(start: Start, model: Path, work: Path) -> dict[str, Any]:
     """Convert once; {relative_residual, bits_per_weight} of the backbone."""
     if start.options is None:
@@ -72,7 +88,10 @@ def prepare(start: Start, model: Path, work: Path) -> dict[str, Any]:
     manifest = output / "loftq_manifest.json"
     if not manifest.is_file():
         output.parent.mkdir(parents=True, exist_ok=True)
-        convert(model, output, "--rank", str(RANK), *start.options)
+        options = start.options
+        if start.stats is not None:
+            options = (*options, "--stats", str(work / f"{start.stats}.safetensors"))
+        convert(model, output, "--rank", str(RANK), *options)
     totals = json.loads(manifest.read_text())["totals"]
     return {name: totals[name] for name in ("relative_residual", "bits_per_weight")}
 

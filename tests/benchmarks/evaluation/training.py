@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import sys
 import time
@@ -14,10 +13,10 @@ import torch
 
 from loftq_cli.conversion.usage import peak_host_bytes
 from tests.benchmarks.evaluation import sentences, starts
+from tests.benchmarks.tools import save_result, warmed_cosine
 
 _BATCH = 32
 _TOKENS = 48
-_WARMUP = 0.1
 _CURVE = 5  # points of the loss curve
 
 
@@ -52,10 +51,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     model.train()
     for step in range(job["steps"]):
-        progress = step / job["steps"]
-        factor = min(progress / _WARMUP, 1.0) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
-            group["lr"] = job["rate"] * max(factor, 0.01)
+            group["lr"] = job["rate"] * warmed_cosine(step / job["steps"])
         with _bfloat16():
             loss = model(**batch(order.sample(parts["train"], _BATCH))).loss
         loss.backward()
@@ -93,8 +90,4 @@ def _bfloat16() -> torch.autocast:
 
 
 if __name__ == "__main__":
-    result = run(json.loads(sys.argv[1]))
-    target = Path(sys.argv[2])
-    scratch = target.with_suffix(".part")
-    scratch.write_text(json.dumps(result))
-    scratch.replace(target)
+    save_result(Path(sys.argv[2]), run(json.loads(sys.argv[1])))

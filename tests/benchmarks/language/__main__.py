@@ -1,0 +1,147 @@
+"""``python -m tests.benchmarks.language``: perplexity of a real language model from every start,
+before and after a little training, as one table.
+
+Finished results are kept in the work directory; the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.language import model, starts, statistics, text
+from tests.benchmarks.language.measure import Originals, distance, log_probabilities
+from tests.benchmarks.language.training import train
+from tests.benchmarks.tools import save_result, table
+
+_COLUMNS = (
+    "start",
+    "perplexity",
+    "KL",
+    "top-1",
+    "plain residual",
+    "weighted residual",
+    "bits",
+    "with adapter",
+    "seconds",
+    "trained",
+    "rate",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="every start, and both learning rates")
+    parser.add_argument("--steps", type=int, default=44, help="training steps (44); 0: none")
+    parser.add_argument("--only", default="", help="starts whose name contains this")
+    parser.add_argument("--work", type=Path, default=Path("build/language"))
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    chosen = [
+        start for start in starts.STARTS if (given.full or start.small) and given.only in start.name
+    ]
+    runs = _Runs(given.work, given.steps)
+    rates = starts.RATES if given.full else starts.RATES[1:]
+    before, after = [], []
+    for start in chosen:
+        before.append(runs.before(start))
+        if not start.trained:
+            runs.discard(start)
+    for start in chosen:
+        trained = start.trained and given.steps
+        after.append([runs.after(start, rate) for rate in rates] if trained else [])
+        if trained:
+            runs.discard(start)
+    table(_COLUMNS, [_row(*found) for found in zip(chosen, before, after, strict=True)])
+
+
+class _Runs:
+    """What was found about each start, kept as files."""
+
+    def __init__(self, work: Path, steps: int) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._work, self._steps = work, steps
+        self._model = model.prepare(work / "model")
+        text.write_parts(work)
+        tokenizer = AutoTokenizer.from_pretrained(self._model)
+        self._evaluation, self._training = (
+            text.windows(tokenizer, work / f"{part}.txt") for part in ("evaluation", "training")
+        )
+        self._evaluation = self._evaluation[:: len(self._evaluation) // text.EVALUATED]
+        self._evaluation = self._evaluation[: text.EVALUATED]
+        original = AutoModelForCausalLM.from_pretrained(self._model).eval()
+        self._reference = [log_probabilities(original, window) for window in self._evaluation]
+        moments = statistics.moments(statistics.prepare("full-8192", self._model, work))
+        weights = {name: original.get_submodule(name).weight.detach() for name in moments}
+        self._originals = Originals(weights, moments)
+
+    def before(self, start: starts.Start) -> dict[str, Any]:
+        """Of the start itself."""
+        target = self._target(start.slug)
+        if not target.is_file():
+            result = starts.prepare(start, self._model, self._work)
+            loaded = starts.load(start, self._model, self._work).eval()
+            result |= asdict(distance(loaded, self._reference, self._evaluation))
+            plain, weighted = self._originals.residuals(loaded.get_base_model())
+            save_result(target, {**result, "plain": plain, "weighted": weighted})
+        return self._read(target)
+
+    def after(self, start: starts.Start, rate: float) -> dict[str, Any]:
+        """Of what training makes of it."""
+        target = self._target(f"{start.slug}-{rate:g}-{self._steps}")
+        if not target.is_file():
+            if start.options is not None and not self._converted(start).is_dir():
+                starts.prepare(start, self._model, self._work)
+            loaded = starts.load(start, self._model, self._work)
+            started = time.monotonic()
+            losses = train(loaded, self._training, self._steps, rate)
+            seconds = time.monotonic() - started
+            found = distance(loaded, self._reference, self._evaluation)
+            result = {"rate": rate, "losses": losses, "seconds": seconds, **asdict(found)}
+            save_result(target, result)
+        return self._read(target)
+
+    def discard(self, start: starts.Start) -> None:
+        """Remove its conversion."""
+        shutil.rmtree(self._converted(start), ignore_errors=True)
+
+    def _converted(self, start: starts.Start) -> Path:
+        return self._work / "converted" / start.slug
+
+    def _target(self, name: str) -> Path:
+        directory = self._work / "results"
+        directory.mkdir(exist_ok=True)
+        return directory / f"{name}.json"
+
+    def _read(self, target: Path) -> dict[str, Any]:
+        result: dict[str, Any] = json.loads(target.read_text())
+        print(f"{target.stem}: {result['perplexity']:.5g}", file=sys.stderr, flush=True)
+        return result
+
+
+def _row(start: starts.Start, before: dict[str, Any], after: list[dict[str, Any]]) -> list[str]:
+    best = min(after, key=lambda result: result["perplexity"], default=None)
+    return [
+        start.name,
+        f"{before['perplexity']:.4g}",
+        f"{before['divergence']:.2f}",
+        f"{before['agreement']:.1%}",
+        f"{before['plain']:.3f}",
+        f"{before['weighted']:.3f}",
+        f"{before['bits']:.2f}",
+        f"{before['bits'] + before['adapter_bits']:.2f}",
+        f"{before['seconds']:.0f}",
+        f"{best['perplexity']:.4g}" if best else "",
+        f"{best['rate']:g}" if best else "",
+    ]
+
+
+if __name__ == "__main__":
+    main()

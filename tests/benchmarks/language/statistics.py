@@ -1,0 +1,34 @@
+"""The statistics that weight conversions, each made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from loftq_cli.checkpoint.statistics import open_statistics
+from tests.benchmarks.language.text import LENGTH
+from tests.benchmarks.moments import calibrate, diagonals
+
+
+def prepare(name: str, model: Path, work: Path) -> Path:
+    """The file NAME.safetensors in ``work``, KIND-TOKENS by its name; made unless it is there."""
+    kind, _, tokens = name.partition("-")
+    full = work / f"full-{tokens}.safetensors"
+    calibrate(model, work / "calibration.txt", full, int(tokens), LENGTH)
+    target = work / f"{name}.safetensors"
+    if kind == "diagonal":
+        diagonals(full, target)
+    return target
+
+
+def moments(file: Path) -> dict[str, torch.Tensor]:
+    """{module: full moments (in, in) of what it takes in}, one tensor for each distinct input."""
+    opened = open_statistics(file)
+    first: dict[str, str] = {}
+    for matrix, entry in opened.matrices.items():
+        first.setdefault(entry, matrix)
+    read = {entry: opened.moments(matrix) for entry, matrix in first.items()}
+    return {
+        matrix.removesuffix(".weight"): read[entry] for matrix, entry in opened.matrices.items()
+    }
