@@ -18,7 +18,7 @@ from loftq_cli.checkpoint.source import Shard
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.plan import Plan
 from loftq_cli.errors import InputError, NonFiniteWeightError
-from loftq_cli.layouts.base import Matrix
+from loftq_cli.layouts.base import Matrix, turned
 from loftq_cli.numerics.alternation import make_sweep
 from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.metrics import first_non_finite
@@ -44,21 +44,23 @@ def estimate(
         for tensor in shard.header.tensors
         if tensor.name in widths
     ]
-    observer.begin(sum(_sampled_bytes(tensor) for _, tensor in tensors), doing="settling widths")
+    total = sum(_sampled_bytes(tensor, plan.matrices[tensor.name].matrix) for _, tensor in tensors)
+    observer.begin(total, doing="settling widths")
     errors = {}
     try:
         for shard, tensor in tensors:
             observer.working_on(tensor.name)
-            rows = _sample(shard, tensor).to(plan.device)
-            scaling = tensor.shape[0] / rows.shape[0]
-            squared = [squared_residual(rows, plan, matrix) for matrix in widths[tensor.name]]
+            matrix = plan.matrices[tensor.name].matrix
+            rows = _sample(shard, tensor, matrix).to(plan.device)
+            scaling = matrix.shape[0] / rows.shape[0]
+            squared = [squared_residual(rows, plan, form) for form in widths[tensor.name]]
             if not all(math.isfinite(value) for value in squared):
                 raise InputError(
                     f"{shard.path}: tensor {tensor.name!r}: values are too large for float32",
                     hint="pass the tensor through with --exclude",
                 )
             errors[tensor.name] = [value * scaling for value in squared]
-            observer.advance(_sampled_bytes(tensor))
+            observer.advance(_sampled_bytes(tensor, matrix))
     finally:
         observer.end()
     return errors
@@ -93,22 +95,29 @@ def _runs(rows: int) -> list[tuple[int, int]]:
     return [(middle - _RUN // 2, _RUN) for middle in middles]
 
 
-def _sampled_bytes(tensor: StoredTensor) -> int:
+def _sampled_bytes(tensor: StoredTensor, matrix: Matrix) -> int:
+    if matrix.kind == "conv1d":
+        return tensor.nbytes  # its rows are not together in the file
     rows = tensor.shape[0]
     return tensor.nbytes // rows * sum(count for _, count in _runs(rows))
 
 
-def _sample(shard: Shard, tensor: StoredTensor) -> torch.Tensor:
-    """The sampled rows of ``tensor``, float32 (some, in)."""
-    rows, columns = tensor.shape
-    row_bytes = tensor.nbytes // rows
+def _sample(shard: Shard, tensor: StoredTensor, matrix: Matrix) -> torch.Tensor:
+    """The sampled rows of ``matrix``, float32 (some, in)."""
+    rows, columns = matrix.shape
     runs = _runs(rows)
-    buffer = bytearray()
     with TensorFile(shard.path) as file:
-        for first, count in runs:
-            buffer += file.read_range(tensor.start + first * row_bytes, count * row_bytes)
-    shape = (sum(count for _, count in runs), columns)
-    sample = as_tensor(TensorSpec(tensor.name, tensor.dtype, shape), buffer).float()
+        if matrix.kind == "conv1d":
+            whole = turned(file.read(tensor), matrix.kind)
+            parts = [whole[first : first + count] for first, count in runs]
+            sample = torch.cat(parts).float()
+        else:
+            row_bytes = tensor.nbytes // rows
+            buffer = bytearray()
+            for first, count in runs:
+                buffer += file.read_range(tensor.start + first * row_bytes, count * row_bytes)
+            shape = (sum(count for _, count in runs), columns)
+            sample = as_tensor(TensorSpec(tensor.name, tensor.dtype, shape), buffer).float()
     bad = first_non_finite(sample)
     if bad is not None:
         raise NonFiniteWeightError(f"{shard.path}: tensor {tensor.name!r} holds {bad[1]}")
