@@ -19,6 +19,7 @@ from loftq_cli.conversion.choices import (
     count_cpus,
     resolve_method,
 )
+from loftq_cli.conversion.experts import check_ranks
 from loftq_cli.conversion.selection import Selection, select, stacks
 from loftq_cli.conversion.widths import assign_ranks, assign_widths, candidates
 from loftq_cli.errors import CorruptFileError
@@ -254,6 +255,7 @@ def _assemble(
             _ADAPTER_TAGS.get(recipe.adapter_dtype, tensor.dtype),
             tuple(layout.specs(matrix)),
         )
+    check_ranks({name: item.rank for name, item in matrices.items()}, recipe.rank)
     return Plan(
         source=source,
         recipe=recipe,

@@ -13,7 +13,7 @@ import torch
 from loftq_cli import maps
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.output import verify
-from loftq_cli.conversion import target
+from loftq_cli.conversion import experts, target
 from loftq_cli.conversion.choices import searches_scales
 from loftq_cli.conversion.engine import Conversion
 from loftq_cli.conversion.journal import Identity
@@ -61,8 +61,10 @@ def prepare(
             f"{len(plan.unmeasured)} of {len(plan.matrices)} matrices are not in {resolved.stats} "
             "and are converted without statistics"
         )
-    if plan.layout_note:
-        observer.note(plan.layout_note)
+    experts_note = experts.note(plan.selection.kept, source.config.content)
+    for line in (plan.layout_note, experts_note):
+        if line:
+            observer.note(line)
     # Only where there is a search to speed up: asking builds the kernels.
     searches = searches_scales(plan.recipe.method, plan.recipe.scale)
     if searches and plan.device.type == "cpu" and native.load().reason:

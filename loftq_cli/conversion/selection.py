@@ -22,8 +22,9 @@ from loftq_cli.conversion.architecture import (
     kind_of,
     shared_with,
 )
+from loftq_cli.conversion.experts import MISTAKEN, check, mistaken
 from loftq_cli.errors import PatternError, UnsupportedInputError, UsageError, printable
-from loftq_cli.layouts.base import Kind
+from loftq_cli.layouts.base import Kind, is_expert
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 """Source dtypes that can be quantized."""
@@ -31,7 +32,6 @@ FLOAT_DTYPES = ("F32", "F16", "BF16")
 _BLOCK = re.compile(r"(?:^|\.)\d+\.")
 _NORM = re.compile(r"(?:norm|(?:^|\.)ln_?\w*)\.weight$", re.IGNORECASE)
 _ROUTER = re.compile(r"(?:router\w*|(?:^|\.)(?:gate|wg|shared_expert_gate))\.weight$")
-_EXPERT = re.compile(r"(?:^|\.)experts\.")
 _HEAD = re.compile(
     r"(?:^|\.)(?:lm_head|embed_out|classifier|classification_heads?|pooler|score|qa_outputs|heads?)\."
 )
@@ -81,6 +81,8 @@ def select(
         why = "linear layer of a block"
         if kept_by_transformers(tensor.name, config):
             reason = "kept in floating point by transformers"
+        if reason is None and mistaken(tensor.name, config):
+            reason = MISTAKEN
         if embeddings and kind == "embedding" and tensor.name in quantizable:
             why, reason = "asked for by --embeddings", None
         if tensor.name in excluded:
@@ -109,6 +111,7 @@ def select(
             hint="--include selects what the default rule leaves out",
         )
     _refuse_shared(kinds, config, names)
+    check(kinds, [tensor for tensor, _ in kept], config)
     if embeddings and "embedding" not in kinds.values():
         raise UsageError("--embeddings: the checkpoint has no word embedding to quantize")
     return Selection(matrices, kept, kinds, reasons)
@@ -155,11 +158,12 @@ def _outside_rule(name: str) -> str | None:
         (EMBEDDING, "embedding"),
         (_NORM, "normalisation"),
         (_HEAD, "head"),
-        (_EXPERT, "expert: consumers fuse these in memory"),
         (_ROUTER, "router"),
     ):
         if pattern.search(name):
             return reason
+    if is_expert(name):
+        return "expert: consumers fuse these in memory"
     return None if _BLOCK.search(name) else "outside the repeated blocks"
 
 

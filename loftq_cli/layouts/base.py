@@ -81,6 +81,11 @@ class Surroundings:
     stacks: Sequence[str]
 
 
+def is_expert(name: str) -> bool:
+    """Whether a tensor or module is of one of the experts that a layer chooses from."""
+    return ".experts." in f".{name}"
+
+
 def unreplaceable(config: Mapping[str, Any]) -> str | None:
     """Why libraries that replace exactly ``nn.Linear`` cannot load this model, or None. They would
     leave such layers as they are, some with random weights and no error."""
