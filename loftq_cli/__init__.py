@@ -86,11 +86,12 @@ def convert(
     """Convert a checkpoint directory or hub id; the manifest as a dict.
 
     ``settings`` are the long options of ``loftq convert`` with underscores: bits, method, rank,
-    iters, block_size, layout, scale, scale_dtype, order, svd, preset, include, exclude, bits_map,
-    rank_map, target_bpw, lora_alpha, adapter_dtype, dense_dtype, device, threads, seed. ``recipe``
-    is a file that holds settings, TOML or the manifest of an earlier conversion; settings given
-    here win. ``discard_shards`` deletes each shard from the hub once it is converted. Resumes an
-    unfinished conversion with the same settings. Raises the classes of ``loftq_cli.errors``.
+    iters, block_size, layout, scale, scale_dtype, order, svd, preset, include, exclude, embeddings,
+    bits_map, rank_map, target_bpw, lora_alpha, adapter_dtype, dense_dtype, device, threads, seed.
+    ``recipe`` is a file that holds settings, TOML or the manifest of an earlier conversion;
+    settings given here win. ``discard_shards`` deletes each shard from the hub once it is
+    converted. Resumes an unfinished conversion with the same settings. Raises the classes of
+    ``loftq_cli.errors``.
     """
     from loftq_cli.conversion.observer import Observer
     from loftq_cli.conversion.recipe_file import options as combined

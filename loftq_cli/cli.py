@@ -127,6 +127,12 @@ def main() -> None:
     help="Write all options as they were resolved to a TOML file.",
 )
 @click.option(
+    "--embeddings",
+    is_flag=True,
+    default=None,
+    help="Quantize word embeddings as well.",
+)
+@click.option(
     "--include",
     multiple=True,
     metavar="PATTERN",

@@ -52,6 +52,7 @@ _DEFAULTS: dict[str, Any] = {
     "order": "quantize-first",
     "svd": "fast",
     "keep": "best",
+    "embeddings": False,
     "stats": None,
     "lora_alpha": None,
     "adapter_dtype": "source",
@@ -77,6 +78,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "keep": KEEPS,
     "adapter_dtype": ADAPTER_DTYPES,
     "dense_dtype": DENSE_DTYPES,
+    "embeddings": (False, True),
 }
 
 
@@ -97,6 +99,7 @@ class Options:
     keep: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    embeddings: bool | None = None
     stats: str | None = None
     lora_alpha: float | None = None
     adapter_dtype: str | None = None
@@ -200,6 +203,7 @@ class Settings:
     keep: str
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    embeddings: bool
     stats: str | None
     lora_alpha: float | None
     adapter_dtype: str

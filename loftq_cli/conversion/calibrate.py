@@ -33,6 +33,7 @@ from loftq_cli.errors import (
     UsageError,
 )
 from loftq_cli.integrations.calibration import Calibration, prepare
+from loftq_cli.layouts.base import turned_shape
 
 MOMENTS = ("diagonal", "full")
 _MOST_SHOWN = 3
@@ -104,10 +105,13 @@ def calibrate(
             f"--output {output} is inside the input {source.directory}", hint="write it elsewhere"
         )
     refuse_taken(output, overwrite)
-    matrices = select(source.tensors, source.config.content).matrices
+    selection = select(source.tensors, source.config.content)
+    matrices = selection.matrices
     dtype = _dtype(matrices, device)
     nbytes = sum(tensor.elements for tensor in source.tensors) * dtype.itemsize
-    widths = {tensor.name: tensor.shape[1] for tensor in matrices}
+    shapes = {tensor.name: (tensor.shape[0], tensor.shape[1]) for tensor in matrices}
+    kinds = selection.kinds
+    widths = {name: turned_shape(shape, kinds[name])[1] for name, shape in shapes.items()}
     deliver_all(source, observer)
     sides = max(widths.values()), max(widths.values()) if settings.moments == "full" else 1
     check_space(output.absolute().parent, math.prod(sides) * 4)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from loftq_cli.conversion.experts import LAYOUT, check_layout
 from loftq_cli.errors import EnvironmentFailure, LayoutError, UsageError
 from loftq_cli.layouts import Layout, make_layout
-from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.layouts.base import Matrix, Surroundings, is_expert
 from loftq_cli.numerics import lowrank, native
 from loftq_cli.numerics.variant import Variant
 from loftq_cli.recipe import FIXED_SCALE_METHODS, Settings
@@ -44,6 +45,10 @@ def choose_layout(
 ) -> tuple[str, str | None]:
     """(layout, remark): auto takes what stock consumers load, where it holds every matrix."""
     kinds = {(matrix.method, matrix.bits) for matrix in matrices}
+    if any(is_expert(matrix.name) for matrix in matrices):
+        if settings.layout == "auto":
+            return LAYOUT, f"layout {LAYOUT}, because PEFT adapts experts in floating point only"
+        check_layout(settings.layout)
     if settings.layout != "auto":
         wanted = make_layout(settings.layout)
         obstacles = _obstacles(wanted, matrices, surroundings)

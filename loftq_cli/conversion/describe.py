@@ -41,9 +41,7 @@ def describe(plan: Plan, output: Path) -> dict[str, Any]:
                 "backbone_bytes": None
                 if name in plan.unsettled
                 else sum(spec.nbytes for spec in item.specs),
-                "reason": "asked for by --include"
-                if name in plan.selection.included
-                else "linear layer of a block",
+                "reason": plan.selection.reasons[name],
             }
             for name, item in plan.matrices.items()
         ],

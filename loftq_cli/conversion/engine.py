@@ -35,6 +35,7 @@ from loftq_cli.errors import (
     ScaleRangeError,
 )
 from loftq_cli.layouts import adapter
+from loftq_cli.layouts.base import turned
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Decomposition, Settings
 from loftq_cli.numerics.metrics import first_non_finite
@@ -205,11 +206,11 @@ class Conversion:
             self.observer.detail(_described(record))
 
             def write() -> None:
-                module = planned.matrix.module
+                matrix = planned.matrix
                 with self._memory_for(tensor):
                     groups = {
-                        shard.name: self.plan.layout.encode(planned.matrix, result.quantized),
-                        _ADAPTER_FILE: adapter.tensors(module, result.lora_A, result.lora_B),
+                        shard.name: self.plan.layout.encode(matrix, result.quantized),
+                        _ADAPTER_FILE: adapter.tensors(matrix, result.lora_A, result.lora_B),
                     }
                 output.write(tensor, prefix, groups, record)
 
@@ -239,7 +240,7 @@ class Conversion:
                 f"{shard.source.path}: tensor {tensor.name!r} holds {value} at {list(index)}"
             )
         try:
-            return self._decompose(weight, planned)
+            return self._decompose(turned(weight, planned.matrix.kind).contiguous(), planned)
         except ScaleRangeError as error:
             raise ScaleRangeError(f"tensor {tensor.name!r}: {error.message}") from error
         except InputError as error:
@@ -300,6 +301,9 @@ class Conversion:
             plan.recipe.rank,
             plan.recipe.lora_alpha,
             adapter.task_type(plan.source.config.content.get("architectures") or []),
+            # Layout loftq and bnb load transposed matrices as ordinary linear layers.
+            transposed=plan.layout.name == "dense"
+            and any(item.matrix.kind == "conv1d" for item in plan.matrices.values()),
         )
 
     def _index(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.plan import Plan
 from loftq_cli.conversion.shard_supply import Deliveries
 from loftq_cli.errors import InputError, NonFiniteWeightError
-from loftq_cli.layouts.base import Matrix
+from loftq_cli.layouts.base import Matrix, turned
 from loftq_cli.numerics.alternation import make_sweep
 from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.metrics import first_non_finite
@@ -45,8 +45,12 @@ def estimate(
         for shard in plan.source.shards
     }
     names = [name for name, found in tensors.items() if found]
-    total = sum(_sampled_bytes(tensor) for found in tensors.values() for tensor in found)
-    observer.begin(total, doing="settling widths")
+    sizes = {
+        tensor.name: _sampled_bytes(tensor, widths[tensor.name][0])
+        for found in tensors.values()
+        for tensor in found
+    }
+    observer.begin(sum(sizes.values()), doing="settling widths")
     errors = {}
     try:
         with Deliveries(plan.source, names, observer) as deliveries:
@@ -56,7 +60,7 @@ def estimate(
                 for tensor in tensors[shard.name]:
                     observer.working_on(tensor.name)
                     errors[tensor.name] = _errors(shard, tensor, plan, widths[tensor.name])
-                    observer.advance(_sampled_bytes(tensor))
+                    observer.advance(sizes[tensor.name])
                 deliveries.done(shard.name)
     finally:
         observer.end()
@@ -64,9 +68,10 @@ def estimate(
 
 
 def _errors(shard: Shard, tensor: StoredTensor, plan: Plan, forms: Sequence[Matrix]) -> list[float]:
-    rows = _sample(shard, tensor).to(plan.device)
-    scaling = tensor.shape[0] / rows.shape[0]
-    squared = [squared_residual(rows, plan, matrix) for matrix in forms]
+    matrix = forms[0]  # all have its shape
+    rows = _sample(shard, tensor, matrix).to(plan.device)
+    scaling = matrix.shape[0] / rows.shape[0]
+    squared = [squared_residual(rows, plan, form) for form in forms]
     if not all(math.isfinite(value) for value in squared):
         raise InputError(
             f"{shard.path}: tensor {tensor.name!r}: values are too large for float32",
@@ -104,22 +109,29 @@ def _runs(rows: int) -> list[tuple[int, int]]:
     return [(middle - _RUN // 2, _RUN) for middle in middles]
 
 
-def _sampled_bytes(tensor: StoredTensor) -> int:
+def _sampled_bytes(tensor: StoredTensor, matrix: Matrix) -> int:
+    if matrix.kind == "conv1d":
+        return tensor.nbytes  # its rows are not together in the file
     rows = tensor.shape[0]
     return tensor.nbytes // rows * sum(count for _, count in _runs(rows))
 
 
-def _sample(shard: Shard, tensor: StoredTensor) -> torch.Tensor:
-    """The sampled rows of ``tensor``, float32 (some, in)."""
-    rows, columns = tensor.shape
-    row_bytes = tensor.nbytes // rows
+def _sample(shard: Shard, tensor: StoredTensor, matrix: Matrix) -> torch.Tensor:
+    """The sampled rows of ``matrix``, float32 (some, in)."""
+    rows, columns = matrix.shape
     runs = _runs(rows)
-    buffer = bytearray()
     with TensorFile(shard.path) as file:
-        for first, count in runs:
-            buffer += file.read_range(tensor.start + first * row_bytes, count * row_bytes)
-    shape = (sum(count for _, count in runs), columns)
-    sample = as_tensor(TensorSpec(tensor.name, tensor.dtype, shape), buffer).float()
+        if matrix.kind == "conv1d":
+            whole = turned(file.read(tensor), matrix.kind)
+            parts = [whole[first : first + count] for first, count in runs]
+            sample = torch.cat(parts).float()
+        else:
+            row_bytes = tensor.nbytes // rows
+            buffer = bytearray()
+            for first, count in runs:
+                buffer += file.read_range(tensor.start + first * row_bytes, count * row_bytes)
+            shape = (sum(count for _, count in runs), columns)
+            sample = as_tensor(TensorSpec(tensor.name, tensor.dtype, shape), buffer).float()
     bad = first_non_finite(sample)
     if bad is not None:
         raise NonFiniteWeightError(f"{shard.path}: tensor {tensor.name!r} holds {bad[1]}")

@@ -39,6 +39,7 @@ def matrix_record(
         "step": result.step,
         "frobenius": asdict(result.frobenius),
         **weighted,
+        **({} if matrix.kind == "linear" else {"kind": matrix.kind}),
     }
 
 

@@ -33,6 +33,7 @@ from loftq_cli.conversion.resources import check_memory, check_space, memory_exp
 from loftq_cli.conversion.workspace import Workspace, check_output_path
 from loftq_cli.errors import NonFiniteWeightError, UsageError
 from loftq_cli.layouts import adapter as adapters
+from loftq_cli.layouts.base import turned
 from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
 from loftq_cli.numerics.metrics import first_non_finite
 
@@ -157,7 +158,7 @@ def _write(plan: MergePlan, target: Path, observer: Observer) -> None:
 
 
 def _value(plan: MergePlan, item: Merged) -> torch.Tensor:
-    """A merged matrix, (out, in), in its final dtype."""
+    """A merged matrix, as the source stores it, in its final dtype."""
     name, directory, stored = item.spec.name, plan.output.directory, plan.stored
     if item.quantized is None:
         path, tensor = stored[name]
@@ -166,12 +167,13 @@ def _value(plan: MergePlan, item: Merged) -> torch.Tensor:
     else:
         layout, matrix = item.quantized
         parts = {spec.name: read(directory, stored, spec) for spec in layout.specs(matrix)}
-        value = layout.decode(matrix, parts)
+        value = turned(layout.decode(matrix, parts), matrix.kind).contiguous()
     if item.pair is not None:
         with TensorFile(plan.adapter.file) as file:
             lora_A, lora_B = file.read(item.pair.lora_A), file.read(item.pair.lora_B)
         # Product, scaling and sum are rounded one by one, as PEFT does.
-        value += (lora_B.float() @ lora_A.float()).mul_(item.pair.scaling)
+        product = lora_B.float() @ lora_A.float()
+        value += (product.T if item.transposed else product).mul_(item.pair.scaling)
     bad = first_non_finite(value)
     if bad is not None:
         raise NonFiniteWeightError(

@@ -15,17 +15,14 @@ from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.stored import Stored
+from loftq_cli.conversion.architecture import is_embedding, ties_embeddings
 from loftq_cli.errors import InputError, LoftqError, UnsupportedInputError
 from loftq_cli.layouts.adapter import PREFIX
+from loftq_cli.layouts.base import Kind, turned_shape
 from loftq_cli.layouts.trained import Pair, TrainedAdapter
 
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
 _MOST_SHOWN = 5
-
-# Architectures that have an output embedding, which may be the input embedding.
-_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
-_EMBEDDINGS = ("embed_tokens", "shared", "wte", "word_embeddings", "embed_in")
-_OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection", "predictions.decoder")
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,7 @@ def place_pairs(
     stored: Stored,
     matrices: Collection[str],
     shapes: Mapping[str, tuple[int, ...]],
+    kinds: Mapping[str, Kind],
 ) -> dict[str, Pair]:
     """The pairs by the name of the tensor that they are added to."""
     placed, homeless = {}, []
@@ -106,7 +104,7 @@ def place_pairs(
                 f"{adapter.file}: tensor {pair.lora_A.name!r} is for {name!r}, which is of dtype "
                 f"{stored[name][1].dtype}"
             )
-        elif shapes[name] != pair.shape:
+        elif shapes[name] != turned_shape(pair.shape, kinds[name]):
             what = f"is {list(shapes[name])}, the product of the pair {list(pair.shape)}"
             raise InputError(
                 f"{adapter.file}: tensor {pair.lora_A.name!r}: {name!r} {what}",
@@ -191,21 +189,12 @@ def refuse_tied(
     shapes: Collection[str],
 ) -> None:
     """One tensor stands for both embeddings of a tied model; trained apart they would be two."""
-    config = backbone.config.content
-    architecture = (config.get("architectures") or [""])[0]
-    tied = config.get("tie_word_embeddings") is not False
-    if not tied or not architecture.endswith(_LANGUAGE_MODELS):
-        return
-    if any(_is_one_of(name, _OUTPUT_EMBEDDINGS) for name in shapes):
+    if not ties_embeddings(backbone.config.content, shapes):
         return
     for name, tensor in whole.items():
-        if _is_one_of(name, (*_EMBEDDINGS, *_OUTPUT_EMBEDDINGS)):
+        if is_embedding(name):
             raise UnsupportedInputError(
                 f"{adapter.file}: tensor {tensor.name!r}: the model ties its input and output "
                 "embeddings, one of them trained alone cannot be merged",
                 hint="merge it with PEFT's merge_and_unload",
             )
-
-
-def _is_one_of(name: str, modules: Sequence[str]) -> bool:
-    return f".{name}".endswith(tuple(f".{module}.weight" for module in modules))

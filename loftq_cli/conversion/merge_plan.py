@@ -12,6 +12,7 @@ from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.stored import Stored, find
 from loftq_cli.checkpoint.writer import place
+from loftq_cli.conversion.architecture import kind_of
 from loftq_cli.conversion.merge_match import (
     match_names,
     place_pairs,
@@ -39,11 +40,12 @@ class Copied:
 @dataclass(frozen=True)
 class Merged:
     """A tensor that is computed: a quantized matrix, or the floating-point tensor of the same name,
-    plus the product of ``pair``."""
+    plus the product of ``pair``, ``transposed`` or as it is."""
 
     spec: TensorSpec
     quantized: tuple[Layout, Matrix] | None
     pair: Pair | None
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,12 @@ def make_merge_plan(
     stored = {t.name: (shard.path, t) for shard in backbone.shards for t in shard.header.tensors}
     matrices, parts = _checked_matrices(output, stored)
     shapes = {name: tensor.shape for name, (_, tensor) in stored.items() if name not in parts}
-    shapes |= {name: matrix.shape for name, (_, matrix) in matrices.items()}
+    shapes |= {name: matrix.stored_shape for name, (_, matrix) in matrices.items()}
     names = match_names(adapter, [name.removesuffix(".weight") for name in shapes])
-    pairs = place_pairs(adapter, names, stored, matrices, shapes)
+    config = backbone.config.content
+    kinds = {name: kind_of(name, config) for name in shapes}
+    kinds |= {name: matrix.kind for name, (_, matrix) in matrices.items()}
+    pairs = place_pairs(adapter, names, stored, matrices, shapes, kinds)
     whole = place_whole(adapter, names, shapes)
     if both := sorted(set(whole) & set(pairs)):
         raise InputError(f"{adapter.file}: {', '.join(both[:5])}: a whole tensor and a pair for it")
@@ -117,7 +122,8 @@ def make_merge_plan(
         if found is None and pair is None:
             return _copied(name, path, tensor)
         tag = dtype or (found[1] if found else tensor).dtype
-        return Merged(TensorSpec(name, tag, shapes[name]), found, pair)
+        turned = pair is not None and (pair.embedding or kinds[name] == "conv1d")
+        return Merged(TensorSpec(name, tag, shapes[name]), found, pair, turned)
 
     seen = set[str]()
     shards = []

@@ -19,11 +19,12 @@ from loftq_cli.conversion.choices import (
     count_cpus,
     resolve_method,
 )
+from loftq_cli.conversion.experts import check_ranks
 from loftq_cli.conversion.selection import Selection, select, stacks
 from loftq_cli.conversion.widths import assign_ranks, assign_widths, candidates
 from loftq_cli.errors import CorruptFileError
 from loftq_cli.layouts import Layout, adapter, make_layout
-from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.layouts.base import Matrix, Surroundings, turned_shape
 from loftq_cli.numerics.scale_storage import ScaleDtype
 from loftq_cli.recipe import FIXED_SCALE_METHODS, Recipe, Settings, fingerprint
 
@@ -42,8 +43,7 @@ class PlannedMatrix:
 
     @property
     def adapter_specs(self) -> list[TensorSpec]:
-        matrix = self.matrix
-        return adapter.specs(matrix.module, matrix.shape, self.rank, self.adapter_dtype)
+        return adapter.specs(self.matrix, self.rank, self.adapter_dtype)
 
     @property
     def bits_per_weight(self) -> float:
@@ -173,12 +173,18 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
     Raises UsageError and its kin (exit 2) for settings that this checkpoint cannot have, and
     InputError (exit 3) for checkpoints that cannot be converted.
     """
-    selection = select(source.tensors, source.config.content, settings.include, settings.exclude)
-    if statistics is not None:
-        _check_statistics(statistics, selection)
+    selection = select(
+        source.tensors,
+        source.config.content,
+        settings.include,
+        settings.exclude,
+        settings.embeddings,
+    )
     device = choose_device(settings.device)
     widths = _widths(source, selection, settings)
-    matrices = [_matrix(tensor, settings, widths) for tensor in selection.matrices]
+    matrices = [_matrix(tensor, selection, settings, widths) for tensor in selection.matrices]
+    if statistics is not None:
+        _check_statistics(statistics, matrices)
     methods = {matrix.method for matrix in matrices}
     several = len(methods) > 1 or settings.target_bpw is not None
     method = settings.method if several else methods.pop()
@@ -199,6 +205,7 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
         keep=settings.keep,
         include=settings.include,
         exclude=settings.exclude,
+        embeddings=settings.embeddings,
         stats=None if statistics is None else statistics.sha256,
         lora_alpha=settings.lora_alpha,
         adapter_dtype=settings.adapter_dtype,
@@ -239,7 +246,7 @@ def _assemble(
     widths = _widths(source, selection, recipe)
     ranks = assign_ranks(recipe, list(widths))
     for tensor in selection.matrices:
-        matrix = _matrix(tensor, recipe, widths)
+        matrix = _matrix(tensor, selection, recipe, widths)
         rank = min(ranks[tensor.name], *matrix.shape)
         matrices[tensor.name] = PlannedMatrix(
             matrix,
@@ -248,6 +255,7 @@ def _assemble(
             _ADAPTER_TAGS.get(recipe.adapter_dtype, tensor.dtype),
             tuple(layout.specs(matrix)),
         )
+    check_ranks({name: item.rank for name, item in matrices.items()}, recipe.rank)
     return Plan(
         source=source,
         recipe=recipe,
@@ -264,10 +272,10 @@ def _assemble(
     )
 
 
-def _check_statistics(statistics: Statistics, selection: Selection) -> None:
+def _check_statistics(statistics: Statistics, matrices: Sequence[Matrix]) -> None:
     """Raise StatisticsError where an entry does not fit its matrix, MissingStatisticsError where
     there is none for any of them."""
-    widths = {tensor.name: tensor.shape[1] for tensor in selection.matrices}
+    widths = {matrix.name: matrix.shape[1] for matrix in matrices if matrix.kind != "embedding"}
     measured = {name: width for name, width in widths.items() if name in statistics.matrices}
     statistics.require(measured or widths)
 
@@ -296,11 +304,18 @@ def _widths(source: Source, selection: Selection, settings: Settings) -> dict[st
     return assign_widths(settings, names, [tensor.name for tensor in source.tensors])
 
 
-def _matrix(tensor: StoredTensor, settings: Settings, widths: Mapping[str, int | None]) -> Matrix:
-    rows, columns = tensor.shape
+def _matrix(
+    tensor: StoredTensor,
+    selection: Selection,
+    settings: Settings,
+    widths: Mapping[str, int | None],
+) -> Matrix:
+    first, second = tensor.shape
+    kind = selection.kinds[tensor.name]
     bits = widths[tensor.name] or min(candidates(settings.method))
     method = resolve_method(settings, bits)
-    return Matrix(tensor.name, (rows, columns), tensor.dtype, method, bits, settings.block_size)
+    shape = turned_shape((first, second), kind)
+    return Matrix(tensor.name, shape, tensor.dtype, method, bits, settings.block_size, kind)
 
 
 def _surroundings(source: Source, selection: Selection) -> Surroundings:

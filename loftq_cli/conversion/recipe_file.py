@@ -116,6 +116,8 @@ def _toml(path: Path) -> dict[str, Any]:
 def _value(value: Any) -> str:
     if isinstance(value, list):
         return "[" + "".join(f"\n    {_value(item)}," for item in value) + "\n]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but that TOML wants one for DEL too.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -14,7 +14,7 @@ from loftq_cli import maps
 from loftq_cli.checkpoint.companions import companions
 from loftq_cli.checkpoint.locate import is_path, locate
 from loftq_cli.checkpoint.output import Output, verify
-from loftq_cli.conversion import target
+from loftq_cli.conversion import experts, target
 from loftq_cli.conversion.choices import searches_scales
 from loftq_cli.conversion.download import check_disks
 from loftq_cli.conversion.engine import Conversion
@@ -97,8 +97,10 @@ def prepare(
             f"{len(plan.unmeasured)} of {len(plan.matrices)} matrices are not in {resolved.stats} "
             "and are converted without statistics"
         )
-    if plan.layout_note:
-        observer.note(plan.layout_note)
+    experts_note = experts.note(plan.selection.kept, source.config.content)
+    for line in (plan.layout_note, experts_note):
+        if line:
+            observer.note(line)
     # Only where there is a search to speed up: asking builds the kernels.
     searches = searches_scales(plan.recipe.method, plan.recipe.scale)
     if searches and plan.device.type == "cpu" and native.load().reason:

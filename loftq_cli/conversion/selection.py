@@ -1,8 +1,8 @@
 """Which tensors are weight matrices to quantize, from their names, shapes and dtypes alone.
 
 By default: two-dimensional floating-point ``….weight`` tensors inside the repeated blocks (a path
-with a number in it), which are the linear layers of attention and MLP. Everything else is passed
-through, each tensor with the reason why.
+with a number in it), which are the linear layers of attention and MLP. On request: word embeddings,
+and what patterns name. Everything else is passed through. Every tensor has a reason.
 """
 
 from __future__ import annotations
@@ -16,47 +16,36 @@ from dataclasses import dataclass
 from typing import Any
 
 from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.conversion.architecture import (
+    EMBEDDING,
+    kept_by_transformers,
+    kind_of,
+    shared_with,
+)
+from loftq_cli.conversion.experts import MISTAKEN, check, mistaken
 from loftq_cli.errors import PatternError, UnsupportedInputError, UsageError, printable
+from loftq_cli.layouts.base import Kind, is_expert
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 """Source dtypes that can be quantized."""
 
 _BLOCK = re.compile(r"(?:^|\.)\d+\.")
-_EMBEDDING = re.compile(
-    r"(?:^|[._])(?:embed(?!_out)\w*|\w*embeddings?|wte|wpe|shared|relative_attention_bias)(?:\.|$)"
-)
 _NORM = re.compile(r"(?:norm|(?:^|\.)ln_?\w*)\.weight$", re.IGNORECASE)
 _ROUTER = re.compile(r"(?:router\w*|(?:^|\.)(?:gate|wg|shared_expert_gate))\.weight$")
-_EXPERT = re.compile(r"(?:^|\.)experts\.")
 _HEAD = re.compile(
     r"(?:^|\.)(?:lm_head|embed_out|classifier|classification_heads?|pooler|score|qa_outputs|heads?)\."
 )
 
-# T5's feed-forward casts its input to the dtype of ``wo``, which packed codes would break;
-# transformers keeps that layer in floating point, and so do we.
-_WO_MODELS = (
-    "t5",
-    "mt5",
-    "umt5",
-    "longt5",
-    "udop",
-    "pop2piano",
-    "switch_transformers",
-    "pix2struct",
-)
-
-# Families whose linear layers are Conv1D: stored transposed, loaded as something else.
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "ctrl")
-
 
 @dataclass(frozen=True)
 class Selection:
-    """``matrices`` to quantize, in file order; ``kept``: (tensor, reason) for all others;
-    ``included``: the names that only ``--include`` selected."""
+    """``matrices`` to quantize, in file order, with what each is (``kinds``) and why it is
+    selected (``reasons``), by name; ``kept``: (tensor, reason) for all others."""
 
     matrices: list[StoredTensor]
     kept: list[tuple[StoredTensor, str]]
-    included: frozenset[str] = frozenset()
+    kinds: Mapping[str, Kind]
+    reasons: Mapping[str, str]
 
 
 def select(
@@ -64,12 +53,14 @@ def select(
     config: Mapping[str, Any],
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    embeddings: bool = False,
 ) -> Selection:
-    """Split ``tensors`` by the default rule, plus ``include``, less ``exclude`` (globs on names).
+    """Split ``tensors`` by the default rule, plus word ``embeddings``, plus ``include``, less
+    ``exclude`` (globs on names).
 
     Raises PatternError where a pattern matches nothing it could apply to, UsageError where an
-    embedding is included, UnsupportedInputError for checkpoints that are quantized already or
-    store their matrices transposed.
+    embedding is asked for that cannot be quantized, UnsupportedInputError for checkpoints that are
+    quantized already.
     """
     _refuse_unsupported(tensors, config)
     names = [tensor.name for tensor in tensors]
@@ -80,26 +71,34 @@ def select(
     excluded = {
         name for pattern in exclude for name in _matches("--exclude", pattern, names, set(names))
     }
-    matrices, kept, by_request = [], [], set[str]()
+    matrices, kept = [], []
+    kinds: dict[str, Kind] = {}
+    reasons: dict[str, str] = {}
     emptied = False
     for tensor in tensors:
         reason = _not_a_matrix(tensor) or _outside_rule(tensor.name)
-        if tensor.name.endswith(".wo.weight") and config.get("model_type") in _WO_MODELS:
+        kind = kind_of(tensor.name, config)
+        why = "linear layer of a block"
+        if kept_by_transformers(tensor.name, config):
             reason = "kept in floating point by transformers"
+        if reason is None and mistaken(tensor.name, config):
+            reason = MISTAKEN
+        if embeddings and kind == "embedding" and tensor.name in quantizable:
+            why, reason = "asked for by --embeddings", None
         if tensor.name in excluded:
             emptied = emptied or reason is None
             reason = "excluded by --exclude"
         elif tensor.name in included and tensor.name in quantizable:
-            if _EMBEDDING.search(tensor.name):
+            if EMBEDDING.search(tensor.name) and kind != "embedding":
                 raise UsageError(
-                    f"--include: {tensor.name} is an embedding, only linear layers are quantized",
+                    f"--include: {tensor.name} is an embedding, but not of words",
                     hint="narrow the pattern",
                 )
             if reason is not None:
-                by_request.add(tensor.name)
-            reason = None
+                why, reason = "asked for by --include", None
         if reason is None:
             matrices.append(tensor)
+            kinds[tensor.name], reasons[tensor.name] = kind, why
         else:
             kept.append((tensor, reason))
     if not matrices:
@@ -111,7 +110,24 @@ def select(
             f"no weight matrix is selected; the tensors are: {listed}",
             hint="--include selects what the default rule leaves out",
         )
-    return Selection(matrices, kept, frozenset(by_request))
+    _refuse_shared(kinds, config, names)
+    check(kinds, [tensor for tensor, _ in kept], config)
+    if embeddings and "embedding" not in kinds.values():
+        raise UsageError("--embeddings: the checkpoint has no word embedding to quantize")
+    return Selection(matrices, kept, kinds, reasons)
+
+
+def _refuse_shared(
+    kinds: Mapping[str, Kind], config: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """A matrix has one adapter: what else uses the weight would get Q without it."""
+    for name, kind in kinds.items():
+        other = shared_with(name, config, names) if kind == "embedding" else None
+        if other is not None:
+            raise UsageError(
+                f"{name} is {other} too, and only one of them would have the adapter",
+                hint="leave it in floating point, or untie the model first",
+            )
 
 
 def stacks(names: Iterable[str]) -> list[str]:
@@ -139,14 +155,15 @@ def _not_a_matrix(tensor: StoredTensor) -> str | None:
 
 def _outside_rule(name: str) -> str | None:
     for pattern, reason in (
-        (_EMBEDDING, "embedding"),
+        (EMBEDDING, "embedding"),
         (_NORM, "normalisation"),
         (_HEAD, "head"),
-        (_EXPERT, "expert: consumers fuse these in memory"),
         (_ROUTER, "router"),
     ):
         if pattern.search(name):
             return reason
+    if is_expert(name):
+        return "expert: consumers fuse these in memory"
     return None if _BLOCK.search(name) else "outside the repeated blocks"
 
 
@@ -175,8 +192,3 @@ def _refuse_unsupported(tensors: Sequence[StoredTensor], config: Mapping[str, An
                 f"tensor {tensor.name!r} is {tensor.dtype}: the checkpoint is quantized already",
                 hint="convert a 16- or 32-bit checkpoint of the same model",
             )
-    if config.get("model_type") in _CONV1D_MODELS:
-        raise UnsupportedInputError(
-            f"config.json: {config['model_type']} stores its matrices transposed (Conv1D), "
-            "which is not supported"
-        )

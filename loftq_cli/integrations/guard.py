@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from loftq_cli.errors import UsageError
-from loftq_cli.integrations.modules import PackedLinear
+from loftq_cli.integrations.packed_weight import PackedWeight
 
 _MERGE = "`loftq merge DIR -o merged --adapter TRAINED`"
 # Ways to draw a new adapter that read no base weight.
@@ -24,12 +24,12 @@ _FREE_INITIALISATIONS = ("gaussian", "eva", "lora_ga")
 
 @functools.cache
 def install() -> None:
-    """Watch for adapters around a :class:`PackedLinear`. Once per process."""
+    """Watch for adapters around a :class:`PackedWeight`. Once per process."""
     register_module_module_registration_hook(_on_registration)
 
 
 def _on_registration(parent: Any, name: str, child: nn.Module | None) -> None:
-    if name == "base_layer" and isinstance(child, PackedLinear):
+    if name == "base_layer" and isinstance(child, PackedWeight):
         if hasattr(parent, "merge"):
             parent.merge = _refuse_to_merge
         if hasattr(parent, "update_layer"):

@@ -21,6 +21,7 @@ from loftq_cli.integrations import hook
 from loftq_cli.integrations.intact import check_files
 from loftq_cli.integrations.names import in_model, key_mapping
 from loftq_cli.layouts import adapter
+from loftq_cli.layouts.base import is_expert
 
 
 def load(
@@ -72,9 +73,10 @@ def load(
 
 
 def _names(backbone: Any, directory: Path) -> dict[str, str]:
-    """Every module that has an adapter: its name in the file, and in ``backbone``."""
+    """Every module that has an adapter: its name in the file, and in ``backbone``. Experts, which
+    are no modules there, are left to PEFT."""
     file = directory / adapter.DIRECTORY / adapter.WEIGHTS
-    stored = _tensor_names(file)
+    stored = {name for name in _tensor_names(file) if not is_expert(name)}
     modules = {name for name, _ in backbone.named_modules()}
     names = in_model({adapter.module_of(name) for name in stored}, modules, _prefix(backbone))
     # PEFT passes over tensors that it finds no module for, with a warning at most.
@@ -88,7 +90,10 @@ def _attach(
 ) -> Any:
     """The PeftModel of ``backbone``, every tensor of the adapter in its place."""
     config = peft.PeftConfig.from_pretrained(directory, subfolder=adapter.DIRECTORY)
-    config.target_modules = set(names.values())
+    file = directory / adapter.DIRECTORY / adapter.WEIGHTS
+    stored = _tensor_names(file)
+    experts = {adapter.module_of(name) for name in stored if is_expert(name)}
+    config.target_modules = {*names.values(), *experts}
     patterns = {re.escape(old): re.escape(new) for old, new in names.items()}
     config.rank_pattern = _renamed(config.rank_pattern, patterns)
     config.alpha_pattern = _renamed(config.alpha_pattern, patterns)
@@ -101,14 +106,19 @@ def _attach(
         config=config,
         key_mapping=key_mapping(names, _prefix(backbone)),
     )
-    file = directory / adapter.DIRECTORY / adapter.WEIGHTS
     expected = set()
-    for name in _tensor_names(file):
+    for name in stored:
+        if is_expert(name):
+            continue
         module = adapter.module_of(name)
         expected.add(name.replace(module, names[module], 1))
     # PEFT counts a head that has an adapter among the adapter's own tensors, unless told not to.
-    loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    _refuse(loaded ^ expected, "PEFT and the file disagree about", file)
+    loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    fused = {name for name in loaded if is_expert(name)}
+    _refuse((loaded.keys() - fused) ^ expected, "PEFT and the file disagree about", file)
+    # A fused B that PEFT found nothing for is zero, as it draws a new one.
+    empty = {name for name in fused if ".lora_B." in name and not loaded[name].any()}
+    _refuse(empty or (experts if not fused else set()), "PEFT did not fuse", file)
     return model
 
 

@@ -1,61 +1,28 @@
 """A linear layer whose weight stays packed in memory.
 
-What is held is what layout ``loftq`` stores (:mod:`loftq_cli.layouts.packed`), byte for byte.
 Every forward and every backward decodes the weight anew and lets it go: that costs a decode per
-pass, and saves keeping 16 or 32 bits per weight alive between them. On CUDA one Triton kernel
-decodes, where triton is installed; torch.compile makes its own from the tensor operations.
+pass, and saves keeping 16 or 32 bits per weight alive between them.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from loftq_cli.layouts.packed import decode_packed, scale_count
-from loftq_cli.numerics.blocks import block_count
-from loftq_cli.numerics.packing import packed_length
-from loftq_cli.numerics.scale_storage import STEP_GROUP, ScaleDtype, unpack_scales
-
-_PACKED = ("weight", "weight_scales", "weight_scale_steps", "weight_levels", "weight_zeros")
-_SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+from loftq_cli.integrations.packed_weight import PackedFormat, PackedWeight, dense
 
 
-@dataclass(frozen=True)
-class PackedFormat:
-    """How one matrix is packed: ``bits`` per code, ``block_size`` (0: one block for everything),
-    ``decoding`` "affine" or "codebook", and how its ``scales`` are stored."""
+class PackedLinear(PackedWeight, nn.Linear):
+    """``y = x @ dequantize(weight).T + bias`` for a packed weight (see PackedWeight).
 
-    bits: int
-    block_size: int
-    decoding: str
-    scales: ScaleDtype = "float32"
-
-
-class PackedLinear(nn.Linear):
-    """``y = x @ dequantize(weight).T + bias`` for a frozen, packed weight.
-
-    ``weight`` uint8 (ceil(out*in*bits/8),), a Parameter without gradient; ``weight_scales``
-    (blocks,), float32, bfloat16, or int8 with ``weight_scale_steps`` bfloat16 (ceil(blocks/64),);
-    ``weight_levels`` float32 (2**bits,) for a codebook, or ``weight_zeros`` uint8 for zero points;
-    ``bias`` (out,) or None. Input (..., in) of any floating dtype, output
-    (..., out) in the input's dtype, or autocast's. Gradients reach the input and the bias. Raises
-    TypeError for an input of integers: model code that casts to the dtype of ``weight`` would
-    otherwise pass rounded activations.
-
-    All of these but the bias keep their dtype whatever dtype the module is moved to: rounding
-    scales or levels would change the weight that the adapter was fitted to.
+    ``bias`` (out,) or None, moved to other dtypes as any. Input (..., in) of any floating dtype,
+    output (..., out) in the input's dtype, or autocast's. Gradients reach the input and the bias.
+    Raises TypeError for an input of integers: model code that casts to the dtype of ``weight``
+    would otherwise pass rounded activations.
     """
-
-    weight_scales: torch.Tensor
-    weight_scale_steps: torch.Tensor | None
-    weight_levels: torch.Tensor | None
-    weight_zeros: torch.Tensor | None
 
     def __init__(
         self,
@@ -66,42 +33,8 @@ class PackedLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         """On the meta device, to be filled by assignment; ``dtype`` is the bias's."""
-        super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
-        self.packing = packing
-        bits = packing.bits
-        scales = scale_count((out_features, in_features), packing.block_size, packing.decoding)
-        codes = _empty(packed_length(out_features * in_features, bits), torch.uint8)
-        steps = zeros = levels = None
-        if packing.scales == "int8":
-            steps = _empty(block_count(scales, STEP_GROUP), torch.bfloat16)
-        if packing.decoding == "affine":
-            zeros = _empty(packed_length(scales, bits), torch.uint8)
-        else:
-            levels = _empty(2**bits, torch.float32)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.register_buffer("weight_scales", _empty(scales, _SCALE_DTYPES[packing.scales]))
-        self.register_buffer("weight_scale_steps", steps)
-        self.register_buffer("weight_levels", levels)
-        self.register_buffer("weight_zeros", zeros)
-
-    @property
-    def W_q(self) -> torch.Tensor:
-        """The packed codes. Where a layer has this name, PEFT asks ``dequantize()`` for the weight
-        that DoRA needs, and takes the device from here."""
-        return self.weight
-
-    def dequantize(self) -> torch.Tensor:
-        """The weight, float32 (out, in): exactly what the stored bytes mean."""
-        return _dense(
-            (self.out_features, self.in_features),
-            self.packing,
-            torch.float32,
-            self.weight,
-            self.weight_scales,
-            self.weight_scale_steps,
-            self.weight_zeros,
-            self.weight_levels,
-        )
+        nn.Linear.__init__(self, in_features, out_features, bias=bias, device="meta", dtype=dtype)
+        self.hold((out_features, in_features), packing)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not input.is_floating_point():
@@ -118,31 +51,10 @@ class PackedLinear(nn.Linear):
             self.weight_scale_steps,
             self.weight_zeros,
             self.weight_levels,
-            (self.out_features, self.in_features),
+            self._shape,
             self.packing,
         )
         return output
-
-    def reset_parameters(self) -> None:
-        """Nothing: packed codes come from a checkpoint."""
-
-    def extra_repr(self) -> str:
-        packing = self.packing
-        return (
-            f"{super().extra_repr()}, bits={packing.bits}, block_size={packing.block_size}, "
-            f"decoding={packing.decoding}, scales={packing.scales}"
-        )
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        packed = [getattr(self, name) for name in _PACKED]
-
-        def keeping_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            if moved.dtype != tensor.dtype and any(tensor is item for item in packed):
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keeping_dtype, recurse)  # type: ignore[no-untyped-call]
 
 
 class _PackedMatmul(torch.autograd.Function):
@@ -163,49 +75,15 @@ class _PackedMatmul(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight, scales, steps, zeros, levels)
         ctx.shape, ctx.packing = shape, packing
-        dense = _dense(shape, packing, input.dtype, weight, scales, steps, zeros, levels)
-        return functional.linear(input, dense, bias)
+        weights = dense(shape, packing, input.dtype, weight, scales, steps, zeros, levels)
+        return functional.linear(input, weights, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = grad @ _dense(ctx.shape, ctx.packing, grad.dtype, *ctx.saved_tensors)
+            grad_input = grad @ dense(ctx.shape, ctx.packing, grad.dtype, *ctx.saved_tensors)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         return grad_input, grad_bias, *(None,) * 7
-
-
-def _dense(
-    shape: tuple[int, int],
-    packing: PackedFormat,
-    dtype: torch.dtype,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    steps: torch.Tensor | None,
-    zeros: torch.Tensor | None,
-    levels: torch.Tensor | None,
-) -> torch.Tensor:
-    """The weight (out, in), computed in float32 and rounded to ``dtype``."""
-    scales = unpack_scales(scales, steps)
-    decode: Any = decode_packed
-    if weight.is_cuda and not torch.compiler.is_compiling():
-        decode = _triton_decode() or decode_packed
-    return decode(  # type: ignore[no-any-return]
-        shape, packing.bits, packing.block_size, weight, scales, zeros, levels, dtype
-    )
-
-
-@functools.cache
-def _triton_decode() -> Any:
-    """The fused kernel, None where triton is not installed."""
-    try:
-        from loftq_cli.integrations.triton_dequantize import decode
-    except ImportError:
-        return None
-    return decode
-
-
-def _empty(length: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(length, dtype=dtype, device="meta")

@@ -7,7 +7,7 @@ transformers is there, and registers both classes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from torch import nn
@@ -16,15 +16,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
 from loftq_cli.integrations import guard, hook
-from loftq_cli.integrations.modules import PackedFormat, PackedLinear
 from loftq_cli.integrations.names import in_model, key_mapping
+from loftq_cli.integrations.packed_weight import PackedWeight
+from loftq_cli.integrations.replacement import kind_of, packed
 from loftq_cli.layouts.packed import FORMAT_VERSION
 from loftq_cli.recipe import BITS, BLOCK_SIZES
 
 QUANT_METHOD = "loftq"
 _DECODINGS = ("affine", "codebook")
 _SCALES = ("bfloat16", "int8")  # where they are not float32
-_LINEARS = ("Linear", "FalconLinear")  # other subclasses may compute something else
+_KINDS = ("embedding", "conv1d")  # where it is not a linear layer
 _UPGRADE = "pip install --upgrade loftq-cli"
 
 guard.install()
@@ -34,8 +35,9 @@ class LoftqConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of layout ``loftq``: how each quantized module is packed.
 
     ``modules`` maps module names to ``{"bits", "block_size", "decoding"}`` and, where scales are
-    not float32, ``"scales"``. Raises UnsupportedInputError for a version, key, decoding or scales
-    of a newer format, CorruptFileError for what no format has.
+    not float32, ``"scales"``, and where it is no ordinary linear layer, ``"kind"``. Raises
+    UnsupportedInputError for a version, key, decoding, scales or kind of a newer format,
+    CorruptFileError for what no format has.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class LoftqConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts a :class:`PackedLinear` in the place of every module that the config lists."""
+    """Puts a packed module in the place of every module that the config lists."""
 
     requires_calibration = True  # to transformers: refuse anything not quantized already
 
@@ -80,23 +82,16 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
         config.modules = {names[name]: entry for name, entry in config.modules.items()}
         self._adapter_names = key_mapping(names, _prefix(model))
         for name, entry in config.modules.items():
-            linear: Any = model.get_submodule(name)
-            packed = PackedLinear(
-                linear.in_features,
-                linear.out_features,
-                PackedFormat(**entry),
-                bias=linear.bias is not None,
-                dtype=linear.weight.dtype,
-            )
+            module = packed(model.get_submodule(name), entry)
             # A module that is not in the file would be initialised, which packed codes cannot be;
             # after loading, what is missing is an error instead.
-            packed._is_hf_initialized = True  # type: ignore[assignment]
-            model.set_submodule(name, packed)
+            module._is_hf_initialized = True  # type: ignore[assignment]
+            model.set_submodule(name, module)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         missing = []  # transformers marks what it loaded; on meta is what was offloaded to disk
         for name, module in model.named_modules():
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedWeight):
                 tensors = module.state_dict(keep_vars=True)
                 missing += [
                     f"{name}.{key}"
@@ -107,6 +102,7 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
             raise CorruptFileError(
                 f"the checkpoint lacks {_listed(missing)}", hint="convert the model again"
             )
+        _refuse_shared(model)
         if self._adapter_names:
             # PeftModel.from_pretrained renames an adapter's tensors by this attribute.
             model._checkpoint_conversion_mapping = self._adapter_names  # type: ignore[assignment]
@@ -119,22 +115,41 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _names(modules: Iterable[str], model: nn.Module) -> dict[str, str]:
+def _names(modules: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[str, str]:
     """Name in the checkpoint to name in ``model``, for every quantized module."""
-    linears = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).__name__ in _LINEARS
-    }
-    found = in_model(modules, linears, _prefix(model))
+    kinds = {name: kind_of(module) for name, module in model.named_modules()}
+    found: dict[str, str] = {}
+    for kind in ("linear", *_KINDS):
+        wanted = [name for name, entry in modules.items() if entry.get("kind", "linear") == kind]
+        present = {name for name, value in kinds.items() if value == kind}
+        found |= in_model(wanted, present, _prefix(model))
     lost = [name for name in modules if name not in found]
     if lost:
+        what = modules[lost[0]].get("kind", "linear layer")
         raise UnsupportedInputError(
-            f"{type(model).__name__} has no linear layer {_listed(lost)}, "
+            f"{type(model).__name__} has no {what} {_listed(lost)}, "
             "which the checkpoint holds quantized",
             hint="load it with the class that config.json names under architectures",
         )
     return found
+
+
+def _refuse_shared(model: nn.Module) -> None:
+    """Raise UnsupportedInputError where a module has another's packed weight: transformers ties
+    weights, and leaves scales and adapter behind."""
+    owners = {
+        id(module.weight): name
+        for name, module in model.named_modules()
+        if isinstance(module, PackedWeight)
+    }
+    for name, module in model.named_modules():
+        owner = owners.get(id(getattr(module, "weight", None)), name)
+        if owner != name:
+            raise UnsupportedInputError(
+                f"{type(model).__name__} ties {name} to {owner}, which the checkpoint holds "
+                "quantized",
+                hint="load a class without that head, or convert without --embeddings",
+            )
 
 
 def _prefix(model: nn.Module) -> str:
@@ -145,8 +160,8 @@ def _checked(name: str, entry: Any) -> Mapping[str, Any]:
     where = f"quantization_config: module {name!r}"
     if not isinstance(entry, Mapping) or not {"bits", "block_size", "decoding"} <= set(entry):
         raise CorruptFileError(f"{where}: expected bits, block_size and decoding")
-    _refuse_unknown(where, set(entry) - {"bits", "block_size", "decoding", "scales"})
-    for key, names in (("decoding", _DECODINGS), ("scales", _SCALES)):
+    _refuse_unknown(where, set(entry) - {"bits", "block_size", "decoding", "scales", "kind"})
+    for key, names in (("decoding", _DECODINGS), ("scales", _SCALES), ("kind", _KINDS)):
         if key in entry and entry[key] not in names:
             raise UnsupportedInputError(
                 f"{where}: {key} {entry[key]!r} is not one of {', '.join(names)}",

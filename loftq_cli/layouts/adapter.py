@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.layouts.base import Matrix
 
 DIRECTORY = "loftq_init"
 WEIGHTS = "adapter_model.safetensors"
@@ -28,9 +29,11 @@ def stored_dtype(setting: str, source_dtype: str) -> str:
     return source_dtype if setting == "source" else _DTYPE_TAGS[setting]
 
 
-def names(module: str) -> tuple[str, str]:
-    """(name of A, name of B) of ``module`` in the adapter file."""
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+def names(matrix: Matrix) -> tuple[str, str]:
+    """The names of the module's two tensors in the adapter file, in the order of :func:`specs`."""
+    pattern = "lora_embedding_{}" if matrix.kind == "embedding" else "lora_{}.weight"
+    first, second = (f"{PREFIX}{matrix.module}.{pattern.format(side)}" for side in "AB")
+    return first, second
 
 
 def module_of(name: str) -> str:
@@ -38,18 +41,35 @@ def module_of(name: str) -> str:
     return name.removeprefix(PREFIX).rpartition(".lora_")[0]
 
 
-def specs(module: str, shape: tuple[int, int], rank: int, dtype: str) -> list[TensorSpec]:
-    """A (rank, in) and B (out, rank) of a matrix of ``shape`` (out, in)."""
-    name_a, name_b = names(module)
+def specs(matrix: Matrix, rank: int, dtype: str) -> list[TensorSpec]:
+    """A (rank, in) and B (out, rank) of a matrix (out, in).
+
+    Of an embedding (num, dim): lora_embedding_A (rank, num) and lora_embedding_B (dim, rank), which
+    PEFT adds as (B A)^T, that is B^T and A^T.
+    """
+    name_a, name_b = names(matrix)
+    rows, columns = matrix.shape
+    if matrix.kind == "embedding":
+        rows, columns = columns, rows
     return [
-        TensorSpec(name_a, dtype, (rank, shape[1])),
-        TensorSpec(name_b, dtype, (shape[0], rank)),
+        TensorSpec(name_a, dtype, (rank, columns)),
+        TensorSpec(name_b, dtype, (rows, rank)),
     ]
 
 
-def tensors(module: str, lora_A: torch.Tensor, lora_B: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The adapter file's tensors of one module."""
-    return dict(zip(names(module), (lora_A, lora_B), strict=True))
+def tensors(matrix: Matrix, lora_A: torch.Tensor, lora_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The adapter file's tensors of one matrix, from A (rank, in) and B (out, rank)."""
+    pair = (lora_A, lora_B)
+    if matrix.kind == "embedding":
+        pair = (lora_B.T.contiguous(), lora_A.T.contiguous())
+    return dict(zip(names(matrix), pair, strict=True))
+
+
+def sides(
+    matrix: Matrix, first: torch.Tensor, second: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (rank, in) and B (out, rank) from the tensors of :func:`specs`, in its order."""
+    return (second.T, first.T) if matrix.kind == "embedding" else (first, second)
 
 
 def config(
@@ -57,8 +77,11 @@ def config(
     rank: int,
     lora_alpha: float | None,
     task_type: str | None,
+    *,
+    transposed: bool = False,
 ) -> dict[str, Any]:
-    """adapter_config.json for modules with the given ranks.
+    """adapter_config.json for modules with the given ranks; ``transposed``: the backbone's weights
+    are stored (in, out).
 
     ``lora_alpha`` None means alpha = rank everywhere, so that the scaling is 1; modules whose rank
     was clamped below ``rank`` are listed in rank_pattern (and alpha_pattern).
@@ -70,7 +93,7 @@ def config(
         "alpha_pattern": clamped if lora_alpha is None else {},
         "base_model_name_or_path": None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": rank if lora_alpha is None else lora_alpha,

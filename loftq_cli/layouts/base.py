@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.numerics.quantizers import Quantized
+
+Kind = Literal["linear", "embedding", "conv1d"]
+"""What a matrix is the weight of: y = x W^T + b, stored as W (out, in); a table of rows, which are
+looked up, stored as (num_embeddings, dim), which stand for out and in; a linear layer stored as
+W^T (in, out), transformers' Conv1D."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Matrix:
     """A weight matrix that is to be, or was, quantized.
 
     ``name`` is the tensor's (``….weight``), ``dtype`` its safetensors tag in the source, ``shape``
-    (out, in).
+    (out, in), whichever way it is stored.
     """
 
     name: str
@@ -26,6 +31,12 @@ class Matrix:
     method: str
     bits: int
     block_size: int
+    kind: Kind = "linear"
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """The shape of the source's tensor."""
+        return turned_shape(self.shape, self.kind)
 
     @property
     def module(self) -> str:
@@ -46,7 +57,18 @@ def matrix_of(record: Mapping[str, Any]) -> Matrix:
         record["method"],
         record["bits"],
         record["block_size"],
+        record.get("kind", "linear"),
     )
+
+
+def turned(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """A matrix as the source stores it to (out, in), or back; a view."""
+    return weight.T if kind == "conv1d" else weight
+
+
+def turned_shape(shape: tuple[int, int], kind: Kind) -> tuple[int, int]:
+    """What :func:`turned` makes of a shape."""
+    return (shape[1], shape[0]) if kind == "conv1d" else shape
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,11 @@ class Surroundings:
     config: Mapping[str, Any]
     kept_modules: Sequence[str]
     stacks: Sequence[str]
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor or module is of one of the experts that a layer chooses from."""
+    return ".experts." in f".{name}"
 
 
 def unreplaceable(config: Mapping[str, Any]) -> str | None:

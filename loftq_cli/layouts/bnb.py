@@ -59,6 +59,8 @@ class BnbLayout:
     mixes = False
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
+        if matrix.kind == "embedding":
+            return "bnb holds linear layers, not embeddings"
         if matrix.method != "nf" or matrix.bits != 4:
             return f"bnb holds 4-bit nf, not {matrix.bits}-bit {matrix.method}"
         if matrix.block_size != 64:

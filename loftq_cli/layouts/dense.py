@@ -9,7 +9,7 @@ import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.checkpoint.reader import TORCH_DTYPES
-from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.layouts.base import Matrix, Surroundings, turned
 from loftq_cli.numerics.quantizers import Quantized
 
 _DTYPE_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -38,13 +38,14 @@ class DenseLayout:
         return TORCH_DTYPES[self._tag(matrix)]
 
     def specs(self, matrix: Matrix) -> list[TensorSpec]:
-        return [TensorSpec(matrix.name, self._tag(matrix), matrix.shape)]
+        return [TensorSpec(matrix.name, self._tag(matrix), matrix.stored_shape)]
 
     def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
-        return {matrix.name: quantized.decode().to(TORCH_DTYPES[self._tag(matrix)])}
+        dense = quantized.decode().to(TORCH_DTYPES[self._tag(matrix)])
+        return {matrix.name: turned(dense, matrix.kind).contiguous()}
 
     def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return tensors[matrix.name].float()
+        return turned(tensors[matrix.name].float(), matrix.kind).contiguous()
 
     def quantization_config(
         self, matrices: Sequence[Matrix], surroundings: Surroundings

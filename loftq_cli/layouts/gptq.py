@@ -41,6 +41,10 @@ class GptqLayout:
     mixes = False  # optimum builds every layer in the config's one width
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
+        if matrix.kind == "embedding":
+            return "gptq holds linear layers, not embeddings"
+        if matrix.kind == "conv1d":
+            return "transformers cannot load a Conv1D in GPTQ's format"
         out_features, in_features = matrix.shape
         if matrix.method != "uniform":
             return f"gptq holds uniform codes, not {matrix.method}"

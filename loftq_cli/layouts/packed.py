@@ -95,6 +95,10 @@ class PackedLayout:
         self, matrices: Sequence[Matrix], surroundings: Surroundings
     ) -> dict[str, Any]:
         stored = {} if self._scales == "float32" else {"scales": self._scales}
+
+        def kind(matrix: Matrix) -> dict[str, str]:
+            return {} if matrix.kind == "linear" else {"kind": matrix.kind}
+
         return {
             "quant_method": "loftq",
             "format_version": FORMAT_VERSION,
@@ -104,6 +108,7 @@ class PackedLayout:
                     "block_size": stored_block_size(matrix),
                     "decoding": decoding(matrix.method),
                     **stored,
+                    **kind(matrix),
                 }
                 for matrix in matrices
             },

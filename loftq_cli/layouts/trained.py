@@ -30,7 +30,6 @@ _FLOAT_DTYPES = ("F32", "F16", "BF16")
 _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
-    "fan_in_fan_out",
     "kasa_config",
     "layer_replication",
     "lora_bias",
@@ -47,7 +46,7 @@ _HARMLESS_INITS = ("eva", "gaussian", "orthogonal")
 """Initialisations by name that leave the backbone as it is; PEFT's others change its weights."""
 
 _PAIR = re.compile(r"(.+)\.lora_([AB])\.weight")
-_EMBEDDING = re.compile(r"(.+)\.lora_embedding_[AB]")
+_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 _BASE = ".base_layer."
 _WRAPPERS = (".modules_to_save.", ".original_module.")
@@ -55,16 +54,19 @@ _WRAPPERS = (".modules_to_save.", ".original_module.")
 
 @dataclass(frozen=True)
 class Pair:
-    """A (rank, in) and B (out, rank) in the adapter's file, and the factor of their product."""
+    """A (rank, in) and B (out, rank) in the adapter's file, and the factor of their product; of an
+    ``embedding`` (num, dim), which gets (B A)^T, A (rank, num) and B (dim, rank)."""
 
     lora_A: StoredTensor
     lora_B: StoredTensor
     scaling: float
+    embedding: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the product, (out, in)."""
-        return self.lora_B.shape[0], self.lora_A.shape[1]
+        """Of what is added, (out, in) or (num, dim)."""
+        rows, columns = self.lora_B.shape[0], self.lora_A.shape[1]
+        return (columns, rows) if self.embedding else (rows, columns)
 
 
 @dataclass(frozen=True)
@@ -199,15 +201,14 @@ def _sorted(
                 f"{file}: tensor {tensor.name!r}: the name does not begin with {PREFIX}",
                 hint="give an adapter that PEFT's save_pretrained wrote",
             )
-        if found := _PAIR.fullmatch(name):
+        if found := _PAIR.fullmatch(name) or _EMBEDDING.fullmatch(name):
             pairs.setdefault(found.group(1), {})[found.group(2)] = tensor
             continue
-        for pattern, what in ((_EMBEDDING, "LoRA on an embedding"), (_MAGNITUDE, "DoRA")):
-            if pattern.fullmatch(name):
-                raise UnsupportedInputError(
-                    f"{file}: tensor {tensor.name!r}: {what}, which cannot be merged",
-                    hint="merge it with PEFT's merge_and_unload, where PEFT can",
-                )
+        if _MAGNITUDE.fullmatch(name):
+            raise UnsupportedInputError(
+                f"{file}: tensor {tensor.name!r}: DoRA, which cannot be merged",
+                hint="merge it with PEFT's merge_and_unload, where PEFT can",
+            )
         # PEFT saves the weight of an output embedding along with its pair, trained or not.
         kind = frozen if _BASE in name and not name.endswith(".bias") else whole
         plain = name.replace(_BASE, ".")
@@ -234,9 +235,11 @@ def _is_wrapped(name: str, whole: Collection[str]) -> bool:
 def _pair(
     file: Path, config: Mapping[str, Any], module: str, sides: Mapping[str, StoredTensor]
 ) -> Pair:
+    embedding = any(_EMBEDDING.fullmatch(tensor.name) for tensor in sides.values())
     for side in "AB":
         if side not in sides:
-            raise CorruptFileError(f"{file}: tensor '{PREFIX}{module}.lora_{side}.weight' missing")
+            name = f"lora_embedding_{side}" if embedding else f"lora_{side}.weight"
+            raise CorruptFileError(f"{file}: tensor '{PREFIX}{module}.{name}' missing")
         tensor = sides[side]
         if len(tensor.shape) != 2 or tensor.dtype not in _FLOAT_DTYPES:
             raise UnsupportedInputError(
@@ -252,7 +255,7 @@ def _pair(
                 hint="give the adapter with the config that it was saved with",
             )
     root = math.sqrt(rank) if config.get("use_rslora") else rank
-    return Pair(sides["A"], sides["B"], alpha / root)
+    return Pair(sides["A"], sides["B"], alpha / root, embedding)
 
 
 def _by_pattern(config: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:

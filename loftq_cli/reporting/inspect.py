@@ -10,6 +10,7 @@ from loftq_cli.checkpoint.header import DTYPE_BITS, strict_json
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.output import verify as verify_files
 from loftq_cli.layouts import adapter
+from loftq_cli.layouts.base import matrix_of
 
 
 def inspect(directory: Path, *, verify: bool = False) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, An
     rows, columns = record["shape"]
     elements = rows * columns
     adapter_dtype = adapter.stored_dtype(recipe["adapter_dtype"], record["dtype"])
-    specs = adapter.specs(record["module"], (rows, columns), record["rank"], adapter_dtype)
+    specs = adapter.specs(matrix_of(record), record["rank"], adapter_dtype)
     adapter_bytes = sum(spec.nbytes for spec in specs)
     return {
         "name": record["name"],

@@ -21,7 +21,7 @@ from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.stored import Stored, read
 from loftq_cli.errors import InputError, LoftqError, NonFiniteWeightError, VerificationError
 from loftq_cli.layouts import adapter, layout_of
-from loftq_cli.layouts.base import matrix_of
+from loftq_cli.layouts.base import matrix_of, turned
 from loftq_cli.numerics import native
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Settings
@@ -95,10 +95,12 @@ def recompute(output: Output, model: str) -> dict[str, Norms]:
     for record in output.records:
         name = record["name"]
         found = weights.get(name)
-        if found is None or list(found[1].shape) != record["shape"]:
+        matrix = matrix_of(record)
+        if found is None or found[1].shape != matrix.stored_shape:
             shape = list(found[1].shape) if found else "no such tensor"
+            expected = list(matrix.stored_shape)
             raise InputError(
-                f"{model}: tensor {name!r}: {shape}, the conversion was of {record['shape']}",
+                f"{model}: tensor {name!r}: {shape}, the conversion was of {expected}",
                 hint="give the checkpoint that was converted",
             )
         path, tensor = found
@@ -108,7 +110,7 @@ def recompute(output: Output, model: str) -> dict[str, Norms]:
                 hint="give the checkpoint that was converted",
             )
         with TensorFile(path) as file:
-            weight = file.read(tensor).float()
+            weight = turned(file.read(tensor).float(), matrix.kind).contiguous()
         bad = first_non_finite(weight)
         if bad is not None:
             raise NonFiniteWeightError(f"{model}: tensor {name!r} holds {bad[1]} at {list(bad[0])}")
@@ -127,10 +129,11 @@ def _norms(
     layout = layout_of(record, recipe)
     tensors = {spec.name: read(output.directory, stored, spec) for spec in layout.specs(matrix)}
     adapter_dtype = adapter.stored_dtype(recipe["adapter_dtype"], matrix.dtype)
-    lora_A, lora_B = (
+    first, second = (
         read(output.directory, stored, spec)
-        for spec in adapter.specs(matrix.module, matrix.shape, record["rank"], adapter_dtype)
+        for spec in adapter.specs(matrix, record["rank"], adapter_dtype)
     )
+    lora_A, lora_B = adapter.sides(matrix, first, second)
     alpha = recipe["lora_alpha"]
     scaling = 1.0 if alpha is None else alpha / record["rank"]
     residual = weight - layout.decode(matrix, tensors)

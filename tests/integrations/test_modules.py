@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from loftq_cli.integrations.modules import PackedFormat, PackedLinear
+from loftq_cli.integrations.modules import PackedLinear
+from loftq_cli.integrations.packed_weight import PackedFormat
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.layouts.packed import PackedLayout, decoding, stored_block_size
 from loftq_cli.numerics.quantizers import make_quantizer

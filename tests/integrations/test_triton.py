@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loftq_cli.integrations import modules
-from loftq_cli.integrations.modules import PackedFormat
+from loftq_cli.integrations import packed_weight
+from loftq_cli.integrations.packed_weight import PackedFormat
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,23 +55,23 @@ def test_the_kernel_decodes_the_same_bits() -> None:
 @pytest.mark.parametrize(("on_cuda", "used"), [(True, True), (False, False)])
 def test_it_is_used_on_cuda(monkeypatch, on_cuda, used) -> None:
     calls = []
-    monkeypatch.setattr(modules, "_triton_decode", lambda: lambda *call: calls.append(call))
-    monkeypatch.setattr(modules, "decode_packed", lambda *call: None)
+    monkeypatch.setattr(packed_weight, "_triton_decode", lambda: lambda *call: calls.append(call))
+    monkeypatch.setattr(packed_weight, "decode_packed", lambda *call: None)
     weight = SimpleNamespace(is_cuda=on_cuda)
     packing = PackedFormat(2, 64, "codebook")
     scales = torch.ones(1)
-    modules._dense((2, 4), packing, torch.bfloat16, weight, scales, None, None, "levels")
+    packed_weight._dense((2, 4), packing, torch.bfloat16, weight, scales, None, None, "levels")
     expected = ((2, 4), 2, 64, weight, scales, None, "levels", torch.bfloat16)
     assert calls == [expected] * used
 
 
 def test_it_takes_scales_that_are_unpacked(monkeypatch) -> None:
     calls = []
-    monkeypatch.setattr(modules, "_triton_decode", lambda: lambda *call: calls.append(call))
+    monkeypatch.setattr(packed_weight, "_triton_decode", lambda: lambda *call: calls.append(call))
     packing = PackedFormat(2, 64, "codebook", "int8")
     scales, steps = torch.tensor([127, -3], dtype=torch.int8), torch.tensor([0.5]).bfloat16()
     weight = SimpleNamespace(is_cuda=True)
-    modules._dense((2, 64), packing, torch.float32, weight, scales, steps, None, "levels")
+    packed_weight._dense((2, 64), packing, torch.float32, weight, scales, steps, None, "levels")
     given = calls[0][4]
     assert (given.dtype, given.tolist()) == (torch.float32, [63.5, -1.5])
 
@@ -79,4 +79,4 @@ def test_it_takes_scales_that_are_unpacked(monkeypatch) -> None:
 def test_without_triton_there_is_none(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "loftq_cli.integrations.triton_dequantize", raising=False)
-    assert modules._triton_decode.__wrapped__() is None
+    assert packed_weight._triton_decode.__wrapped__() is None

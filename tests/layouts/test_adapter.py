@@ -13,6 +13,7 @@ from torch import nn
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.checkpoint.writer import spec_of
 from loftq_cli.layouts import adapter
+from loftq_cli.layouts.base import Matrix
 
 
 class Model(nn.Module):
@@ -30,6 +31,10 @@ RANKS = {"h.0.wide": 8, "h.0.narrow": 3, "h.1.wide": 8, "h.1.narrow": 3}
 SHAPES = {name: (10, 12) if "wide" in name else (3, 10) for name in RANKS}
 
 
+def matrix(name: str) -> Matrix:
+    return Matrix(f"{name}.weight", SHAPES[name], "F32", "nf", 4, 64)
+
+
 def drawn_tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -37,7 +42,7 @@ def drawn_tensors() -> dict[str, torch.Tensor]:
         rows, columns = SHAPES[name]
         lora_A = torch.randn(rank, columns, generator=generator)
         lora_B = torch.randn(rows, rank, generator=generator)
-        tensors |= adapter.tensors(name, lora_A, lora_B)
+        tensors |= adapter.tensors(matrix(name), lora_A, lora_B)
     return tensors
 
 
@@ -45,7 +50,7 @@ def test_specs_foretell_the_tensors():
     expected = [spec_of(name, tensor) for name, tensor in drawn_tensors().items()]
     actual: list[TensorSpec] = []
     for name, rank in RANKS.items():
-        actual += adapter.specs(name, SHAPES[name], rank, "F32")
+        actual += adapter.specs(matrix(name), rank, "F32")
     assert actual == expected
 
 

@@ -1,0 +1,67 @@
+"""Tiny random mixture-of-experts models, as transformers makes and saves them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+_BASE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.1,
+    "num_experts_per_tok": 2,
+}
+_QWEN = {"num_experts": 4, "moe_intermediate_size": 32}
+_DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen2_moe": ("Qwen2Moe", {**_QWEN, "shared_expert_intermediate_size": 64}),
+    "qwen3_moe": ("Qwen3Moe", {**_QWEN, "head_dim": 16}),
+    # With a layer that has no experts.
+    "qwen3_moe_mixed": ("Qwen3Moe", {**_QWEN, "head_dim": 16, "mlp_only_layers": [0]}),
+    "deepseek_v2": ("DeepseekV2", _DEEPSEEK),
+    "deepseek_v3": ("DeepseekV3", _DEEPSEEK),
+    "gpt_oss": ("GptOss", {"head_dim": 16, "num_local_experts": 4, "sliding_window": 16}),
+    "llama4": (
+        "Llama4",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 128,
+            "moe_layers": [1],
+        },
+    ),
+}
+KINDS = tuple(_KINDS)
+
+
+def make(kind: str) -> Any:
+    """A causal language model of two blocks with four experts."""
+    name, settings = _KINDS[kind]
+    config_name = f"{name}TextConfig" if kind == "llama4" else f"{name}Config"
+    config = getattr(transformers, config_name)(**_BASE | settings)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
