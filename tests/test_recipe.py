@@ -40,6 +40,7 @@ RECIPE = Recipe(
     keep="best",
     include=("a", "b"),
     exclude=(),
+    embeddings=False,
     stats=None,
     lora_alpha=None,
     adapter_dtype="source",
@@ -218,7 +219,8 @@ def test_the_fingerprint_is_of_these_bytes():
 @pytest.mark.parametrize("field", dataclasses.fields(Recipe), ids=lambda field: field.name)
 def test_the_fingerprint_changes_with_every_setting(field):
     old = getattr(RECIPE, field.name)
-    new = {int: 7, str: "other", tuple: ("other",), type(None): 3}[type(old)]
+    others = {int: 7, str: "other", tuple: ("other",), type(None): 3, bool: True}
+    new = others[type(old)]
     changed = dataclasses.replace(RECIPE, **{field.name: new})
     assert fingerprint(changed.as_dict(), SOURCES) != fingerprint(RECIPE.as_dict(), SOURCES)
 

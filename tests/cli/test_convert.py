@@ -289,3 +289,15 @@ def test_shards_of_a_directory_are_not_discarded(place: Path, loftq: Command) ->
     assert result.exit_code == 2
     assert "--discard-shards" in result.stderr
     assert checkpoints.files(place) == before
+
+
+def test_word_embeddings_are_quantized_on_request(loftq: Command) -> None:
+    result = loftq("convert", "model", "--embeddings", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert "layout loftq, because bnb cannot hold model.embed_tokens.weight" in result.stderr
+    manifest = json.loads(Path("out/loftq_manifest.json").read_text())
+    kinds = {entry["name"]: entry.get("kind", "linear") for entry in manifest["matrices"]}
+    assert kinds.pop("model.embed_tokens.weight") == "embedding"
+    assert set(kinds.values()) == {"linear"}
+    assert loftq("error-report", "--source", "model").exit_code == 0
+    assert loftq("inspect", "--verify").exit_code == 0

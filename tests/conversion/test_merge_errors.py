@@ -89,7 +89,6 @@ def configure(adapter: Path, **settings: Any) -> None:
         ({"peft_type": "LOHA"}, UnsupportedInputError, "peft_type is 'LOHA'"),
         ({"use_dora": True}, UnsupportedInputError, "use_dora is True"),
         ({"lora_bias": True}, UnsupportedInputError, "lora_bias is True"),
-        ({"fan_in_fan_out": True}, UnsupportedInputError, "fan_in_fan_out is True"),
         ({"trainable_token_indices": [1]}, UnsupportedInputError, "trainable_token_indices"),
         ({"layer_replication": [[0, 1]]}, UnsupportedInputError, "layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, UnsupportedInputError, "init_lora_weights"),
@@ -150,8 +149,8 @@ def only(part: str) -> Callable[[Tensors], object]:
         (put(f"{QUERY}.lora_magnitude_vector", 64), UnsupportedInputError, "DoRA"),
         (
             put(f"{PREFIX}model.embed_tokens.lora_embedding_A", 4, 24),
-            UnsupportedInputError,
-            "lora_embedding_A': LoRA on an embedding",
+            CorruptFileError,
+            "embed_tokens.lora_embedding_B' missing",
         ),
         (put(f"{PREFIX}score.weight", 3, 64), InputError, "no place for '.*score.weight'"),
         (put(f"{PREFIX}lm_head.weight", 25, 64), InputError, r"is \[25, 64\], 'lm_head.weight'"),

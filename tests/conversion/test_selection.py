@@ -95,7 +95,8 @@ def test_patterns_are_globs_over_tensor_names(patterns: Any, expected: set[str])
 
 def test_only_what_the_default_rule_leaves_out_counts_as_included() -> None:
     selection = select(BLOCK, {}, include=["lm_head.*", "*.q_proj.*"])
-    assert selection.included == {"lm_head.weight"}
+    included = {name for name, why in selection.reasons.items() if "--include" in why}
+    assert included == {"lm_head.weight"}
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
@@ -114,9 +115,49 @@ def test_a_bias_or_a_norm_cannot_be_included(pattern: str) -> None:
         selected(include=[pattern])
 
 
-def test_an_embedding_cannot_be_included() -> None:
-    with pytest.raises(UsageError, match=r"model\.embed_tokens\.weight is an embedding"):
-        selected(include=["*"])
+@pytest.mark.parametrize("asked", [{"embeddings": True}, {"include": ["*embed_tokens*"]}])
+def test_a_word_embedding_is_quantized_on_request(asked: dict[str, Any]) -> None:
+    selection = select(BLOCK, {}, **asked)
+    name = "model.embed_tokens.weight"
+    assert name in {tensor.name for tensor in selection.matrices}
+    assert selection.kinds[name] == "embedding"
+    assert f"--{next(iter(asked))}" in selection.reasons[name]
+    assert name not in {tensor.name for tensor in select(BLOCK, {}).matrices}
+
+
+@pytest.mark.parametrize("option", ["embeddings", "include"])
+@pytest.mark.parametrize(
+    ("name", "config", "other"),
+    [
+        ("model.embed_tokens.weight", {"architectures": ["LlamaForCausalLM"]}, "output embedding"),
+        ("shared.weight", {"is_encoder_decoder": True}, "encoder and decoder"),
+    ],
+)
+def test_an_embedding_that_something_else_uses_is_refused(
+    option: str, name: str, config: dict[str, Any], other: str
+) -> None:
+    linear = tensor("model.layers.0.q_proj.weight", 4, 4)
+    asked = {"embeddings": True} if option == "embeddings" else {"include": [name]}
+    with pytest.raises(UsageError, match=other):
+        select([linear, tensor(name, 24, 4)], config, **asked)
+
+
+def test_a_head_of_its_own_leaves_the_embedding_alone() -> None:
+    tensors = [
+        tensor("model.layers.0.q_proj.weight", 4, 4),
+        tensor("model.embed_tokens.weight", 24, 4),
+        tensor("lm_head.weight", 24, 4),
+    ]
+    config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    assert len(select(tensors, config, embeddings=True).matrices) == 2
+
+
+def test_positions_are_no_words() -> None:
+    positions = tensor("embeddings.position_embeddings.weight", 8, 4)
+    with pytest.raises(UsageError, match="not of words"):
+        select([*BLOCK, positions], {}, include=["*position*"])
+    with pytest.raises(UsageError, match="no word embedding"):
+        select([tensor("model.layers.0.q_proj.weight", 4, 4), positions], {}, embeddings=True)
 
 
 def test_an_embedding_that_is_excluded_again_is_no_error() -> None:
@@ -157,8 +198,6 @@ def test_an_empty_matrix_is_passed_through() -> None:
     [
         ({"quantization_config": {"quant_method": "awq"}}, r"quantized already \(awq\)"),
         ({"quantization_config": {}}, "quantized already"),
-        ({"model_type": "gpt2"}, "Conv1D"),
-        ({"model_type": "openai-gpt"}, "Conv1D"),
     ],
 )
 def test_checkpoints_that_cannot_be_converted_are_refused(
@@ -168,9 +207,12 @@ def test_checkpoints_that_cannot_be_converted_are_refused(
         select(BLOCK, config)
 
 
-def test_gpt2_stores_its_matrices_transposed_and_is_refused(tmp_path: Path) -> None:
+def test_gpt2_stores_its_matrices_transposed(tmp_path: Path) -> None:
     config = transformers.GPT2Config(vocab_size=24, n_positions=8, n_embd=16, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).to(torch.float32).save_pretrained(tmp_path)
     source = open_source(tmp_path)
-    with pytest.raises(UnsupportedInputError, match="gpt2"):
-        select(source.tensors, source.config.content)
+    selection = select(source.tensors, source.config.content)
+    layers = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    names = {f"transformer.h.0.{layer}.weight" for layer in layers}
+    assert {tensor.name for tensor in selection.matrices} == names
+    assert set(selection.kinds.values()) == {"conv1d"}

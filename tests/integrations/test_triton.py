@@ -60,7 +60,7 @@ def test_it_is_used_on_cuda(monkeypatch, on_cuda, used) -> None:
     weight = SimpleNamespace(is_cuda=on_cuda)
     packing = PackedFormat(2, 64, "codebook")
     scales = torch.ones(1)
-    packed_weight._dense((2, 4), packing, torch.bfloat16, weight, scales, None, None, "levels")
+    packed_weight.dense((2, 4), packing, torch.bfloat16, weight, scales, None, None, "levels")
     expected = ((2, 4), 2, 64, weight, scales, None, "levels", torch.bfloat16)
     assert calls == [expected] * used
 
@@ -71,7 +71,7 @@ def test_it_takes_scales_that_are_unpacked(monkeypatch) -> None:
     packing = PackedFormat(2, 64, "codebook", "int8")
     scales, steps = torch.tensor([127, -3], dtype=torch.int8), torch.tensor([0.5]).bfloat16()
     weight = SimpleNamespace(is_cuda=True)
-    packed_weight._dense((2, 64), packing, torch.float32, weight, scales, steps, None, "levels")
+    packed_weight.dense((2, 64), packing, torch.float32, weight, scales, steps, None, "levels")
     given = calls[0][4]
     assert (given.dtype, given.tolist()) == (torch.float32, [63.5, -1.5])
 
