@@ -62,7 +62,10 @@ def _quantized() -> list[Start]:
             ]
         if two:
             fitted = (*common, "--method", "fitted")
-            starts.append(Start("fitted 2 bit, loftq", fitted, small=True))
+            starts += [
+                Start("fitted 2 bit, loftq", fitted, small=True),
+                Start(f"{width}, loftq, embeddings too", (*common, *ours, "--embeddings")),
+            ]
     return starts
 
 
