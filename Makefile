@@ -38,8 +38,8 @@ format: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python -m tests.benchmarks
 
-## What each start is worth after training (about 35 minutes; FULL=1: every start, three seeds, a
-## day). Finished runs are kept: the same command goes on where it was stopped.
+## What each start is worth after training (about 35 minutes; FULL=1: every start, three seeds, about
+## two hours). Finished runs are kept: the same command goes on where it was stopped.
 evaluate: $(VENV)/dev
 	$(BIN)/python -m tests.benchmarks.evaluation $(if $(FULL),--full)
 
