@@ -274,11 +274,17 @@ def show_residuals(report: Mapping[str, Any], *, as_json: bool, as_csv: bool) ->
     if as_csv:
         fields = ("name", "bits", "rank", "step", "weight", "quantized", "final")
         relative = ("relative_residual_quantized", "relative_residual")
-        header = [*fields, *relative, *(f"step_{number}" for number in range(1, steps + 1))]
-        _csv(
-            header,
-            [[*(layer[name] for name in fields + relative), *layer["steps"]] for layer in layers],
-        )
+        weighted = ("kind", "weight", "quantized", "final")
+        header = [*fields, *relative, *(f"weighted_{name}" for name in weighted)]
+        rows = [
+            [
+                *(layer[name] for name in fields + relative),
+                *((layer["weighted"] or {}).get(name, "") for name in weighted),
+                *layer["steps"],
+            ]
+            for layer in layers
+        ]
+        _csv([*header, *(f"step_{number}" for number in range(1, steps + 1))], rows)
         return
     title = "Frobenius residuals" + (", recomputed from the source" if report["recomputed"] else "")
     columns = [f"step {number}" for number in range(1, steps + 1)]

@@ -23,7 +23,7 @@ from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.pin import pin, pinned
 from loftq_cli.conversion.plan import Plan, make_plan, source_identity
 from loftq_cli.conversion.resources import check_memory
-from loftq_cli.conversion.statistics import statistics_for
+from loftq_cli.conversion.statistics import statistics_for, statistics_note
 from loftq_cli.conversion.workspace import Workspace, check_output_path, real_path
 from loftq_cli.errors import (
     CorruptFileError,
@@ -98,7 +98,7 @@ def prepare(
             "and are converted without statistics"
         )
     experts_note = experts.note(plan.selection.kept, source.config.content)
-    for line in (plan.layout_note, experts_note):
+    for line in (plan.layout_note, experts_note, statistics_note(plan, options.preset)):
         if line:
             observer.note(line)
     # Only where there is a search to speed up: asking builds the kernels.

@@ -12,9 +12,11 @@ from loftq_cli.checkpoint.measured import ModelIdentity, Statistics
 from loftq_cli.checkpoint.source import Source, open_source
 from loftq_cli.checkpoint.statistics import open_statistics
 from loftq_cli.checkpoint.statistics_writer import StatisticsWriter
-from loftq_cli.conversion.plan import source_identity
+from loftq_cli.conversion.plan import Plan, source_identity
 from loftq_cli.errors import StatisticsError, UsageError
 from loftq_cli.numerics.moments import Moments
+
+_NARROW = 3  # bits
 
 
 def model_sha256(source: Source) -> str:
@@ -35,6 +37,18 @@ def statistics_for(source: Source, path: str) -> Statistics:
             hint="calibrate with this model",
         )
     return statistics
+
+
+def statistics_note(plan: Plan, preset: str) -> str | None:
+    """What narrow codes without statistics usually lose, None where that is not so or asked for
+    (docs/statistics.md has the figures)."""
+    narrow = any(item.matrix.bits <= _NARROW for item in plan.matrices.values())
+    if plan.statistics is not None or preset == "paper" or not narrow or not plan.recipe.iters:
+        return None
+    return (
+        "without activation statistics: at 2 bits a small language model had 5 to 8 times, at 3 "
+        "bits 1.4 times its perplexity with them (`loftq calibrate --moments full`, then --stats)"
+    )
 
 
 def identity_of(source: Source) -> ModelIdentity:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import signal
@@ -51,6 +53,32 @@ def test_what_was_measured_is_what_convert_takes(loftq: Command) -> None:
     records = json.loads(result.stdout)["matrices"]
     assert [record["weighted"]["kind"] for record in records] == ["diagonal"] * MATRICES
     assert all(r["weighted"]["final"] < r["weighted"]["quantized"] for r in records)
+    rows = list(csv.DictReader(io.StringIO(loftq("error-report", "--csv").stdout)))
+    assert [row["weighted_kind"] for row in rows] == ["diagonal"] * MATRICES
+    assert [float(row["weighted_final"]) for row in rows] == [
+        record["weighted"]["final"] for record in records
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--bits", "2"), True),
+        (("--bits", "3"), True),
+        (("--bits", "4"), False),
+        (("--bits", "2", "--preset", "paper", "--layout", "loftq"), False),
+        (("--bits", "2", "--iters", "0"), False),
+        (("--bits", "2", "--stats", "stats.safetensors"), False),
+    ],
+)
+def test_narrow_codes_without_statistics_are_remarked_on(
+    words: tuple[str, ...], said: bool, loftq: Command
+) -> None:
+    loftq("calibrate", "real", *QUICK)
+    result = loftq("convert", "real", "--dry-run", "--rank", "4", *words)
+    assert result.exit_code == 0, result.stderr
+    assert ("without activation statistics" in result.stderr) == said
+    assert "statistics" not in loftq("convert", "real", "--dry-run", "-q", *words).stderr
 
 
 @pytest.mark.parametrize("short", [False, True])
