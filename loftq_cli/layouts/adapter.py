@@ -109,17 +109,30 @@ def config(
     }
 
 
+# PEFT's wrappers for a task hand the inputs of text models on, whatever the model takes.
+_TEXT_TO_TEXT = re.compile(
+    r"(?:M?Bart|PLBart|[MU]?T5|MT5|UMT5|LongT5|T5Gemma|SwitchTransformers|NllbMoe|M2M100|Marian|FSMT"
+    r"|Mvp|LED|Pegasus|PegasusX|BigBirdPegasus|Blenderbot|BlenderbotSmall|ProphetNet)"
+    r"(?:ForConditionalGeneration|MTModel)"
+)
+_NO_TEXT = re.compile(
+    r"(?:\w*CLIP|Siglip|\w*ViT|Deit|DeiT|Beit|Swin|Dino|Wav2Vec2|Hubert|WavLM|Whisper|Speech|Blip"
+    r"|Flava|Llava|Qwen\w*(?:VL|Audio|Omni))"
+)
+
+
 def task_type(architectures: Sequence[str]) -> str | None:
     """PEFT's task type for the first of config.json's architectures, None where it has none.
 
     None too for classification and question answering: PEFT's wrappers for these tasks look for
     the head's tensors in the adapter, and fail where it holds none. The head is in the backbone.
+    And for models that take more than text: without a task PEFT hands on what it is given.
     """
-    kinds = (
-        ("ForCausalLM", "CAUSAL_LM"),
-        ("LMHeadModel", "CAUSAL_LM"),
-        ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-        ("Model", "FEATURE_EXTRACTION"),
-    )
     name = architectures[0] if architectures else ""
-    return next((task for suffix, task in kinds if name.endswith(suffix)), None)
+    if _TEXT_TO_TEXT.fullmatch(name):
+        return "SEQ_2_SEQ_LM"
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    if name.endswith("Model") and not _NO_TEXT.match(name):
+        return "FEATURE_EXTRACTION"
+    return None
