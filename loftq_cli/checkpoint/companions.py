@@ -6,6 +6,8 @@ never other weights, which would shadow the converted ones.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
@@ -32,6 +34,8 @@ COPIED_FILES: tuple[str, ...] = (
     "LICENSE*",
 )
 
+_MAX_COPIED_BYTES = 256_000_000  # the largest tokenizers take a tenth of it
+
 # A wildcard must not let through `LICENSE_model.py`, which a config's auto_map could name.
 _SUFFIXES = frozenset(("", ".txt", ".md", ".json", ".jinja", ".model"))
 
@@ -44,6 +48,25 @@ def is_companion(name: str) -> bool:
         and path.suffix in _SUFFIXES
         and any(fnmatchcase(name, pattern) for pattern in COPIED_FILES)
     )
+
+
+def strays(directory: Path, names: Iterable[str]) -> list[str]:
+    """What is wrong with the files of ``directory`` that are read by these ``names`` or copied, one
+    line each: links that lead out of it, to what somebody else's checkpoint has no business with,
+    and copies that would be too large. A hub cache's links to its own blobs are no fault."""
+    root = os.path.realpath(directory)
+    roots = [root]
+    if os.path.basename(os.path.dirname(root)) == "snapshots":
+        roots.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
+    found = []
+    copied = {path.name for path in companions(directory)}
+    for name in sorted({*names, *copied}):
+        target = os.path.realpath(os.path.join(root, name))
+        if not any(target.startswith(place + os.sep) for place in roots):
+            found.append(f"{name}: a link out of the directory, to {target}")
+        elif name in copied and os.path.getsize(target) > _MAX_COPIED_BYTES:
+            found.append(f"{name}: larger than 256 MB")
+    return found
 
 
 def companions(source: Path) -> list[Path]:

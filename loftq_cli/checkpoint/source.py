@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.companions import strays
 from loftq_cli.checkpoint.header import (
     Header,
     HeaderError,
@@ -96,7 +97,8 @@ def open_source(
     names, index = _shard_names(directory, supply)
     config = read_json(directory / CONFIG)
     _check_config(directory / CONFIG, config.content)
-    faults: list[str] = []
+    # The hub's cache is trusted: its blobs may themselves be links to a store that it shares.
+    faults = [] if revision else strays(directory, [CONFIG, *([INDEX] if index else []), *names])
     shards = []
     for name in names:
         try:

@@ -18,13 +18,14 @@ from types import TracebackType
 from typing import Any
 
 from loftq_cli.checkpoint.durable import explained, sync_directory, write_all
+from loftq_cli.checkpoint.header import strict_json
 
 VERSION = 2
 _CHECK = b', "check": "'  # the last key of every line: the hash of the line without it
-_KEYS = (
-    {"journal", "fingerprint", "recipe", "sources"},
-    {"tensor", "prefix_sha256", "outputs", "record"},
-    {"shard", "sha256", "mtime_ns"},
+_FIELDS: tuple[dict[str, type | tuple[type, ...]], ...] = (
+    {"journal": int, "fingerprint": str, "recipe": dict, "sources": list},
+    {"tensor": str, "prefix_sha256": str, "outputs": dict, "record": (dict, type(None))},
+    {"shard": str, "sha256": str, "mtime_ns": int},
 )
 
 
@@ -143,8 +144,22 @@ def _opened(line: bytes) -> dict[str, Any] | None:
     body = head + b"}"
     if tail != _digest(body) + b'"}':
         return None
-    value: dict[str, Any] = json.loads(body)
-    return value if set(value) in _KEYS else None
+    try:
+        value = strict_json(body)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and _is_known(value) else None
+
+
+def _is_known(value: dict[str, Any]) -> bool:
+    """Whether these are the fields of one kind of line, with values of their types."""
+    for fields in _FIELDS:
+        if set(value) == set(fields):
+            outputs = value.get("outputs", {})
+            return all(isinstance(value[name], kind) for name, kind in fields.items()) and all(
+                isinstance(digests, dict) for digests in outputs.values()
+            )
+    return False
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int, int]:
@@ -163,7 +178,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int, int]:
         value = _opened(line)
         if not lines and (value is None or value.get("journal") != VERSION):
             return [], 0, 1
-        if value is None:
+        if value is None or (lines and "journal" in value):
             passed += 1
         else:
             lines.append(value)

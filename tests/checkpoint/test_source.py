@@ -93,10 +93,45 @@ def test_a_single_file_wins_over_an_index(sharded):
 
 
 def test_shards_may_be_links_as_in_the_hub_cache(sharded, tmp_path):
-    for name in (FIRST, SECOND):
-        shutil.move(sharded / name, tmp_path / name)
-        (sharded / name).symlink_to(tmp_path / name)
+    snapshot, blobs = tmp_path / "snapshots" / "c0ffee", tmp_path / "blobs"
+    shutil.move(sharded, snapshot)
+    blobs.mkdir()
+    for name in (FIRST, SECOND, INDEX, "config.json"):
+        shutil.move(snapshot / name, blobs / name)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert len(open_source(snapshot).tensors) == 3
+    (tmp_path / "link").symlink_to(snapshot)
+    assert len(open_source(tmp_path / "link").tensors) == 3
+
+
+def test_links_within_the_directory_are_followed(sharded):
+    shutil.move(sharded / FIRST, sharded / "other")
+    (sharded / FIRST).symlink_to("other")
     assert len(open_source(sharded).tensors) == 3
+
+
+@pytest.mark.parametrize("name", [FIRST, INDEX, "config.json", "tokenizer.json", "LICENSE"])
+def test_links_out_of_the_directory_are_refused(sharded, tmp_path, name):
+    outside = tmp_path / "outside"
+    if (sharded / name).exists():
+        shutil.move(sharded / name, outside)
+    else:
+        outside.write_text("secret")
+    (sharded / name).symlink_to("../outside")
+    assert failure(sharded, CorruptFileError) == (
+        f"{sharded}: {name}: a link out of the directory, to {outside}"
+    )
+
+
+def test_what_is_not_read_may_be_a_link_to_anywhere(sharded):
+    (sharded / "notes.txt").symlink_to("/etc/passwd")
+    assert len(open_source(sharded).tensors) == 3
+
+
+def test_a_file_to_be_copied_is_limited_in_size(sharded):
+    (sharded / "tokenizer.json").touch()
+    os.truncate(sharded / "tokenizer.json", 256_000_001)
+    assert "tokenizer.json: larger than 256 MB" in failure(sharded, CorruptFileError)
 
 
 def test_tensors_that_the_index_does_not_name_are_there_all_the_same(tmp_path):

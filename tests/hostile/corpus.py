@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests import checkpoints
 from tests.makers import container, entry, shorten
@@ -57,6 +57,42 @@ def truncated(directory: Path) -> None:
 def trailing_bytes(directory: Path) -> None:
     with (directory / SINGLE).open("ab") as file:
         file.write(b"#!/bin/sh\n")
+
+
+@case("not valid JSON")
+def header_of_no_bytes(directory: Path) -> None:
+    raw_header(directory, b"", length=0)
+
+
+@case("7 bytes are too few")
+def file_of_seven_bytes(directory: Path) -> None:
+    (directory / SINGLE).write_bytes(bytes(7))
+
+
+@case("not valid JSON")
+def header_cut_in_its_middle(directory: Path) -> None:
+    raw_header(directory, json.dumps({"a": entry("F32", [4, 4], 0, 64)}).encode()[:7], length=7)
+
+
+@case("not valid JSON")
+def header_that_is_not_utf8(directory: Path) -> None:
+    raw_header(directory, b'{"\xff\xfe": {}}')
+
+
+@case("leaves a hole")
+def hole_between_two_tensors(directory: Path) -> None:
+    header = {"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 8, 12)}
+    raw_header(directory, header, bytes(12))
+
+
+@case("bad data_offsets")
+def negative_offsets(directory: Path) -> None:
+    raw_header(directory, {"a": entry("U8", [4], -4, 0)}, bytes(4))
+
+
+@case("too large")
+def product_beyond_64_bits(directory: Path) -> None:
+    raw_header(directory, {"a": entry("U8", [2**33, 2**33], 0, 0)})
 
 
 @case("100 MB")
@@ -161,6 +197,62 @@ def index_to_a_name_that_is_too_long(directory: Path) -> None:
 @case("config.json: not a safetensors file")
 def index_to_the_config(directory: Path) -> None:
     index(directory, {"model.layers.0.a.weight": "config.json"})
+
+
+def sharded(directory: Path) -> None:
+    """The checkpoint in two shards, with an index."""
+    (directory / SINGLE).unlink()
+    checkpoints.write(directory, checkpoints.llama(), cuts=(5,))
+
+
+SECOND = "model-00002-of-00002.safetensors"
+
+
+@case("model-00002-of-00002.safetensors: missing, the index names it")
+def shard_that_is_missing(directory: Path) -> None:
+    sharded(directory)
+    (directory / SECOND).unlink()
+
+
+@case("model-00002-of-00002.safetensors: not a regular file")
+def shard_that_is_a_pipe(directory: Path) -> None:
+    shard_that_is_missing(directory)
+    os.mkfifo(directory / SECOND)
+
+
+@case("model-00002-of-00002.safetensors: not a regular file")
+def shard_that_is_a_directory(directory: Path) -> None:
+    shard_that_is_missing(directory)
+    (directory / SECOND).mkdir()
+
+
+@case("model-00002-of-00002.safetensors: a link out of the directory")
+def shard_that_lies_elsewhere(directory: Path) -> None:
+    sharded(directory)
+    outside = directory.parent / "outside.safetensors"
+    (directory / SECOND).rename(outside)
+    (directory / SECOND).symlink_to(outside)
+
+
+@case("and again in model-00002-of-00002.safetensors")
+def tensor_in_two_shards(directory: Path) -> None:
+    sharded(directory)
+    first = load_file(directory / "model-00001-of-00002.safetensors")
+    second = load_file(directory / SECOND)
+    save_file(second | dict(list(first.items())[:1]), directory / SECOND)
+
+
+@case("which does not hold it")
+def index_of_a_tensor_that_is_nowhere(directory: Path) -> None:
+    sharded(directory)
+    content = json.loads((directory / INDEX).read_text())
+    content["weight_map"]["nowhere"] = SECOND
+    (directory / INDEX).write_text(json.dumps(content))
+
+
+@case("tokenizer.json: a link out of the directory, to /etc/passwd")
+def tokenizer_of_the_system(directory: Path) -> None:
+    (directory / "tokenizer.json").symlink_to("/etc/passwd")
 
 
 @case("no weight_map")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +14,12 @@ import pytest
 from click.testing import CliRunner
 
 import loftq_cli
+from loftq_cli.checkpoint.reader import ShardReader
 from loftq_cli.cli import main
 from loftq_cli.errors import InputError
 from tests import checkpoints
 from tests.hostile.corpus import CORPUS
+from tests.makers import container, entry
 
 SETTINGS = {"bits": 4, "rank": 4, "iters": 1, "threads": 1}
 OPTIONS = ["--bits", "4", "--rank", "4", "--iters", "1", "-t", "1"]
@@ -91,3 +97,39 @@ def test_odd_names_that_are_legal_are_converted(tmp_path):
     report = CliRunner().invoke(main, ["error-report", str(tmp_path / "out")])
     assert report.exit_code == 0
     assert "\x1b" not in report.output
+
+
+@pytest.mark.parametrize("left", [0, 10, 5_000])
+def test_a_shard_shortened_while_it_is_read_is_an_error_not_a_crash(tmp_path, monkeypatch, left):
+    directory = checkpoints.write(tmp_path / "source", checkpoints.llama())
+    path = directory / "model.safetensors"
+    whole = ShardReader.read
+
+    def read(reader, tensor):
+        value = whole(reader, tensor)
+        os.truncate(path, left)
+        return value
+
+    monkeypatch.setattr(ShardReader, "read", read)
+    with pytest.raises(InputError, match=r"model\.safetensors") as caught:
+        loftq_cli.convert(directory, tmp_path / "out", **SETTINGS)
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
+
+
+MILLION = """
+import resource, sys
+from pathlib import Path
+from loftq_cli.checkpoint.header import read_header
+resource.setrlimit(resource.RLIMIT_AS, (1_500_000_000,) * 2)
+print(len(read_header(Path(sys.argv[1])).tensors))
+"""
+
+
+def test_a_million_empty_tensors_take_bounded_memory(tmp_path):
+    text = json.dumps(entry("U8", [0], 0, 0))
+    entries = (f'"{number}":{text}' for number in range(1_000_000))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(container(b"{" + ",".join(entries).encode() + b"}"))
+    run = subprocess.run([sys.executable, "-c", MILLION, str(path)], capture_output=True, text=True)
+    assert run.stdout == "1000000\n", run.stderr
