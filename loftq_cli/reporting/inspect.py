@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.header import DTYPE_BITS, strict_json
+from loftq_cli.checkpoint.header import DTYPE_BITS
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.output import verify as verify_files
+from loftq_cli.checkpoint.source import CONFIG, read_json
+from loftq_cli.errors import InputError
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import matrix_of
 
@@ -59,9 +61,8 @@ def snippet(output: Output, place: str | None = None) -> str:
 def auto_class(output: Output) -> str:
     """The transformers auto class for the architecture in the output's config.json."""
     try:
-        config = strict_json((output.directory / "config.json").read_bytes())
-        name = config["architectures"][0]
-    except (OSError, ValueError, LookupError, TypeError):
+        name = read_json(output.directory / CONFIG).content["architectures"][0]
+    except (InputError, LookupError, TypeError):
         return "AutoModel"
     for suffix, result in (
         ("ForCausalLM", "AutoModelForCausalLM"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,12 @@ def test_an_unreadable_config_has_no_class(output, content):
     (output / "config.json").unlink()
     if content is not None:
         (output / "config.json").write_bytes(content)
+    assert auto_class(open_output(output)) == "AutoModel"
+
+
+def test_a_pipe_for_a_config_is_not_waited_for(output):
+    (output / "config.json").unlink()
+    os.mkfifo(output / "config.json")
     assert auto_class(open_output(output)) == "AutoModel"
 
 
