@@ -80,6 +80,7 @@ def convert(
     revision: str | None = None,
     offline: bool = False,
     discard_shards: bool = False,
+    allow_pickle: bool = False,
     recipe: str | Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -90,8 +91,8 @@ def convert(
     bits_map, rank_map, target_bpw, lora_alpha, adapter_dtype, dense_dtype, device, threads, seed.
     ``recipe`` is a file that holds settings, TOML or the manifest of an earlier conversion;
     settings given here win. ``discard_shards`` deletes each shard from the hub once it is
-    converted. Resumes an unfinished conversion with the same settings. Raises the classes of
-    ``loftq_cli.errors``.
+    converted; ``allow_pickle`` reads a directory's pickled weights where it has no others. Resumes
+    an unfinished conversion with the same settings. Raises the classes of ``loftq_cli.errors``.
     """
     from loftq_cli.conversion.observer import Observer
     from loftq_cli.conversion.recipe_file import options as combined
@@ -107,6 +108,7 @@ def convert(
         offline=offline,
         overwrite=overwrite,
         discard_shards=discard_shards,
+        allow_pickle=allow_pickle,
         observer=observer,
     )
     return run(plan, path, overwrite=overwrite, observer=observer).manifest

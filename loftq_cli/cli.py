@@ -172,6 +172,12 @@ def main() -> None:
 @click.option("--revision", type=str, help="Branch, tag or commit on the hub.")
 @click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
 @click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Read pickled weights (pytorch_model.bin) where a directory has no others; nothing in "
+    "them is run.",
+)
+@click.option(
     "--discard-shards",
     is_flag=True,
     help="Delete each shard from the hub once it is converted: room for two of them is enough.  "
@@ -188,6 +194,7 @@ def convert(
     revision: str | None,
     offline: bool,
     discard_shards: bool,
+    allow_pickle: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -222,6 +229,7 @@ def convert(
         offline=offline,
         overwrite=overwrite,
         discard_shards=discard_shards,
+        allow_pickle=allow_pickle,
         observer=narrator,
     )
     if dry_run:

@@ -247,10 +247,16 @@ def _entry_to_weights(listing: _Listing) -> str:
             return name
     if any(fnmatchcase(name, "pytorch_model*.bin") for name in listing.files):
         found = _converted_at(listing.repo_id)
-        hint = f"use --revision {found}, a pull request that has safetensors, or --allow-pickle"
+        local = (
+            f"download it (hf download {listing.repo_id} --local-dir DIR) and convert the directory"
+        )
+        hint = (
+            f"use --revision {found}, a pull request that has safetensors; or {local} with "
+            "--allow-pickle"
+        )
         if found is None:
             hint = (
-                "use --allow-pickle if you trust its author, or convert it: a pull request with "
+                f"{local} with --allow-pickle; a pull request with "
                 f"safetensors is used by --revision refs/pr/N, and none was found at "
                 f"{constants.ENDPOINT}/{listing.repo_id}/discussions"
             )

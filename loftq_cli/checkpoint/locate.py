@@ -18,17 +18,19 @@ def locate(
     offline: bool = False,
     pinned: Commit | None = None,
     passing: Path | None = None,
+    allow_pickle: bool = False,
     say: Callable[[str], None],
 ) -> Source:
     """The source that ``model`` names: a path where it exists or starts with ``.`` or ``/``, else
     a hub id. A hub's shards may not be there yet: ``supply`` brings them, into the hub cache or,
     to stay until they are released, into ``passing``. ``pinned`` is the commit to use whatever
-    ``revision`` is by now.
+    ``revision`` is by now. ``allow_pickle``: a directory may hold pickled weights alone.
 
     Raises InputError for a bad checkpoint, EnvironmentFailure for hub access.
     """
     if is_path(model):
-        return open_source(Path(os.path.expanduser(model)), source_id=model)
+        path = Path(os.path.expanduser(model))
+        return open_source(path, source_id=model, allow_pickle=allow_pickle)
     # Imported here: a local conversion needs no hub client.
     from loftq_cli.checkpoint import hub, hub_shards
 

@@ -99,6 +99,7 @@ class ShardReader(TensorFile):
         super().__init__(shard.path)
         self.mtime_ns = os.fstat(self._file).st_mtime_ns
         self._position = shard.header.data_start
+        self._size = shard.header.size
         try:
             self._digest = hashlib.sha256(self.read_range(0, shard.header.data_start))
             if self._digest.hexdigest() != shard.header.sha256:
@@ -117,20 +118,35 @@ class ShardReader(TensorFile):
             )
 
     def pieces(self, tensor: StoredTensor) -> Iterator[bytearray]:
-        self._advance(tensor)
+        self._skip_to(tensor.start)
+        position = tensor.start
         for piece in super().pieces(tensor):
-            self._digest.update(piece)
+            self._hash(piece, position)
+            position += len(piece)
             yield piece
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
-        self._advance(tensor)
+        self._skip_to(tensor.start)
         buffer = self.read_range(tensor.start, tensor.nbytes)
-        self._digest.update(buffer)
+        self._hash(buffer, tensor.start)
         return as_tensor(tensor, buffer)
 
-    def _advance(self, tensor: StoredTensor) -> None:
-        assert tensor.start == self._position, "a shard is read in file order"
-        self._position += tensor.nbytes
+    def finish(self) -> None:
+        """Hash what lies behind the last tensor: nothing, but in a pickled file."""
+        self._skip_to(self._size)
+
+    def _skip_to(self, position: int) -> None:
+        """Hash what lies between tensors: nothing, but in a pickled file."""
+        while self._position < position:
+            length = min(PIECE, position - self._position)
+            self._hash(self.read_range(self._position, length), self._position)
+
+    def _hash(self, piece: bytearray, start: int) -> None:
+        """Hash ``piece``, which begins at ``start``, but for what was hashed before: in a pickled
+        file tensors may lie over each other."""
+        new = memoryview(piece)[self._position - start :]
+        self._digest.update(new)
+        self._position += len(new)
 
     @property
     def sha256(self) -> str:

@@ -18,11 +18,13 @@ from loftq_cli.checkpoint.header import (
     shown,
     strict_json,
 )
-from loftq_cli.checkpoint.supply import Supply
+from loftq_cli.checkpoint.supply import PICKLED, Supply
 from loftq_cli.errors import CorruptFileError, SourceNotFoundError, UnsupportedInputError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED_SINGLE = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 CONFIG = "config.json"
 _MAX_JSON_BYTES = 100_000_000
 _MAX_NESTING = 50  # of config.json; the JSON writer recurses
@@ -77,10 +79,12 @@ def open_source(
     resolved_from: str | None = None,
     requested_revision: str | None = None,
     supply: Supply | None = None,
+    allow_pickle: bool = False,
 ) -> Source:
     """Read the headers of the checkpoint in ``directory`` and check them against each other.
 
-    ``supply`` knows the shards where they are not all in ``directory`` yet.
+    ``supply`` knows the shards where they are not all in ``directory`` yet. With ``allow_pickle``
+    pickled weights are read where there are no others.
 
     Raises SourceNotFoundError where there is nothing to convert and CorruptFileError with every
     fault that the headers show, before anything is computed.
@@ -94,11 +98,13 @@ def open_source(
             hint="give the directory that holds config.json and model.safetensors",
         )
     supply = supply or Supply(directory)
-    names, index = _shard_names(directory, supply)
+    names, index = _shard_names(directory, supply, allow_pickle)
     config = read_json(directory / CONFIG)
     _check_config(directory / CONFIG, config.content)
     # The hub's cache is trusted: its blobs may themselves be links to a store that it shares.
-    faults = [] if revision else strays(directory, [CONFIG, *([INDEX] if index else []), *names])
+    faults = (
+        [] if revision else strays(directory, [CONFIG, *([index.name] if index else []), *names])
+    )
     shards = []
     for name in names:
         try:
@@ -126,10 +132,17 @@ def open_source(
     )
 
 
-def _shard_names(directory: Path, supply: Supply) -> tuple[list[str], SmallFile | None]:
+def _shard_names(
+    directory: Path, supply: Supply, allow_pickle: bool
+) -> tuple[list[str], SmallFile | None]:
     if supply.has(SINGLE):
         return [SINGLE], None
-    if not (directory / INDEX).exists():
+    listing = INDEX
+    if not (directory / INDEX).exists() and allow_pickle:
+        if supply.has(PICKLED_SINGLE):
+            return [PICKLED_SINGLE], None
+        listing = PICKLED_INDEX
+    if not (directory / listing).exists():
         others = sorted(
             path.name
             for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf")
@@ -138,19 +151,26 @@ def _shard_names(directory: Path, supply: Supply) -> tuple[list[str], SmallFile 
         if others and all(name.endswith((".bin", ".pth", ".pt")) for name in others):
             raise UnsupportedInputError(
                 f"{directory} holds only pickled weights ({', '.join(others[:3])})",
-                hint="save the model with safetensors first: save_pretrained(DIR)",
+                hint="--allow-pickle reads them, and runs nothing that is in them; or save the "
+                "model with safetensors first: save_pretrained(DIR)",
             )
         found = f" (found {', '.join(others[:3])})" if others else ""
         raise SourceNotFoundError(f"{directory} has no {SINGLE} and no {INDEX}{found}")
-    index = read_json(directory / INDEX)
+    index = read_json(directory / listing)
     weight_map = index.content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(f"{directory / INDEX}: no weight_map")
+        raise CorruptFileError(f"{directory / listing}: no weight_map")
+    suffix = ".safetensors" if listing == INDEX else PICKLED
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not is_plain_name(name):
             raise CorruptFileError(
-                f"{directory / INDEX}: tensor {shown(tensor)} points to {shown(name)}, "
+                f"{directory / listing}: tensor {shown(tensor)} points to {shown(name)}, "
                 "not a file beside it"
+            )
+        if name.endswith(PICKLED) != (suffix == PICKLED):
+            raise CorruptFileError(
+                f"{directory / listing}: tensor {shown(tensor)} points to {shown(name)}, "
+                f"not a {suffix} file"
             )
     return sorted(set(weight_map.values())), index
 

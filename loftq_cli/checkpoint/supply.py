@@ -13,6 +13,9 @@ from pathlib import Path
 
 from loftq_cli.checkpoint.header import Header, read_header
 
+PICKLED = ".bin"
+"""The suffix of pickled shards."""
+
 Progress = Callable[[int], None]
 """Gets the number of bytes that arrived since its last call; what it raises ends the download."""
 
@@ -41,6 +44,10 @@ class Supply:
 
     def header(self, name: str) -> Header:
         """The checked header of a shard. Raises HeaderError, and OSError where it is missing."""
+        if name.endswith(PICKLED):
+            from loftq_cli.checkpoint import pickled  # imports torch
+
+            return pickled.read_header(self.path(name))
         return read_header(self.path(name))
 
     @property

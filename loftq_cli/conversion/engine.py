@@ -136,6 +136,7 @@ class Conversion:
                 with WriteBehind() as behind, ReadAhead(items) as ahead:
                     for item in ahead:
                         self._convert_item(shard, item, output, behind)
+                reader.finish()
                 reader.check_unchanged()
                 output.settle()
                 self.source_hashes[shard.source.name] = reader.sha256

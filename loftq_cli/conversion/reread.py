@@ -32,6 +32,7 @@ def check_contents(
                 pass
             if tensor.name in finished:
                 check_prefix(reader, finished[tensor.name])
+        reader.finish()
         reader.check_unchanged()
         if known is not None and known.sha256 != reader.sha256:
             raise _changed(reader, "the contents", known.sha256)

@@ -57,6 +57,7 @@ def prepare(
     offline: bool = False,
     overwrite: bool = False,
     discard_shards: bool = False,
+    allow_pickle: bool = False,
     observer: Observer,
 ) -> tuple[Plan, Path]:
     """The plan of a conversion and the absolute output path; nothing is written but the small
@@ -64,6 +65,7 @@ def prepare(
 
     Unfinished work goes on with the commit that it was begun with, unless ``overwrite``.
     ``discard_shards``: shards that are not in the hub cache pass through the partial directory.
+    ``allow_pickle``: a directory with no other weights may have pickled ones.
 
     Where nobody chose the number of threads, it is that of unfinished work with these settings, or
     (unless it is to be overwritten) of an output with them: another would change the bytes.
@@ -84,6 +86,7 @@ def prepare(
         offline=offline,
         pinned=None if overwrite else pinned(workspace, model, revision),
         passing=workspace.passing if discard_shards else None,
+        allow_pickle=allow_pickle,
         say=observer.note,
     )
     path = check_output_path(Path(output), source.directory)

@@ -253,7 +253,10 @@ def test_only_pickles(server: HubServer) -> None:
     server.publish("org/model", {**SMALL, SINGLE: weights(0)}, branch="refs/pr/9")
     server.publish("org/model", {**SMALL, SINGLE: weights(0)}, branch="refs/pr/10")
     server.publish("org/model", {**SMALL, "README.md": b"better"}, branch="refs/pr/11")
-    hint = "use --revision refs/pr/10, a pull request that has safetensors, or --allow-pickle"
+    hint = (
+        "use --revision refs/pr/10, a pull request that has safetensors; or download it "
+        "(hf download org/model --local-dir DIR) and convert the directory with --allow-pickle"
+    )
     assert failure().hint == hint
     assert contents(fetch("org/model", "refs/pr/10", say=silent))[SINGLE] == weights(0)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from loftq_cli.checkpoint import hub
 from loftq_cli.checkpoint.hub import HubSnapshot
@@ -301,3 +303,16 @@ def test_word_embeddings_are_quantized_on_request(loftq: Command) -> None:
     assert set(kinds.values()) == {"linear"}
     assert loftq("error-report", "--source", "model").exit_code == 0
     assert loftq("inspect", "--verify").exit_code == 0
+
+
+def test_pickled_weights_are_read_where_they_are_allowed(loftq: Command) -> None:
+    tensors = load_file("model/model.safetensors")
+    torch.save(tensors, "model/pytorch_model.bin")
+    Path("model/model.safetensors").unlink()
+    refused = loftq("convert", "model", *QUICK)
+    assert refused.exit_code == 3
+    assert "--allow-pickle" in refused.stderr
+    result = loftq("convert", "model", "--allow-pickle", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    again = loftq("convert", "model", "--allow-pickle", *QUICK)
+    assert "nothing to do" in again.stderr

@@ -193,9 +193,9 @@ def test_layout_gptq_gives_way_where_a_scale_does_not_fit_float16(bench: Bench) 
     bench.write(tensors, cuts=(5,))
     recorder = Recorder()
     found = bench.convert(recorder, bits=2).manifest
-    assert len(recorder.notes) == 1
-    assert "layout loftq, because gptq cannot hold" in recorder.notes[0]
-    assert QUERY in recorder.notes[0]
+    (note,) = [note for note in recorder.notes if "statistics" not in note]
+    assert "layout loftq, because gptq cannot hold" in note
+    assert QUERY in note
     assert {record["layout"] for record in found["matrices"]} == {"loftq"}
     assert found["recipe"]["layout"] == "loftq"
     assert found["recipe"]["layout_fallback"] == "float16-range"
@@ -211,8 +211,8 @@ def test_a_conversion_that_left_gptq_resumes_as_it_was(bench: Bench) -> None:
     recorder = Recorder()
     bench.convert(recorder, bits=2)
     assert QUERY in recorder.named("kept")
-    assert len(recorder.notes) == 1
-    assert "resuming" in recorder.notes[0]
+    (note,) = [note for note in recorder.notes if "statistics" not in note]
+    assert "resuming" in note
 
 
 def test_an_explicit_gptq_whose_scale_does_not_fit_names_the_tensor(

@@ -1,0 +1,121 @@
+"""Pickled checkpoints (``pytorch_model.bin``), the one place where ``torch.load`` is called.
+
+A file of torch.save is a zip archive whose tensors are stored as they are, next to a pickle that
+says what they are. Only that pickle is unpickled, by torch's weights_only unpickler, which knows
+tensors and runs nothing else, and with fake tensors, which read no data: what comes of it is a
+header, after which the file is read as a safetensors file is, a range of bytes at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.header import Header, HeaderError, StoredTensor, is_text, shown
+
+_MAX_PICKLE = 100_000_000  # bytes, as of a safetensors header
+_TAGS = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+_HINT = "load it where you trust it, and save it with safetensors: save_pretrained(DIR)"
+
+
+def read_header(path: Path) -> Header:
+    """The tensors of a pickled state dict, in the order of their bytes; tensors that share memory
+    may lie over each other. ``data_start`` is the first tensor's place, ``sha256`` of what is
+    before it.
+
+    Raises HeaderError where it is no zip file of torch.save, holds anything but contiguous
+    tensors, or does not agree with itself; OSError.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise HeaderError("not a regular file")
+    _check_archive(path)
+    tensors = [
+        _stored(name, value, status.st_size) for name, value in sorted(_unpickled(path).items())
+    ]
+    if not tensors:
+        raise HeaderError("no tensors in it")
+    tensors.sort(key=lambda tensor: tensor.start)
+    start = tensors[0].start
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = start
+        while left and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+    return Header(tuple(tensors), status.st_size, start, digest.hexdigest())
+
+
+def _check_archive(path: Path) -> None:
+    """That data are stored as they are, little-endian, and the pickle is not too large."""
+    if not zipfile.is_zipfile(path):
+        raise HeaderError(f"not a zip file, as torch.save writes since 1.6 ({_HINT})")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                name = entry.filename.partition("/")[2]
+                if name == "data.pkl" and entry.file_size > _MAX_PICKLE:
+                    raise HeaderError("the pickle in it is larger than 100 MB")
+                if name.startswith("data/") and entry.compress_type != zipfile.ZIP_STORED:
+                    raise HeaderError(f"{shown(entry.filename)} is compressed ({_HINT})")
+                if name == "byteorder" and archive.read(entry) != b"little":
+                    raise HeaderError(f"its numbers are not little-endian ({_HINT})")
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise HeaderError(f"a broken zip file: {error}") from error
+
+
+def _unpickled(path: Path) -> dict[str, torch.Tensor]:
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
+
+    try:
+        with FakeTensorMode():
+            held: Any = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().splitlines()[0]
+        raise HeaderError(f"its pickle holds more than tensors: {first[:200]}") from error
+    except Exception as error:
+        raise HeaderError(f"cannot be unpickled: {type(error).__name__}: {error}") from error
+    if not isinstance(held, dict):
+        raise HeaderError(f"holds {type(held).__name__}, not a state dict ({_HINT})")
+    for name, value in held.items():
+        if not is_text(name) or not isinstance(value, torch.Tensor):
+            raise HeaderError(
+                f"entry {shown(name)} is {type(value).__name__}, not a tensor ({_HINT})"
+            )
+    return held
+
+
+def _stored(name: str, tensor: torch.Tensor, size: int) -> StoredTensor:
+    where = f"tensor {shown(name)}"
+    tag = _TAGS.get(tensor.dtype)
+    if tag is None or tensor.layout != torch.strided:
+        raise HeaderError(f"{where} is {tensor.dtype}, {tensor.layout}: not supported ({_HINT})")
+    if not tensor.is_contiguous():
+        raise HeaderError(f"{where} is not contiguous ({_HINT})")
+    storage = tensor.untyped_storage()
+    start: object = getattr(storage, "_checkpoint_offset", None)
+    if not isinstance(start, int):
+        raise HeaderError(f"{where}: this version of torch does not say where its data are")
+    begin = int(tensor.storage_offset()) * tensor.element_size()
+    stored = StoredTensor(name, tag, tuple(map(int, tensor.shape)), start + begin)
+    if begin + stored.nbytes > int(storage.nbytes()) or stored.start + stored.nbytes > size:
+        raise HeaderError(f"{where} ends behind its data")
+    return stored
