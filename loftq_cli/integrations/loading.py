@@ -19,7 +19,7 @@ from loftq_cli.errors import (
 )
 from loftq_cli.integrations import hook
 from loftq_cli.integrations.intact import check_files
-from loftq_cli.integrations.names import in_model, key_mapping
+from loftq_cli.integrations.names import in_model, key_mapping, renaming
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import is_expert
 
@@ -78,7 +78,8 @@ def _names(backbone: Any, directory: Path) -> dict[str, str]:
     file = directory / adapter.DIRECTORY / adapter.WEIGHTS
     stored = {name for name in _tensor_names(file) if not is_expert(name)}
     modules = {name for name, _ in backbone.named_modules()}
-    names = in_model({adapter.module_of(name) for name in stored}, modules, _prefix(backbone))
+    wanted = {adapter.module_of(name) for name in stored}
+    names = in_model(wanted, modules, _prefix(backbone), renaming(backbone))
     # PEFT passes over tensors that it finds no module for, with a warning at most.
     homeless = {name for name in stored if adapter.module_of(name) not in names}
     _refuse(homeless, f"{type(backbone).__name__} has no place for", file)

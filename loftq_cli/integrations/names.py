@@ -8,23 +8,53 @@ weights so; the quantized modules and the adapter have to follow.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 
-def in_model(modules: Iterable[str], present: Collection[str], prefix: str) -> dict[str, str]:
+def in_model(
+    modules: Iterable[str],
+    present: Collection[str],
+    prefix: str,
+    renamed: Callable[[str], str] = str,
+) -> dict[str, str]:
     """Name in the checkpoint to name in the model, for each of ``modules`` that is ``present``.
 
-    ``prefix`` is the model's ``base_model_prefix``. Modules that are missing from the result have
-    no place in the model.
+    ``prefix`` is the model's ``base_model_prefix``; ``renamed`` what :func:`renaming` gives for it.
+    Modules that are missing from the result have no place in the model.
     """
     found = {}
     for name in modules:
         stripped = [name.removeprefix(f"{prefix}.")] if name.startswith(f"{prefix}.") else []
-        candidates = [*stripped, f"{prefix}.{name}", name]
+        others = [renamed(candidate) for candidate in (*stripped, f"{prefix}.{name}", name)]
+        candidates = [*stripped, f"{prefix}.{name}", name, *others]
         match = next((candidate for candidate in candidates if candidate in present), None)
         if match is not None:
             found[name] = match
     return found
+
+
+def renaming(model: Any) -> Callable[[str], str]:
+    """How transformers renames a module of a checkpoint to that of ``model``: some families have
+    other names in memory than on disk (ViT, transformers 5)."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        transforms = [
+            transform
+            for transform in get_model_conversion_mapping(model)
+            if type(transform).__name__ == "WeightRenaming"  # others put weights together
+        ]
+    except (ImportError, AttributeError):  # an older transformers renames nothing
+        return str
+
+    def renamed(module: str) -> str:
+        key = f"{module}.weight"
+        for transform in transforms:
+            key, _ = transform.rename_source_key(key)
+        return str(key.removesuffix(".weight"))
+
+    return renamed
 
 
 def key_mapping(names: Mapping[str, str], prefix: str) -> dict[str, str]:
@@ -33,6 +63,8 @@ def key_mapping(names: Mapping[str, str], prefix: str) -> dict[str, str]:
     They leave names alone that are the model's already, so that an adapter saved from this model
     loads as well.
     """
+    if any(not new.endswith(old) and not old.endswith(new) for old, new in names.items()):
+        return {rf"^{re.escape(old)}(?=\.)": new for old, new in names.items()}
     added = {old.split(".")[0] for old, new in names.items() if new == f"{prefix}.{old}"}
     removed = any(old == f"{prefix}.{new}" for old, new in names.items())
     mapping = {}

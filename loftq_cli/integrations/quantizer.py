@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
 from loftq_cli.integrations import guard, hook
-from loftq_cli.integrations.names import in_model, key_mapping
+from loftq_cli.integrations.names import in_model, key_mapping, renaming
 from loftq_cli.integrations.packed_weight import PackedWeight
 from loftq_cli.integrations.replacement import kind_of, packed
 from loftq_cli.layouts.packed import FORMAT_VERSION
@@ -122,7 +122,7 @@ def _names(modules: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[s
     for kind in ("linear", *_KINDS):
         wanted = [name for name, entry in modules.items() if entry.get("kind", "linear") == kind]
         present = {name for name, value in kinds.items() if value == kind}
-        found |= in_model(wanted, present, _prefix(model))
+        found |= in_model(wanted, present, _prefix(model), renaming(model))
     lost = [name for name in modules if name not in found]
     if lost:
         what = modules[lost[0]].get("kind", "linear layer")

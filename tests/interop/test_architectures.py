@@ -101,6 +101,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], int]] = {
         },
         28,
     ),
+    "ViT": ("vit", "ViTModel", IMAGE, 12),
     "Whisper": (
         "whisper",
         "WhisperForConditionalGeneration",
@@ -136,6 +137,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def arguments(model: Any) -> dict[str, torch.Tensor]:
     """What the forward pass of a family takes."""
     kind = model.config.model_type
+    if kind == "vit":
+        return {"pixel_values": IMAGES}
     if kind == "whisper":
         return {"input_features": SOUND, "decoder_input_ids": TOKENS}
     tokens = {"input_ids": TOKENS}
