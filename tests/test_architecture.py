@@ -96,7 +96,10 @@ def test_numerics_is_pure_torch():
         ({"tqdm"}, {"narrator.py"}),
         ({"click"}, {"cli.py", "cli_calibrate.py", "cli_push.py", "command.py"}),
         ({"huggingface_hub"}, {name for name in MODULES if name.startswith("checkpoint/hub")}),
-        ({"transformers", "peft"}, {"integrations/loading.py", "integrations/quantizer.py"}),
+        (
+            {"transformers", "peft"},
+            {f"integrations/{name}.py" for name in ("loading", "names", "quantizer")},
+        ),
         ({"gguf", "accelerate", "psutil", "tokenizers"}, set()),  # through checkpoint/extras.py
         ({"pickle"}, {"checkpoint/pickled.py"}),  # for its exception
         ({"numpy", "bitsandbytes", "gptqmodel", "safetensors"}, set()),

@@ -100,6 +100,7 @@ class ShardReader(TensorFile):
         self.mtime_ns = os.fstat(self._file).st_mtime_ns
         self._position = shard.header.data_start
         self._size = shard.header.size
+        self._start = 0  # of the tensor read last
         try:
             self._digest = hashlib.sha256(self.read_range(0, shard.header.data_start))
             if self._digest.hexdigest() != shard.header.sha256:
@@ -118,7 +119,7 @@ class ShardReader(TensorFile):
             )
 
     def pieces(self, tensor: StoredTensor) -> Iterator[bytearray]:
-        self._skip_to(tensor.start)
+        self._go_to(tensor)
         position = tensor.start
         for piece in super().pieces(tensor):
             self._hash(piece, position)
@@ -126,10 +127,15 @@ class ShardReader(TensorFile):
             yield piece
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
-        self._skip_to(tensor.start)
+        self._go_to(tensor)
         buffer = self.read_range(tensor.start, tensor.nbytes)
         self._hash(buffer, tensor.start)
         return as_tensor(tensor, buffer)
+
+    def _go_to(self, tensor: StoredTensor) -> None:
+        assert tensor.start >= self._start, "a shard is read in file order"
+        self._start = tensor.start
+        self._skip_to(tensor.start)
 
     def finish(self) -> None:
         """Hash what lies behind the last tensor: nothing, but in a pickled file."""

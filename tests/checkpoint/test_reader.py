@@ -67,8 +67,17 @@ def test_a_shard_read_in_order_is_hashed_as_a_whole(shard):
 
 
 def test_a_shard_out_of_order_is_refused(shard):
-    with ShardReader(shard) as file, pytest.raises(AssertionError, match="file order"):
+    with ShardReader(shard) as file:
         file.read(shard.header.tensors[1])
+        with pytest.raises(AssertionError, match="file order"):
+            file.read(shard.header.tensors[0])
+
+
+def test_what_is_left_out_is_hashed(shard):
+    with ShardReader(shard) as file:
+        file.read(shard.header.tensors[-1])
+        file.finish()
+        assert file.sha256 == hashlib.sha256(shard.path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("method", ["read", "pieces"])
