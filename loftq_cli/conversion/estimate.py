@@ -26,6 +26,7 @@ from loftq_cli.numerics.metrics import first_non_finite
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
 from loftq_cli.numerics.scale_storage import ScaleDtype
 from loftq_cli.numerics.variant import Variant
+from loftq_cli.numerics.weighting import Weighting, make_weighting
 
 _RUNS, _RUN = 32, 8
 """Rows are sampled in this many runs of this many, from the middles of equal parts."""
@@ -36,9 +37,11 @@ def estimate(
 ) -> dict[str, list[float]]:
     """||W - quantize(W)||^2 of each matrix, by name, in each of the forms that ``widths`` gives it.
 
-    Reads sampled rows of these matrices only, but has whole shards brought for that. Raises
-    what their supply raises, NonFiniteWeightError for NaN or Inf among
-    them, InputError where values are too large for float32 arithmetic.
+    With statistics it is ||W - quantize(W)||_H^2; what they hold nothing for counts as if all its
+    inputs were as large as those of the others are on average. Reads sampled rows of these matrices
+    only, but has whole shards brought for that. Raises what their supply raises, what
+    ``Statistics.moments`` raises, NonFiniteWeightError for NaN or Inf among the rows, InputError
+    where values are too large for float32 arithmetic.
     """
     tensors = {
         shard.name: [tensor for tensor in shard.header.tensors if tensor.name in widths]
@@ -51,7 +54,7 @@ def estimate(
         for tensor in found
     }
     observer.begin(sum(sizes.values()), doing="settling widths")
-    errors = {}
+    errors, units = {}, {}
     try:
         with Deliveries(plan.source, names, observer) as deliveries:
             for shard in plan.source.shards:
@@ -59,19 +62,41 @@ def estimate(
                     deliveries.take(shard.name)
                 for tensor in tensors[shard.name]:
                     observer.working_on(tensor.name)
-                    errors[tensor.name] = _errors(shard, tensor, plan, widths[tensor.name])
+                    weighting = _weighting(plan, tensor.name)
+                    forms = widths[tensor.name]
+                    errors[tensor.name] = _errors(shard, tensor, plan, forms, weighting)
+                    if weighting is not None:
+                        units[tensor.name] = weighting.unit
                     observer.advance(sizes[tensor.name])
                 deliveries.done(shard.name)
     finally:
         observer.end()
+    if units:
+        average = math.fsum(units.values()) / len(units)
+        for name in errors.keys() - units.keys():
+            errors[name] = [value * average for value in errors[name]]
     return errors
 
 
-def _errors(shard: Shard, tensor: StoredTensor, plan: Plan, forms: Sequence[Matrix]) -> list[float]:
+def _weighting(plan: Plan, name: str) -> Weighting | None:
+    statistics = plan.statistics
+    if statistics is None or name not in statistics.matrices:
+        return None
+    moments = statistics.moments(name).to(plan.device)
+    return make_weighting(moments, Variant.parse(plan.recipe.kernels).products)
+
+
+def _errors(
+    shard: Shard,
+    tensor: StoredTensor,
+    plan: Plan,
+    forms: Sequence[Matrix],
+    weighting: Weighting | None,
+) -> list[float]:
     matrix = forms[0]  # all have its shape
     rows = _sample(shard, tensor, matrix).to(plan.device)
     scaling = matrix.shape[0] / rows.shape[0]
-    squared = [squared_residual(rows, plan, form) for form in forms]
+    squared = [squared_residual(rows, plan, form, weighting) for form in forms]
     if not all(math.isfinite(value) for value in squared):
         raise InputError(
             f"{shard.path}: tensor {tensor.name!r}: values are too large for float32",
@@ -80,9 +105,11 @@ def _errors(shard: Shard, tensor: StoredTensor, plan: Plan, forms: Sequence[Matr
     return [value * scaling for value in squared]
 
 
-def squared_residual(rows: torch.Tensor, plan: Plan, matrix: Matrix) -> float:
-    """||W - quantize(W)||^2 of float32 ``rows`` (some, in) of ``matrix``, at its width and with its
-    method, quantized and stored as the conversion would."""
+def squared_residual(
+    rows: torch.Tensor, plan: Plan, matrix: Matrix, weighting: Weighting | None = None
+) -> float:
+    """||W - quantize(W)||^2, or with a ``weighting`` ||.||_H^2, of float32 ``rows`` (some, in) of
+    ``matrix``, at its width and with its method, quantized and stored as the conversion would."""
     recipe = plan.recipe
     quantizer = make_quantizer(
         matrix.method,
@@ -98,7 +125,9 @@ def squared_residual(rows: torch.Tensor, plan: Plan, matrix: Matrix) -> float:
         backbone_dtype=plan.layout.rounding(matrix),
         scale_dtype=cast(ScaleDtype, recipe.scale_dtype),
     )
-    return make_sweep(rows, quantizer, settings).quantize(None, None).squared
+    sweep = make_sweep(rows, quantizer, settings)
+    squared = sweep.quantize(None, None).squared
+    return squared if weighting is None else weighting.norm(sweep.residual) ** 2
 
 
 def _runs(rows: int) -> list[tuple[int, int]]:

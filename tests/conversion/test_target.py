@@ -82,6 +82,57 @@ def converting(model: Path, tmp_path: Path) -> Converting:
     return convert
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_with_statistics_the_weighted_residual_is_made_least(
+    full: bool, model: Path, tmp_path: Path, converting: Converting
+) -> None:
+    written = {}
+    for number, name in enumerate(NAMES):
+        width = 128 if number % 2 == 0 else 64
+        inputs = torch.randn(300, width, generator=torch.Generator().manual_seed(number))
+        inputs *= torch.linspace(0.1, 3, width) * 4.0 ** (3 - number)
+        written[name] = loftq_cli.Moments(width, full=full)
+        written[name].add(inputs)
+    loftq_cli.save_statistics(tmp_path / "stats", written, model=model)
+    stats = {"stats": str(tmp_path / "stats")}
+    every = {}
+    for bits in (2, 3, 4, 8):
+        records = converting(bits=bits, layout="loftq", **stats)["matrices"]
+        every[bits] = {
+            record["name"]: (
+                round(record["bits_per_weight"] * math.prod(record["shape"]) / 8),
+                record["weighted"]["quantized"] ** 2,
+            )
+            for record in records
+        }
+    elements = sum(math.prod(shape) for shape in ((64, 128), (96, 64))) * 2
+    differing = 0
+    for bpw in (2.9, 3.1, 4.0, 6.0):
+        best = min(
+            (sum(every[bits][name][1] for bits, name in zip(widths, NAMES)), widths)
+            for widths in itertools.product(every, repeat=4)
+            if sum(every[bits][name][0] for bits, name in zip(widths, NAMES)) * 8 <= bpw * elements
+        )
+        found = {r["name"]: r["bits"] for r in converting(target_bpw=bpw, **stats)["matrices"]}
+        total = sum(every[found[name]][name][1] for name in NAMES)
+        assert total == pytest.approx(best[0], rel=1e-5)
+        plain = {r["name"]: r["bits"] for r in converting(target_bpw=bpw)["matrices"]}
+        differing += sum(every[plain[name]][name][1] for name in NAMES) > 1.01 * total
+    assert differing
+
+
+def test_what_the_statistics_lack_counts_with_average_inputs(
+    model: Path, tmp_path: Path, converting: Converting
+) -> None:
+    moments = loftq_cli.Moments(128)
+    moments.add(torch.full((4, 128), 1e-4))
+    loftq_cli.save_statistics(tmp_path / "stats", {NAMES[0]: moments}, model=model)
+    found = converting(target_bpw=3.6, stats=str(tmp_path / "stats"))["matrices"]
+    plain = converting(target_bpw=3.6)["matrices"]
+    # Equal inputs everywhere: the allocation is the one without statistics.
+    assert [record["bits"] for record in found] == [record["bits"] for record in plain]
+
+
 @pytest.mark.parametrize("settings", [{}, {"method": "nf", "scale_dtype": "int8"}])
 def test_the_widths_are_those_of_an_exhaustive_search(
     settings: dict[str, Any], converting: Converting
