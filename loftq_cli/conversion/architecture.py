@@ -77,21 +77,27 @@ def is_embedding(name: str) -> bool:
 def ties_embeddings(config: Mapping[str, Any], names: Collection[str]) -> bool:
     """Whether the model of config.json uses its input embedding as output embedding too, given the
     names of all tensors of the checkpoint."""
+    stated = _stated(config)
+    return False not in stated and _has_head(config) and not has_output_embedding(names)
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
     architectures = config.get("architectures") or [""]
+    return str(architectures[0]).endswith(_LANGUAGE_MODELS)
+
+
+def _stated(config: Mapping[str, Any]) -> list[object]:
+    """What config.json says of ``tie_word_embeddings``."""
     parts = (config, config.get("text_config"))
-    stated = [part.get("tie_word_embeddings") for part in parts if isinstance(part, Mapping)]
-    return (
-        False not in stated
-        and str(architectures[0]).endswith(_LANGUAGE_MODELS)
-        and not has_output_embedding(names)
-    )
+    return [part.get("tie_word_embeddings") for part in parts if isinstance(part, Mapping)]
 
 
 def shared_with(name: str, config: Mapping[str, Any], names: Collection[str]) -> str | None:
     """What else of the model uses the word embedding ``name``, None where nothing does."""
     if name.endswith("shared.weight"):
         return "the embeddings of encoder and decoder"
-    if ties_embeddings(config, names):
+    # Stored twice but said to be tied: transformers ties them again.
+    if ties_embeddings(config, names) or (True in _stated(config) and _has_head(config)):
         return "the output embedding"
     return None
 

@@ -142,6 +142,17 @@ def test_an_embedding_that_something_else_uses_is_refused(
         select([linear, tensor(name, 24, 4)], config, **asked)
 
 
+def test_an_embedding_that_is_tied_and_stored_twice_is_refused() -> None:
+    tensors = [
+        tensor("model.layers.0.q_proj.weight", 4, 4),
+        tensor("model.embed_tokens.weight", 24, 4),
+        tensor("lm_head.weight", 24, 4),
+    ]
+    config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    with pytest.raises(UsageError, match="output embedding"):
+        select(tensors, config, embeddings=True)
+
+
 def test_a_head_of_its_own_leaves_the_embedding_alone() -> None:
     tensors = [
         tensor("model.layers.0.q_proj.weight", 4, 4),
