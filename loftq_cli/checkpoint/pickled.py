@@ -65,17 +65,24 @@ def read_header(path: Path) -> Header:
 
 
 def _check_archive(path: Path) -> None:
-    """That data are stored as they are, little-endian, and the pickle is not too large."""
+    """That everything is stored as it is, so that nothing grows when it is read, that data are
+    little-endian, and that what torch reads whole is not too large."""
     if not zipfile.is_zipfile(path):
         raise HeaderError(f"not a zip file, as torch.save writes since 1.6 ({_HINT})")
     try:
         with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                name = entry.filename.partition("/")[2]
-                if name == "data.pkl" and entry.file_size > _MAX_PICKLE:
-                    raise HeaderError("the pickle in it is larger than 100 MB")
-                if name.startswith("data/") and entry.compress_type != zipfile.ZIP_STORED:
+            entries = archive.infolist()
+            for entry in entries:
+                if (
+                    entry.compress_type != zipfile.ZIP_STORED
+                    or entry.file_size > entry.compress_size
+                ):
                     raise HeaderError(f"{shown(entry.filename)} is compressed ({_HINT})")
+            described = [entry for entry in entries if "/data/" not in entry.filename]
+            if sum(entry.file_size for entry in described) > _MAX_PICKLE:
+                raise HeaderError("what describes its tensors is larger than 100 MB")
+            for entry in described:
+                name = entry.filename.partition("/")[2]
                 if name == "byteorder" and archive.read(entry) != b"little":
                     raise HeaderError(f"its numbers are not little-endian ({_HINT})")
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
@@ -88,11 +95,11 @@ def _unpickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         with FakeTensorMode():
             held: Any = torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0]
-        raise HeaderError(f"its pickle holds more than tensors: {first[:200]}") from error
+    except pickle.UnpicklingError as error:  # its text advises to unpickle without protection
+        raise HeaderError(f"its pickle holds more than tensors ({_HINT})") from error
     except Exception as error:
-        raise HeaderError(f"cannot be unpickled: {type(error).__name__}: {error}") from error
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise HeaderError(f"cannot be unpickled: {type(error).__name__}: {shown(first)}") from error
     if not isinstance(held, dict):
         raise HeaderError(f"holds {type(held).__name__}, not a state dict ({_HINT})")
     for name, value in held.items():

@@ -149,7 +149,10 @@ def test_a_payload_is_never_run(tmp_path: Path) -> None:
     for allowed in (False, True):
         with pytest.raises(InputError) as caught:
             loftq_cli.convert(directory, output=tmp_path / "out", allow_pickle=allowed, **QUICK)
-        assert "pytorch_model.bin" in caught.value.message
+        shown = f"{caught.value.message} {caught.value.hint}"
+        assert "pytorch_model.bin" in shown
+        assert "weights_only" not in shown  # torch's text advises to switch it off
+        assert "\x1b" not in shown
     assert not trace.exists()
     assert not (tmp_path / "out").exists()
 
@@ -166,6 +169,29 @@ def compressed(path: Path) -> None:
             target.writestr(name, content)
 
 
+def bomb(name: str) -> Callable[[Path], None]:
+    """Adds a gibibyte of zeros under ``name``, in about a megabyte."""
+
+    def add(path: Path) -> None:
+        with (
+            zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
+            archive.open(f"pytorch_model/{name}", "w") as entry,
+        ):
+            for _ in range(64):
+                entry.write(bytes(1 << 24))
+
+    return add
+
+
+def much(path: Path) -> None:
+    with (
+        zipfile.ZipFile(path, "a") as archive,
+        archive.open("pytorch_model/DATA.PKL", "w") as entry,
+    ):
+        for _ in range(7):
+            entry.write(bytes(1 << 24))
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
@@ -175,6 +201,8 @@ def cut(path: Path) -> None:
     [
         ({"a": torch.ones(2)}, legacy, "not a zip file"),
         ({"a": torch.ones(64)}, compressed, "is compressed"),
+        ({"a": torch.ones(64)}, bomb("notes"), "notes.* is compressed"),
+        ({"a": torch.ones(64)}, much, "larger than 100 MB"),
         ({"a": torch.ones(64)}, cut, "zip file"),
         ({"a": torch.ones(4, 3).T}, None, "'a' is not contiguous"),
         ({"a": torch.ones(1).expand(4)}, None, "'a' is not contiguous"),
