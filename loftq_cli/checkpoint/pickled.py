@@ -3,7 +3,8 @@
 A file of torch.save is a zip archive whose tensors are stored as they are, next to a pickle that
 says what they are. Only that pickle is unpickled, by torch's weights_only unpickler, which knows
 tensors and runs nothing else, and with fake tensors, which read no data: what comes of it is a
-header, after which the file is read as a safetensors file is, a range of bytes at a time.
+header, after which the file is read as a safetensors file is, a range of bytes at a time. What
+the pickle asks for is checked first (pickle_check).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 
 import torch
 
+from loftq_cli.checkpoint import pickle_check
 from loftq_cli.checkpoint.header import Header, HeaderError, StoredTensor, is_text, shown
 
-_MAX_PICKLE = 100_000_000  # bytes, as of a safetensors header
+_MAX_PICKLE = 32_000_000  # bytes; a tensor takes about 200 in it
 _TAGS = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -80,7 +82,7 @@ def _check_archive(path: Path) -> None:
                     raise HeaderError(f"{shown(entry.filename)} is compressed ({_HINT})")
             described = [entry for entry in entries if "/data/" not in entry.filename]
             if sum(entry.file_size for entry in described) > _MAX_PICKLE:
-                raise HeaderError("what describes its tensors is larger than 100 MB")
+                raise HeaderError("what describes its tensors is larger than 32 MB")
             for entry in described:
                 name = entry.filename.partition("/")[2]
                 if name == "byteorder" and archive.read(entry) != b"little":
@@ -92,6 +94,7 @@ def _check_archive(path: Path) -> None:
 def _unpickled(path: Path) -> dict[str, torch.Tensor]:
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
 
+    pickle_check.check(_pickle(path))
     try:
         with FakeTensorMode():
             held: Any = torch.load(path, weights_only=True, map_location="cpu")
@@ -108,6 +111,21 @@ def _unpickled(path: Path) -> dict[str, torch.Tensor]:
                 f"entry {shown(name)} is {type(value).__name__}, not a tensor ({_HINT})"
             )
     return held
+
+
+def _pickle(path: Path) -> bytes:
+    """The pickle as torch will find it: two readers need not agree on a hostile zip file."""
+    try:
+        reader = torch._C.PyTorchFileReader(str(path))
+        sizes = {name: reader.get_record_size(name) for name in reader.get_all_records()}
+        described = [size for name, size in sizes.items() if not name.startswith("data/")]
+        if sum(described) > _MAX_PICKLE:
+            raise HeaderError("what describes its tensors is larger than 32 MB")
+        content: bytes = reader.get_record("data.pkl")
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise HeaderError(f"a broken zip file: {shown(first)}") from error
+    return content
 
 
 def _stored(name: str, tensor: torch.Tensor, size: int) -> StoredTensor:

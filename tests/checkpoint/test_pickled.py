@@ -188,7 +188,7 @@ def much(path: Path) -> None:
         zipfile.ZipFile(path, "a") as archive,
         archive.open("pytorch_model/DATA.PKL", "w") as entry,
     ):
-        for _ in range(7):
+        for _ in range(2):
             entry.write(bytes(1 << 24))
 
 
@@ -202,12 +202,12 @@ def cut(path: Path) -> None:
         ({"a": torch.ones(2)}, legacy, "not a zip file"),
         ({"a": torch.ones(64)}, compressed, "is compressed"),
         ({"a": torch.ones(64)}, bomb("notes"), "notes.* is compressed"),
-        ({"a": torch.ones(64)}, much, "larger than 100 MB"),
+        ({"a": torch.ones(64)}, much, "larger than 32 MB"),
         ({"a": torch.ones(64)}, cut, "zip file"),
         ({"a": torch.ones(4, 3).T}, None, "'a' is not contiguous"),
         ({"a": torch.ones(1).expand(4)}, None, "'a' is not contiguous"),
         ({"a": torch.ones(2, dtype=torch.complex64)}, None, "'a' is torch.complex64"),
-        ({"a": torch.eye(2).to_sparse()}, None, "'a'|unpickled"),
+        ({"a": torch.eye(2).to_sparse()}, None, "_rebuild_sparse_tensor"),
         ({"a": 1}, None, "entry 'a' is int"),
         ({"model": {"a": torch.ones(2)}}, None, "entry 'model' is dict"),
         ([torch.ones(2)], None, "holds list, not a state dict"),

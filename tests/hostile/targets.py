@@ -1,13 +1,18 @@
-"""What reads bytes that others wrote: header, index, journal, manifest. One function each, that
-feeds it a file and lets only errors through that are not meant to happen."""
+"""What reads bytes that others wrote: header, index, journal, pickle, manifest. One function each,
+that feeds it a file and lets only errors through that are not meant to happen."""
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
+from loftq_cli.checkpoint import pickled
 from loftq_cli.checkpoint.header import HeaderError, read_header
 from loftq_cli.checkpoint.output import read_manifest
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
@@ -96,6 +101,26 @@ def manifest(directory: Path, content: bytes) -> None:
         read_manifest(path)
 
 
+def pickle(directory: Path, content: bytes) -> None:
+    """``content`` as the pickle of a checkpoint of four numbers."""
+    path = directory / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/data/0", bytes(16))
+        archive.writestr("archive/version", "3")
+    with suppress(HeaderError):
+        for tensor in pickled.read_header(path).tensors:
+            assert tensor.start + tensor.nbytes <= path.stat().st_size
+
+
+def _pickle_of(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    with zipfile.ZipFile(file) as archive:
+        return archive.read("archive/data.pkl")
+
+
 def _with_hashes(content: bytes) -> bytes:
     lines = []
     for line in content.split(b"\n"):
@@ -125,6 +150,13 @@ TARGETS: dict[str, tuple[Callable[[Path, bytes], None], list[bytes]]] = {
         [
             _journal_of(FIRST, UNIT, READ),
             _sealed(FIRST) + _sealed(UNIT) + _sealed(READ),
+        ],
+    ),
+    "pickle": (
+        pickle,
+        [
+            _pickle_of({"a": torch.ones(4), "b": torch.nn.Parameter(torch.ones(4))}),
+            _pickle_of(torch.nn.Linear(2, 2, bias=False).state_dict()),
         ],
     ),
     "manifest": (manifest, [json.dumps(MANIFEST).encode(), b'{"format_version": 2}']),

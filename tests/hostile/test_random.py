@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.hostile.targets import TARGETS
 
 FINDINGS = sorted(Path(__file__).with_name("findings").iterdir())
-EXAMPLES = 600  # of each of the four
+EXAMPLES = 600  # of each target
 WORDS = [b'"', b"{", b"}", b"[", b"]", b",", b":", b"0", b"-1", b"null", b"{}", b"\n", b"\xff"]
 WORDS += [b"\\ud800", b"1e999", b"9" * 40, b"../", b'"shape"', b'"F4"', b'"shard"', b'"t0"']
 
