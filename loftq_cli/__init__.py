@@ -7,7 +7,7 @@ transformers able to load layout ``loftq``, whichever of the two is imported fir
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,8 @@ def convert(
     discard_shards: bool = False,
     allow_pickle: bool = False,
     recipe: str | Path | None = None,
+    calibrate_text: str | Path | Sequence[str | Path] = (),
+    moments: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Convert a checkpoint directory or hub id; the manifest as a dict.
@@ -91,15 +93,19 @@ def convert(
     bits_map, rank_map, target_bpw, lora_alpha, adapter_dtype, dense_dtype, device, threads, seed.
     ``recipe`` is a file that holds settings, TOML or the manifest of an earlier conversion;
     settings given here win. ``discard_shards`` deletes each shard from the hub once it is
-    converted; ``allow_pickle`` reads a directory's pickled weights where it has no others. Resumes
+    converted; ``allow_pickle`` reads a directory's pickled weights where it has no others.
+    ``calibrate_text``, text files, has activation statistics measured first (``moments``:
+    "diagonal" or "full") and kept beside the output. Resumes
     an unfinished conversion with the same settings. Raises the classes of ``loftq_cli.errors``.
     """
+    from loftq_cli.conversion import calibrate_first
     from loftq_cli.conversion.observer import Observer
     from loftq_cli.conversion.recipe_file import options as combined
     from loftq_cli.conversion.run import prepare, run
 
     observer = Observer()
     options = combined(settings, None if recipe is None else Path(recipe))
+    texts = [calibrate_text] if isinstance(calibrate_text, (str, Path)) else calibrate_text
     plan, path = prepare(
         str(model),
         output,
@@ -109,6 +115,7 @@ def convert(
         overwrite=overwrite,
         discard_shards=discard_shards,
         allow_pickle=allow_pickle,
+        texts=calibrate_first.asked([Path(text) for text in texts], moments),
         observer=observer,
     )
     return run(plan, path, overwrite=overwrite, observer=observer).manifest
@@ -124,15 +131,24 @@ def inspect(directory: str | Path = "out", *, verify: bool = False) -> dict[str,
     return run(Path(directory), verify=verify)
 
 
-def error_report(directory: str | Path = "out", source: str | Path | None = None) -> dict[str, Any]:
+def error_report(
+    directory: str | Path = "out",
+    source: str | Path | None = None,
+    stats: str | Path | None = None,
+) -> dict[str, Any]:
     """What ``loftq error-report --json`` prints.
 
     With ``source`` (a checkpoint directory or hub id) every residual is recomputed from the packed
-    bytes and the original weights; VerificationError where the manifest disagrees.
+    bytes and the original weights, and with ``stats``, a file of activation statistics, the
+    weighted ones too; VerificationError where the manifest disagrees.
     """
     from loftq_cli.reporting.residuals import error_report as run
 
-    return run(Path(directory), None if source is None else str(source))
+    return run(
+        Path(directory),
+        None if source is None else str(source),
+        None if stats is None else str(stats),
+    )
 
 
 def load(

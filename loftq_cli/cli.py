@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from loftq_cli import console, recipe
+from loftq_cli import console
 from loftq_cli.cli_calibrate import calibrate
+from loftq_cli.cli_convert import convert
 from loftq_cli.cli_push import push
 from loftq_cli.command import CONTEXT as _CONTEXT
 from loftq_cli.command import choice as _choice
@@ -33,216 +33,6 @@ def main() -> None:
     loftq inspect out/
     loftq error-report
     """
-
-
-@main.command(context_settings=_CONTEXT)
-@click.argument("model", type=str)
-@click.option(
-    "-o",
-    "--output",
-    default="out",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="Directory to write.",
-)
-@click.option(
-    "--bits",
-    type=float,
-    metavar="N",
-    help="Width of a code: 2, 3, 4 or 8, or a fraction between 2 and 4, which gives the first "
-    "layers 4 bits and the rest 2.  [default: 4]",
-)
-@click.option(
-    "--bits-map",
-    type=str,
-    metavar="PATTERN=BITS,...",
-    help="Widths of these tensors (globs over tensor names, later entries win).",
-)
-@click.option(
-    "--target-bpw",
-    type=float,
-    metavar="X",
-    help="Choose a width for every matrix, instead of --bits: the least residual at an average of "
-    "X stored bits per weight, scales included.",
-)
-@click.option(
-    "--method",
-    type=_choice(*recipe.METHODS),
-    help="Quantizer.  [default: auto, which is nf at 4 bits and uniform at 2, 3 and 8]",
-)
-@click.option("--rank", type=int, help="Rank of the adapter.  [default: 16]")
-@click.option(
-    "--rank-map",
-    type=str,
-    metavar="PATTERN=RANK,...",
-    help="Ranks of these tensors (globs over tensor names, later entries win).",
-)
-@click.option("--iters", type=int, help="Alternating steps; 0 is QLoRA's start.  [default: 5]")
-@click.option(
-    "--block-size", type=int, help="Weights per scale: 32, 64, 128 or 256.  [default: 64]"
-)
-@click.option(
-    "--layout",
-    type=_choice(*recipe.LAYOUTS),
-    help="How the backbone is stored.  [default: auto, which is what stock transformers loads "
-    "(bnb, gptq) where that holds every matrix, else loftq]",
-)
-@click.option(
-    "--scale",
-    type=_choice(*recipe.SCALES),
-    help="Fit scales to the least squared error, or take the largest magnitude.  [default: mse]",
-)
-@click.option(
-    "--scale-dtype",
-    type=_choice(*recipe.SCALE_DTYPES),
-    help="How layout loftq stores scales.  [default: float32]",
-)
-@click.option(
-    "--order",
-    type=_choice(*recipe.ORDERS),
-    help="Start from the quantization or from the SVD of the weight.  [default: quantize-first]",
-)
-@click.option(
-    "--svd",
-    type=_choice(*recipe.SVDS),
-    help="Warm-started subspace iteration, or a full SVD every step.  [default: fast]",
-)
-@click.option(
-    "--preset",
-    type=_choice(*recipe.PRESETS),
-    help="Defaults to start from; paper is what the LoftQ reference code does.  [default: default]",
-)
-@click.option(
-    "--recipe",
-    "recipe_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Take options from a TOML file, or from the manifest of an earlier conversion.  "
-    "What is given here wins.",
-)
-@click.option(
-    "--save-recipe",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write all options as they were resolved to a TOML file.",
-)
-@click.option(
-    "--embeddings",
-    is_flag=True,
-    default=None,
-    help="Quantize word embeddings as well.",
-)
-@click.option(
-    "--include",
-    multiple=True,
-    metavar="PATTERN",
-    help="Quantize these tensors as well (glob over tensor names, repeatable).",
-)
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="PATTERN",
-    help="Pass these tensors through (glob over tensor names, repeatable).",
-)
-@click.option(
-    "--stats",
-    type=click.Path(),
-    metavar="FILE",
-    help="Activation statistics (`loftq calibrate`, or a llama.cpp imatrix): minimise the error of "
-    "each layer's output instead of its weights.",
-)
-@click.option(
-    "--lora-alpha",
-    type=float,
-    help="lora_alpha of the adapter; B is divided by the scaling.  [default: the rank]",
-)
-@click.option(
-    "--adapter-dtype",
-    type=_choice(*recipe.ADAPTER_DTYPES),
-    help="dtype of A and B.  [default: source]",
-)
-@click.option(
-    "--dense-dtype",
-    type=_choice(*recipe.DENSE_DTYPES),
-    help="dtype of the backbone in layout dense.  [default: source]",
-)
-@click.option("--device", type=str, help="auto, cpu, cuda or cuda:N.  [default: auto]")
-@click.option("-t", "--threads", type=int, help="CPU threads.  [default: all]")
-@click.option("--seed", type=int, help="Seed of every random draw.  [default: 0]")
-@click.option("--revision", type=str, help="Branch, tag or commit on the hub.")
-@click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
-@click.option(
-    "--allow-pickle",
-    is_flag=True,
-    help="Read pickled weights (pytorch_model.bin) where a directory has no others; nothing in "
-    "them is run.",
-)
-@click.option(
-    "--discard-shards",
-    is_flag=True,
-    help="Delete each shard from the hub once it is converted: room for two of them is enough.  "
-    "What is in the hub cache already stays.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace an existing output once done.")
-@click.option("--dry-run", is_flag=True, help="Show the plan; read headers, write nothing.")
-@_json_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
-@_guarded
-def convert(
-    model: str,
-    output: Path,
-    revision: str | None,
-    offline: bool,
-    discard_shards: bool,
-    allow_pickle: bool,
-    overwrite: bool,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    recipe_file: Path | None,
-    save_recipe: Path | None,
-    **settings: Any,
-) -> None:
-    """Convert MODEL, a checkpoint directory or a hub id.
-
-    A path that starts with . or / (or exists) is a directory, anything else a hub id. Running the
-    same command again resumes an unfinished conversion.
-
-    \b
-    loftq convert meta-llama/Llama-2-7b --bits 2 --rank 64 --iters 5
-    loftq convert ./my-model -o quantized --bits 4 --dry-run
-    """
-    from loftq_cli.conversion import recipe_file as recipes
-    from loftq_cli.conversion.describe import describe
-    from loftq_cli.conversion.run import prepare, run
-
-    narrator = Narrator(quiet=quiet, verbose=verbose)
-    options = recipes.options(settings, recipe_file)
-    if save_recipe is not None:
-        recipes.check_writable(save_recipe, dry_run=dry_run)
-    plan, path = prepare(
-        model,
-        output,
-        options,
-        revision=revision,
-        offline=offline,
-        overwrite=overwrite,
-        discard_shards=discard_shards,
-        allow_pickle=allow_pickle,
-        observer=narrator,
-    )
-    if dry_run:
-        console.show_plan(describe(plan, path), as_json=as_json)
-        return
-    outcome = run(plan, path, overwrite=overwrite, observer=narrator)
-    if save_recipe is not None:
-        recipes.save(save_recipe, outcome.manifest["recipe"])
-    if outcome.nothing_to_do:
-        narrator.note(f"nothing to do: {output} is complete and verified")
-    console.show_outcome(
-        outcome.manifest, str(output), nothing_to_do=outcome.nothing_to_do, as_json=as_json
-    )
 
 
 @main.command(context_settings=_CONTEXT)
@@ -286,7 +76,7 @@ def merge(
     """
     from loftq_cli.conversion.merge import merge as run
 
-    narrator = Narrator(quiet=quiet, verbose=verbose, doing="merging")
+    narrator = Narrator(quiet=quiet, verbose=verbose)
     result = run(
         directory, output, adapter=adapter, dtype=dtype, overwrite=overwrite, observer=narrator
     )
@@ -317,24 +107,36 @@ def inspect(directory: Path, verify: bool, as_json: bool, verbose: bool) -> None
     metavar="MODEL",
     help="Recompute everything from the packed bytes and these original weights.",
 )
+@click.option(
+    "--stats",
+    metavar="FILE",
+    help="Recompute weighted residuals as well, with these activation statistics.",
+)
 @_json_option
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a row per layer.")
 @_guarded
 def error_report(
-    directory: Path, source: str | None, as_json: bool, as_csv: bool, verbose: bool
+    directory: Path,
+    source: str | None,
+    stats: str | None,
+    as_json: bool,
+    as_csv: bool,
+    verbose: bool,
 ) -> None:
     """Show how far Q + BA is from W: Frobenius residuals per layer.
 
     \b
     loftq error-report
     loftq error-report out/ --source ./my-model
+    loftq error-report out/ --source ./my-model --stats stats.safetensors
     """
     from loftq_cli.reporting.residuals import error_report as run
 
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
-    console.show_residuals(run(directory, source), as_json=as_json, as_csv=as_csv)
+    console.show_residuals(run(directory, source, stats), as_json=as_json, as_csv=as_csv)
 
 
+main.add_command(convert)
 main.add_command(calibrate)
 main.add_command(push)

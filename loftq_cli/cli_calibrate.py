@@ -82,7 +82,7 @@ def calibrate(
     from loftq_cli.conversion.calibrate import Settings
     from loftq_cli.conversion.calibrate import calibrate as run
 
-    narrator = Narrator(quiet=quiet, verbose=verbose, doing="calibrating", unit=" windows")
+    narrator = Narrator(quiet=quiet, verbose=verbose)
     result = run(
         model,
         output,

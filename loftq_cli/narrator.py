@@ -18,24 +18,20 @@ if TYPE_CHECKING:
 
 
 class Narrator(Observer):
-    """The observer for a terminal: one progress bar over bytes, or what ``unit`` names, another
-    over bytes that are downloaded, remarks as lines.
+    """The observer for a terminal: one progress bar over what there is to do, another over bytes
+    that are downloaded, remarks as lines.
 
     Bars are shown only where stderr is a terminal; ``quiet`` silences remarks as well.
     """
 
-    def __init__(
-        self, *, quiet: bool, verbose: bool, doing: str = "converting", unit: str = "B"
-    ) -> None:
+    def __init__(self, *, quiet: bool, verbose: bool) -> None:
         self._quiet = quiet
-        self._doing = doing
-        self._unit = unit
         self._verbose = verbose
         self._bar: tqdm[Any] | None = None
         self._download: tqdm[Any] | None = None
 
-    def begin(self, total_bytes: int, doing: str | None = None) -> None:
-        self._bar = self._new_bar(total_bytes, doing or self._doing, self._unit)
+    def begin(self, total: int, doing: str = "converting", unit: str = "B") -> None:
+        self._bar = self._new_bar(total, doing, unit)
 
     def begin_download(self, total_bytes: int) -> None:
         if self._download is not None:
@@ -48,9 +44,9 @@ class Narrator(Observer):
         if self._bar is not None:
             self._bar.set_postfix_str(printable(name), refresh=True)
 
-    def advance(self, nbytes: int) -> None:
+    def advance(self, amount: int) -> None:
         if self._bar is not None:
-            self._bar.update(nbytes)
+            self._bar.update(amount)
 
     def downloaded(self, nbytes: int) -> None:
         if self._download is not None:

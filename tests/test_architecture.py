@@ -58,9 +58,11 @@ def allowed(name: str) -> set[str]:
             "command",
             "narrator",
             "cli_calibrate",
+            "cli_convert",
             "cli_push",
         },
         "cli_calibrate.py": {*FOLDERS, *FOR_ALL, "console", "command", "narrator"},
+        "cli_convert.py": {*FOLDERS, *FOR_ALL, "console", "command", "narrator"},
         "cli_push.py": {*FOLDERS, *FOR_ALL, "console", "command", "narrator"},
         "command.py": {*FOR_ALL, "console"},
         "console.py": FOR_ALL,
@@ -94,7 +96,7 @@ def test_numerics_is_pure_torch():
     [
         ({"rich"}, {"console.py"}),
         ({"tqdm"}, {"narrator.py"}),
-        ({"click"}, {"cli.py", "cli_calibrate.py", "cli_push.py", "command.py"}),
+        ({"click"}, {"cli.py", "cli_calibrate.py", "cli_convert.py", "cli_push.py", "command.py"}),
         ({"huggingface_hub"}, {name for name in MODULES if name.startswith("checkpoint/hub")}),
         (
             {"transformers", "peft"},

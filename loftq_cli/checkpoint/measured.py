@@ -4,10 +4,10 @@ inputs of a model's linear layers. One entry is in memory at a time."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -38,7 +38,7 @@ class Entry:
 @dataclass(frozen=True)
 class ModelIdentity:
     """The model that was measured: ``id`` as it was typed, ``sha256`` as
-    ``loftq_cli.conversion.statistics.model_sha256`` computes it."""
+    ``loftq_cli.checkpoint.statistics.model_sha256`` computes it."""
 
     id: str
     sha256: str
@@ -47,12 +47,13 @@ class ModelIdentity:
 @dataclass(frozen=True)
 class Statistics:
     """An opened file. ``matrices``: names of weight tensors to names in ``entries``; ``model`` is
-    None where the file does not say."""
+    None where the file does not say; ``text`` is what it says of the text, if anything."""
 
     path: Path
     matrices: Mapping[str, str]
     entries: Mapping[str, Entry]
     model: ModelIdentity | None = None
+    text: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:

@@ -6,6 +6,7 @@ docs/statistics.md; llama.cpp's importance matrices are read as well (:mod:`imat
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from loftq_cli.checkpoint.header import (
 )
 from loftq_cli.checkpoint.measured import DIAGONAL, FULL, Entry, Kind, ModelIdentity, Statistics
 from loftq_cli.checkpoint.reader import TensorFile
-from loftq_cli.checkpoint.source import Source
+from loftq_cli.checkpoint.source import Source, source_identity
 from loftq_cli.errors import (
     CorruptFileError,
     EnvironmentFailure,
@@ -68,6 +69,26 @@ def open_statistics(path: str | os.PathLike[str], source: Source | None = None) 
     return _parse(path, header)
 
 
+def model_sha256(source: Source) -> str:
+    """What identifies a model: the sha256 of the compact JSON of the sorted [name, size, hash] of
+    its weight files (hash of the header), config.json and index (of the whole file). Two models of
+    one shape whose values differ have the same one."""
+    text = json.dumps(sorted(source_identity(source)), separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def statistics_for(source: Source, path: str) -> Statistics:
+    """The file at ``path``, opened for ``source``. Raises StatisticsError where it says that it is
+    of another model, and what :func:`open_statistics` raises."""
+    statistics = open_statistics(path, source)
+    if statistics.model is not None and statistics.model.sha256 != model_sha256(source):
+        raise StatisticsError(
+            f"{path}: the statistics are of {statistics.model.id}, not of {source.id}",
+            hint="calibrate with this model",
+        )
+    return statistics
+
+
 def _parse(path: Path, header: Header) -> Statistics:
     metadata = header.metadata
     if metadata.get("format") != FORMAT:
@@ -94,7 +115,7 @@ def _parse(path: Path, header: Header) -> Statistics:
     for matrix, name in matrices.items():
         if name not in entries:
             raise StatisticsError(f"{path}: no entry {shown(name)} for tensor {shown(matrix)}")
-    return Statistics(path, matrices, entries, _model(path, metadata))
+    return Statistics(path, matrices, entries, _model(path, metadata), _text(metadata))
 
 
 def _checked(path: Path, tensor: StoredTensor) -> tuple[str, Kind]:
@@ -139,6 +160,15 @@ def _model(path: Path, metadata: Mapping[str, str]) -> ModelIdentity | None:
     if not {"id", "sha256"} <= set(found):
         raise StatisticsError(f"{path}: the metadata 'model' lacks id or sha256")
     return ModelIdentity(found["id"], found["sha256"])
+
+
+def _text(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What is said of the text, where that is a JSON object: others may write anything."""
+    try:
+        found = strict_json(metadata.get("text", "{}").encode())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def compact_json(value: Any) -> str:

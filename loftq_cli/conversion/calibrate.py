@@ -89,16 +89,18 @@ def calibrate(
     revision: str | None = None,
     offline: bool = False,
     overwrite: bool = False,
+    option: str = "--text",
     observer: Observer,
 ) -> dict[str, Any]:
-    """Measure ``model`` on ``texts`` and write ``output``; what ``--json`` prints.
+    """Measure ``model`` on ``texts``, which ``option`` named, and write ``output``; what ``--json``
+    prints.
 
     Raises UsageError, InputError for the model or the texts, OutputConflictError,
     EnvironmentFailure for a missing extra, memory, the disk or the device.
     """
     started = time.monotonic()
     device = choose_device(settings.device)
-    read = [_read(path) for path in texts]
+    read = [read_text(option, path) for path in texts]
     source = locate(model, revision=revision, offline=offline, say=observer.note)
     if source.directory.resolve() in output.resolve().parents:
         raise UsageError(
@@ -134,15 +136,15 @@ def calibrate(
             offload_folder=workspace.output,
         )
         samples, length = calibration.windows.shape
-        provenance = {
-            "files": [text.sha256 for text in read],
+        name = str(dtype).removeprefix("torch.")
+        text = {
+            **provenance(read, settings),
             "samples": samples,
             "length": length,
-            "seed": settings.seed,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": name,
         }
         with StatisticsWriter(
-            output, widths, model=identity_of(source), text=provenance, overwrite=overwrite
+            output, widths, model=identity_of(source), text=text, overwrite=overwrite
         ) as writer:
             written, entries = _write(writer, calibration, settings.moments == "full", observer)
             missing = [name for name in widths if name not in written]
@@ -165,11 +167,17 @@ def calibrate(
         "samples": samples,
         "length": length,
         "tokens": samples * length,
-        "dtype": provenance["dtype"],
+        "dtype": name,
         "device": str(device),
         "bytes": nbytes,
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def provenance(texts: Sequence[Text], settings: Settings) -> dict[str, Any]:
+    """What a file of statistics says of the text, as far as it is known beforehand."""
+    asked = {"samples": settings.samples, "length": settings.length}
+    return {"files": [text.sha256 for text in texts], "seed": settings.seed, "asked": asked}
 
 
 def _write(
@@ -177,13 +185,16 @@ def _write(
 ) -> tuple[set[str], int]:
     """Write every entry as soon as it is measured; (matrices, number of entries)."""
 
+    def begin(windows: int) -> None:
+        observer.begin(windows, "calibrating", " windows")
+
     def advance(name: str) -> None:
         observer.working_on(name)
         observer.advance(1)
 
     written, entries = set[str](), 0
     try:
-        for names, moments in calibration.measure(full=full, begin=observer.begin, advance=advance):
+        for names, moments in calibration.measure(full=full, begin=begin, advance=advance):
             write_entry(writer, names, moments)
             written.update(names)
             entries += 1
@@ -192,22 +203,25 @@ def _write(
     return written, entries
 
 
-def _read(path: Path) -> Text:
-    """A text file. Raises SourceNotFoundError, or InputError where it is empty or no UTF-8."""
+def read_text(option: str, path: Path) -> Text:
+    """The text file that ``option`` names. Raises SourceNotFoundError, or InputError where it is
+    empty or no UTF-8."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise SourceNotFoundError(f"--text {path}: no such file", hint="give a text file") from None
+        raise SourceNotFoundError(
+            f"{option} {path}: no such file", hint="give a text file"
+        ) from None
     except OSError as error:
-        raise InputError(f"--text {path}: {error.strerror or error}") from error
+        raise InputError(f"{option} {path}: {error.strerror or error}") from error
     try:
         content = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorruptFileError(
-            f"--text {path}: not UTF-8 at byte {error.start}", hint="save it as UTF-8"
+            f"{option} {path}: not UTF-8 at byte {error.start}", hint="save it as UTF-8"
         ) from error
     if not content.strip():
-        raise InputError(f"--text {path}: no text in it", hint="give a text file")
+        raise InputError(f"{option} {path}: no text in it", hint="give a text file")
     return Text(path, content, hashlib.sha256(raw).hexdigest())
 
 

@@ -53,7 +53,7 @@ def estimate(
         for found in tensors.values()
         for tensor in found
     }
-    observer.begin(sum(sizes.values()), doing="settling widths")
+    observer.begin(sum(sizes.values()), "settling widths")
     errors, units = {}, {}
     try:
         with Deliveries(plan.source, names, observer) as deliveries:

@@ -133,7 +133,7 @@ def _write(plan: MergePlan, target: Path, observer: Observer) -> None:
     """Write every file of the result to ``target``."""
     with explained(target):
         target.mkdir()
-    observer.begin(plan.tensor_bytes)
+    observer.begin(plan.tensor_bytes, "merging")
     for name, items in plan.shards:
         with GrowingShard(target / name, [item.spec for item in items]) as shard:
             for item in items:

@@ -6,15 +6,15 @@ from __future__ import annotations
 class Observer:
     """Receives progress; this base class ignores it."""
 
-    def begin(self, total_bytes: int, doing: str | None = None) -> None:
-        """The conversion, or what ``doing`` names, starts; ``total_bytes`` of source tensors will
-        be worked through."""
+    def begin(self, total: int, doing: str = "converting", unit: str = "B") -> None:
+        """What ``doing`` names starts; ``total`` bytes of source tensors, or what else ``unit``
+        says, will be worked through."""
 
     def working_on(self, name: str) -> None:
         """The tensor ``name`` is next."""
 
-    def advance(self, nbytes: int) -> None:
-        """``nbytes`` more of the source are done."""
+    def advance(self, amount: int) -> None:
+        """So much more is done."""
 
     def begin_download(self, total_bytes: int) -> None:
         """So much of the source is not on disk yet, and will be downloaded meanwhile."""

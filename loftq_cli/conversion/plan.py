@@ -10,7 +10,7 @@ import torch
 
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.measured import Statistics
-from loftq_cli.checkpoint.source import Shard, Source
+from loftq_cli.checkpoint.source import Shard, Source, source_identity
 from loftq_cli.checkpoint.writer import place
 from loftq_cli.conversion.choices import (
     choose_device,
@@ -158,13 +158,6 @@ class Plan:
             layout_note=self.layout_note,
             statistics=self.statistics,
         )
-
-
-def source_identity(source: Source) -> list[tuple[str, int, str]]:
-    """(name, size, header sha256) of each shard; whole contents for the small JSON files."""
-    identity = [(shard.name, shard.header.size, shard.header.sha256) for shard in source.shards]
-    small = [source.config] + ([source.index] if source.index else [])
-    return identity + [(file.name, file.size, file.sha256) for file in small]
 
 
 def make_plan(source: Source, settings: Settings, statistics: Statistics | None = None) -> Plan:

@@ -14,26 +14,30 @@ from loftq_cli import maps
 from loftq_cli.checkpoint.companions import companions
 from loftq_cli.checkpoint.locate import is_path, locate
 from loftq_cli.checkpoint.output import Output, verify
-from loftq_cli.conversion import experts, target
+from loftq_cli.checkpoint.source import source_identity
+from loftq_cli.checkpoint.statistics import statistics_for
+from loftq_cli.conversion import calibrate_first, experts, target
+from loftq_cli.conversion.calibrate_first import Texts
 from loftq_cli.conversion.choices import searches_scales
 from loftq_cli.conversion.download import check_disks
 from loftq_cli.conversion.engine import Conversion
 from loftq_cli.conversion.journal import Identity, is_damaged
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.pin import pin, pinned
-from loftq_cli.conversion.plan import Plan, make_plan, source_identity
+from loftq_cli.conversion.plan import Plan, make_plan
 from loftq_cli.conversion.resources import check_memory
-from loftq_cli.conversion.statistics import statistics_for, statistics_note
-from loftq_cli.conversion.workspace import Workspace, check_output_path, real_path
+from loftq_cli.conversion.statistics import statistics_note
+from loftq_cli.conversion.workspace import Workspace, check_output_path, differences, real_path
 from loftq_cli.errors import (
     CorruptFileError,
     InputError,
+    OutputConflictError,
     ScaleRangeError,
     SourceChangedError,
     UsageError,
 )
 from loftq_cli.numerics import native
-from loftq_cli.recipe import Options
+from loftq_cli.recipe import Options, Settings
 
 _MARGIN = 4 << 20  # room for config, manifest and journal
 _SETTLED = ("widths", "layout", "layout_fallback")
@@ -58,10 +62,12 @@ def prepare(
     overwrite: bool = False,
     discard_shards: bool = False,
     allow_pickle: bool = False,
+    texts: Texts | None = None,
     observer: Observer,
 ) -> tuple[Plan, Path]:
     """The plan of a conversion and the absolute output path; nothing is written but the small
-    files of a hub model to the hub cache.
+    files of a hub model to the hub cache, and statistics of ``texts``, which are measured now
+    unless they lie beside the output already.
 
     Unfinished work goes on with the commit that it was begun with, unless ``overwrite``.
     ``discard_shards``: shards that are not in the hub cache pass through the partial directory.
@@ -74,6 +80,8 @@ def prepare(
     EnvironmentFailure where the hub or the device cannot be reached.
     """
     resolved = options.resolve()
+    if texts is not None:
+        _check_texts(resolved, discard_shards=discard_shards, allow_pickle=allow_pickle)
     if discard_shards and is_path(model):
         raise UsageError(
             f"--discard-shards is for models from the hub; the files of {model} are never deleted",
@@ -93,15 +101,34 @@ def prepare(
     statistics = None if resolved.stats is None else statistics_for(source, resolved.stats)
     plan = make_plan(source, resolved, statistics)
     target.check(plan)
+    if texts is not None:
+        statistics = calibrate_first.found(source, path, texts, overwrite=overwrite)
+        if statistics is None and texts.dry_run:
+            observer.note("the statistics are measured first; this plan is made without them")
+        elif statistics is None:
+            _refuse_beforehand(plan, Workspace(path), overwrite)
+            _check_resources(plan, Workspace(path))
+            statistics = calibrate_first.measured(
+                model,
+                source,
+                path,
+                texts,
+                device=resolved.device,
+                offline=offline,
+                observer=observer,
+            )
+        plan = make_plan(source, resolved, statistics)
     if resolved.threads is None:
         plan = _with_earlier_threads(plan, Workspace(path), overwrite)
-    if plan.unmeasured:
+    if plan.unmeasured and plan.statistics is not None:
+        where = plan.statistics.path
         observer.note(
-            f"{len(plan.unmeasured)} of {len(plan.matrices)} matrices are not in {resolved.stats} "
+            f"{len(plan.unmeasured)} of {len(plan.matrices)} matrices are not in {where} "
             "and are converted without statistics"
         )
+    narrow = None if texts else statistics_note(plan, options.preset)
     experts_note = experts.note(plan.selection.kept, source.config.content)
-    for line in (plan.layout_note, experts_note, statistics_note(plan, options.preset)):
+    for line in (plan.layout_note, experts_note, narrow):
         if line:
             observer.note(line)
     # Only where there is a search to speed up: asking builds the kernels.
@@ -167,6 +194,39 @@ def _with_earlier_threads(plan: Plan, workspace: Workspace, overwrite: bool) -> 
         if "threads" in differing and differing <= {"threads", *_SETTLED}:
             return replace(plan, recipe=replace(plan.recipe, threads=held["threads"]))
     return plan
+
+
+def _check_texts(settings: Settings, *, discard_shards: bool, allow_pickle: bool) -> None:
+    """Raise UsageError where statistics cannot be measured first."""
+    if settings.stats is not None:
+        raise UsageError(f"--stats and {calibrate_first.OPTION} exclude each other")
+    for given, option, why in (
+        (discard_shards, "--discard-shards", "running the model needs all of its shards"),
+        (allow_pickle, "--allow-pickle", "the model is run by transformers, from safetensors only"),
+    ):
+        if given:
+            raise UsageError(
+                f"{option} and {calibrate_first.OPTION} exclude each other: {why}",
+                hint="measure where that is possible, and give the file with --stats",
+            )
+
+
+def _refuse_beforehand(plan: Plan, workspace: Workspace, overwrite: bool) -> None:
+    """Raise OutputConflictError where what is there cannot be of this conversion, whatever the
+    statistics will be: measuring them takes long."""
+    if overwrite:
+        return
+    if workspace.complete_output() is None:
+        workspace.refuse_other_output(None, overwrite)
+    wanted = {**plan.recipe.as_dict(), "stats": "to be measured"}
+    for held, _ in workspace.held():
+        names = {name for name in {*held, *wanted} if held.get(name) != wanted.get(name)}
+        if held.get("stats") is None or not names <= {"stats", "threads", *_SETTLED}:
+            there = Identity("", held, source_identity(plan.source))
+            now = Identity("", wanted, source_identity(plan.source))
+            raise OutputConflictError(
+                f"{workspace.final}: there is another conversion: {differences(there, now)}"
+            )
 
 
 def _check_resources(plan: Plan, workspace: Workspace) -> None:

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from loftq_cli.checkpoint.measured import ModelIdentity, Statistics
+from loftq_cli.checkpoint.measured import ModelIdentity
 from loftq_cli.checkpoint.source import Source, open_source
-from loftq_cli.checkpoint.statistics import open_statistics
+from loftq_cli.checkpoint.statistics import model_sha256
 from loftq_cli.checkpoint.statistics_writer import StatisticsWriter
-from loftq_cli.conversion.plan import Plan, source_identity
+from loftq_cli.conversion.plan import Plan
 from loftq_cli.errors import StatisticsError, UsageError
 from loftq_cli.numerics.moments import Moments
 
 _NARROW = 3  # bits
-
-
-def model_sha256(source: Source) -> str:
-    """What identifies a model: the sha256 of the compact JSON of the sorted [name, size, hash] of
-    its weight files (hash of the header), config.json and index (of the whole file). Two models of
-    one shape whose values differ have the same one."""
-    text = json.dumps(sorted(source_identity(source)), separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def statistics_for(source: Source, path: str) -> Statistics:
-    """The file at ``path``, opened for ``source``. Raises StatisticsError where it says that it is
-    of another model, and what :func:`open_statistics` raises."""
-    statistics = open_statistics(path, source)
-    if statistics.model is not None and statistics.model.sha256 != model_sha256(source):
-        raise StatisticsError(
-            f"{path}: the statistics are of {statistics.model.id}, not of {source.id}",
-            hint="calibrate with this model",
-        )
-    return statistics
 
 
 def statistics_note(plan: Plan, preset: str) -> str | None:
@@ -47,7 +25,7 @@ def statistics_note(plan: Plan, preset: str) -> str | None:
         return None
     return (
         "without activation statistics: at 2 bits a small language model had 5 to 8 times, at 3 "
-        "bits 1.4 times its perplexity with them (`loftq calibrate --moments full`, then --stats)"
+        "bits 1.4 times its perplexity with them (--calibrate-text FILE --moments full)"
     )
 
 

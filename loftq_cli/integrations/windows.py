@@ -35,8 +35,8 @@ def cut(
     count, least = len(ids) // room, samples or 1
     if count < least:
         raise InputError(
-            f"--text: {len(ids)} tokens make {count} windows of {length}, {least} are needed",
-            hint="give more text, or lower --samples or --length",
+            f"the text: {len(ids)} tokens make {count} windows of {length}, {least} are needed",
+            hint="give more text, or lower --samples or --length of `loftq calibrate`",
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     chosen = order[: samples or MOST_SAMPLES].sort().values

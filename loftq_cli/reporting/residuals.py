@@ -8,28 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-
-from loftq_cli.checkpoint.header import HeaderError, read_header
-from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.output import Output, open_output
-from loftq_cli.checkpoint.reader import TensorFile
-from loftq_cli.checkpoint.stored import Stored, read
-from loftq_cli.errors import InputError, LoftqError, NonFiniteWeightError, VerificationError
-from loftq_cli.layouts import adapter, layout_of
-from loftq_cli.layouts.base import matrix_of, turned
-from loftq_cli.numerics import native
-from loftq_cli.numerics.alternation import decompose
-from loftq_cli.numerics.decomposition import Settings
-from loftq_cli.numerics.metrics import first_non_finite, squared_norm
-from loftq_cli.numerics.quantizers import Scale, make_quantizer
-from loftq_cli.numerics.variant import Variant
-
-_FLOAT_DTYPES = ("F32", "F16", "BF16")
+from loftq_cli.errors import UsageError, VerificationError
+from loftq_cli.reporting.recompute import Norms, Weighted, recompute
 
 WORST = 5
 """How many layers are listed as the worst."""
@@ -37,143 +22,49 @@ WORST = 5
 _TOLERANCE = 1e-4
 _ROUNDING = 1e-6
 """What recomputing on another machine may differ by: of the figure, and of the weight's norm."""
+_WEIGHTED_ROUNDING = 1e-4  # products with H may be in bfloat16
 
 
-@dataclass(frozen=True)
-class Norms:
-    """Absolute Frobenius norms of one matrix."""
-
-    weight: float
-    quantized: float
-    final: float
-
-
-def error_report(directory: Path, source: str | None = None) -> dict[str, Any]:
+def error_report(
+    directory: Path, source: str | None = None, stats: str | None = None
+) -> dict[str, Any]:
     """Per-layer residuals, totals and the worst layers.
 
-    With ``source`` every residual but the intermediate steps' is recomputed. Raises InputError for
-    a source of another model and VerificationError, with every matrix concerned, where the
-    manifest disagrees.
+    With ``source`` every residual but the intermediate steps' is recomputed; weighted ones with
+    ``stats`` beside it, of a conversion without statistics too. Raises UsageError for ``stats``
+    alone, InputError for a source of another model or other statistics than were converted with,
+    and VerificationError, with every matrix concerned, where the manifest disagrees.
     """
+    if stats is not None and source is None:
+        raise UsageError("--stats needs --source", hint="name the original checkpoint as well")
     output = open_output(directory)
-    recomputed = None if source is None else recompute(output, source)
+    recomputed = None if source is None else recompute(output, source, stats)
     layers = []
     for record in output.records:
         stated = record["frobenius"]
-        norms = (
-            Norms(stated["weight"], stated["quantized"], stated["final"])
+        norms, weighted = (
+            (Norms(stated["weight"], stated["quantized"], stated["final"]), None)
             if recomputed is None
             else recomputed[record["name"]]
         )
-        layers.append(_layer(record, norms))
+        layers.append(_layer(record, norms, weighted))
     if recomputed is not None:
         _compare(output, layers)
     totals = _totals(layers)
-    weighted = [layer["weighted"] for layer in layers if layer["weighted"] is not None]
-    if weighted:
-        totals["weighted_residual_quantized"] = _total(weighted, "quantized")
-        totals["weighted_residual"] = _total(weighted, "final")
+    outputs = [layer["weighted"] for layer in layers if layer["weighted"] is not None]
+    if outputs:
+        totals["weighted_residual_quantized"] = _total(outputs, "quantized")
+        totals["weighted_residual"] = _total(outputs, "final")
     worst = sorted(layers, key=lambda layer: -layer["relative_residual"])[:WORST]
     return {
         "directory": str(directory),
         "source": source,
+        "stats": stats,
         "recomputed": recomputed is not None,
         "layers": layers,
         "totals": totals,
         "worst": [layer["name"] for layer in worst],
     }
-
-
-def recompute(output: Output, model: str) -> dict[str, Norms]:
-    """Norms of every matrix, from the stored bytes and the weights of ``model``."""
-    source = locate(model, say=lambda text: None)
-    for shard in source.shards:
-        source.supply.ensure(shard.name)
-    weights = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
-    stored = _stored_tensors(output)
-    norms = {}
-    for record in output.records:
-        name = record["name"]
-        found = weights.get(name)
-        matrix = matrix_of(record)
-        if found is None or found[1].shape != matrix.stored_shape:
-            shape = list(found[1].shape) if found else "no such tensor"
-            expected = list(matrix.stored_shape)
-            raise InputError(
-                f"{model}: tensor {name!r}: {shape}, the conversion was of {expected}",
-                hint="give the checkpoint that was converted",
-            )
-        path, tensor = found
-        if tensor.dtype not in _FLOAT_DTYPES:
-            raise InputError(
-                f"{model}: tensor {name!r} is {tensor.dtype}, not a floating-point matrix",
-                hint="give the checkpoint that was converted",
-            )
-        with TensorFile(path) as file:
-            weight = turned(file.read(tensor).float(), matrix.kind).contiguous()
-        bad = first_non_finite(weight)
-        if bad is not None:
-            raise NonFiniteWeightError(f"{model}: tensor {name!r} holds {bad[1]} at {list(bad[0])}")
-        norms[name] = _norms(output, record, weight, stored)
-    return norms
-
-
-def _norms(
-    output: Output,
-    record: Mapping[str, Any],
-    weight: torch.Tensor,
-    stored: Stored,
-) -> Norms:
-    recipe = output.manifest["recipe"]
-    matrix = matrix_of(record)
-    layout = layout_of(record, recipe)
-    tensors = {spec.name: read(output.directory, stored, spec) for spec in layout.specs(matrix)}
-    adapter_dtype = adapter.stored_dtype(recipe["adapter_dtype"], matrix.dtype)
-    first, second = (
-        read(output.directory, stored, spec)
-        for spec in adapter.specs(matrix, record["rank"], adapter_dtype)
-    )
-    lora_A, lora_B = adapter.sides(matrix, first, second)
-    alpha = recipe["lora_alpha"]
-    scaling = 1.0 if alpha is None else alpha / record["rank"]
-    residual = weight - layout.decode(matrix, tensors)
-    residual.addmm_(lora_B.float() * scaling, lora_A.float(), alpha=-1)
-    final = math.sqrt(squared_norm(residual))
-    quantizer = make_quantizer(
-        matrix.method,
-        matrix.bits,
-        matrix.block_size,
-        cast(Scale, recipe["scale"]),
-        layout.scale_dtype,
-        native=Variant.parse(recipe["kernels"]).native and native.available(),
-    )
-    settings = Settings(
-        rank=1,
-        iters=0,
-        backbone_dtype=layout.rounding(matrix),
-        scale_dtype=recipe.get("scale_dtype", "float32"),
-    )
-    try:
-        plain = decompose(weight, quantizer, settings)
-    except LoftqError as error:  # the weights that were converted could be quantized
-        raise InputError(
-            f"tensor {matrix.name!r}: {error.message}",
-            hint="give the checkpoint that was converted",
-        ) from error
-    return Norms(plain.weight_norm, plain.quantized_norm, final)
-
-
-def _stored_tensors(output: Output) -> Stored:
-    stored = {}
-    for entry in output.manifest["outputs"]:
-        if entry["name"].endswith(".safetensors"):
-            path = output.directory / entry["name"]
-            try:
-                header = read_header(path)
-            except (HeaderError, OSError) as error:
-                raise VerificationError(f"{path}: {error}") from error
-            stored.update({tensor.name: (path, tensor) for tensor in header.tensors})
-    return stored
 
 
 def _compare(output: Output, layers: Sequence[Mapping[str, Any]]) -> None:
@@ -186,6 +77,11 @@ def _compare(output: Output, layers: Sequence[Mapping[str, Any]]) -> None:
         if record["step"] > 0:
             kept = stated["steps"][record["step"] - 1 : record["step"]]
             figures[f"step {record['step']}"] = (kept[0] if kept else math.nan, layer["final"])
+        if "weighted" in record:
+            names = ("weight", "quantized", "final")
+            pairs = {f"weighted {n}": (record["weighted"][n], layer["weighted"][n]) for n in names}
+            rounding = _WEIGHTED_ROUNDING * layer["weighted"]["weight"]
+            wrong += [f"{record['name']}: {fault}" for fault in _differences(pairs, rounding)]
         rounding = _ROUNDING * layer["weight"]
         wrong += [f"{record['name']}: {fault}" for fault in _differences(figures, rounding)]
     stated = output.manifest["totals"]
@@ -211,8 +107,9 @@ def _totals(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _layer(record: Mapping[str, Any], norms: Norms) -> dict[str, Any]:
+def _layer(record: Mapping[str, Any], norms: Norms, weighted: Weighted | None) -> dict[str, Any]:
     weight = norms.weight or 1.0
+    stated = record.get("weighted")
     return {
         "name": record["name"],
         "shape": record["shape"],
@@ -226,7 +123,9 @@ def _layer(record: Mapping[str, Any], norms: Norms) -> dict[str, Any]:
         "relative_residual": norms.final / weight,
         "relative_residual_quantized": norms.quantized / weight,
         "ratio": norms.final / norms.quantized if norms.quantized else 1.0,
-        "weighted": record.get("weighted"),
+        "weighted": stated
+        if weighted is None
+        else {**asdict(weighted), "steps": stated["steps"] if stated else []},
     }
 
 

@@ -29,7 +29,7 @@ TOTALS_KEYS = {
     *("output_bytes", "parameters", "relative_residual", "relative_residual_quantized"),
     "source_bytes",
 }
-REPORT_KEYS = {"directory", "layers", "recomputed", "source", "totals", "worst"}
+REPORT_KEYS = {"directory", "layers", "recomputed", "source", "stats", "totals", "worst"}
 REPORT_LAYER_KEYS = {
     *("bits", "final", "name", "quantized", "rank", "ratio", "relative_residual"),
     *("relative_residual_quantized", "shape", "step", "steps", "weight"),

@@ -14,11 +14,10 @@ import transformers
 
 from loftq_cli.checkpoint.measured import Statistics
 from loftq_cli.checkpoint.source import open_source
-from loftq_cli.checkpoint.statistics import open_statistics
+from loftq_cli.checkpoint.statistics import model_sha256, open_statistics
 from loftq_cli.conversion.calibrate import Settings, calibrate
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.selection import select
-from loftq_cli.conversion.statistics import model_sha256
 from loftq_cli.integrations import pretrained
 from tests import models
 from tests.conversion.calibrated import FAMILIES, LENGTH, TEXT, measured
@@ -147,6 +146,7 @@ def test_what_the_file_says_of_model_and_text(checkpoint, notes):
         "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in (notes, second)],
         "samples": 4,
         "length": LENGTH,
+        "asked": {"samples": 4, "length": LENGTH},
         "seed": 3,
         "dtype": "float32",
     }
@@ -201,8 +201,8 @@ class Counting(Observer):
     def __init__(self) -> None:
         self.total, self.done, self.ended = 0, 0, False
 
-    def begin(self, total_bytes: int) -> None:
-        self.total = total_bytes
+    def begin(self, total: int, *_: str) -> None:
+        self.total = total
 
     def advance(self, nbytes: int) -> None:
         self.done += nbytes

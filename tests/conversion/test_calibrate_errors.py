@@ -140,7 +140,7 @@ def test_two_calibrations_for_one_file(checkpoint, tmp_path, notes, monkeypatch)
     class Second(Observer):
         """Starts another one, when the first has begun to measure."""
 
-        def begin(self, total_bytes, doing=None):
+        def begin(self, *_):
             with pytest.raises(OutputConflictError, match="another process is writing it"):
                 calibrate(str(checkpoint("llama")), path, [notes], Settings(), observer=Observer())
 

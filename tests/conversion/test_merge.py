@@ -224,8 +224,8 @@ def test_progress_is_in_bytes_of_the_result(sharded: Path, tmp_path: Path) -> No
     class Counter(Observer):
         total = done = 0
 
-        def begin(self, total_bytes: int) -> None:
-            self.total = total_bytes
+        def begin(self, total: int, *_: str) -> None:
+            self.total = total
 
         def advance(self, nbytes: int) -> None:
             self.done += nbytes

@@ -344,7 +344,7 @@ def test_an_interruption_leaves_nothing_and_the_next_run_starts_anew(
 
 def test_two_at_once(out: Path, tmp_path: Path) -> None:
     class Second(Observer):
-        def begin(self, total_bytes: int) -> None:
+        def begin(self, total: int, *_: str) -> None:
             with pytest.raises(OutputConflictError, match="another process"):
                 merge(out, tmp_path / "merged", observer=Observer())
 

@@ -11,8 +11,7 @@ import torch
 
 import loftq_cli
 from loftq_cli.checkpoint.source import open_source
-from loftq_cli.checkpoint.statistics import open_statistics
-from loftq_cli.conversion.statistics import model_sha256
+from loftq_cli.checkpoint.statistics import model_sha256, open_statistics
 from loftq_cli.errors import (
     LoftqError,
     UsageError,

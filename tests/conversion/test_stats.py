@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ import loftq_cli
 from loftq_cli.cli import main
 from loftq_cli.conversion import engine
 from loftq_cli.errors import (
+    InputError,
     MissingStatisticsError,
     OutputConflictError,
     SourceChangedError,
     StatisticsError,
+    VerificationError,
 )
 from tests import checkpoints
 from tests.conversion.contents import manifest, product
@@ -97,6 +101,66 @@ def test_the_manifest_says_what_was_written_and_that_is_nearer_in_the_outputs(
     shown = CliRunner().invoke(main, ["error-report", str(out)])
     assert shown.exit_code == 0
     assert "Weighted residuals" in shown.stdout
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["diagonal", "full"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_the_report_computes_weighted_residuals_again(source, tmp_path, full, weighted):
+    width, out, stats = widths(source), tmp_path / "out", tmp_path / "stats"
+    moments = measure(stats, source, list(width), full, width)
+    given = {"stats": stats} if weighted else {}
+    loftq_cli.convert(source, output=out, **given, **SETTINGS)
+    report = loftq_cli.error_report(out, source=source, stats=stats)
+    original, backbone = weights(source), weights(out)
+    for layer in report["layers"]:
+        name, found, H = layer["name"], layer["weighted"], moments[layer["name"]]
+        error = original[name].double() - backbone[name].double() - product(out, name)
+        assert found["kind"] == ("full" if full else "diagonal")
+        assert found["final"] == pytest.approx(norm(error, H), rel=3e-3)
+        assert found["weight"] == pytest.approx(norm(original[name], H), rel=3e-3)
+        assert found["final"] < found["quantized"] < found["weight"]
+        assert len(found["steps"]) == (SETTINGS["iters"] if weighted else 0)
+    squares = [layer["weighted"]["final"] ** 2 for layer in report["layers"]]
+    all_of_it = [layer["weighted"]["weight"] ** 2 for layer in report["layers"]]
+    expected = math.sqrt(sum(squares) / sum(all_of_it))
+    assert report["totals"]["weighted_residual"] == pytest.approx(expected)
+
+
+def test_a_manifest_that_states_other_weighted_residuals_is_wrong(source, tmp_path):
+    width, out, stats = widths(source), tmp_path / "out", tmp_path / "stats"
+    measure(stats, source, list(width), True, width)
+    loftq_cli.convert(source, output=out, stats=stats, **SETTINGS)
+    path = out / "loftq_manifest.json"
+    content = json.loads(path.read_text())
+    record = content["matrices"][3]
+    record["weighted"]["final"] *= 1.01
+    path.write_text(json.dumps(content))
+    loftq_cli.error_report(out, source=source)
+    message = rf"{re.escape(record['name'])}: weighted final [\d.]+, the manifest says"
+    with pytest.raises(VerificationError, match=message):
+        loftq_cli.error_report(out, source=source, stats=stats)
+
+
+def test_a_report_wants_the_statistics_that_were_converted_with(source, tmp_path):
+    width, out = widths(source), tmp_path / "out"
+    for name, full in (("stats", False), ("other", True)):
+        measure(tmp_path / name, source, list(width), full, width)
+    loftq_cli.convert(source, output=out, stats=tmp_path / "stats", **SETTINGS)
+    with pytest.raises(InputError, match="the conversion used statistics of"):
+        loftq_cli.error_report(out, source=source, stats=tmp_path / "other")
+    other = checkpoints.write(tmp_path / "another", checkpoints.llama(layers=1))
+    with pytest.raises(StatisticsError, match="not of"):
+        loftq_cli.error_report(out, source=other, stats=tmp_path / "stats")
+    result = CliRunner().invoke(main, ["error-report", str(out), "--stats", str(tmp_path / "x")])
+    assert result.exit_code == 2
+    assert "--stats needs --source" in result.stderr
+    words = ["error-report", str(out), "--source", str(source), "--stats"]
+    result = CliRunner().invoke(main, [*words, str(tmp_path / "x")])
+    assert result.exit_code == 3
+    assert "no such file" in result.stderr
+    result = CliRunner().invoke(main, [*words, str(tmp_path / "stats")])
+    assert result.exit_code == 0
+    assert "Weighted residuals" in result.stdout
 
 
 def test_the_same_statistics_resume_and_others_do_not(source, tmp_path):

@@ -1,0 +1,119 @@
+"""``convert --calibrate-text``: statistics are measured first, and kept beside the output.
+
+The file is taken again where it is what would be measured, so that a conversion that was
+interrupted, or is repeated with other settings, does not measure twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loftq_cli.checkpoint.measured import Statistics
+from loftq_cli.checkpoint.source import Source
+from loftq_cli.checkpoint.statistics import model_sha256, open_statistics, statistics_for
+from loftq_cli.checkpoint.statistics_writer import refuse_taken
+from loftq_cli.conversion.calibrate import Settings, Text, calibrate, provenance, read_text
+from loftq_cli.conversion.observer import Observer
+from loftq_cli.errors import InputError, OutputConflictError, UsageError
+
+OPTION = "--calibrate-text"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What to measure before a conversion: ``paths`` of text files and the kind of moments.
+    ``dry_run``: nothing is measured."""
+
+    paths: tuple[Path, ...]
+    moments: str
+    dry_run: bool
+
+
+def asked(paths: Sequence[Path], moments: str | None, *, dry_run: bool = False) -> Texts | None:
+    """What the two options ask for; None where it is nothing. Raises UsageError."""
+    if not paths:
+        if moments is not None:
+            raise UsageError(f"--moments {moments} is for {OPTION}", hint="name a text file")
+        return None
+    settings = Settings() if moments is None else Settings(moments=moments)
+    return Texts(tuple(paths), settings.moments, dry_run)
+
+
+def beside(output: Path) -> Path:
+    """Where the statistics of a conversion to ``output`` lie."""
+    return output.with_name(f"{output.name}.stats.safetensors")
+
+
+def found(source: Source, output: Path, texts: Texts, *, overwrite: bool) -> Statistics | None:
+    """The statistics beside ``output``, where they are of this model and these texts; None where
+    they have to be measured.
+
+    Raises InputError for the texts, OutputConflictError where there is something else and
+    ``overwrite`` does not allow to replace it.
+    """
+    read = [read_text(OPTION, path) for path in texts.paths]
+    path = beside(output)
+    try:
+        refuse_taken(path, False)
+    except OutputConflictError:
+        refuse_taken(path, True)  # not ours
+        differing = _differing(path, source, read, texts.moments)
+        if differing is None:
+            return statistics_for(source, str(path))
+        if not overwrite:
+            raise OutputConflictError(
+                f"{path}: statistics {differing}",
+                hint=f"--overwrite measures again; --stats {path} takes them as they are",
+            ) from None
+    return None
+
+
+def measured(
+    model: str,
+    source: Source,
+    output: Path,
+    texts: Texts,
+    *,
+    device: str,
+    offline: bool,
+    observer: Observer,
+) -> Statistics:
+    """Measure, and open what was written. Raises what :func:`calibrate` does."""
+    path = beside(output)
+    settings = Settings(moments=texts.moments, device=device)
+    result = calibrate(
+        model,
+        path,
+        texts.paths,
+        settings,
+        revision=source.revision,
+        offline=offline,
+        overwrite=True,
+        option=OPTION,
+        observer=observer,
+    )
+    observer.note(f"measured {result['tokens']:,} tokens ({texts.moments} moments): {path}")
+    return statistics_for(source, str(path))
+
+
+def _differing(path: Path, source: Source, read: Sequence[Text], moments: str) -> str | None:
+    """What the statistics at ``path`` are, where they are not what would be measured now."""
+    try:
+        held = open_statistics(path)
+    except InputError as error:
+        return error.message
+    kinds = {entry.kind for entry in held.entries.values()}
+    if held.model is None or held.model.sha256 != model_sha256(source):
+        return "of another model"
+    if kinds != {moments}:
+        return f"with {' and '.join(sorted(kinds))} moments, not {moments}"
+    wanted = provenance(read, Settings(moments=moments))
+    if {name: held.text.get(name) for name in wanted} != wanted:
+        return "of other text, or of other windows of it"
+    files = [*(shard.path for shard in source.shards), source.directory / "config.json"]
+    newest = max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)
+    if path.stat().st_mtime_ns < newest:  # their values could be others
+        return f"older than the weights in {source.directory}"
+    return None

@@ -1,0 +1,181 @@
+"""Residuals of an output computed again, from its packed bytes and the original weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from loftq_cli.checkpoint.header import HeaderError, read_header
+from loftq_cli.checkpoint.locate import locate
+from loftq_cli.checkpoint.measured import Kind, Statistics
+from loftq_cli.checkpoint.output import Output
+from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.checkpoint.statistics import statistics_for
+from loftq_cli.checkpoint.stored import Stored, read
+from loftq_cli.errors import InputError, LoftqError, NonFiniteWeightError, VerificationError
+from loftq_cli.layouts import adapter, layout_of
+from loftq_cli.layouts.base import Matrix, matrix_of, turned
+from loftq_cli.numerics import native
+from loftq_cli.numerics.alternation import decompose
+from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.metrics import first_non_finite, squared_norm
+from loftq_cli.numerics.quantizers import Scale, make_quantizer
+from loftq_cli.numerics.variant import Variant
+from loftq_cli.numerics.weighting import Weighting, make_weighting
+
+_FLOAT_DTYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Absolute Frobenius norms of one matrix."""
+
+    weight: float
+    quantized: float
+    final: float
+
+
+@dataclass(frozen=True)
+class Weighted(Norms):
+    """The same norms of the layer's outputs, with statistics of this kind."""
+
+    kind: Kind
+
+
+class _Weightings:
+    """The weightings of an output's matrices, one in memory at a time."""
+
+    def __init__(self, output: Output, statistics: Statistics) -> None:
+        """Raises InputError where others were converted with."""
+        stated = output.manifest["recipe"]["stats"]
+        if stated is not None and stated != statistics.sha256:
+            raise InputError(
+                f"{statistics.path}: of sha256 {statistics.sha256}, the conversion used statistics "
+                f"of {stated}",
+                hint="give the file that was converted with",
+            )
+        self._statistics = statistics
+        self._products = Variant.parse(output.manifest["recipe"]["kernels"]).products
+        self._last: tuple[str, Weighting] | None = None
+
+    def of(self, matrix: Matrix) -> tuple[Kind, Weighting] | None:
+        """(kind, weighting) of a matrix, None where there are no statistics of it."""
+        statistics, name = self._statistics, matrix.name
+        if name not in statistics.matrices:
+            return None
+        entry = statistics.matrices[name]
+        if self._last is None or self._last[0] != entry:
+            self._last = None
+            moments = statistics.moments(name, matrix.shape[1])
+            self._last = entry, make_weighting(moments, self._products)
+        return statistics.kind(name), self._last[1]
+
+
+def recompute(
+    output: Output, model: str, stats: str | None = None
+) -> dict[str, tuple[Norms, Weighted | None]]:
+    """Norms of every matrix, from the stored bytes and the weights of ``model``; weighted ones
+    where there are statistics of it in the file ``stats``.
+
+    Raises InputError where either is not what was converted, or cannot be read.
+    """
+    source = locate(model, say=lambda text: None)
+    weighting = None if stats is None else _Weightings(output, statistics_for(source, stats))
+    for shard in source.shards:
+        source.supply.ensure(shard.name)
+    weights = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
+    stored = _stored_tensors(output)
+    norms = {}
+    for record in output.records:
+        name = record["name"]
+        found = weights.get(name)
+        matrix = matrix_of(record)
+        if found is None or found[1].shape != matrix.stored_shape:
+            shape = list(found[1].shape) if found else "no such tensor"
+            expected = list(matrix.stored_shape)
+            raise InputError(
+                f"{model}: tensor {name!r}: {shape}, the conversion was of {expected}",
+                hint="give the checkpoint that was converted",
+            )
+        path, tensor = found
+        if tensor.dtype not in _FLOAT_DTYPES:
+            raise InputError(
+                f"{model}: tensor {name!r} is {tensor.dtype}, not a floating-point matrix",
+                hint="give the checkpoint that was converted",
+            )
+        with TensorFile(path) as file:
+            weight = turned(file.read(tensor).float(), matrix.kind).contiguous()
+        bad = first_non_finite(weight)
+        if bad is not None:
+            raise NonFiniteWeightError(f"{model}: tensor {name!r} holds {bad[1]} at {list(bad[0])}")
+        norms[name] = _norms(output, record, weight, stored, weighting)
+    return norms
+
+
+def _norms(
+    output: Output,
+    record: Mapping[str, Any],
+    weight: torch.Tensor,
+    stored: Stored,
+    weightings: _Weightings | None,
+) -> tuple[Norms, Weighted | None]:
+    recipe = output.manifest["recipe"]
+    matrix = matrix_of(record)
+    layout = layout_of(record, recipe)
+    tensors = {spec.name: read(output.directory, stored, spec) for spec in layout.specs(matrix)}
+    adapter_dtype = adapter.stored_dtype(recipe["adapter_dtype"], matrix.dtype)
+    first, second = (
+        read(output.directory, stored, spec)
+        for spec in adapter.specs(matrix, record["rank"], adapter_dtype)
+    )
+    lora_A, lora_B = adapter.sides(matrix, first, second)
+    alpha = recipe["lora_alpha"]
+    scaling = 1.0 if alpha is None else alpha / record["rank"]
+    residual = weight - layout.decode(matrix, tensors)
+    residual.addmm_(lora_B.float() * scaling, lora_A.float(), alpha=-1)
+    final = math.sqrt(squared_norm(residual))
+    quantizer = make_quantizer(
+        matrix.method,
+        matrix.bits,
+        matrix.block_size,
+        cast(Scale, recipe["scale"]),
+        layout.scale_dtype,
+        native=Variant.parse(recipe["kernels"]).native and native.available(),
+    )
+    settings = Settings(
+        rank=1,
+        iters=0,
+        backbone_dtype=layout.rounding(matrix),
+        scale_dtype=recipe.get("scale_dtype", "float32"),
+    )
+    found = None if weightings is None else weightings.of(matrix)
+    try:
+        plain = decompose(weight, quantizer, settings, found and found[1])
+    except LoftqError as error:  # the weights that were converted could be quantized
+        raise InputError(
+            f"tensor {matrix.name!r}: {error.message}",
+            hint="give the checkpoint that was converted",
+        ) from error
+    norms = Norms(plain.weight_norm, plain.quantized_norm, final)
+    if found is None or plain.weighted is None:
+        return norms, None
+    kind, weighting = found
+    stated = plain.weighted
+    return norms, Weighted(stated.weight, stated.quantized, weighting.norm(residual), kind)
+
+
+def _stored_tensors(output: Output) -> Stored:
+    stored = {}
+    for entry in output.manifest["outputs"]:
+        if entry["name"].endswith(".safetensors"):
+            path = output.directory / entry["name"]
+            try:
+                header = read_header(path)
+            except (HeaderError, OSError) as error:
+                raise VerificationError(f"{path}: {error}") from error
+            stored.update({tensor.name: (path, tensor) for tensor in header.tensors})
+    return stored

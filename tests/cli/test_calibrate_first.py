@@ -1,0 +1,219 @@
+"""``loftq convert --calibrate-text``: both steps in one command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import loftq_cli
+from loftq_cli.checkpoint.statistics import open_statistics
+from loftq_cli.cli import main
+from loftq_cli.conversion import calibrate as calibrating
+from loftq_cli.conversion import calibrate_first, engine
+from loftq_cli.errors import UsageError
+from tests import models
+from tests.cli.common import QUICK, Command
+
+STATS = Path("out.stats.safetensors")
+CONVERT = ("convert", "real", *QUICK, "--bits", "2", "--device", "cpu")
+TEXT = ("--calibrate-text", "notes.txt")
+
+
+@pytest.fixture(autouse=True)
+def real(place: Path) -> None:
+    """``real``, a Llama with a tokenizer, ``notes.txt`` and ``more.txt``."""
+    models.save_tokenizer(models.save(models.llama(), place / "real"))
+    (place / "notes.txt").write_text("Nobody knew why the mill stood still. " * 40)
+    (place / "more.txt").write_text("When the wind blew from the east, " * 40)
+
+
+@pytest.fixture
+def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What was measured, in turn."""
+    made: list[Path] = []
+    real = calibrate_first.calibrate
+
+    def counting(model: str, output: Path, *rest: Any, **settings: Any) -> dict[str, Any]:
+        made.append(output)
+        return real(model, output, *rest, **settings)
+
+    monkeypatch.setattr(calibrate_first, "calibrate", counting)
+    return made
+
+
+@pytest.mark.parametrize("moments", [(), ("--moments", "full")])
+def test_it_writes_what_the_two_commands_write(moments: tuple[str, ...], loftq: Command) -> None:
+    loftq("calibrate", "real", "--text", "notes.txt", "--text", "more.txt", *moments)
+    apart = loftq(*CONVERT, "--stats", "stats.safetensors", "-o", "apart")
+    result = loftq(*CONVERT, *TEXT, "--calibrate-text", "more.txt", *moments)
+    assert (apart.exit_code, result.exit_code) == (0, 0), result.stderr
+    kind = "full" if moments else "diagonal"
+    assert f"tokens ({kind} moments): {STATS.resolve()}" in result.stderr
+    assert STATS.read_bytes() == Path("stats.safetensors").read_bytes()
+    first, second = (
+        json.loads(Path(name, "loftq_manifest.json").read_text()) for name in ("apart", "out")
+    )
+    assert first["matrices"] == second["matrices"]
+    assert first["recipe"] == second["recipe"]
+    assert first["outputs"] == second["outputs"]
+    assert "without activation statistics" not in result.stderr
+
+
+def test_what_was_measured_is_taken_again(loftq: Command, measurements: list[Path]) -> None:
+    assert loftq(*CONVERT, *TEXT).exit_code == 0
+    again = loftq(*CONVERT, *TEXT)
+    assert again.exit_code == 0
+    assert "nothing to do" in again.stdout + again.stderr
+    other = loftq(*CONVERT, *TEXT, "--rank", "8", "--overwrite")
+    assert other.exit_code == 0
+    assert measurements == [Path("out.stats.safetensors").resolve()]
+
+
+def test_an_interrupted_conversion_goes_on(
+    loftq: Command, measurements: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_file", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert loftq(*CONVERT, *TEXT).exit_code == 143
+    result = loftq(*CONVERT, *TEXT)
+    assert result.exit_code == 0
+    assert "resuming" in result.stderr
+    assert len(measurements) == 1
+
+
+def test_an_interrupted_measurement_leaves_nothing(
+    loftq: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(os.listdir())
+    monkeypatch.setattr(calibrating, "write_entry", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert loftq(*CONVERT, *TEXT).exit_code == 143
+    assert sorted(os.listdir()) == before
+
+
+def changed_text() -> None:
+    Path("notes.txt").write_text("Something else altogether. " * 40)
+
+
+def changed_weights() -> None:
+    later = STATS.stat().st_mtime_ns + 1
+    os.utime("real/model.safetensors", ns=(later, later))
+
+
+def samples() -> None:
+    command = ["--text", "notes.txt", "--samples", "2", "-o", str(STATS), "--overwrite"]
+    assert CliRunner().invoke(main, ["calibrate", "real", *command]).exit_code == 0
+
+
+def imported() -> None:
+    moments = loftq_cli.Moments(64)
+    moments.add(torch.ones(3, 64))
+    name = "model.layers.0.mlp.up_proj.weight"
+    loftq_cli.save_statistics(STATS, {name: moments}, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "said"),
+    [
+        (changed_text, (), "of other text"),
+        (samples, (), "of other windows"),
+        (changed_weights, (), "older than the weights"),
+        (imported, (), "of another model"),
+        (None, ("--moments", "full"), "with diagonal moments, not full"),
+    ],
+)
+def test_other_statistics_are_kept_unless_they_may_be_replaced(
+    change: Any, words: tuple[str, ...], said: str, loftq: Command, measurements: list[Path]
+) -> None:
+    assert loftq("calibrate", "real", "--text", "notes.txt", "-o", str(STATS)).exit_code == 0
+    if change is not None:
+        change()
+    before = STATS.read_bytes()
+    result = loftq(*CONVERT, *TEXT, *words)
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert said in result.stderr
+    assert "--overwrite measures again" in result.stderr
+    assert STATS.read_bytes() == before
+    assert not Path("out").exists()
+    assert loftq(*CONVERT, *TEXT, *words, "--overwrite").exit_code == 0
+    assert len(measurements) == 1
+    assert open_statistics(STATS).kind("model.layers.0.mlp.up_proj.weight") == (
+        "full" if words else "diagonal"
+    )
+
+
+def test_a_file_of_something_else_is_never_replaced(loftq: Command) -> None:
+    STATS.write_text("mine")
+    result = loftq(*CONVERT, *TEXT, "--overwrite")
+    assert result.exit_code == 4
+    assert "is not a file of statistics" in result.stderr
+    assert STATS.read_text() == "mine"
+
+
+@pytest.mark.parametrize("words", [(), ("--rank", "8")])
+def test_an_output_of_other_settings_is_noticed_before_anything_is_measured(
+    words: tuple[str, ...], loftq: Command, measurements: list[Path]
+) -> None:
+    assert loftq(*CONVERT, *words).exit_code == 0
+    result = loftq(*CONVERT, *TEXT)
+    assert result.exit_code == 4
+    assert "stats None there, 'to be measured' now" in result.stderr
+    assert ("rank 8 there, 4 now" in result.stderr) == bool(words)
+    assert not measurements
+    assert not STATS.exists()
+
+
+def test_a_directory_that_is_not_ours_is_noticed_before_anything_is_measured(
+    loftq: Command, measurements: list[Path]
+) -> None:
+    Path("out").mkdir()
+    Path("out/thesis.txt").write_text("mine")
+    result = loftq(*CONVERT, *TEXT)
+    assert result.exit_code == 4
+    assert "is not the output of a conversion" in result.stderr
+    assert not measurements
+
+
+def test_a_dry_run_measures_nothing(loftq: Command, measurements: list[Path]) -> None:
+    result = loftq(*CONVERT, *TEXT, "--dry-run")
+    assert result.exit_code == 0
+    assert "the statistics are measured first" in result.stderr
+    assert not measurements
+    assert not STATS.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ((*TEXT, "--stats", "x"), 2, "--stats and --calibrate-text exclude each other"),
+        ((*TEXT, "--allow-pickle"), 2, "--allow-pickle and --calibrate-text"),
+        ((*TEXT, "--discard-shards"), 2, "--discard-shards and --calibrate-text"),
+        (("--moments", "full"), 2, "--moments full is for --calibrate-text"),
+        (("--calibrate-text", "none.txt"), 3, "--calibrate-text none.txt: no such file"),
+        (("--calibrate-text", "short.txt"), 3, "windows of 64, 1 are needed"),
+    ],
+)
+def test_what_is_refused(words: tuple[str, ...], code: int, said: str, loftq: Command) -> None:
+    Path("short.txt").write_text("Too short.")
+    before = sorted(os.listdir())
+    result = loftq(*CONVERT, *words)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert said in result.stderr
+    assert sorted(os.listdir()) == before
+
+
+def test_from_python(measurements: list[Path]) -> None:
+    settings: dict[str, Any] = {"rank": 4, "bits": 2, "iters": 1, "device": "cpu", "threads": 1}
+    made = loftq_cli.convert("real", calibrate_text="notes.txt", moments="full", **settings)
+    assert {record["weighted"]["kind"] for record in made["matrices"]} == {"full"}
+    texts = [Path("notes.txt")]
+    assert loftq_cli.convert("real", calibrate_text=texts, moments="full", **settings) == made
+    assert len(measurements) == 1
+    with pytest.raises(UsageError, match="--moments half"):
+        loftq_cli.convert("real", "new", calibrate_text=texts, moments="half")
