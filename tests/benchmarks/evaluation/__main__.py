@@ -54,7 +54,7 @@ def main() -> None:
     print(f"{len(found)} sentences, {tested} of them for the test; {steps} steps of 32\n")
     curve = "training loss, by fifths"
     table(
-        ("start", "residual", "bits", "rate", "accuracy", "sd", curve, "memory", "time"),
+        ("start", "residual", "bits", "rate", "accuracy", "sd", "each seed", curve, "memory"),
         rows,
     )
 
@@ -106,9 +106,9 @@ def _row(start: starts.Start, facts: dict[str, Any], results: list[dict[str, Any
         f"{results[0]['rate']:g}",
         f"{statistics.mean(accuracies):.1f} %",
         f"{statistics.stdev(accuracies):.1f}",
+        " ".join(f"{accuracy:.1f}" for accuracy in accuracies),
         " ".join(f"{statistics.mean(points):.3f}" for points in curves),
         f"{memory / 1e6:.0f} MB",
-        f"{statistics.median(result['seconds'] for result in results):.0f} s",
     ]
 
 
