@@ -12,6 +12,7 @@ Work happens in ``.<name>.loftq-partial/`` beside the output::
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -212,8 +213,13 @@ class Workspace:
                 os.rename(self.final, self._replaced)
             try:
                 os.rename(self.output, self.final)
-            except BaseException:
+            except BaseException as error:
                 self._put_back()
+                if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise OutputConflictError(
+                        f"{self.final} was written by another process meanwhile",
+                        hint="choose another --output",
+                    ) from error
                 raise
             sync_directory(self.partial)
             sync_directory(self.final.parent)

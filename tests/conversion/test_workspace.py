@@ -87,3 +87,23 @@ def test_a_lock_that_cannot_be_had_is_named(
     ):
         pass
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_output_that_comes_into_being_at_the_last_moment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge and a conversion have locks of their own, so that both may get this far."""
+    workspace, real = Workspace(tmp_path / "out"), os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if source == workspace.output:
+            target.mkdir()
+            (target / "theirs").touch()
+        real(source, target)
+
+    with workspace.locked():
+        workspace.output.mkdir()
+        monkeypatch.setattr(os, "rename", rename)
+        with pytest.raises(OutputConflictError, match="by another process meanwhile"):
+            workspace.publish(None, overwrite=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]

@@ -57,7 +57,12 @@ def _quantized() -> list[Start]:
         ]
         if bits == 2:
             starts += [
-                Start(f"{width}, loftq, {kind} moments", (*common, *ours), small=kind == "full", stats=kind)
+                Start(
+                    f"{width}, loftq, {kind} moments",
+                    (*common, *ours),
+                    small=kind == "full",
+                    stats=kind,
+                )
                 for kind in ("diagonal", "full")
             ]
         if two:
