@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from loftq_cli.integrations.packed_weight import PackedFormat, PackedWeight, dense
-from loftq_cli.numerics.packing import pack, unpack
+from loftq_cli.numerics.packing import pack, unpack_at
 from loftq_cli.numerics.scale_storage import STEP_GROUP
 
 
@@ -80,8 +80,7 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
             if steps is not None:
                 scales, steps = scales * steps.float()[blocks // STEP_GROUP], None
             if zeros is not None:
-                codes = unpack(zeros, packing.bits, per_row * rows)
-                zeros = pack(codes[blocks], packing.bits)
+                zeros = pack(unpack_at(zeros, packing.bits, blocks), packing.bits)
         weight = weight.view(rows, -1)[ids].view(-1)
         shape = (ids.numel(), columns)
         return dense(shape, packing, self.dtype, weight, scales, steps, zeros, self.weight_levels)

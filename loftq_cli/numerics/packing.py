@@ -73,3 +73,14 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         words = (groups[start : start + _CHUNK].long() << byte_shifts).sum(dim=1, keepdim=True)
         codes[start : start + _CHUNK] = (words >> shifts) & (2**bits - 1)
     return codes.view(-1)[:count]
+
+
+def unpack_at(packed: torch.Tensor, bits: int, places: torch.Tensor) -> torch.Tensor:
+    """The codes at ``places`` (count,), integers, of what :func:`pack` made; nothing else is
+    unpacked. uint8 (count,)."""
+    first = places.long() * bits
+    low = first // 8
+    high = (low + 1).clamp_max(packed.numel() - 1)  # a code lies in two bytes at most
+    words = packed[low].int() | packed[high].int() << 8
+    codes: torch.Tensor = (words >> first % 8) & (2**bits - 1)
+    return codes.to(torch.uint8)

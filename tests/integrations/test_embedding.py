@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loftq_cli.integrations.embedding import PackedEmbedding
 from loftq_cli.integrations.packed_weight import PackedFormat
@@ -53,6 +54,32 @@ def test_rows_are_those_of_the_decoded_table(method, bits, shape, block_size, sc
         assert torch.equal(rows, table[ids.long()])
     last = torch.tensor([shape[0] - 1], dtype=torch.int32)
     assert torch.equal(module(last), table[-1:])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is computed, views of others not counted."""
+
+    elements = 0
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.held = {tensor.data_ptr() for tensor in module.state_dict().values()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in self.held:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("scales", ["float32", "int8"])
+@pytest.mark.parametrize("method", ["nf", "uniform"])
+def test_a_lookup_takes_what_its_rows_take(method, scales) -> None:
+    module, _ = embedding(method, 4, (600, 64), 32, scales)
+    with Largest(module) as largest:
+        module(torch.tensor([5, 1, 599]))
+    assert largest.elements < 1000
 
 
 @pytest.mark.parametrize("method", ["nf", "uniform"])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loftq_cli.numerics.packing import pack, packed_length, unpack
+from loftq_cli.numerics.packing import pack, packed_length, unpack, unpack_at
 from tests.numerics.helpers import PROPERTY
 
 every_width = pytest.mark.parametrize("bits", range(1, 9))
@@ -59,6 +59,17 @@ def test_packing_is_one_little_endian_integer_and_round_trips(case):
     unpacked = unpack(packed, bits, len(codes))
     assert unpacked.dtype == torch.uint8
     assert unpacked.tolist() == codes
+
+
+@PROPERTY
+@given(widths_and_codes(), st.randoms(use_true_random=False))
+def test_single_codes_are_found_wherever_they_lie(case, random):
+    bits, codes = case
+    places = random.choices(range(len(codes)), k=9) if codes else []
+    packed = pack(torch.tensor(codes, dtype=torch.uint8), bits)
+    found = unpack_at(packed, bits, torch.tensor(places, dtype=torch.int64))
+    assert found.dtype == torch.uint8
+    assert found.tolist() == [codes[place] for place in places]
 
 
 @every_width
