@@ -19,7 +19,7 @@ from loftq_cli.errors import (
 )
 from loftq_cli.integrations import hook
 from loftq_cli.integrations.intact import check_files
-from loftq_cli.integrations.names import in_model, key_mapping, renaming
+from loftq_cli.integrations.names import in_model, key_mapping, renaming, tied
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import is_expert
 
@@ -42,7 +42,7 @@ def load(
     Returns a ``peft.PeftModel``. Raises EnvironmentFailure where the extra [train] or [gptq] is not
     installed, and InputError where ``path`` is not the complete output of a conversion, is of a
     newer format, holds another conversion's adapter, or adapter tensors that the model has no place
-    for, or lacks a part of a module.
+    for, or lacks a part of a module, or where the class ties another module to an adapted one.
     """
     directory = Path(path)
     output = open_output(directory)
@@ -58,6 +58,7 @@ def load(
     except ImportError as error:
         raise missing_extra(error, "gptq" if layout == "gptq" else "train", "loading") from error
     names = _names(backbone, directory)
+    _refuse_tied(backbone, names, directory)
     new = _new_modules(backbone, report, names, directory)
     model = _attach(peft, backbone, names, directory, trainable)
     if new and trainable:
@@ -84,6 +85,17 @@ def _names(backbone: Any, directory: Path) -> dict[str, str]:
     homeless = {name for name in stored if adapter.module_of(name) not in names}
     _refuse(homeless, f"{type(backbone).__name__} has no place for", file)
     return names
+
+
+def _refuse_tied(backbone: Any, names: Mapping[str, str], directory: Path) -> None:
+    """Raise InputError where a module without an adapter has the weight of one with: it would get Q
+    alone, and nothing would say so."""
+    if pair := tied(backbone, names.values()):
+        raise InputError(
+            f"{directory}: {type(backbone).__name__} ties {pair[0]} to {pair[1]}, and only one of "
+            "them has the adapter",
+            hint="load a class without that head, or convert without --embeddings",
+        )
 
 
 def _attach(

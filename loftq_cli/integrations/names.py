@@ -74,3 +74,16 @@ def key_mapping(names: Mapping[str, str], prefix: str) -> dict[str, str]:
     if removed:
         mapping[rf"^{re.escape(prefix)}\."] = ""
     return mapping
+
+
+def tied(model: Any, modules: Iterable[str]) -> tuple[str, str] | None:
+    """(another module of ``model``, the one of ``modules`` that it shares its weight with), None
+    where no weight is shared. Modules of other names than the model's are passed over."""
+    present = dict(model.named_modules())
+    weights = {name: getattr(module, "weight", None) for name, module in present.items()}
+    owners = {id(weights[name]): name for name in modules if weights.get(name) is not None}
+    for name, weight in weights.items():
+        owner = owners.get(id(weight), name)
+        if owner != name:
+            return name, owner
+    return None

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
 from loftq_cli.integrations import guard, hook
-from loftq_cli.integrations.names import in_model, key_mapping, renaming
+from loftq_cli.integrations.names import in_model, key_mapping, renaming, tied
 from loftq_cli.integrations.packed_weight import PackedWeight
 from loftq_cli.integrations.replacement import kind_of, packed
 from loftq_cli.layouts.packed import FORMAT_VERSION
@@ -137,19 +137,13 @@ def _names(modules: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[s
 def _refuse_shared(model: nn.Module) -> None:
     """Raise UnsupportedInputError where a module has another's packed weight: transformers ties
     weights, and leaves scales and adapter behind."""
-    owners = {
-        id(module.weight): name
-        for name, module in model.named_modules()
-        if isinstance(module, PackedWeight)
-    }
-    for name, module in model.named_modules():
-        owner = owners.get(id(getattr(module, "weight", None)), name)
-        if owner != name:
-            raise UnsupportedInputError(
-                f"{type(model).__name__} ties {name} to {owner}, which the checkpoint holds "
-                "quantized",
-                hint="load a class without that head, or convert without --embeddings",
-            )
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+    if pair := tied(model, packed):
+        raise UnsupportedInputError(
+            f"{type(model).__name__} ties {pair[0]} to {pair[1]}, which the checkpoint holds "
+            "quantized",
+            hint="load a class without that head, or convert without --embeddings",
+        )
 
 
 def _prefix(model: nn.Module) -> str:

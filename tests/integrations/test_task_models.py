@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 import loftq_cli
-from loftq_cli.errors import InputError
+from loftq_cli.errors import InputError, UnsupportedInputError
 from loftq_cli.integrations.names import in_model, key_mapping
 
 # peft asks transformers under a name that transformers is giving up.
@@ -73,7 +73,7 @@ def test_both_classes_compute_the_same_hidden_states(converted) -> None:
 
 GPTQ = """
 import sys, loftq_cli, transformers
-from loftq_cli.errors import InputError
+from loftq_cli.errors import InputError, UnsupportedInputError
 for trainable in (True, False):
     try:
         loftq_cli.load(sys.argv[1], getattr(transformers, sys.argv[2]), trainable)
@@ -101,6 +101,26 @@ def test_an_adapter_for_a_head_that_the_class_lacks_is_an_error(converted) -> No
     directory = converted("classifier", layout="dense", include=("classifier.weight",))
     with pytest.raises(InputError, match=r"no place for .*classifier\.lora_A\.weight"):
         loftq_cli.load(directory, auto_class=transformers.AutoModel)
+
+
+@pytest.mark.parametrize("layout", ["loftq", "dense"])
+def test_a_head_that_is_tied_to_an_adapted_embedding_is_an_error(converted, layout) -> None:
+    """It would compute with Q alone."""
+    directory = converted("bert", layout=layout, embeddings=True)
+    tied = r"cls\.predictions\.decoder to bert\.embeddings\.word_embeddings.*without --embeddings"
+    with pytest.raises(InputError, match=tied):
+        loftq_cli.load(directory, auto_class=transformers.AutoModelForMaskedLM)
+    # Without such a head it is loaded, and so is a head of its own.
+    assert isinstance(loftq_cli.load(directory, auto_class=CLASSIFIER), peft.PeftModel)
+    untied = loftq_cli.load(
+        directory, auto_class=transformers.AutoModelForMaskedLM, tie_word_embeddings=False
+    )
+    assert "cls.predictions.decoder" in str(untied.active_peft_config.modules_to_save)
+
+
+def test_a_tied_head_in_the_plain_way(converted) -> None:
+    with pytest.raises(UnsupportedInputError, match="which the checkpoint holds quantized"):
+        transformers.AutoModelForMaskedLM.from_pretrained(converted("bert", embeddings=True))
 
 
 def test_a_new_head_is_trained_and_saved_with_the_adapter(converted, tmp_path) -> None:
