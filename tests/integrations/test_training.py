@@ -122,28 +122,41 @@ def trainer(model, directory, **arguments):
     return transformers.Trainer(model, settings, train_dataset=rows)
 
 
+EMBEDDINGS = {"embeddings": True}
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [{}, {"bf16": True}, {"gradient_checkpointing": True}, {"torch_compile": True}],
+    ("arguments", "settings"),
+    [
+        ({}, {}),
+        ({"bf16": True}, {}),
+        ({"gradient_checkpointing": True}, {}),
+        ({"torch_compile": True}, {}),
+        ({}, EMBEDDINGS),
+        ({"bf16": True}, {**EMBEDDINGS, **UNIFORM}),
+    ],
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:.*use_reentrant:UserWarning")
-def test_trainer_changes_every_adapter_and_nothing_else(converted, tmp_path, arguments) -> None:
+def test_trainer_changes_every_adapter_and_nothing_else(
+    converted, tmp_path, arguments, settings
+) -> None:
     if "torch_compile" in arguments:
         arguments = {**arguments, "torch_compile_backend": "aot_eager"}
     torch.manual_seed(0)
-    directory = converted("llama")
-    model = loftq_cli.load(directory)
+    model = loftq_cli.load(converted("llama", **settings))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer(model, tmp_path, **arguments).train()
     changed = {
         name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
     }
     assert changed == {name for name in before if "lora_" in name}
+    assert any("lora_embedding_" in name for name in changed) == ("embeddings" in settings)
 
 
-def test_what_training_saved_loads_again(converted, tmp_path) -> None:
-    directory = converted("llama", **UNIFORM)
+@pytest.mark.parametrize("settings", [UNIFORM, {**UNIFORM, **EMBEDDINGS}], ids=str)
+def test_what_training_saved_loads_again(converted, tmp_path, settings) -> None:
+    directory = converted("llama", **settings)
     model = loftq_cli.load(directory)
     trainer(model, tmp_path / "work").train()
     model.save_pretrained(tmp_path / "trained")
