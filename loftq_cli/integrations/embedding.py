@@ -42,19 +42,21 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         )
         self.hold((num_embeddings, embedding_dim), packing)
         self.dtype = dtype
+        self.scale = embed_scale
         self.rounds_scale = rounds_scale
-        if embed_scale is not None:  # PEFT looks for the attribute
-            self.embed_scale = embed_scale
+        if embed_scale is not None:
+            # PEFT scales the adapter by it. A number it would take in the dtype of weight, uint8.
+            self.embed_scale = torch.tensor(embed_scale, device="cpu")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         ids, places = torch.unique(input, return_inverse=True)
         if ids.numel() and not 0 <= int(ids[0]) <= int(ids[-1]) < self.num_embeddings:
             raise IndexError(f"index out of range: a table of {self.num_embeddings} rows")
         values = self._rows(ids)[places]
-        scale: float | None = getattr(self, "embed_scale", None)
-        if scale is None:
+        if self.scale is None:
             return values
-        return values * (torch.tensor(scale, dtype=self.dtype) if self.rounds_scale else scale)
+        rounded = torch.tensor(self.scale, dtype=self.dtype) if self.rounds_scale else self.scale
+        return values * rounded
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Those rows of the table (ids, embedding_dim), in ``dtype``."""

@@ -126,12 +126,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def source(family: str) -> Path:
         if family not in made:
             kind, name, settings, _ = FAMILIES[family]
-            config = transformers.AutoConfig.for_model(kind, **settings)
-            model = models._randomised(getattr(transformers, name), config)
-            made[family] = models.save(model, tmp_path_factory.mktemp(kind))
+            made[family] = make(kind, name, settings, tmp_path_factory.mktemp(kind))
         return made[family]
 
     return source
+
+
+def make(kind: str, name: str, settings: dict[str, Any], directory: Path) -> Path:
+    """A checkpoint of a random model of class ``name``."""
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    return models.save(models._randomised(getattr(transformers, name), config), directory)
 
 
 def arguments(model: Any) -> dict[str, torch.Tensor]:
@@ -241,6 +245,34 @@ def test_word_embeddings(
     assert report["recomputed"]
 
 
+# PEFT may save the table along with its pair.
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("layout", ["loftq", "dense"])
+@pytest.mark.parametrize(
+    ("kind", "name", "settings"),
+    [
+        # The root of the width is the factor, and no whole number.
+        ("gemma2", "Gemma2ForCausalLM", {**GROUPED, "hidden_size": 96}),
+        ("bart", "BartForCausalLM", {**TWO_STACKS, "d_model": 96, "scale_embedding": True}),
+    ],
+)
+def test_embeddings_that_the_model_scales(
+    kind: str, name: str, settings: Any, layout: str, tmp_path: Path
+) -> None:
+    source = make(kind, name, {**settings, "tie_word_embeddings": False}, tmp_path / "source")
+    check(name, source, tmp_path, loftq_cli.load, layout=layout, embeddings=True)
+    model = loftq_cli.load(tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = outputs(model, arguments(model))
+    model.save_pretrained(tmp_path / "trained")
+    model_class(source).from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "backbone")
+    for directory in ("out", "backbone"):
+        backbone = model_class(source).from_pretrained(tmp_path / directory)
+        again = peft.PeftModel.from_pretrained(backbone, tmp_path / "trained").eval()
+        with torch.no_grad():
+            assert torch.equal(outputs(again, arguments(again)), expected)
+
+
 @pytest.mark.parametrize(
     ("family", "settings"), [("GPT-2", {}), ("DeBERTa-v2, v3", {"embeddings": True})]
 )
@@ -257,6 +289,33 @@ def test_merged_it_is_the_dense_model(
         wanted = outputs(reference, arguments(reference))
         found = outputs(merged, arguments(merged))
     assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("GPT-2", {}), ("DeBERTa-v2, v3", {"embeddings": True})]
+)
+def test_reports_are_of_the_matrix_as_the_model_has_it(
+    family: str, settings: Any, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, output = saved(family), tmp_path / "out"
+    manifest = loftq_cli.convert(source, output=output, **{**QUICK, **settings})
+    approximation = dense(source, output, manifest, tmp_path / "dense").state_dict()
+    original = model_class(source).from_pretrained(source).state_dict()
+    report = loftq_cli.error_report(output, source=source)
+    assert report["recomputed"]
+    for layer in report["layers"]:
+        difference = original[layer["name"]] - approximation[layer["name"]]
+        assert layer["final"] == pytest.approx(float(difference.double().norm()), rel=1e-5)
+        assert layer["weight"] == pytest.approx(float(original[layer["name"]].norm()), rel=1e-5)
+    found = loftq_cli.inspect(output, verify=True)
+    assert found["verified_files"]
+    adapter = load_file(output / "loftq_init" / "adapter_model.safetensors")
+    for layer in found["layers"]:
+        module = layer["name"].removesuffix(".weight")
+        held = [t.nbytes for name, t in adapter.items() if f".{module}.lora_" in name]
+        assert (len(held), layer["adapter_bytes"]) == (2, sum(held))
+        sides = list(original[layer["name"]].shape)
+        assert layer["shape"] == (sides[::-1] if family == "GPT-2" else sides)
 
 
 def test_the_table_in_the_manual_has_these_families_and_their_layouts(
