@@ -59,21 +59,26 @@ def snippet(output: Output, place: str | None = None) -> str:
 
 
 def auto_class(output: Output) -> str:
-    """The transformers auto class for the architecture in the output's config.json."""
+    """The transformers auto class for the architecture in the output's config.json, or that class
+    itself where it is of text and something else, for which auto classes differ."""
     try:
         name = read_json(output.directory / CONFIG).content["architectures"][0]
     except (InputError, LookupError, TypeError):
         return "AutoModel"
+    if not isinstance(name, str):
+        return "AutoModel"
+    if name.endswith("ForConditionalGeneration") and name.isidentifier():
+        of_text = adapter.task_type([name]) == "SEQ_2_SEQ_LM"
+        return "AutoModelForSeq2SeqLM" if of_text else name
     for suffix, result in (
         ("ForCausalLM", "AutoModelForCausalLM"),
         ("LMHeadModel", "AutoModelForCausalLM"),
-        ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
         ("ForSequenceClassification", "AutoModelForSequenceClassification"),
         ("ForTokenClassification", "AutoModelForTokenClassification"),
         ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
         ("ForMaskedLM", "AutoModelForMaskedLM"),
     ):
-        if isinstance(name, str) and name.endswith(suffix):
+        if name.endswith(suffix):
             return result
     return "AutoModel"
 

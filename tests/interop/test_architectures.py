@@ -17,12 +17,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import loftq_cli
+from loftq_cli.checkpoint.output import open_output
 from loftq_cli.conversion.merge import merge
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.run import prepare
 from loftq_cli.layouts import layout_of
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.recipe import Options
+from loftq_cli.reporting.inspect import auto_class
 from tests import models
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
@@ -185,7 +187,8 @@ def model_class(directory: Path) -> Any:
 
 
 def the_plain_way(directory: Path) -> Any:
-    backbone = model_class(directory).from_pretrained(directory)
+    """As ``loftq inspect`` shows it."""
+    backbone = getattr(transformers, auto_class(open_output(directory))).from_pretrained(directory)
     return peft.PeftModel.from_pretrained(
         backbone, directory, subfolder="loftq_init", is_trainable=True
     )
@@ -222,12 +225,16 @@ def test_it_is_converted_loaded_compared_and_trained(
     assert len(manifest["matrices"]) == FAMILIES[family][3]
 
 
-@pytest.mark.parametrize("family", ["GPT-2", "DeBERTa-v2, v3", "Gemma 2", "Whisper"])
 @pytest.mark.parametrize("layout", ["loftq", "dense"])
+@every_family
 def test_the_plain_way(
     family: str, layout: str, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    check(family, saved(family), tmp_path, the_plain_way, layout=layout)
+    if family == "ViT":  # whose layers have other names in memory
+        with pytest.raises(ValueError, match=r"Target modules .* not found in the base model"):
+            check(family, saved(family), tmp_path, the_plain_way, layout=layout)
+    else:
+        check(family, saved(family), tmp_path, the_plain_way, layout=layout)
 
 
 @pytest.mark.parametrize("layout", ["loftq", "dense"])
