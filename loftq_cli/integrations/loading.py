@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from loftq_cli.errors import (
 )
 from loftq_cli.integrations import hook
 from loftq_cli.integrations.intact import check_files
-from loftq_cli.integrations.names import in_model, key_mapping, renaming, tied
+from loftq_cli.integrations.names import RenamedModules, in_model, key_mapping, renaming, tied
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import is_expert
 
@@ -52,9 +53,11 @@ def load(
     hook.install()
     model_class = auto_class or _model_class(directory, transformers)
     try:
-        backbone, report = model_class.from_pretrained(
-            directory, output_loading_info=True, **from_pretrained
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RenamedModules)
+            backbone, report = model_class.from_pretrained(
+                directory, output_loading_info=True, **from_pretrained
+            )
     except ImportError as error:
         raise missing_extra(error, "gptq" if layout == "gptq" else "train", "loading") from error
     names = _names(backbone, directory)

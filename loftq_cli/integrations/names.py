@@ -57,13 +57,22 @@ def renaming(model: Any) -> Callable[[str], str]:
     return renamed
 
 
+class RenamedModules(UserWarning):
+    """The adapter has names of layers that PEFT does not find in the model."""
+
+
+def has_other_names(names: Mapping[str, str]) -> bool:
+    """Whether some of ``names`` differ by more than a prefix."""
+    return any(not new.endswith(old) and not old.endswith(new) for old, new in names.items())
+
+
 def key_mapping(names: Mapping[str, str], prefix: str) -> dict[str, str]:
     """``names`` as the regular expressions, and their replacements, that PEFT takes.
 
     They leave names alone that are the model's already, so that an adapter saved from this model
     loads as well.
     """
-    if any(not new.endswith(old) and not old.endswith(new) for old, new in names.items()):
+    if has_other_names(names):
         return {rf"^{re.escape(old)}(?=\.)": new for old, new in names.items()}
     added = {old.split(".")[0] for old, new in names.items() if new == f"{prefix}.{old}"}
     removed = any(old == f"{prefix}.{new}" for old, new in names.items())

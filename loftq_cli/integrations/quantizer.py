@@ -7,6 +7,7 @@ transformers is there, and registers both classes.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -16,7 +17,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
 from loftq_cli.integrations import guard, hook
-from loftq_cli.integrations.names import in_model, key_mapping, renaming, tied
+from loftq_cli.integrations.names import (
+    RenamedModules,
+    has_other_names,
+    in_model,
+    key_mapping,
+    renaming,
+    tied,
+)
 from loftq_cli.integrations.packed_weight import PackedWeight
 from loftq_cli.integrations.replacement import kind_of, packed
 from loftq_cli.layouts.packed import FORMAT_VERSION
@@ -79,6 +87,14 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
         names = _names(config.modules, model)
+        if has_other_names(names):
+            warnings.warn(
+                f"{type(model).__name__} has other names for quantized layers than the checkpoint: "
+                "use loftq_cli.load for the adapter in loftq_init, PeftModel.from_pretrained "
+                "leaves layers without it",
+                RenamedModules,
+                stacklevel=2,
+            )
         config.modules = {names[name]: entry for name, entry in config.modules.items()}
         self._adapter_names = key_mapping(names, _prefix(model))
         for name, entry in config.modules.items():
