@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import loftq_cli
 from tests import models
-from tests.interop import consumer
+from tests.interop import architectures, consumer
 from tests.interop.cases import CASES, Case
 from tests.interop.expected import Output
 
@@ -48,6 +48,20 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return models.save(maker(*sizes), directory, dtype, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint of a family's small model; biases and norms are random, too."""
+    made: dict[str, Path] = {}
+
+    def source(family: str) -> Path:
+        if family not in made:
+            kind, name, settings, _ = architectures.FAMILIES[family]
+            made[family] = architectures.make(kind, name, settings, tmp_path_factory.mktemp(kind))
+        return made[family]
+
+    return source
 
 
 @pytest.fixture(scope="session")
