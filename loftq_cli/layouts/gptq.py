@@ -44,7 +44,7 @@ class GptqLayout:
         if matrix.kind == "embedding":
             return "gptq holds linear layers, not embeddings"
         if matrix.kind == "conv1d":
-            return "transformers cannot load a Conv1D in GPTQ's format"
+            return "gptq is not written for Conv1D layers, GPT-2's cannot be loaded"
         out_features, in_features = matrix.shape
         if matrix.method != "uniform":
             return f"gptq holds uniform codes, not {matrix.method}"
