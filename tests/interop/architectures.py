@@ -29,6 +29,7 @@ WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
 PLAIN: dict[str, Any] = {"vocab_size": 96, "pad_token_id": 0, **LAYERS, **WIDTHS}
 GROUPED = {**PLAIN, "num_key_value_heads": 2, "head_dim": 16}
 IMAGE = {"image_size": 16, "patch_size": 8, **LAYERS, **WIDTHS}
+GPT = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1}
 TWO_STACKS = {
     "vocab_size": 96,
     "d_model": 64,
@@ -57,18 +58,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "Phi": ("phi", "PhiForCausalLM", PLAIN, 12),
     "Phi-3": ("phi3", "Phi3ForCausalLM", PLAIN, 8),
     "Falcon": ("falcon", "FalconForCausalLM", PLAIN, 8),
-    "GPT-2": (
-        "gpt2",
-        "GPT2LMHeadModel",
-        {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
-        8,
-    ),
-    "OpenAI GPT": (
-        "openai-gpt",
-        "OpenAIGPTLMHeadModel",
-        {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
-        8,
-    ),
+    "GPT-2": ("gpt2", "GPT2LMHeadModel", GPT, 8),
+    "OpenAI GPT": ("openai-gpt", "OpenAIGPTLMHeadModel", GPT, 8),
     "GPT-NeoX": ("gpt_neox", "GPTNeoXForCausalLM", PLAIN, 8),
     "OPT": ("opt", "OPTForCausalLM", {**PLAIN, "ffn_dim": 128, "word_embed_proj_dim": 64}, 12),
     "BERT": ("bert", "BertModel", PLAIN, 12),
