@@ -52,6 +52,7 @@ _DEFAULTS: dict[str, Any] = {
     "order": "quantize-first",
     "svd": "fast",
     "keep": "best",
+    "momentum": True,
     "embeddings": False,
     "stats": None,
     "lora_alpha": None,
@@ -65,7 +66,7 @@ _DEFAULTS: dict[str, Any] = {
 _PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
     "default": {},
     # What the LoftQ reference code does.
-    "paper": {"method": "nf", "scale": "absmax", "svd": "exact", "keep": "last"},
+    "paper": {"method": "nf", "scale": "absmax", "svd": "exact", "keep": "last", "momentum": False},
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": METHODS,
@@ -78,6 +79,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "keep": KEEPS,
     "adapter_dtype": ADAPTER_DTYPES,
     "dense_dtype": DENSE_DTYPES,
+    "momentum": (False, True),
     "embeddings": (False, True),
 }
 
@@ -97,6 +99,7 @@ class Options:
     order: str | None = None
     svd: str | None = None
     keep: str | None = None
+    momentum: bool | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     embeddings: bool | None = None
@@ -201,6 +204,7 @@ class Settings:
     order: str
     svd: str
     keep: str
+    momentum: bool
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     embeddings: bool

@@ -38,6 +38,7 @@ RECIPE = Recipe(
     order="quantize-first",
     svd="fast",
     keep="best",
+    momentum=True,
     include=("a", "b"),
     exclude=(),
     embeddings=False,
@@ -168,6 +169,14 @@ def test_the_preset_paper_is_the_reference_code():
         "last",
     )
     assert (resolved.bits, resolved.rank, resolved.iters) == (4, 16, 5)
+    assert not resolved.momentum
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_momentum_is_a_setting_without_an_option(given):
+    assert Options().resolve().momentum
+    assert Options.from_settings({"momentum": given}).resolve().momentum == given
+    assert "--momentum 2: not one of" in usage_error(momentum=2)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +228,8 @@ def test_the_fingerprint_is_of_these_bytes():
 @pytest.mark.parametrize("field", dataclasses.fields(Recipe), ids=lambda field: field.name)
 def test_the_fingerprint_changes_with_every_setting(field):
     old = getattr(RECIPE, field.name)
-    others = {int: 7, str: "other", tuple: ("other",), type(None): 3, bool: True}
-    new = others[type(old)]
+    others = {int: 7, str: "other", tuple: ("other",), type(None): 3}
+    new = not old if isinstance(old, bool) else others[type(old)]
     changed = dataclasses.replace(RECIPE, **{field.name: new})
     assert fingerprint(changed.as_dict(), SOURCES) != fingerprint(RECIPE.as_dict(), SOURCES)
 

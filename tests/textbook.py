@@ -78,13 +78,18 @@ def loftq(
     rank: int,
     iters: int,
     svd_first: bool = False,
+    momentum: bool = False,
 ) -> list[Iterate]:
-    """LoftQ, Algorithm 1 (arXiv:2310.08659): the iterates t = 1..T."""
+    """LoftQ, Algorithm 1 (arXiv:2310.08659): the iterates t = 1..T; or the same with momentum, as
+    docs/algorithm.md describes it."""
     W = weight.double()
     B, A = low_rank(W if svd_first else torch.zeros_like(W), rank)
-    iterates = []
-    for _ in range(iters):
-        Q = quantize(W - B @ A)
+    iterates: list[Iterate] = []
+    before = B @ A
+    for t in range(iters):
+        beta = 0.0 if t == 0 or not momentum else 0.5 if t == 1 and not svd_first else 0.7
+        Q = quantize(W - B @ A - beta * (B @ A - before))
+        before = B @ A
         B, A = low_rank(W - Q, rank)
         iterates.append(Iterate(Q, A, B, float(torch.linalg.norm(W - Q - B @ A))))
     return iterates

@@ -266,6 +266,7 @@ class Conversion:
             order=cast(Any, recipe.order),
             svd=cast(Any, recipe.svd),
             keep=cast(Any, recipe.keep),
+            momentum=recipe.momentum,
             scaling=item.scaling,
             products=variant.products,
             adapter_dtype=TORCH_DTYPES[item.adapter_dtype],

@@ -196,6 +196,7 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
         order=settings.order,
         svd=settings.svd,
         keep=settings.keep,
+        momentum=settings.momentum,
         include=settings.include,
         exclude=settings.exclude,
         embeddings=settings.embeddings,

@@ -48,6 +48,7 @@ def decompose(weight: torch.Tensor, options: Options) -> Decomposition:
         order=cast(Any, resolved.order),
         svd=cast(Any, resolved.svd),
         keep=cast(Any, resolved.keep),
+        momentum=resolved.momentum,
         products=variant.products,
         adapter_dtype=weight.dtype,
         scale_dtype=cast(Any, resolved.scale_dtype),

@@ -7,6 +7,14 @@ Every residual is of the values as they will be stored: A and B rounded to the a
 scales to theirs, Q to the dense dtype where the backbone is written dense. The next step starts
 from the same rounded values, so what is written is what was measured.
 
+With ``momentum`` the quantizer is given more than the last step's change of the adapter: of
+
+    Q_t      = quantize(W - X - beta (X - X'))        X = B_{t-1} A_{t-1}, X' = B_{t-2} A_{t-2}
+
+beta is 0.5 for the first change, which begins at zero, and 0.7 for the later ones: Polyak's heavy
+ball (1964). Most codes stay where they are while the adapter creeps towards them; pushed, they
+change sooner. Neither step sees more than W, so the residuals mean what they mean without.
+
 With second moments H of the layer's input the low-rank step minimises ||W - Q_t - B A||_H instead
 of the Frobenius norm, and the iterate that is best in that norm is kept; the quantizer is the same.
 
@@ -17,7 +25,7 @@ The passes over a matrix are in :mod:`loftq_cli.numerics.sweep`, the products in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -29,6 +37,8 @@ from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.quantizers import Parameters, Quantized, Quantizer
 from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep
 from loftq_cli.numerics.weighting import Weighting
+
+_BEYOND_AT_FIRST, _BEYOND = 0.5, 0.7
 
 
 @dataclass
@@ -106,6 +116,7 @@ def decompose(
         return _finish(settings, drawn, 0, plain, weighted)
 
     previous: _Iterate | None = None
+    earlier: _Iterate | None = None
     if settings.order == "svd-first":
         _, plain.quantized, _ = _quantize(sweep, None, settings)
         if weighted is not None:
@@ -117,7 +128,7 @@ def decompose(
     basis: lowrank.Basis | None = None
     best: _Best | None = None
     for step in range(1, settings.iters + 1):
-        quantized, norm, adapted = _quantize(sweep, previous, settings)
+        quantized, norm, adapted = _quantize(sweep, previous, settings, earlier, step)
         if step > 1:
             assert previous is not None
             plain.steps.append(adapted)
@@ -127,7 +138,7 @@ def decompose(
             if weighted is not None:
                 weighted.see_quantized(sweep.residual)
         A, B, basis = fit_adapter(sweep.residual, sweep.wide, norm, basis, settings, weighting)
-        previous = _Iterate(quantized, A, B)
+        earlier, previous = previous, _Iterate(quantized, A, B)
         if weighted is not None:
             weighted.see_step(sweep.residual, _product(previous, settings))
     assert previous is not None
@@ -152,13 +163,22 @@ def _product(iterate: _Iterate, settings: Settings) -> Product:
 
 
 def _quantize(
-    sweep: Sweep, previous: _Iterate | None, settings: Settings
+    sweep: Sweep,
+    previous: _Iterate | None,
+    settings: Settings,
+    earlier: _Iterate | None = None,
+    step: int = 1,
 ) -> tuple[Quantized, float, float]:
-    """(Q_t, ||W - Q_t||, ||W - Q_{t-1} - B_{t-1} A_{t-1}||)."""
+    """(Q_t, ||W - Q_t||, ||W - Q_{t-1} - B_{t-1} A_{t-1}||) of ``step`` t; ``earlier`` is t - 2."""
     if previous is None:
         swept = sweep.quantize(None, None)
     else:
-        swept = sweep.quantize(previous.parameters, _product(previous, settings))
+        product = _product(previous, settings)
+        if settings.momentum and earlier is not None:
+            product = replace(product, beyond=_BEYOND, before=_product(earlier, settings))
+        elif settings.momentum and step > 1:
+            product = replace(product, beyond=_BEYOND_AT_FIRST)
+        swept = sweep.quantize(previous.parameters, product)
     if not math.isfinite(swept.squared):
         raise too_large("the quantized matrix", settings.backbone_dtype or torch.float32)
     return swept.quantized, math.sqrt(swept.squared), math.sqrt(swept.previous)

@@ -24,7 +24,8 @@ class Settings:
     ``scaling`` is lora_alpha / r as the consumer will apply it, folded out of B;
     ``adapter_dtype``, ``scale_dtype`` and ``backbone_dtype`` are what A and B, scales and (dense
     layout only) Q are stored as;
-    ``seed`` and ``name`` seed every random draw.
+    ``momentum``: every step goes beyond the adapter it starts from (see alternation); ``seed`` and
+    ``name`` seed every random draw.
     """
 
     rank: int
@@ -32,6 +33,7 @@ class Settings:
     order: Order = "quantize-first"
     svd: Svd = "fast"
     keep: Keep = "best"
+    momentum: bool = False
     scaling: float = 1.0
     products: torch.dtype = torch.float32
     adapter_dtype: torch.dtype = torch.float32

@@ -64,6 +64,10 @@ class _Sweep(ctypes.Structure):
         ("rank", ctypes.c_int32),
         ("left", ctypes.c_void_p),
         ("tiles", ctypes.c_void_p),
+        ("beyond", ctypes.c_float),
+        ("before_rank", ctypes.c_int32),
+        ("before_left", ctypes.c_void_p),
+        ("before_tiles", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
         ("wide", ctypes.c_void_p),
@@ -184,6 +188,11 @@ class NativeSweep:
             left, tiles = product.left.contiguous(), _tiles(product.right)
             call.rank = left.shape[1]
             call.left, call.tiles = left.data_ptr(), tiles.data_ptr()
+            call.beyond = product.beyond
+        if product is not None and product.before is not None:
+            earlier = product.before.left.contiguous(), _tiles(product.before.right)
+            call.before_rank = earlier[0].shape[1]
+            call.before_left, call.before_tiles = (part.data_ptr() for part in earlier)
         groups = -(-call.rows // call.group)
         sums = torch.empty((groups, 2), dtype=torch.float64)
         call.sums = sums.data_ptr()

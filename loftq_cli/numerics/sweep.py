@@ -23,11 +23,17 @@ _GPU_CHUNK_ELEMENTS = 1 << 26
 
 @dataclass(frozen=True)
 class Product:
-    """``left`` (out, r) @ ``right`` (r, in), float32: what the adapter adds, from its stored
-    values."""
+    """P = ``left`` (out, r) @ ``right`` (r, in), float32: what the adapter adds, from its stored
+    values.
+
+    What is subtracted before quantizing goes ``beyond``: P + beyond * (P - ``before``), where
+    ``before`` None is zero. Residuals are P's.
+    """
 
     left: torch.Tensor
     right: torch.Tensor
+    beyond: float = 0.0
+    before: Product | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Sweep(Protocol):
     wide: torch.Tensor
 
     def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
-        """Quantize W - product, beginning beside the scales of ``start``. Raises
+        """Quantize W - product, or beyond, beginning beside the scales of ``start``. Raises
         ScaleRangeError."""
 
     def remainder(self, product: Product) -> float:
@@ -108,7 +114,7 @@ class TensorSweep:
             if product is not None:
                 delta = product.left[rows] @ product.right
                 sums[1] += squares(residual.sub_(delta))
-                target = weight - delta
+                target = weight - _reach(product, delta, rows)
             blocks = slice(
                 quantizer.blocks_before(rows.start, columns),
                 quantizer.blocks_before(rows.stop, columns),
@@ -140,10 +146,20 @@ class TensorSweep:
 
 
 def target_of(weight: torch.Tensor, product: Product | None, rows: slice) -> torch.Tensor:
-    """W - product, float32, of a row range."""
+    """W - product, or beyond, float32, of a row range."""
     if product is None:
         return weight[rows].float()
-    return weight[rows].float() - product.left[rows] @ product.right
+    return weight[rows].float() - _reach(product, product.left[rows] @ product.right, rows)
+
+
+def _reach(product: Product, delta: torch.Tensor, rows: slice) -> torch.Tensor:
+    """What is subtracted of a row range whose product is ``delta``."""
+    if not product.beyond:
+        return delta
+    if product.before is None:
+        return delta * (1 + product.beyond)
+    before = product.before.left[rows] @ product.before.right
+    return delta + (delta - before) * product.beyond
 
 
 def stored_parameters(quantized: Quantized, dtype: ScaleDtype) -> Parameters:

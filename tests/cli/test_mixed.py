@@ -99,7 +99,7 @@ def test_one_line_says_what_is_wrong_with_a_recipe(
 
 
 def test_every_setting_of_the_command_line_is_one_of_a_recipe_s(place: Path) -> None:
-    """And the other way round, but for the two that have no option of their own."""
+    """And the other way round, but for the three that have no option of their own."""
     about_the_run = {
         *("model", "output", "revision", "offline", "overwrite", "dry_run", "as_json", "quiet"),
         *("verbose", "recipe_file", "save_recipe", "discard_shards", "allow_pickle"),
@@ -108,4 +108,4 @@ def test_every_setting_of_the_command_line_is_one_of_a_recipe_s(place: Path) -> 
     options = {str(parameter.name) for parameter in main.commands["convert"].params}
     plan, _ = prepare("./model", place / "out", Options(), observer=Observer())
     settings = plan.recipe.as_dict().keys() - {"kernels", "layout_fallback"}
-    assert options - about_the_run - {"preset"} == settings - {"keep", "widths"}
+    assert options - about_the_run - {"preset"} == settings - {"keep", "momentum", "widths"}

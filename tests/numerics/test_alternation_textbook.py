@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -94,6 +95,32 @@ def test_svd_first_begins_with_the_low_rank_part_of_the_weight(weight, bits):
     assert d.residuals[0] == pytest.approx(iterates[0].residual, rel=1e-4)
     plain = theirs(weight.double())
     assert d.quantized_norm == pytest.approx(float((weight - plain).norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("order", ["quantize-first", "svd-first"])
+@every_quantizer
+def test_momentum_is_the_textbooks_with_a_push(order, quantizers):
+    weight = WEIGHTS["llm-like"]
+    ours, theirs = quantizers
+    settings = replace(as_published(16, 5), order=order, momentum=True)
+    d = decompose(weight, ours, settings)
+    iterates = textbook.loftq(weight, theirs, 16, 5, order == "svd-first", momentum=True)
+    assert d.residuals == pytest.approx([iterate.residual for iterate in iterates], rel=0.005)
+    error = weight.double() - effective(d)
+    assert d.final == pytest.approx(float(error.norm()), rel=1e-5)
+
+
+@every_weight
+@pytest.mark.parametrize("order", ["quantize-first", "svd-first"])
+@pytest.mark.parametrize(("method", "bits"), [("nf", 2), ("nf", 4), ("uniform", 3), ("fitted", 2)])
+@pytest.mark.parametrize("iters", [2, 5, 20])
+def test_momentum_leaves_less_at_any_number_of_steps(weight, order, method, bits, iters):
+    quantizer = make_quantizer(method, bits, BLOCK_SIZE, "mse")
+    plain = Settings(rank=16, iters=iters, order=order)
+    without = decompose(weight, quantizer, plain)
+    pushed = decompose(weight, quantizer, replace(plain, momentum=True))
+    assert pushed.residuals[0] == without.residuals[0]
+    assert pushed.final < without.final
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,6 +66,32 @@ def test_a_sweep_quantizes_the_weight_less_the_product(scale, shape, method, ran
     own = sweep_of(target, method, scale)
     ours = squares(target.double() - values.double())
     assert ours == pytest.approx(own.quantize(start, None).squared, rel=1e-2)
+
+
+@every_search
+@every_shape
+@every_method
+@pytest.mark.parametrize("rank", [None, 3, 64], ids=["from-zero", "3", "64"])
+def test_what_is_quantized_may_lie_beyond_the_product(scale, shape, method, rank):
+    """The codes are those of a product that ends there; the residual of the step is not."""
+    weight, product = llm_like(*shape), product_of(shape, 5)
+    before = None if rank is None else product_of(shape, rank)
+    there = Product(product.left * 1.7, product.right)
+    if before is not None:
+        left = torch.cat([product.left * 1.7, before.left * -0.7], dim=1)
+        there = Product(left, torch.cat([product.right, before.right]))
+    start, found = None, []
+    for given in (there, replace(product, beyond=0.7, before=before)):
+        sweep = sweep_of(weight, method, scale)
+        first = sweep.quantize(None, None)
+        residual = sweep.residual.double()
+        start = Parameters(first.quantized.scales, first.quantized.zeros)
+        found.append(sweep.quantize(start, given))
+    delta = product.left.double() @ product.right.double()
+    assert found[1].previous == pytest.approx(squares(residual - delta), rel=1e-5)
+    codes = [swept.quantized.codes for swept in found]
+    assert (codes[0] != codes[1]).double().mean() < 1e-3  # where rounding decides
+    assert found[1].squared == pytest.approx(found[0].squared, rel=1e-4)
 
 
 @every_search

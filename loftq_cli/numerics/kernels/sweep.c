@@ -27,6 +27,9 @@ typedef struct {
     int32_t rank;        /* of the product; 0: there is none */
     const float *left;   /* (rows, rank) */
     const float *tiles;  /* [columns / 64][rank][64] */
+    float beyond;        /* the target is weight - product - beyond * (product - before) */
+    int32_t before_rank; /* 0: `before` is zero */
+    const float *before_left, *before_tiles;
     const void *weight;
     float *residual;     /* in: of the previous step; out: weight - values */
     uint16_t *wide;      /* out: the residual in bfloat16, or NULL */
@@ -51,21 +54,27 @@ static const float *weight_rows(const Sweep *s, int64_t first, int64_t last, flo
     return buffer;
 }
 
-/* target = weight - product, of rows [first, last), where `weight` and `target` begin; returns the
- * sum of squares of residual - product. */
+/* TILE_ROWS rows of left x tile, those beyond `last` repeating the first. */
+static void tile_of(const float *left, const float *tiles, int rank, int64_t row, int64_t last,
+                    int64_t column, float product[TILE_ROWS][TILE]) {
+    const float *rows[TILE_ROWS];
+    for (int i = 0; i < TILE_ROWS; i++) rows[i] = left + (row + i < last ? row + i : row) * rank;
+    multiply_tile(rows, tiles + column * rank, rank, product);
+}
+
+/* target = weight - product, or beyond it, of rows [first, last), where `weight` and `target` begin;
+ * returns the sum of squares of residual - product. */
 static double subtract_product(const Sweep *s, int64_t first, int64_t last,
                                const float *all_weights, float *target) {
     double total = 0.0;
     for (int64_t column = 0; column < s->columns; column += TILE) {
-        const float *tile = s->tiles + column * s->rank;
         int width = (int)(s->columns - column < TILE ? s->columns - column : TILE);
         for (int64_t row = first; row < last; row += TILE_ROWS) {
-            float product[TILE_ROWS][TILE];
-            const float *rows[TILE_ROWS];
+            float product[TILE_ROWS][TILE], before[TILE_ROWS][TILE] = {{0}};
             int height = (int)(last - row < TILE_ROWS ? last - row : TILE_ROWS);
-            for (int i = 0; i < TILE_ROWS; i++)
-                rows[i] = s->left + (row + (i < height ? i : 0)) * s->rank;
-            multiply_tile(rows, tile, s->rank, product);
+            tile_of(s->left, s->tiles, s->rank, row, last, column, product);
+            if (s->before_rank && s->codes)
+                tile_of(s->before_left, s->before_tiles, s->before_rank, row, last, column, before);
             for (int i = 0; i < height; i++) {
                 int64_t at = (row + i) * s->columns + column, here = at - first * s->columns;
                 const float *restrict weight = all_weights + here;
@@ -76,7 +85,9 @@ static double subtract_product(const Sweep *s, int64_t first, int64_t last,
                     total += rest * rest;
                 }
                 if (s->codes)
-                    for (int j = 0; j < width; j++) out[j] = weight[j] - product[i][j];
+                    for (int j = 0; j < width; j++)
+                        out[j] = weight[j] - product[i][j] -
+                                 s->beyond * (product[i][j] - before[i][j]);
             }
         }
     }
