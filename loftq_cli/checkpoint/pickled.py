@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint import pickle_check
 from loftq_cli.checkpoint.header import Header, HeaderError, StoredTensor, is_text, shown
+from loftq_cli.checkpoint.pickle_check import HINT, check
 
 _MAX_PICKLE = 32_000_000  # bytes; a tensor takes about 200 in it
 _TAGS = {
@@ -35,7 +35,6 @@ _TAGS = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
-_HINT = "load it where you trust it, and save it with safetensors: save_pretrained(DIR)"
 
 
 def read_header(path: Path) -> Header:
@@ -70,7 +69,7 @@ def _check_archive(path: Path) -> None:
     """That everything is stored as it is, so that nothing grows when it is read, that data are
     little-endian, and that what torch reads whole is not too large."""
     if not zipfile.is_zipfile(path):
-        raise HeaderError(f"not a zip file, as torch.save writes since 1.6 ({_HINT})")
+        raise HeaderError(f"not a zip file, as torch.save writes since 1.6 ({HINT})")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -79,14 +78,14 @@ def _check_archive(path: Path) -> None:
                     entry.compress_type != zipfile.ZIP_STORED
                     or entry.file_size > entry.compress_size
                 ):
-                    raise HeaderError(f"{shown(entry.filename)} is compressed ({_HINT})")
+                    raise HeaderError(f"{shown(entry.filename)} is compressed ({HINT})")
             described = [entry for entry in entries if "/data/" not in entry.filename]
             if sum(entry.file_size for entry in described) > _MAX_PICKLE:
                 raise HeaderError("what describes its tensors is larger than 32 MB")
             for entry in described:
                 name = entry.filename.partition("/")[2]
                 if name == "byteorder" and archive.read(entry) != b"little":
-                    raise HeaderError(f"its numbers are not little-endian ({_HINT})")
+                    raise HeaderError(f"its numbers are not little-endian ({HINT})")
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise HeaderError(f"a broken zip file: {error}") from error
 
@@ -94,21 +93,21 @@ def _check_archive(path: Path) -> None:
 def _unpickled(path: Path) -> dict[str, torch.Tensor]:
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
 
-    pickle_check.check(_pickle(path))
+    check(_pickle(path))
     try:
         with FakeTensorMode():
             held: Any = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:  # its text advises to unpickle without protection
-        raise HeaderError(f"its pickle holds more than tensors ({_HINT})") from error
+        raise HeaderError(f"its pickle holds more than tensors ({HINT})") from error
     except Exception as error:
         first = (str(error).splitlines() or [""])[0][:200]
         raise HeaderError(f"cannot be unpickled: {type(error).__name__}: {shown(first)}") from error
     if not isinstance(held, dict):
-        raise HeaderError(f"holds {type(held).__name__}, not a state dict ({_HINT})")
+        raise HeaderError(f"holds {type(held).__name__}, not a state dict ({HINT})")
     for name, value in held.items():
         if not is_text(name) or not isinstance(value, torch.Tensor):
             raise HeaderError(
-                f"entry {shown(name)} is {type(value).__name__}, not a tensor ({_HINT})"
+                f"entry {shown(name)} is {type(value).__name__}, not a tensor ({HINT})"
             )
     return held
 
@@ -132,9 +131,9 @@ def _stored(name: str, tensor: torch.Tensor, size: int) -> StoredTensor:
     where = f"tensor {shown(name)}"
     tag = _TAGS.get(tensor.dtype)
     if tag is None or tensor.layout != torch.strided:
-        raise HeaderError(f"{where} is {tensor.dtype}, {tensor.layout}: not supported ({_HINT})")
+        raise HeaderError(f"{where} is {tensor.dtype}, {tensor.layout}: not supported ({HINT})")
     if not tensor.is_contiguous():
-        raise HeaderError(f"{where} is not contiguous ({_HINT})")
+        raise HeaderError(f"{where} is not contiguous ({HINT})")
     storage = tensor.untyped_storage()
     start: object = getattr(storage, "_checkpoint_offset", None)
     if not isinstance(start, int):

@@ -31,6 +31,9 @@ def saved(content: Any) -> bytes:
         return archive.read("archive/data.pkl")
 
 
+TEXT, FLOATS = b"X\x01\x00\x00\x00a", b"ctorch\nFloatStorage\n"
+
+
 def number(value: int) -> bytes:
     return b"J" + struct.pack("<i", value)
 
@@ -73,13 +76,21 @@ NESTED = b")q\x00" + b"".join(b"h\x00h\x00\x86q\x00" for _ in range(60))  # a ha
         (pickled(b"ctorch\nempty\n", number(1 << 30), b"\x85R"), "'torch empty'"),
         (pickled(b"ctorch\nTensor\n)\x81"), "'torch Tensor'"),
         (pickled(b"cposix\nsystem\nX\x02\x00\x00\x00ls\x85R"), "'posix system'"),
-        (pickled(ORDERED, b"]\x85R"), "OrderedDict with 'tuple'"),
-        (pickled(ORDERED, b")R}b}b"), "attributes more than once"),
-        (pickled(b"}", NESTED, b"Ns"), "the key of a dict, SETITEM, with 'tuple'"),
+        (pickled(ORDERED, b"]\x85R"), "OrderedDict of 'a tuple'"),
+        (pickled(ORDERED, b")R", b"}b" * 17), "attributes are set 17 times"),
+        (pickled(b"}", NESTED, b"Ns"), "the key of a dict is 'a tuple'"),
+        (pickled(b"}", b"\x8a\x08" + (1 << 61).to_bytes(8, "little"), b"Ns"), "'large number'"),
+        (pickled(b"}", b"G" + bytes(8), b"Ns"), "the key of a dict is 'float'"),
+        (pickled(NESTED, b"(", TEXT, FLOATS, b"h\x00", TEXT, b"K\x02tQ"), "a persistent id of"),
+        (pickled(b"(", TEXT, TEXT, TEXT, TEXT, b"K\x02tQ"), "a persistent id of"),
+        (pickled(b"(", TEXT, FLOATS, TEXT, b"K\x02tQ"), "a persistent id of"),
+        (b"\x80\x05" + pickled(), "saved with pickle protocol 5"),
         (pickled(b"(", number(1) * 65, b"t"), "tuple of 65"),
-        (pickled(TENSOR, b")R" * (pickle_check.MAX_TENSORS + 1)), "'tensor'"),
+        (pickled(TENSOR, b")R)R"), "a call of 'tensor'"),
+        (pickled(b"ctorch._utils\n_rebuild_parameter_with_state\n"), "attributes of their own"),
         (pickled((TENSOR + b")R") * (pickle_check.MAX_TENSORS + 1)), "more than 100,000 tensors"),
-        (pickle.dumps({"a": 1}, protocol=4), "opcode FRAME"),
+        (pickle.dumps({"a": 1}, protocol=4), "saved with pickle protocol 4"),
+        (pickle.dumps({1: {2}}, protocol=3), "'builtins set'"),
         (pickled(b"\x8e" + struct.pack("<Q", 1 << 40)), "a broken pickle"),
         (pickled(b"X\xff\xff\xff\x7f"), "a broken pickle"),
         (pickled(b"u"), "a broken pickle"),
@@ -92,6 +103,13 @@ NESTED = b")q\x00" + b"".join(b"h\x00h\x00\x86q\x00" for _ in range(60))  # a ha
 def test_what_nobody_needs_for_tensors_is_refused(content: bytes, message: str) -> None:
     with pytest.raises(HeaderError, match=message):
         pickle_check.check(content)
+
+
+def test_there_is_an_end_of_opcodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickle_check, "_MOST_OPCODES", 1000)
+    pickle_check.check(pickled(b"}" * 998))
+    with pytest.raises(HeaderError, match="more than 1,000 opcodes"):
+        pickle_check.check(pickled(b"}" * 999))
 
 
 @settings(max_examples=300)
