@@ -104,8 +104,8 @@ def convert(
     from loftq_cli.conversion.run import prepare, run
 
     observer = Observer()
-    options = combined(settings, None if recipe is None else Path(recipe))
     texts = [calibrate_text] if isinstance(calibrate_text, (str, Path)) else calibrate_text
+    options = combined(settings, None if recipe is None else Path(recipe), measuring=bool(texts))
     plan, path = prepare(
         str(model),
         output,

@@ -212,7 +212,7 @@ def convert(
     from loftq_cli.conversion.run import prepare, run
 
     narrator = Narrator(quiet=quiet, verbose=verbose)
-    options = recipes.options(settings, recipe_file)
+    options = recipes.options(settings, recipe_file, measuring=bool(texts))
     if save_recipe is not None:
         recipes.check_writable(save_recipe, dry_run=dry_run)
     plan, path = prepare(

@@ -23,7 +23,7 @@ from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.resources import check_space, memory_explained
 from loftq_cli.conversion.selection import select
 from loftq_cli.conversion.shard_supply import deliver_all
-from loftq_cli.conversion.statistics import identity_of, write_entry
+from loftq_cli.conversion.statistics import contents_sha256, identity_of, write_entry
 from loftq_cli.conversion.workspace import Workspace
 from loftq_cli.errors import (
     CorruptFileError,
@@ -138,7 +138,7 @@ def calibrate(
         samples, length = calibration.windows.shape
         name = str(dtype).removeprefix("torch.")
         text = {
-            **provenance(read, settings),
+            **provenance(read, settings, contents_sha256(source)),
             "samples": samples,
             "length": length,
             "dtype": name,
@@ -174,10 +174,15 @@ def calibrate(
     }
 
 
-def provenance(texts: Sequence[Text], settings: Settings) -> dict[str, Any]:
-    """What a file of statistics says of the text, as far as it is known beforehand."""
-    asked = {"samples": settings.samples, "length": settings.length}
-    return {"files": [text.sha256 for text in texts], "seed": settings.seed, "asked": asked}
+def provenance(texts: Sequence[Text], settings: Settings, contents: str | None) -> dict[str, Any]:
+    """What a file of statistics says of the text and the ``contents`` of the model, as far as it is
+    known beforehand."""
+    return {
+        "contents": contents,
+        "files": [text.sha256 for text in texts],
+        "seed": settings.seed,
+        "asked": {"samples": settings.samples, "length": settings.length},
+    }
 
 
 def _write(

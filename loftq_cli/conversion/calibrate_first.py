@@ -16,6 +16,7 @@ from loftq_cli.checkpoint.statistics import model_sha256, open_statistics, stati
 from loftq_cli.checkpoint.statistics_writer import refuse_taken
 from loftq_cli.conversion.calibrate import Settings, Text, calibrate, provenance, read_text
 from loftq_cli.conversion.observer import Observer
+from loftq_cli.conversion.statistics import contents_sha256
 from loftq_cli.errors import InputError, OutputConflictError, UsageError
 
 OPTION = "--calibrate-text"
@@ -109,11 +110,10 @@ def _differing(path: Path, source: Source, read: Sequence[Text], moments: str) -
         return "of another model"
     if kinds != {moments}:
         return f"with {' and '.join(sorted(kinds))} moments, not {moments}"
-    wanted = provenance(read, Settings(moments=moments))
+    contents = contents_sha256(source)
+    if contents is None or held.text.get("contents") != contents:
+        return f"of a model with other values, or another tokenizer, than {source.id} has now"
+    wanted = provenance(read, Settings(moments=moments), contents)
     if {name: held.text.get(name) for name in wanted} != wanted:
         return "of other text, or of other windows of it"
-    files = [*(shard.path for shard in source.shards), source.directory / "config.json"]
-    newest = max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)
-    if path.stat().st_mtime_ns < newest:  # their values could be others
-        return f"older than the weights in {source.directory}"
     return None

@@ -26,8 +26,11 @@ _ALTERNATIVES = ("bits", "target_bpw")
 """Settings of which the last given decides, wherever it was given."""
 
 
-def options(settings: Mapping[str, Any], path: Path | None = None) -> Options:
-    """Options from keyword arguments on top of those in the recipe at ``path``.
+def options(
+    settings: Mapping[str, Any], path: Path | None = None, *, measuring: bool = False
+) -> Options:
+    """Options from keyword arguments on top of those in the recipe at ``path``. ``measuring``: the
+    statistics are measured anew, whichever the recipe was made with.
 
     Raises UsageError for unknown settings and bad values, SourceNotFoundError and InputError for
     a file that is not there or is no recipe.
@@ -36,6 +39,8 @@ def options(settings: Mapping[str, Any], path: Path | None = None) -> Options:
         return Options.from_settings(settings)
     held = read(path)
     given = {name: value for name, value in settings.items() if value not in (None, (), [])}
+    if measuring and _SHA256.fullmatch(str(held.get("stats"))):
+        del held["stats"]
     if "stats" not in given and _SHA256.fullmatch(str(held.get("stats"))):
         raise UsageError(
             f"{path}: the conversion used the activation statistics of sha256 {held['stats']}",

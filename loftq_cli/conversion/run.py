@@ -222,6 +222,8 @@ def _refuse_beforehand(plan: Plan, workspace: Workspace, overwrite: bool) -> Non
     for held, _ in workspace.held():
         names = {name for name in {*held, *wanted} if held.get(name) != wanted.get(name)}
         if held.get("stats") is None or not names <= {"stats", "threads", *_SETTLED}:
+            if held.get("stats") is not None:
+                held = {**held, "stats": wanted["stats"]}  # they may be the same in the end
             there = Identity("", held, source_identity(plan.source))
             now = Identity("", wanted, source_identity(plan.source))
             raise OutputConflictError(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from loftq_cli.checkpoint.companions import companions
+from loftq_cli.checkpoint.durable import explained, file_sha256
 from loftq_cli.checkpoint.measured import ModelIdentity
 from loftq_cli.checkpoint.source import Source, open_source
-from loftq_cli.checkpoint.statistics import model_sha256
+from loftq_cli.checkpoint.statistics import compact_json, model_sha256
 from loftq_cli.checkpoint.statistics_writer import StatisticsWriter
 from loftq_cli.conversion.plan import Plan
 from loftq_cli.errors import StatisticsError, UsageError
@@ -31,6 +34,26 @@ def statistics_note(plan: Plan, preset: str) -> str | None:
 
 def identity_of(source: Source) -> ModelIdentity:
     return ModelIdentity(source.id, model_sha256(source))
+
+
+def contents_sha256(source: Source) -> str | None:
+    """sha256 of what measuring reads, weights, configuration and tokenizer: of the compact JSON of
+    the sorted [name, sha256] of these files. None where a shard is not there, and the hub does not
+    say what is in it. Raises EnvironmentFailure."""
+    small = [path for path in companions(source.directory) if not path.name.startswith("LICENSE")]
+    files = []
+    for shard in source.shards:
+        digest = source.supply.sha256(shard.name)
+        if digest is None:
+            if not shard.path.exists():
+                return None
+            small.append(shard.path)
+        else:
+            files.append((shard.name, digest))
+    for path in small:
+        with explained(path):
+            files.append((path.name, file_sha256(path)))
+    return hashlib.sha256(compact_json(sorted(files)).encode()).hexdigest()
 
 
 def save_statistics(

@@ -163,7 +163,8 @@ def _groups(
 
 
 def _limits(config: Mapping[str, Any], tokenizer: Any) -> Iterator[int]:
-    for limit in (config.get("max_position_embeddings"), tokenizer.model_max_length):
+    told = [config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    for limit in (*told, tokenizer.model_max_length):
         if isinstance(limit, int) and 0 < limit < _NO_LIMIT:
             yield limit
 

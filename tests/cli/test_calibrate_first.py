@@ -102,8 +102,17 @@ def changed_text() -> None:
 
 
 def changed_weights() -> None:
-    later = STATS.stat().st_mtime_ns + 1
-    os.utime("real/model.safetensors", ns=(later, later))
+    """Other values under the same header, and older than the statistics."""
+    path = Path("real/model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+
+
+def changed_tokenizer() -> None:
+    path = Path("real/tokenizer_config.json")
+    path.write_text(path.read_text().rstrip() + "\n ")
 
 
 def samples() -> None:
@@ -123,7 +132,8 @@ def imported() -> None:
     [
         (changed_text, (), "of other text"),
         (samples, (), "of other windows"),
-        (changed_weights, (), "older than the weights"),
+        (changed_weights, (), "of a model with other values"),
+        (changed_tokenizer, (), "or another tokenizer, than real has now"),
         (imported, (), "of another model"),
         (None, ("--moments", "full"), "with diagonal moments, not full"),
     ],
@@ -167,6 +177,32 @@ def test_an_output_of_other_settings_is_noticed_before_anything_is_measured(
     assert ("rank 8 there, 4 now" in result.stderr) == bool(words)
     assert not measurements
     assert not STATS.exists()
+
+
+def test_a_touched_model_is_the_same(loftq: Command, measurements: list[Path]) -> None:
+    assert loftq(*CONVERT, *TEXT).exit_code == 0
+    os.utime("real/config.json")
+    os.utime("real/model.safetensors")
+    assert loftq(*CONVERT, *TEXT).exit_code == 0
+    assert len(measurements) == 1
+
+
+def test_a_recipe_that_was_saved_is_taken_again(loftq: Command, measurements: list[Path]) -> None:
+    assert loftq(*CONVERT, *TEXT, "--save-recipe", "r.toml").exit_code == 0
+    for recipe in ("r.toml", "out/loftq_manifest.json"):
+        result = loftq("convert", "real", "--recipe", recipe, *TEXT)
+        assert result.exit_code == 0, result.stderr
+        assert "nothing to do" in result.stderr
+    assert len(measurements) == 1
+
+
+def test_where_ranks_differ_too_the_statistics_are_no_matter(loftq: Command) -> None:
+    assert loftq(*CONVERT, *TEXT).exit_code == 0
+    STATS.unlink()
+    result = loftq(*CONVERT, *TEXT, "--rank", "8")
+    assert result.exit_code == 4
+    assert "rank 4 there, 8 now" in result.stderr
+    assert "stats" not in result.stderr
 
 
 def test_a_directory_that_is_not_ours_is_noticed_before_anything_is_measured(

@@ -18,6 +18,7 @@ from loftq_cli.checkpoint.statistics import model_sha256, open_statistics
 from loftq_cli.conversion.calibrate import Settings, calibrate
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.selection import select
+from loftq_cli.conversion.statistics import contents_sha256
 from loftq_cli.integrations import pretrained
 from tests import models
 from tests.conversion.calibrated import FAMILIES, LENGTH, TEXT, measured
@@ -143,6 +144,7 @@ def test_what_the_file_says_of_model_and_text(checkpoint, notes):
     from loftq_cli.checkpoint.header import read_header, strict_json
 
     assert strict_json(read_header(output).metadata["text"].encode()) == {
+        "contents": contents_sha256(open_source(directory)),
         "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in (notes, second)],
         "samples": 4,
         "length": LENGTH,
