@@ -57,6 +57,13 @@ def albert() -> Any:
     return models._randomised(transformers.AlbertModel, config)
 
 
+def gpt2() -> Any:
+    """A GPT2Model, whose config calls its longest text ``n_positions``."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 24}
+    config = transformers.GPT2Config(vocab_size=models.VOCABULARY, **sizes)
+    return models._randomised(transformers.GPT2Model, config)
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": models.llama,
     "bert": models.bert,

@@ -21,7 +21,7 @@ from loftq_cli.conversion.selection import select
 from loftq_cli.conversion.statistics import contents_sha256
 from loftq_cli.integrations import pretrained
 from tests import models
-from tests.conversion.calibrated import FAMILIES, LENGTH, TEXT, measured
+from tests.conversion.calibrated import FAMILIES, LENGTH, TEXT, gpt2, measured
 from tests.models import CHARACTERS, FIRST_CHARACTER
 
 ROOM = LENGTH - 2  # <s> and </s> are around every window
@@ -154,6 +154,14 @@ def test_what_the_file_says_of_model_and_text(checkpoint, notes):
     }
     assert found.tokens("model.layers.0.mlp.up_proj.weight") == result["tokens"] == 4 * LENGTH
     assert result["bytes"] == output.stat().st_size
+
+
+def test_windows_are_as_long_as_the_model_takes(tmp_path, notes):
+    model = models.save_tokenizer(models.save(gpt2(), tmp_path / "gpt2"))
+    output = notes.parent / "stats.safetensors"
+    settings = Settings(device="cpu")
+    result = calibrate(str(model), output, [notes], settings, observer=Observer())
+    assert result["length"] == 24
 
 
 def test_the_same_command_writes_the_same_bytes(checkpoint, notes):
