@@ -37,7 +37,10 @@ MAX_RANK = 65_536
 MAX_FITTED_BITS = 4
 MAX_ITERS = 1_000
 
-FIXED_SCALE_METHODS = ("fitted", "uniform-block", "uniform-tensor")
+REFERENCE_METHODS = ("uniform-block", "uniform-tensor")
+"""The uniform quantizers of the LoftQ authors' code."""
+
+FIXED_SCALE_METHODS = ("fitted", *REFERENCE_METHODS)
 """Methods that define their own scale, so that ``--scale`` does not apply."""
 
 _DEFAULTS: dict[str, Any] = {
@@ -150,6 +153,8 @@ class Options:
         method = given.get("method", supplied["method"])
         if method in FIXED_SCALE_METHODS and "scale" in given:
             raise UsageError(f"--scale does not apply to --method {method}, which fixes its own")
+        if given.get("scale", supplied["scale"]) != "mse" or method in REFERENCE_METHODS:
+            supplied["momentum"] = False  # scales that are not fitted lose by it at 2 bits
         del given["preset"]
         if "target_bpw" in given:
             _check_target(given)

@@ -176,6 +176,11 @@ def test_the_preset_paper_is_the_reference_code():
 def test_momentum_is_a_setting_without_an_option(given):
     assert Options().resolve().momentum
     assert Options.from_settings({"momentum": given}).resolve().momentum == given
+    for options in ({"scale": "absmax"}, {"method": "uniform-block"}, {"preset": "paper"}):
+        assert not Options.from_settings(options).resolve().momentum
+        pushed = Options.from_settings({**options, "momentum": True}).resolve()
+        assert pushed.momentum
+    assert Options.from_settings({"method": "fitted"}).resolve().momentum
     assert "--momentum 2: not one of" in usage_error(momentum=2)
 
 
