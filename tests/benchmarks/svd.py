@@ -1,4 +1,5 @@
-"""The fast SVD against the exact one: residual at every T up to 10, absmax and mse scales."""
+"""The fast SVD against the exact one: residual at every T up to 10, absmax and mse scales, the
+latter with momentum."""
 
 from __future__ import annotations
 
@@ -42,5 +43,12 @@ def _residuals(
     weight: torch.Tensor, bits: int, rank: int, scale: str, svd: str, products: torch.dtype
 ) -> list[float]:
     quantizer = make_quantizer("nf", bits, 64, scale)
-    settings = Settings(rank=rank, iters=_ITERS, svd=svd, keep="last", products=products)
+    settings = Settings(
+        rank=rank,
+        iters=_ITERS,
+        svd=svd,
+        keep="last",
+        momentum=scale == "mse",
+        products=products,
+    )
     return decompose(weight, quantizer, settings).residuals
