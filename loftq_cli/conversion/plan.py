@@ -125,12 +125,14 @@ class Plan:
     def memory_bytes(self) -> int:
         """Estimated peak for the largest matrix, above what importing torch takes: the source's
         bytes, those of the next one too, W - Q in float32 and in the products' dtype, three sets of
-        codes, the thin factors, and the second moments."""
+        codes, the thin factors, and with statistics the second moments and what the adapter leaves
+        of W - Q."""
         moments = 0
         if self.statistics is not None:
             entries = self.statistics.entries.values()
             sides = ((e.in_features, e.in_features if e.kind == "full" else 1) for e in entries)
             moments = max(rows * columns for rows, columns in sides) * 6
+            moments += max(item.matrix.elements for item in self.matrices.values()) * 4
         return max(_working_set(item) for item in self.matrices.values()) + moments
 
     def with_fallback(self) -> Plan:

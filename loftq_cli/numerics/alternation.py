@@ -76,12 +76,21 @@ class _WeightedTrace(_Trace):
     def __init__(self, weighting: Weighting, weight: torch.Tensor) -> None:
         super().__init__(weighting.norm(weight))
         self._weighting = weighting
+        self._seen = False  # what quantization alone leaves
 
     def see_quantized(self, residual: torch.Tensor) -> None:
         self.quantized = self._weighting.norm(residual)
+        self._seen = True
 
-    def see_step(self, residual: torch.Tensor, product: Product) -> None:
-        self.steps.append(self._weighting.norm(residual, product.left, product.right))
+    def see_step(self, remains: torch.Tensor | None, product: Product) -> None:
+        """``remains`` = R - product. Where nothing was seen before, R is W - quantize(W)."""
+        assert remains is not None
+        if self._seen:
+            self.steps.append(self._weighting.norm(remains))
+            return
+        adapted, self.quantized = self._weighting.norms(remains, product.left, product.right)
+        self.steps.append(adapted)
+        self._seen = True
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,8 @@ def decompose(
     float32 arithmetic or for the dtype they are to be stored in.
     """
     sweep = make_sweep(weight, quantizer, settings)
+    if weighting is not None and settings.iters:
+        sweep.remains = torch.empty_like(sweep.wide)
     plain = _Trace(math.sqrt(squared_norm(weight)))
     weighted = None if weighting is None else _WeightedTrace(weighting, weight)
     deciding = weighted or plain
@@ -132,17 +143,18 @@ def decompose(
         if step > 1:
             assert previous is not None
             plain.steps.append(adapted)
+            if weighted is not None:
+                weighted.see_step(sweep.remains, _product(previous, settings))
             best = _better(best, deciding.steps[-1], step - 1, previous, settings.keep)
         elif settings.order == "quantize-first":
             plain.quantized = norm
-            if weighted is not None:
-                weighted.see_quantized(sweep.residual)
         A, B, basis = fit_adapter(sweep.residual, sweep.wide, norm, basis, settings, weighting)
         earlier, previous = previous, _Iterate(quantized, A, B)
-        if weighted is not None:
-            weighted.see_step(sweep.residual, _product(previous, settings))
     assert previous is not None
-    plain.steps.append(math.sqrt(sweep.remainder(_product(previous, settings))))
+    product = _product(previous, settings)
+    plain.steps.append(math.sqrt(sweep.remainder(product)))
+    if weighted is not None:
+        weighted.see_step(sweep.remains, product)
     best = _better(best, deciding.steps[-1], settings.iters, previous, settings.keep)
     return _finish(settings, best.iterate, best.step, plain, weighted)
 

@@ -142,10 +142,12 @@ def subspace(
         shift = torch.where(smallest > shift, (shift + smallest) / 2, shift)
     left, _ = _orthonormal(left, _FINE_RIDGE)  # what the first time lost to conditioning
     projected = transposed_times(left)
-    inner, sigma = _eigen(projected, weighed(projected))
-    left, projected = inner.T.float() @ left, inner.T.float() @ projected
-    sigma = sigma.float()
-    basis = Basis(left, weighed(projected), sigma[-1], calls + 1)
+    image = weighed(projected)
+    inner, sigma = _eigen(projected, image)
+    turn, sigma = inner.T.float(), sigma.float()
+    left, projected = turn @ left, turn @ projected
+    image = projected if weighting is None else turn @ image
+    basis = Basis(left, image, sigma[-1], calls + 1)
     return _balanced(left[:rank], projected[:rank], sigma[:rank] / unit, basis, norm)
 
 

@@ -71,6 +71,8 @@ class _Sweep(ctypes.Structure):
         ("weight", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
         ("wide", ctypes.c_void_p),
+        ("remains", ctypes.c_void_p),
+        ("half_remains", ctypes.c_int32),
         ("start", ctypes.c_void_p),
         ("fixed", ctypes.c_int32),
         ("codes", ctypes.c_void_p),
@@ -102,6 +104,7 @@ class NativeSweep:
         self.residual = torch.empty_like(self._weight, dtype=torch.float32)
         half = products == torch.bfloat16
         self.wide = torch.empty_like(self._weight, dtype=products) if half else self.residual
+        self.remains: torch.Tensor | None = None
         columns = weight.shape[1]
         unit = quantizer.row_step(columns)
         wanted = min(_ROWS, max(_BUFFER_ELEMENTS // columns, 1))
@@ -184,6 +187,9 @@ class NativeSweep:
         call.group = self._group
         call.kind = _DTYPES[weight.dtype]
         call.weight, call.residual = weight.data_ptr(), self.residual.data_ptr()
+        if self.remains is not None and not call.fixed:  # the second pass finds another R
+            call.remains = self.remains.data_ptr()
+            call.half_remains = self.remains.dtype == torch.bfloat16
         if product is not None:
             left, tiles = product.left.contiguous(), _tiles(product.right)
             call.rank = left.shape[1]

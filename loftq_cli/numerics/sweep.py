@@ -48,10 +48,12 @@ class Swept:
 
 class Sweep(Protocol):
     """``residual`` R float32 (out, in) and ``wide``, the same in the products' dtype (the same
-    tensor where that is float32), as the last :meth:`quantize` left them."""
+    tensor where that is float32), as the last :meth:`quantize` left them; ``remains``, unless it
+    is None, receives R - product, in the dtype of ``wide``, from either pass that is given one."""
 
     residual: torch.Tensor
     wide: torch.Tensor
+    remains: torch.Tensor | None
 
     def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
         """Quantize W - product, or beyond, beginning beside the scales of ``start``. Raises
@@ -81,6 +83,7 @@ class TensorSweep:
         self.residual = torch.empty_like(weight, dtype=torch.float32)
         same = products == torch.float32
         self.wide = self.residual if same else torch.empty_like(weight, dtype=products)
+        self.remains: torch.Tensor | None = None
 
     def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
         self._quantizer = quantizer = self._quantizer.prepare(
@@ -96,14 +99,20 @@ class TensorSweep:
             return swept
         given, previous = stored_parameters(swept.quantized, self._scale_dtype), swept.previous
         del swept  # its codes
-        again = self._pass(product, lambda rows, blocks: quantizer.encode(rows, given[blocks]))
+        again = self._pass(
+            product, lambda rows, blocks: quantizer.encode(rows, given[blocks]), again=True
+        )
         return replace(again, previous=previous)
 
     def _pass(
-        self, product: Product | None, quantize: Callable[[torch.Tensor, slice], Fitted]
+        self,
+        product: Product | None,
+        quantize: Callable[[torch.Tensor, slice], Fitted],
+        *,
+        again: bool = False,
     ) -> Swept:
         """Every row range through ``quantize``, which takes the target and the numbers of its
-        blocks."""
+        blocks. ``again``: R is no longer the previous step's."""
         quantizer, columns = self._quantizer, self._weight.shape[1]
         codes = torch.empty(self._weight.shape, dtype=torch.uint8, device=self._weight.device)
         parts: list[Parameters] = []
@@ -114,6 +123,8 @@ class TensorSweep:
             if product is not None:
                 delta = product.left[rows] @ product.right
                 sums[1] += squares(residual.sub_(delta))
+                if self.remains is not None and not again:
+                    self.remains[rows] = residual
                 target = weight - _reach(product, delta, rows)
             blocks = slice(
                 quantizer.blocks_before(rows.start, columns),
@@ -134,6 +145,8 @@ class TensorSweep:
         for rows in self._pieces():
             delta = product.left[rows] @ product.right
             total += squares(torch.sub(self.residual[rows], delta, out=delta))
+            if self.remains is not None:
+                self.remains[rows] = delta
         return float(total)
 
     def _pieces(self) -> Iterator[slice]:

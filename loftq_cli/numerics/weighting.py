@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from loftq_cli.numerics import native_form
 from loftq_cli.numerics.metrics import squared_norm
 
-_CHUNK_ELEMENTS = 1 << 21
-_BLOCK = 1024  # columns of H at a time
+_CHUNK_ELEMENTS = 1 << 21  # few enough that scratch memory is reused, not mapped anew
+_BLOCK = 512  # columns of H at a time
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,24 @@ class Weighting:
         """``rows @ H`` of float32 (k, in), float32."""
         if not self.is_full:
             return rows * self.moments
-        return (rows.to(self.wide.dtype) @ self.wide).float()
+        return (rows.to(self.wide.dtype) @ self.wide.T).float()  # as fast as H is read
 
-    def norm(
-        self,
-        matrix: torch.Tensor,
-        left: torch.Tensor | None = None,
-        right: torch.Tensor | None = None,
-    ) -> float:
-        """||matrix - left @ right||_H of (out, in), (out, r), (r, in); the last two float32."""
-        step = max(_CHUNK_ELEMENTS // matrix.shape[1], 1)
-        total = 0.0
-        for start in range(0, matrix.shape[0], step):
-            rows = matrix[start : start + step].float()
-            if left is not None and right is not None:
-                rows = rows - left[start : start + step] @ right
-            total += self._squared(rows)
-        return math.sqrt(max(total, 0.0) * self.unit)
+    def norm(self, matrix: torch.Tensor) -> float:
+        """||matrix||_H of a floating-point (out, in)."""
+        return math.sqrt(self._squared(matrix) * self.unit)
+
+    def norms(
+        self, matrix: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+    ) -> tuple[float, float]:
+        """(||matrix||_H, ||matrix + left @ right||_H) of (out, in), (out, r), (r, in), the last
+        two float32: the second by thin products alone."""
+        squared = self._squared(matrix)
+        weighed = right @ self.moments if self.is_full else right * self.moments
+        mixed = (matrix @ weighed.to(matrix.dtype).T).float()
+        twice = 2 * (mixed * left).sum(dtype=torch.float64)
+        added = ((left.T @ left) * (weighed @ right.T)).sum(dtype=torch.float64)
+        together = max(squared + float(twice + added), 0.0)
+        return math.sqrt(squared * self.unit), math.sqrt(together * self.unit)
 
     def root(self) -> torch.Tensor:
         """S with S S^T = H, float32: its diagonal, or (in, in) by eigendecomposition."""
@@ -67,18 +69,26 @@ class Weighting:
         root: torch.Tensor = vectors * values.clamp_min(0).sqrt()
         return root.float()
 
-    def _squared(self, rows: torch.Tensor) -> float:
+    def _squared(self, matrix: torch.Tensor) -> float:
+        if native_form.can_run(self.wide):
+            return max(native_form.quadratic_form(matrix.to(self.wide.dtype), self.wide), 0.0)
+        step = max(_CHUNK_ELEMENTS // matrix.shape[1], 1)
+        starts = range(0, matrix.shape[0], step)
+        total = math.fsum(self._squared_rows(matrix[start : start + step]) for start in starts)
+        return max(total, 0.0)
+
+    def _squared_rows(self, rows: torch.Tensor) -> float:
         if not self.is_full:
-            return squared_norm(rows * self.moments.sqrt())
+            return squared_norm(rows.float() * self.moments.sqrt())
+        doubled = rows.to(self.wide.dtype, copy=True)
         # H is symmetric: what is above the diagonal counts twice.
-        wide = rows.to(self.wide.dtype)
         total = 0.0
         for start in range(0, rows.shape[1], _BLOCK):
-            stop = start + _BLOCK
-            block = wide[:, start:stop] @ self.wide[start:stop, start:stop]
-            if start:
-                block = torch.addmm(block, wide[:, :start], self.wide[:start, start:stop], alpha=2)
-            total += float((block.float() * rows[:, start:stop]).sum(dtype=torch.float64))
+            stop = min(start + _BLOCK, rows.shape[1])
+            # Its columns are its rows, which CPU libraries read faster.
+            image = (doubled[:, :stop] @ self.wide[start:stop, :stop].T).float()
+            total += float(image.mul_(doubled[:, start:stop]).sum(dtype=torch.float64))
+            doubled[:, start:stop] *= 2
         return total
 
 

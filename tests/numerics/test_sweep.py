@@ -95,6 +95,30 @@ def test_what_is_quantized_may_lie_beyond_the_product(scale, shape, method, rank
 
 
 @every_search
+@every_shape
+@every_method
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
+def test_what_the_product_leaves_of_the_previous_residual_is_kept(
+    scale, shape, method, products, scale_dtype
+):
+    weight, product = llm_like(*shape), product_of(shape, 5)
+    sweep = sweep_of(weight, method, scale, products=products, scale_dtype=scale_dtype)
+    sweep.quantize(None, None)
+    before = sweep.residual.clone()
+    sweep.remains = torch.empty_like(sweep.wide)
+    delta = product.left.double() @ product.right.double()
+    tolerance = {"rtol": 2e-6, "atol": 1e-7} if products == torch.float32 else {}
+    sweep.quantize(None, product)
+    expected = (before.double() - delta).to(products)
+    torch.testing.assert_close(sweep.remains, expected, **tolerance)
+    sweep.remains.zero_()
+    sweep.remainder(product)
+    expected = (sweep.residual.double() - delta).to(products)
+    torch.testing.assert_close(sweep.remains, expected, **tolerance)
+
+
+@every_search
 @every_method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_dense_backbone_is_rounded_before_it_is_subtracted(scale, method, dtype):

@@ -46,7 +46,7 @@ def smallest_distance(matrix: torch.Tensor, H: torch.Tensor, rank: int) -> float
 
 
 @every_kind
-@pytest.mark.parametrize("width", [96, 1500])
+@pytest.mark.parametrize("width", [96, 1500, 640])  # the last in the kernel, where there is one
 @every_dtype
 def test_the_norm_is_that_of_its_definition(kind, width, products):
     H, matrix = moments(kind, width), gaussian(70, width)
@@ -57,8 +57,10 @@ def test_the_norm_is_that_of_its_definition(kind, width, products):
     assert weighting.norm(matrix.bfloat16()) == pytest.approx(
         norm(matrix.bfloat16(), H), rel=tolerance
     )
-    expected = norm(matrix.double() - left.double() @ right.double(), H)
-    assert weighting.norm(matrix, left, right) == pytest.approx(expected, rel=tolerance)
+    expected = norm(matrix.double() + left.double() @ right.double(), H)
+    alone, together = weighting.norms(matrix.to(products), left, right)
+    assert alone == pytest.approx(norm(matrix, H), rel=tolerance)
+    assert together == pytest.approx(expected, rel=tolerance)
 
 
 @every_kind

@@ -33,6 +33,8 @@ typedef struct {
     const void *weight;
     float *residual;     /* in: of the previous step; out: weight - values */
     uint16_t *wide;      /* out: the residual in bfloat16, or NULL */
+    void *remains;       /* out: residual - product, or NULL */
+    int32_t half_remains; /* they are bfloat16, not float32 */
     const float *start;  /* the previous step's scales, or NULL */
     int32_t fixed;       /* search for nothing: `start` and `zeros` are the scales and zero points */
     uint8_t *codes;      /* out; NULL: quantize nothing, only sum */
@@ -83,6 +85,14 @@ static double subtract_product(const Sweep *s, int64_t first, int64_t last,
                 for (int j = 0; j < width; j++) {
                     double rest = (double)(residual[j] - product[i][j]);
                     total += rest * rest;
+                }
+                if (s->remains && s->half_remains) {
+                    uint16_t *restrict half = (uint16_t *)s->remains + at;
+                    for (int j = 0; j < width; j++)
+                        half[j] = bfloat16_bits(residual[j] - product[i][j]);
+                } else if (s->remains) {
+                    float *restrict rest = (float *)s->remains + at;
+                    for (int j = 0; j < width; j++) rest[j] = residual[j] - product[i][j];
                 }
                 if (s->codes)
                     for (int j = 0; j < width; j++)
