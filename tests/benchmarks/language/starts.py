@@ -57,7 +57,11 @@ _ALWAYS = {
     "uniform, full": {(2, 64), (2, 16), (3, 64)},
 }
 _FULL = {"nf, full", "uniform, full"}
-_TRAINED = {(2, 64): {"QLoRA", "published T=5", "nf", "nf, diagonal", *_FULL}, (2, 16): _FULL}
+_BEST = {"fitted, full", "uniform, full, T=20"}
+_TRAINED = {
+    (2, 64): {"QLoRA", "published T=5", "nf", "nf, diagonal", *_FULL, *_BEST},
+    (2, 16): _FULL,
+}
 
 
 def _quantized() -> list[Start]:
