@@ -26,7 +26,7 @@ stress: $(VENV)/dev
 	LOFTQ_STRESS=1 $(BIN)/python -m pytest -s tests/crash
 
 ## Random files, guided by coverage, into whatever reads what others wrote: header, index, journal,
-## manifest. MINUTES=30 in all.
+## pickle, manifest. MINUTES=30 in all.
 fuzz: $(VENV)/fuzz
 	MINUTES=$(MINUTES) $(BIN)/python -m tests.hostile.fuzz
 
