@@ -1,15 +1,17 @@
 """Reading one item ahead and writing one behind, each in a thread of its own.
 
 Reading, hashing and writing release the interpreter's lock, so they run beside the computation.
-One item and no more: memory stays bounded by what is worked on and its neighbours.
+One item and no more: memory stays bounded by what is worked on and its neighbours. However often
+Ctrl-C is pressed, a thread does not outlive the files that it works on, nor the lock on them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar, cast
+
+from loftq_cli.numerics.workers import Task, Worker
 
 _Item = TypeVar("_Item")
 _END = object()
@@ -21,7 +23,7 @@ class ReadAhead(Generic[_Item]):
 
     def __init__(self, items: Iterator[_Item]) -> None:
         self._items = items
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loftq-read")
+        self._worker = Worker()
 
     def __enter__(self) -> Iterator[_Item]:
         return self._iterate()
@@ -32,14 +34,17 @@ class ReadAhead(Generic[_Item]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _end(self._pool)
+        self._worker.end()
 
     def _iterate(self) -> Iterator[_Item]:
-        coming = self._pool.submit(next, self._items, cast(_Item, _END))
+        coming = self._worker.submit(Task(self._make))
         while (item := coming.result()) is not _END:
-            coming = self._pool.submit(next, self._items, cast(_Item, _END))
+            coming = self._worker.submit(Task(self._make))
             yield item
             del item  # not to be held while the next one is waited for
+
+    def _make(self) -> _Item:
+        return next(self._items, cast(_Item, _END))
 
 
 class WriteBehind:
@@ -47,8 +52,8 @@ class WriteBehind:
     running. What a task raises is raised by the next call, or at the end."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loftq-write")
-        self._last: Future[None] | None = None
+        self._worker = Worker()
+        self._last: Task[None] | None = None
 
     def __enter__(self) -> WriteBehind:
         return self
@@ -59,29 +64,15 @@ class WriteBehind:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _end(self._pool)  # what was computed is written, whatever went wrong since
+        self._worker.end()  # what was computed is written, whatever went wrong since
         if error is None:
             self.wait()
 
     def submit(self, task: Callable[[], None]) -> None:
         self.wait()
-        self._last = self._pool.submit(task)
+        self._last = self._worker.submit(Task(task))
 
     def wait(self) -> None:
         if self._last is not None:
             last, self._last = self._last, None
             last.result()
-
-
-def _end(pool: ThreadPoolExecutor) -> None:
-    """Wait for what runs, however often Ctrl-C is pressed meanwhile: the thread must not outlive
-    the files that it works on, nor the lock on them."""
-    interruption = None
-    while True:
-        try:
-            pool.shutdown()
-            break
-        except KeyboardInterrupt as error:
-            interruption = error
-    if interruption is not None:
-        raise interruption

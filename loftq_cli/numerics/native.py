@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +24,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import torch
+
+from loftq_cli.numerics.workers import Task, Worker, settle
 
 _SOURCES = Path(__file__).with_name("kernels")
 # Reordered sums are wanted (they vectorize); NaN and Inf must keep their meaning. Not -ffast-math:
@@ -135,20 +136,21 @@ def divide(work: Callable[[int, int], None], count: int) -> None:
             while True:
                 work(*ranges.get_nowait())
 
-    helpers = [_pool(threads).submit(take) for _ in range(threads - 1)]
+    helpers = [Task(take) for _ in range(threads - 1)]
     try:
+        for worker, helper in zip(_workers(threads - 1), helpers, strict=True):
+            worker.submit(helper)
         take()
     finally:
-        # Also when interrupted: what the others write to must outlive them.
-        wait([helper for helper in helpers if not helper.cancel()])
+        settle(helpers)  # also when interrupted: what the others write to must outlive them
     for helper in helpers:
-        if not helper.cancelled():
+        if not helper.cancel():
             helper.result()
 
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="loftq-kernels")
+def _workers(count: int) -> tuple[Worker, ...]:
+    return tuple(Worker() for _ in range(count))
 
 
 def team(count: int) -> int:
@@ -163,7 +165,7 @@ _forked = False
 def _after_fork() -> None:
     global _forked
     _forked = True
-    _pool.cache_clear()  # a child has none of the threads
+    _workers.cache_clear()  # a child has none of the threads
 
 
 if hasattr(os, "register_at_fork"):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
+from loftq_cli.numerics.workers import Worker
 
 _PATIENCE = 30.0  # seconds until a test that hangs is given up
 
@@ -92,14 +92,14 @@ def test_impatience_does_not_leave_the_thread_to_itself(kind, monkeypatch):
         done.append("written")
         return iter(())
 
-    original, calls = ThreadPoolExecutor.shutdown, []
+    original, calls = Worker._end, []
 
-    def shutdown(self, *arguments, **options):
+    def end(self):
         calls.append(self)
         if len(calls) < 3:
             raise KeyboardInterrupt
         gate.set()
-        original(self, *arguments, **options)
+        original(self)
 
     def interrupted():
         if kind is WriteBehind:
@@ -109,7 +109,7 @@ def test_impatience_does_not_leave_the_thread_to_itself(kind, monkeypatch):
         with ReadAhead(iter(())):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
+    monkeypatch.setattr(Worker, "_end", end)
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert len(calls) == 3
