@@ -14,6 +14,7 @@ import os
 import pickle
 import stat
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,18 @@ def _check_archive(path: Path) -> None:
                 ):
                     raise HeaderError(f"{shown(entry.filename)} is compressed ({HINT})")
             described = [entry for entry in entries if "/data/" not in entry.filename]
-            if sum(entry.file_size for entry in described) > _MAX_PICKLE:
-                raise HeaderError("what describes its tensors is larger than 32 MB")
+            _check_size(entry.file_size for entry in described)
             for entry in described:
                 name = entry.filename.partition("/")[2]
                 if name == "byteorder" and archive.read(entry) != b"little":
                     raise HeaderError(f"its numbers are not little-endian ({HINT})")
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise HeaderError(f"a broken zip file: {error}") from error
+
+
+def _check_size(described: Iterable[int]) -> None:
+    if sum(described) > _MAX_PICKLE:
+        raise HeaderError("what describes its tensors is larger than 32 MB")
 
 
 def _unpickled(path: Path) -> dict[str, torch.Tensor]:
@@ -117,9 +122,7 @@ def _pickle(path: Path) -> bytes:
     try:
         reader = torch._C.PyTorchFileReader(str(path))
         sizes = {name: reader.get_record_size(name) for name in reader.get_all_records()}
-        described = [size for name, size in sizes.items() if not name.startswith("data/")]
-        if sum(described) > _MAX_PICKLE:
-            raise HeaderError("what describes its tensors is larger than 32 MB")
+        _check_size(size for name, size in sizes.items() if not name.startswith("data/"))
         content: bytes = reader.get_record("data.pkl")
     except RuntimeError as error:
         first = (str(error).splitlines() or [""])[0][:200]

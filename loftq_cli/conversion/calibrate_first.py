@@ -17,7 +17,7 @@ from loftq_cli.checkpoint.statistics_writer import refuse_taken
 from loftq_cli.conversion.calibrate import Settings, Text, calibrate, provenance, read_text
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.statistics import contents_sha256
-from loftq_cli.errors import InputError, OutputConflictError, UsageError
+from loftq_cli.errors import OutputConflictError, UsageError
 
 OPTION = "--calibrate-text"
 
@@ -56,18 +56,17 @@ def found(source: Source, output: Path, texts: Texts, *, overwrite: bool) -> Sta
     """
     read = [read_text(OPTION, path) for path in texts.paths]
     path = beside(output)
-    try:
-        refuse_taken(path, False)
-    except OutputConflictError:
-        refuse_taken(path, True)  # not ours
-        differing = _differing(path, source, read, texts.moments)
-        if differing is None:
-            return statistics_for(source, str(path))
-        if not overwrite:
-            raise OutputConflictError(
-                f"{path}: statistics {differing}",
-                hint=f"--overwrite measures again; --stats {path} takes them as they are",
-            ) from None
+    refuse_taken(path, overwrite=True)  # what is not ours
+    if not path.exists():
+        return None
+    differing = _differing(path, source, read, texts.moments)
+    if differing is None:
+        return statistics_for(source, str(path))
+    if not overwrite:
+        raise OutputConflictError(
+            f"{path}: statistics {differing}",
+            hint=f"--overwrite measures again; --stats {path} takes them as they are",
+        )
     return None
 
 
@@ -101,10 +100,7 @@ def measured(
 
 def _differing(path: Path, source: Source, read: Sequence[Text], moments: str) -> str | None:
     """What the statistics at ``path`` are, where they are not what would be measured now."""
-    try:
-        held = open_statistics(path)
-    except InputError as error:
-        return error.message
+    held = open_statistics(path)
     kinds = {entry.kind for entry in held.entries.values()}
     if held.model is None or held.model.sha256 != model_sha256(source):
         return "of another model"

@@ -27,7 +27,13 @@ from loftq_cli.conversion.pin import pin, pinned
 from loftq_cli.conversion.plan import Plan, make_plan
 from loftq_cli.conversion.resources import check_memory
 from loftq_cli.conversion.statistics import statistics_note
-from loftq_cli.conversion.workspace import Workspace, check_output_path, differences, real_path
+from loftq_cli.conversion.workspace import (
+    Workspace,
+    check_output_path,
+    differences,
+    differing_settings,
+    real_path,
+)
 from loftq_cli.errors import (
     CorruptFileError,
     InputError,
@@ -106,8 +112,8 @@ def prepare(
         if statistics is None and texts.dry_run:
             observer.note("the statistics are measured first; this plan is made without them")
         elif statistics is None:
-            _refuse_beforehand(plan, Workspace(path), overwrite)
-            _check_resources(plan, Workspace(path))
+            _refuse_beforehand(plan, workspace, overwrite)
+            _check_resources(plan, workspace)
             statistics = calibrate_first.measured(
                 model,
                 source,
@@ -117,9 +123,10 @@ def prepare(
                 offline=offline,
                 observer=observer,
             )
-        plan = make_plan(source, resolved, statistics)
+        if statistics is not None:
+            plan = make_plan(source, resolved, statistics)
     if resolved.threads is None:
-        plan = _with_earlier_threads(plan, Workspace(path), overwrite)
+        plan = _with_earlier_threads(plan, workspace, overwrite)
     if plan.unmeasured and plan.statistics is not None:
         where = plan.statistics.path
         observer.note(
@@ -190,7 +197,7 @@ def _is_of(output: Output, plan: Plan, accepted: Collection[str]) -> bool:
 def _with_earlier_threads(plan: Plan, workspace: Workspace, overwrite: bool) -> Plan:
     wanted = plan.recipe.as_dict()
     for held, _ in workspace.held(finished=not overwrite):
-        differing = {name for name in {*held, *wanted} if held.get(name) != wanted.get(name)}
+        differing = differing_settings(held, wanted)
         if "threads" in differing and differing <= {"threads", *_SETTLED}:
             return replace(plan, recipe=replace(plan.recipe, threads=held["threads"]))
     return plan
@@ -220,8 +227,8 @@ def _refuse_beforehand(plan: Plan, workspace: Workspace, overwrite: bool) -> Non
         workspace.refuse_other_output(None, overwrite)
     wanted = {**plan.recipe.as_dict(), "stats": "to be measured"}
     for held, _ in workspace.held():
-        names = {name for name in {*held, *wanted} if held.get(name) != wanted.get(name)}
-        if held.get("stats") is None or not names <= {"stats", "threads", *_SETTLED}:
+        differing = differing_settings(held, wanted)
+        if held.get("stats") is None or not differing <= {"stats", "threads", *_SETTLED}:
             if held.get("stats") is not None:
                 held = {**held, "stats": wanted["stats"]}  # they may be the same in the end
             there = Identity("", held, source_identity(plan.source))

@@ -287,8 +287,13 @@ def _file(size: int, sha256: str) -> str:
     return f"{size} bytes, sha256 {sha256[:16]}…"
 
 
+def differing_settings(there: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """The names of the settings in which two recipes differ."""
+    return {name for name in {*there, *now} if there.get(name) != now.get(name)}
+
+
 def _differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    names = [name for name in sorted({*there, *now}) if there.get(name) != now.get(name)]
+    names = sorted(differing_settings(there, now))
     if len(names) > 1:  # what was settled follows from the others
         names = [name for name in names if name != "widths"]
     return [
