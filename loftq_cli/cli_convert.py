@@ -129,6 +129,12 @@ from loftq_cli.narrator import Narrator
     "each layer's output instead of its weights.",
 )
 @click.option(
+    "--feedback/--no-feedback",
+    default=None,
+    help="With full statistics, let the last step make up for the rounding error of each column in "
+    "those after it.  [default: yes, where scales are fitted]",
+)
+@click.option(
     "--calibrate-text",
     "texts",
     multiple=True,

@@ -56,6 +56,7 @@ _DEFAULTS: dict[str, Any] = {
     "svd": "fast",
     "keep": "best",
     "momentum": True,
+    "feedback": True,
     "embeddings": False,
     "stats": None,
     "lora_alpha": None,
@@ -69,7 +70,14 @@ _DEFAULTS: dict[str, Any] = {
 _PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
     "default": {},
     # What the LoftQ reference code does.
-    "paper": {"method": "nf", "scale": "absmax", "svd": "exact", "keep": "last", "momentum": False},
+    "paper": {
+        "method": "nf",
+        "scale": "absmax",
+        "svd": "exact",
+        "keep": "last",
+        "momentum": False,
+        "feedback": False,
+    },
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": METHODS,
@@ -83,6 +91,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "adapter_dtype": ADAPTER_DTYPES,
     "dense_dtype": DENSE_DTYPES,
     "momentum": (False, True),
+    "feedback": (False, True),
     "embeddings": (False, True),
 }
 
@@ -103,6 +112,7 @@ class Options:
     svd: str | None = None
     keep: str | None = None
     momentum: bool | None = None
+    feedback: bool | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     embeddings: bool | None = None
@@ -154,7 +164,8 @@ class Options:
         if method in FIXED_SCALE_METHODS and "scale" in given:
             raise UsageError(f"--scale does not apply to --method {method}, which fixes its own")
         if given.get("scale", supplied["scale"]) != "mse" or method in REFERENCE_METHODS:
-            supplied["momentum"] = False  # scales that are not fitted lose by it at 2 bits
+            # Scales that are not fitted lose by momentum at 2 bits, and stand for what others do.
+            supplied.update(momentum=False, feedback=False)
         del given["preset"]
         if "target_bpw" in given:
             _check_target(given)
@@ -210,6 +221,7 @@ class Settings:
     svd: str
     keep: str
     momentum: bool
+    feedback: bool
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     embeddings: bool

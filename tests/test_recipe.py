@@ -39,6 +39,7 @@ RECIPE = Recipe(
     svd="fast",
     keep="best",
     momentum=True,
+    feedback=True,
     include=("a", "b"),
     exclude=(),
     embeddings=False,

@@ -99,3 +99,22 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     U, sigma, Vt = torch.linalg.svd(matrix, full_matrices=False)
     root = sigma[:rank].sqrt()
     return U[:, :rank] * root, root[:, None] * Vt[:rank]
+
+
+def gptq(
+    weight: torch.Tensor,
+    H: torch.Tensor,
+    order: list[int],
+    quantize: Callable[[torch.Tensor, int], torch.Tensor],
+) -> torch.Tensor:
+    """GPTQ (arXiv:2210.17323, Algorithm 1, without its batches): columns in ``order``, each error
+    spread over those that are left by the inverse of their moments. ``quantize`` takes a column's
+    values and its number."""
+    W, Q = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
+    for place, column in enumerate(order):
+        left = order[place:]
+        inverse = torch.linalg.inv(H.double()[left][:, left])
+        Q[:, column] = quantize(W[:, column], column)
+        error = (W[:, column] - Q[:, column]) / inverse[0, 0]
+        W[:, left] -= error[:, None] * inverse[0]
+    return Q

@@ -267,6 +267,7 @@ class Conversion:
             svd=cast(Any, recipe.svd),
             keep=cast(Any, recipe.keep),
             momentum=recipe.momentum,
+            feedback=recipe.feedback,
             scaling=item.scaling,
             products=variant.products,
             adapter_dtype=TORCH_DTYPES[item.adapter_dtype],

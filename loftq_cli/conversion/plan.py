@@ -125,13 +125,15 @@ class Plan:
     def memory_bytes(self) -> int:
         """Estimated peak for the largest matrix, above what importing torch takes: the source's
         bytes, those of the next one too, W - Q in float32 and in the products' dtype, three sets of
-        codes, the thin factors, and with statistics the second moments and what the adapter leaves
-        of W - Q."""
+        codes, the thin factors, and with statistics the second moments, what the adapter leaves of
+        W - Q, and what feedback makes of full moments."""
         moments = 0
         if self.statistics is not None:
             entries = self.statistics.entries.values()
             sides = ((e.in_features, e.in_features if e.kind == "full" else 1) for e in entries)
-            moments = max(rows * columns for rows, columns in sides) * 6
+            full = any(entry.kind == "full" for entry in entries)
+            share = 18 if full and self.recipe.feedback else 6
+            moments = max(rows * columns for rows, columns in sides) * share
             moments += max(item.matrix.elements for item in self.matrices.values()) * 4
         return max(_working_set(item) for item in self.matrices.values()) + moments
 
@@ -199,6 +201,7 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
         svd=settings.svd,
         keep=settings.keep,
         momentum=settings.momentum,
+        feedback=settings.feedback,
         include=settings.include,
         exclude=settings.exclude,
         embeddings=settings.embeddings,

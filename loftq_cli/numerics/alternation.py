@@ -17,6 +17,9 @@ change sooner. Neither step sees more than W, so the residuals mean what they me
 
 With second moments H of the layer's input the low-rank step minimises ||W - Q_t - B A||_H instead
 of the Frobenius norm, and the iterate that is best in that norm is kept; the quantizer is the same.
+With ``feedback`` and a full H the last step goes on: it quantizes W - B_T A_T at the scales it has,
+with each column's error fed back to those that come after it
+(:mod:`loftq_cli.numerics.feedback`), and fits the adapter to that.
 
 The passes over a matrix are in :mod:`loftq_cli.numerics.sweep`, the products in
 :mod:`loftq_cli.numerics.lowrank`.
@@ -31,6 +34,7 @@ import torch
 
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.decomposition import Decomposition, Keep, Norms, Settings
+from loftq_cli.numerics.feedback import make_feedback, requantize
 from loftq_cli.numerics.lora import drawn_adapter, fit_adapter, too_large
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.native_sweep import NativeSweep
@@ -79,8 +83,10 @@ class _WeightedTrace(_Trace):
         self._seen = False  # what quantization alone leaves
 
     def see_quantized(self, residual: torch.Tensor) -> None:
-        self.quantized = self._weighting.norm(residual)
-        self._seen = True
+        """``residual`` = W - quantize(W); only the first time."""
+        if not self._seen:
+            self.quantized = self._weighting.norm(residual)
+            self._seen = True
 
     def see_step(self, remains: torch.Tensor | None, product: Product) -> None:
         """``remains`` = R - product. Where nothing was seen before, R is W - quantize(W)."""
@@ -151,12 +157,35 @@ def decompose(
         A, B, basis = fit_adapter(sweep.residual, sweep.wide, norm, basis, settings, weighting)
         earlier, previous = previous, _Iterate(quantized, A, B)
     assert previous is not None
+    if settings.feedback and weighted is not None and weighting is not None and weighting.is_full:
+        weighted.see_quantized(sweep.residual)
+        previous = _fed_back(sweep, weight, previous, basis, settings, weighting)
     product = _product(previous, settings)
     plain.steps.append(math.sqrt(sweep.remainder(product)))
     if weighted is not None:
         weighted.see_step(sweep.remains, product)
     best = _better(best, deciding.steps[-1], settings.iters, previous, settings.keep)
     return _finish(settings, best.iterate, best.step, plain, weighted)
+
+
+def _fed_back(
+    sweep: Sweep,
+    weight: torch.Tensor,
+    iterate: _Iterate,
+    basis: lowrank.Basis | None,
+    settings: Settings,
+    weighting: Weighting,
+) -> _Iterate:
+    """The iterate after the quantizer has followed its adapter once more, with feedback."""
+    parameters = iterate.parameters
+    assert parameters is not None
+    feedback = make_feedback(weighting, iterate.lora_A.float())
+    quantized, squared = requantize(
+        sweep, weight, parameters, _product(iterate, settings), feedback, settings.backbone_dtype
+    )
+    warm = None if basis is None else replace(basis, calls=1)  # nearly every code has changed
+    A, B, _ = fit_adapter(sweep.residual, sweep.wide, math.sqrt(squared), warm, settings, weighting)
+    return _Iterate(quantized, A, B)
 
 
 def make_sweep(weight: torch.Tensor, quantizer: Quantizer, settings: Settings) -> Sweep:

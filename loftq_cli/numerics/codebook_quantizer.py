@@ -81,6 +81,18 @@ class CodebookQuantizer:
             torch.mul(table.levels.take(code_blocks.long()), scales[:, None], out=value_blocks)
         return Fitted(codes, parameters, values)
 
+    def encode_at(
+        self, x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        table = self.table.to(x.device)
+        codes = nearest(x / nonzero(scales), table)
+        return codes, table.levels.take(codes.long()) * scales
+
+    def block_index(self, rows: slice, chosen: torch.Tensor, columns: int) -> torch.Tensor:
+        first = torch.arange(rows.start, rows.stop, device=chosen.device) * columns
+        place = chosen[:, None] + first
+        return place // self.block_size if self.block_size else torch.zeros_like(place)
+
     def _blocks(self, rows: torch.Tensor) -> list[tuple[torch.Tensor, slice]]:
         """Views of the blocks of contiguous ``rows``, (count, size), and their numbers: the whole
         ones, and the short last one where there is one."""

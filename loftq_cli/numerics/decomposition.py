@@ -24,8 +24,9 @@ class Settings:
     ``scaling`` is lora_alpha / r as the consumer will apply it, folded out of B;
     ``adapter_dtype``, ``scale_dtype`` and ``backbone_dtype`` are what A and B, scales and (dense
     layout only) Q are stored as;
-    ``momentum``: every step goes beyond the adapter it starts from (see alternation); ``seed`` and
-    ``name`` seed every random draw.
+    ``momentum``: every step goes beyond the adapter it starts from; ``feedback``: with full
+    moments the last one quantizes again (see alternation); ``seed`` and ``name`` seed every random
+    draw.
     """
 
     rank: int
@@ -34,6 +35,7 @@ class Settings:
     svd: Svd = "fast"
     keep: Keep = "best"
     momentum: bool = False
+    feedback: bool = False
     scaling: float = 1.0
     products: torch.dtype = torch.float32
     adapter_dtype: torch.dtype = torch.float32

@@ -99,7 +99,7 @@ class NativeSweep:
     ) -> None:
         self._scale_dtype: ScaleDtype = scale_dtype
         self._weight = weight.contiguous()
-        self._quantizer = quantizer
+        self.quantizer = quantizer
         self._store = _DTYPES[backbone_dtype or torch.float32]
         self.residual = torch.empty_like(self._weight, dtype=torch.float32)
         half = products == torch.bfloat16
@@ -112,7 +112,7 @@ class NativeSweep:
 
     def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
         weight = self._weight
-        self._quantizer = self._quantizer.prepare(
+        self.quantizer = self.quantizer.prepare(
             [slice(0, weight.shape[0])], lambda rows: target_of(weight, product, rows), _fit
         )
         swept = self._quantize(start, product)
@@ -128,7 +128,7 @@ class NativeSweep:
         """``fixed``: at the parameters in ``start``, instead of beside its scales."""
         weight = self._weight
         rows, columns = weight.shape
-        search = self._quantizer.search()
+        search = self.quantizer.search()
         assert search is not None, "a quantizer that the kernels cannot run"
         table = search.table
         if table is None:
@@ -174,7 +174,7 @@ class NativeSweep:
         )
         before, after = self._run(call, product)
         parameters = Parameters(scales.to(search.scale_dtype), zeros)
-        return Swept(self._quantizer.assemble(codes, parameters), after, before)
+        return Swept(self.quantizer.assemble(codes, parameters), after, before)
 
     def remainder(self, product: Product) -> float:
         before, _ = self._run(_Sweep(), product)

@@ -72,6 +72,16 @@ class Quantizer(Protocol):
     def encode(self, rows: torch.Tensor, parameters: Parameters) -> Fitted:
         """Quantize float32 contiguous (rows, in) at the given scales and zero points."""
 
+    def encode_at(
+        self, x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes uint8, values float32) of float32 ``x`` of any shape; ``scales`` and, where there
+        are any, ``zeros`` float32, an element's own or one that is broadcast."""
+
+    def block_index(self, rows: slice, chosen: torch.Tensor, columns: int) -> torch.Tensor:
+        """int64 (count, rows): the numbers of the blocks that these ``rows`` of the ``chosen``
+        columns, int64 (count,), are in, of a matrix that has so many ``columns``."""
+
     def assemble(self, codes: torch.Tensor, parameters: Parameters) -> Quantized:
         """The whole matrix from its concatenated parts."""
 

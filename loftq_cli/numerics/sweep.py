@@ -49,8 +49,10 @@ class Swept:
 class Sweep(Protocol):
     """``residual`` R float32 (out, in) and ``wide``, the same in the products' dtype (the same
     tensor where that is float32), as the last :meth:`quantize` left them; ``remains``, unless it
-    is None, receives R - product, in the dtype of ``wide``, from either pass that is given one."""
+    is None, receives R - product, in the dtype of ``wide``, from either pass that is given one.
+    ``quantizer``: as the last :meth:`quantize` prepared it."""
 
+    quantizer: Quantizer
     residual: torch.Tensor
     wide: torch.Tensor
     remains: torch.Tensor | None
@@ -77,7 +79,7 @@ class TensorSweep:
         scale_dtype: ScaleDtype = "float32",
     ) -> None:
         self._weight = weight
-        self._quantizer = quantizer
+        self.quantizer = quantizer
         self._backbone_dtype = backbone_dtype
         self._scale_dtype: ScaleDtype = scale_dtype
         self.residual = torch.empty_like(weight, dtype=torch.float32)
@@ -86,7 +88,7 @@ class TensorSweep:
         self.remains: torch.Tensor | None = None
 
     def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
-        self._quantizer = quantizer = self._quantizer.prepare(
+        self.quantizer = quantizer = self.quantizer.prepare(
             list(self._pieces()),
             lambda rows: target_of(self._weight, product, rows),
             lambda quantizer, rows, start: quantizer.fit(rows, start),
@@ -113,7 +115,7 @@ class TensorSweep:
     ) -> Swept:
         """Every row range through ``quantize``, which takes the target and the numbers of its
         blocks. ``again``: R is no longer the previous step's."""
-        quantizer, columns = self._quantizer, self._weight.shape[1]
+        quantizer, columns = self.quantizer, self._weight.shape[1]
         codes = torch.empty(self._weight.shape, dtype=torch.uint8, device=self._weight.device)
         parts: list[Parameters] = []
         sums = torch.zeros(2, dtype=torch.float64, device=self._weight.device)
@@ -152,7 +154,7 @@ class TensorSweep:
     def _pieces(self) -> Iterator[slice]:
         rows, columns = self._weight.shape
         limit = _GPU_CHUNK_ELEMENTS if self._weight.is_cuda else _CHUNK_ELEMENTS
-        unit = self._quantizer.row_step(columns)
+        unit = self.quantizer.row_step(columns)
         step = max(limit // max(columns, 1) // unit, 1) * unit
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))

@@ -83,10 +83,22 @@ class UniformQuantizer:
             scales = all_scales[:, chosen].reshape(-1).float()
             zeros = all_zeros[:, chosen].reshape(-1).float()
             blocks = rows[:, area].reshape(-1, width)
-            offsets = self._offsets(blocks, scales, zeros, 2**self.bits - 1)
-            codes[:, area] = (offsets + zeros[:, None]).to(torch.uint8).view(count, -1)
-            values[:, area] = offsets.mul_(scales[:, None]).view(count, -1)
+            part_codes, part_values = self.encode_at(blocks, scales[:, None], zeros[:, None])
+            codes[:, area] = part_codes.view(count, -1)
+            values[:, area] = part_values.view(count, -1)
         return Fitted(codes, parameters, values)
+
+    def encode_at(
+        self, x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert zeros is not None
+        offsets = self._offsets(x, scales, zeros, 2**self.bits - 1)
+        return (offsets + zeros).to(torch.uint8), offsets.mul_(scales)
+
+    def block_index(self, rows: slice, chosen: torch.Tensor, columns: int) -> torch.Tensor:
+        groups = block_count(columns, self.block_size)
+        first = torch.arange(rows.start, rows.stop, device=chosen.device) * groups
+        return (chosen // self.block_size)[:, None] + first
 
     def _areas(self, columns: int) -> list[tuple[slice, slice, int]]:
         """(columns, numbers within a row, width) of the whole groups, and of the short last one
@@ -105,10 +117,8 @@ class UniformQuantizer:
         relative, zeros = self._search(unit, top, carried)
         scales = self._stored(relative * absmax, absmax)
         stored = scales.float()
-        offsets = self._offsets(blocks, stored, zeros, top)
-        codes = (offsets + zeros[:, None]).to(torch.uint8)
-        parameters = Parameters(scales, zeros.to(torch.uint8))
-        return Fitted(codes, parameters, offsets.mul_(stored[:, None]))
+        codes, values = self.encode_at(blocks, stored[:, None], zeros[:, None])
+        return Fitted(codes, Parameters(scales, zeros.to(torch.uint8)), values)
 
     def _stored(self, scales: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
         """``scales`` in the storage dtype. Raises ScaleRangeError."""
@@ -121,11 +131,10 @@ class UniformQuantizer:
 
     @staticmethod
     def _offsets(
-        blocks: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
+        x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
     ) -> torch.Tensor:
         """code - zero, as float32, of every element."""
-        offsets = (blocks / nonzero(scales)[:, None]).round_()
-        return offsets.clamp_(-zeros[:, None], top - zeros[:, None])
+        return (x / nonzero(scales)).round_().clamp_(-zeros, top - zeros)
 
     def _search(
         self, unit: torch.Tensor, top: int, carried: torch.Tensor | None
@@ -165,7 +174,7 @@ class UniformQuantizer:
         self, unit: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """<x, q> and <q, q> per group, where q are the code - zero chosen at ``scales``."""
-        offsets = self._offsets(unit, scales, zeros, top)
+        offsets = self._offsets(unit, scales[:, None], zeros[:, None], top)
         return torch.linalg.vecdot(unit, offsets), torch.linalg.vecdot(offsets, offsets)
 
     def assemble(self, codes: torch.Tensor, parameters: Parameters) -> Quantized:
@@ -210,17 +219,26 @@ class TensorUniformQuantizer:
         return None
 
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
-        assert self.levels is not None
-        levels = self.levels.to(rows.device)
-        spacing = (levels[-1] - levels[0]) / (len(levels) - 1)
-        position = (rows - levels[0]) / torch.where(spacing == 0, torch.ones_like(spacing), spacing)
-        codes = position.round_().clamp_(0, len(levels) - 1).to(torch.uint8)
         scales = torch.ones(1, dtype=torch.float32, device=rows.device)
-        return Fitted(codes, Parameters(scales, None), levels.take(codes.long()))
+        codes, values = self.encode_at(rows, scales, None)
+        return Fitted(codes, Parameters(scales, None), values)
 
     def encode(self, rows: torch.Tensor, parameters: Parameters) -> Fitted:
         """Raises ValueError: the one scale is 1, there is none to round."""
         raise ValueError("uniform-tensor has no scales to be given")
+
+    def encode_at(
+        self, x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.levels is not None
+        levels = self.levels.to(x.device)
+        spacing = (levels[-1] - levels[0]) / (len(levels) - 1)
+        position = (x - levels[0]) / torch.where(spacing == 0, torch.ones_like(spacing), spacing)
+        codes = position.round_().clamp_(0, len(levels) - 1).to(torch.uint8)
+        return codes, levels.take(codes.long())
+
+    def block_index(self, rows: slice, chosen: torch.Tensor, columns: int) -> torch.Tensor:
+        return chosen.new_zeros((len(chosen), rows.stop - rows.start))
 
     def assemble(self, codes: torch.Tensor, parameters: Parameters) -> Quantized:
         assert self.levels is not None

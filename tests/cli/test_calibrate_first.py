@@ -66,6 +66,27 @@ def test_it_writes_what_the_two_commands_write(moments: tuple[str, ...], loftq: 
     assert "without activation statistics" not in result.stderr
 
 
+def test_feedback_is_the_default_with_full_statistics_and_can_be_switched_off(
+    loftq: Command,
+) -> None:
+    found: dict[str, Any] = {}
+    for name, words in (
+        ("default", ()),
+        ("with", ("--feedback",)),
+        ("without", ("--no-feedback",)),
+        ("absmax", ("--scale", "absmax")),
+    ):
+        result = loftq(*CONVERT, *TEXT, "--moments", "full", *words, "--overwrite")
+        assert result.exit_code == 0, result.stderr
+        found[name] = json.loads(Path("out/loftq_manifest.json").read_text())
+    recipes = {name: manifest["recipe"]["feedback"] for name, manifest in found.items()}
+    assert recipes == {"default": True, "with": True, "without": False, "absmax": False}
+    assert found["default"]["outputs"] == found["with"]["outputs"]
+    for fed, plain in zip(found["with"]["matrices"], found["without"]["matrices"], strict=True):
+        assert fed["weighted"]["final"] < 0.97 * plain["weighted"]["final"]
+        assert fed["weighted"]["steps"][:-1] == plain["weighted"]["steps"][:-1]
+
+
 def test_what_was_measured_is_taken_again(loftq: Command, measurements: list[Path]) -> None:
     assert loftq(*CONVERT, *TEXT).exit_code == 0
     again = loftq(*CONVERT, *TEXT)

@@ -30,7 +30,7 @@ OPTIONS = [
     for name, command in main.commands.items()
     for parameter in command.params
     if isinstance(parameter, click.Option)
-    for option in parameter.opts
+    for option in (*parameter.opts, *parameter.secondary_opts)
 ]
 
 every_command = pytest.mark.parametrize("name", main.commands)
@@ -54,7 +54,7 @@ def test_the_manual_names_no_option_that_does_not_exist() -> None:
         option
         for command in [main, *main.commands.values()]
         for parameter in command.params
-        for option in parameter.opts
+        for option in (*parameter.opts, *parameter.secondary_opts)
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", MANUAL)) <= known | {"--help"}
 

@@ -42,6 +42,8 @@ _KINDS: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
     ("uniform, diagonal", ("--method", "uniform"), "diagonal-8192"),
     ("nf, full", ("--method", "nf"), "full-8192"),
     ("uniform, full", ("--method", "uniform"), "full-8192"),
+    ("nf, full, no feedback", ("--method", "nf", "--no-feedback"), "full-8192"),
+    ("uniform, full, no feedback", ("--method", "uniform", "--no-feedback"), "full-8192"),
     ("uniform, full, 32k tokens", ("--method", "uniform"), "full-32768"),
     ("fitted, full", ("--method", "fitted"), "full-8192"),
     ("uniform, full, T=20", ("--method", "uniform", "--iters", "20"), "full-8192"),
