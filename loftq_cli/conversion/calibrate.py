@@ -17,6 +17,7 @@ from loftq_cli.checkpoint.durable import explained
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.reader import TORCH_DTYPES
+from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.statistics_writer import StatisticsWriter, refuse_taken
 from loftq_cli.conversion.choices import choose_device
 from loftq_cli.conversion.observer import Observer
@@ -89,23 +90,35 @@ def calibrate(
     revision: str | None = None,
     offline: bool = False,
     overwrite: bool = False,
-    option: str = "--text",
     observer: Observer,
 ) -> dict[str, Any]:
-    """Measure ``model`` on ``texts``, which ``option`` named, and write ``output``; what ``--json``
-    prints.
+    """Measure ``model`` on ``texts`` and write ``output``; what ``--json`` prints.
 
     Raises UsageError, InputError for the model or the texts, OutputConflictError,
     EnvironmentFailure for a missing extra, memory, the disk or the device.
     """
-    started = time.monotonic()
-    device = choose_device(settings.device)
-    read = [read_text(option, path) for path in texts]
+    choose_device(settings.device)
+    read = [read_text("--text", path) for path in texts]
     source = locate(model, revision=revision, offline=offline, say=observer.note)
     if source.directory.resolve() in output.resolve().parents:
         raise UsageError(
             f"--output {output} is inside the input {source.directory}", hint="write it elsewhere"
         )
+    return measure(source, output, read, settings, overwrite=overwrite, observer=observer)
+
+
+def measure(
+    source: Source,
+    output: Path,
+    texts: Sequence[Text],
+    settings: Settings,
+    *,
+    overwrite: bool,
+    observer: Observer,
+) -> dict[str, Any]:
+    """As :func:`calibrate`, of a source and texts that were read; raises the same."""
+    started = time.monotonic()
+    device = choose_device(settings.device)
     refuse_taken(output, overwrite)
     selection = select(source.tensors, source.config.content)
     matrices = selection.matrices
@@ -126,7 +139,7 @@ def calibrate(
             source.directory,
             source.config.content,
             widths,
-            [text.content for text in read],
+            [text.content for text in texts],
             samples=settings.samples,
             length=settings.length,
             seed=settings.seed,
@@ -138,7 +151,7 @@ def calibrate(
         samples, length = calibration.windows.shape
         name = str(dtype).removeprefix("torch.")
         text = {
-            **provenance(read, settings, contents_sha256(source)),
+            **provenance(texts, settings, contents_sha256(source)),
             "samples": samples,
             "length": length,
             "dtype": name,

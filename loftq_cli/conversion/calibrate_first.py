@@ -14,7 +14,7 @@ from loftq_cli.checkpoint.measured import Statistics
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.statistics import model_sha256, open_statistics, statistics_for
 from loftq_cli.checkpoint.statistics_writer import refuse_taken
-from loftq_cli.conversion.calibrate import Settings, Text, calibrate, provenance, read_text
+from loftq_cli.conversion.calibrate import Settings, Text, measure, provenance, read_text
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.statistics import contents_sha256
 from loftq_cli.errors import OutputConflictError, UsageError
@@ -24,22 +24,24 @@ OPTION = "--calibrate-text"
 
 @dataclass(frozen=True)
 class Texts:
-    """What to measure before a conversion: ``paths`` of text files and the kind of moments.
-    ``dry_run``: nothing is measured."""
+    """What to measure before a conversion, and the kind of moments. ``dry_run``: nothing is
+    measured."""
 
-    paths: tuple[Path, ...]
+    texts: tuple[Text, ...]
     moments: str
     dry_run: bool
 
 
 def asked(paths: Sequence[Path], moments: str | None, *, dry_run: bool = False) -> Texts | None:
-    """What the two options ask for; None where it is nothing. Raises UsageError."""
+    """What the two options ask for; None where it is nothing. Raises UsageError, and InputError for
+    the texts."""
     if not paths:
         if moments is not None:
             raise UsageError(f"--moments {moments} is for {OPTION}", hint="name a text file")
         return None
     settings = Settings() if moments is None else Settings(moments=moments)
-    return Texts(tuple(paths), settings.moments, dry_run)
+    texts = tuple(read_text(OPTION, path) for path in paths)
+    return Texts(texts, settings.moments, dry_run)
 
 
 def beside(output: Path) -> Path:
@@ -51,15 +53,14 @@ def found(source: Source, output: Path, texts: Texts, *, overwrite: bool) -> Sta
     """The statistics beside ``output``, where they are of this model and these texts; None where
     they have to be measured.
 
-    Raises InputError for the texts, OutputConflictError where there is something else and
-    ``overwrite`` does not allow to replace it.
+    Raises OutputConflictError where there is something else and ``overwrite`` does not allow to
+    replace it.
     """
-    read = [read_text(OPTION, path) for path in texts.paths]
     path = beside(output)
     refuse_taken(path, overwrite=True)  # what is not ours
     if not path.exists():
         return None
-    differing = _differing(path, source, read, texts.moments)
+    differing = _differing(path, source, texts.texts, texts.moments)
     if differing is None:
         return statistics_for(source, str(path))
     if not overwrite:
@@ -71,29 +72,12 @@ def found(source: Source, output: Path, texts: Texts, *, overwrite: bool) -> Sta
 
 
 def measured(
-    model: str,
-    source: Source,
-    output: Path,
-    texts: Texts,
-    *,
-    device: str,
-    offline: bool,
-    observer: Observer,
+    source: Source, output: Path, texts: Texts, *, device: str, observer: Observer
 ) -> Statistics:
-    """Measure, and open what was written. Raises what :func:`calibrate` does."""
+    """Measure, and open what was written. Raises what :func:`measure` does."""
     path = beside(output)
     settings = Settings(moments=texts.moments, device=device)
-    result = calibrate(
-        model,
-        path,
-        texts.paths,
-        settings,
-        revision=source.revision,
-        offline=offline,
-        overwrite=True,
-        option=OPTION,
-        observer=observer,
-    )
+    result = measure(source, path, texts.texts, settings, overwrite=True, observer=observer)
     observer.note(f"measured {result['tokens']:,} tokens ({texts.moments} moments): {path}")
     return statistics_for(source, str(path))
 

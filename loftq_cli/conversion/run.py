@@ -115,13 +115,7 @@ def prepare(
             _refuse_beforehand(plan, workspace, overwrite)
             _check_resources(plan, workspace)
             statistics = calibrate_first.measured(
-                model,
-                source,
-                path,
-                texts,
-                device=resolved.device,
-                offline=offline,
-                observer=observer,
+                source, path, texts, device=resolved.device, observer=observer
             )
         if statistics is not None:
             plan = make_plan(source, resolved, statistics)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.extras import missing_extra, required
-from loftq_cli.checkpoint.header import HeaderError, read_header, strict_json
+from loftq_cli.checkpoint.header import HeaderError, read_header
 from loftq_cli.checkpoint.output import open_output
+from loftq_cli.checkpoint.source import read_json
 from loftq_cli.errors import (
     CorruptFileError,
     InputError,
@@ -171,7 +172,7 @@ def _model_class(directory: Path, transformers: Any) -> Any:
     file = directory / "config.json"
     if not file.is_file():
         raise SourceNotFoundError(f"{directory}: no config.json in it", hint="convert again")
-    architectures = _read_object(file).get("architectures") or [None]
+    architectures = read_json(file).content.get("architectures") or [None]
     found = getattr(transformers, str(architectures[0]), None)
     if found is None:
         raise UnsupportedInputError(
@@ -197,13 +198,3 @@ def _refuse(names: set[str], what: str, file: Path) -> None:
             f"{file}: {what} {', '.join(sorted(names)[:3])}{more}",
             hint="load the class that config.json names, without auto_class",
         )
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = strict_json(file.read_bytes())
-    except ValueError as error:
-        raise CorruptFileError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CorruptFileError(f"{file}: not a JSON object")
-    return content

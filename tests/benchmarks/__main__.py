@@ -9,6 +9,7 @@ import time
 NAMES = (
     "residual",
     "mixed",
+    "embeddings",
     "propagate",
     "choices",
     "speed",

@@ -21,6 +21,7 @@ from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.lowrank import fastest_products
 from loftq_cli.numerics.quantizers import make_quantizer
 from loftq_cli.numerics.weighting import make_weighting
+from tests.benchmarks import hidden
 from tests.benchmarks.packaged import rated_texts
 from tests.benchmarks.tools import minilm, table
 
@@ -29,7 +30,6 @@ _LAYERS = (
     *("attention.output.dense", "intermediate.dense", "output.dense"),
 )
 _CALIBRATION, _EVALUATION = slice(0, 320), slice(1000, 1128)
-_BATCH = 64
 _RIDGES = (0.01, 0.1)  # of the mean square of an input
 
 Inputs = dict[str, torch.Tensor]
@@ -41,16 +41,16 @@ def main() -> None:
     texts = [text for _, _, text in rated_texts("movieReviewSnippets")]
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     original = AutoModel.from_pretrained(minilm()).eval()
-    calibration = _batches(tokenizer, texts[_CALIBRATION])
-    evaluation = _batches(tokenizer, texts[_EVALUATION])
-    wanted = _sentences(original, evaluation)
+    calibration = hidden.batches(tokenizer, texts[_CALIBRATION])
+    evaluation = hidden.batches(tokenizer, texts[_EVALUATION])
+    wanted = hidden.embeddings(original, evaluation)
     kinds: list[tuple[str, float | None]] = [("original", None), ("converted", None)]
     kinds += [("corrected", ridge) for ridge in _RIDGES]
     rows = []
     for method in ("nf", "uniform"):
         for kind, ridge in kinds:
             model = _converted(original, calibration, method, kind, ridge)
-            found = _sentences(model, evaluation)
+            found = hidden.embeddings(model, evaluation)
             cosine = torch.cosine_similarity(found, wanted).mean()
             error = (found - wanted).norm() / wanted.norm()
             name = kind if ridge is None else f"{kind}, ridge {ridge}"
@@ -76,10 +76,18 @@ def _converted(
                 damped = moments + ridge * moments.diagonal().mean() * torch.eye(len(moments))
                 weight = torch.linalg.solve(damped, (y.T @ x / len(y)) @ weight.T).T.contiguous()
             products = fastest_products(weight.device)
+            settings = Settings(
+                rank=16,
+                iters=5,
+                momentum=True,
+                feedback=True,
+                products=products,
+                name=f"{number}.{layer}",
+            )
             d = decompose(
                 weight,
                 make_quantizer(method, 2, 64, "mse", native=True),
-                Settings(rank=16, iters=5, products=products, name=f"{number}.{layer}"),
+                settings,
                 make_weighting(moments, products),
             )
             linear.weight.data = d.backbone() + d.lora_B @ d.lora_A
@@ -111,20 +119,3 @@ def _watched(block: Any, seen: dict[str, list[torch.Tensor]], mask: torch.Tensor
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.inference_mode()
-def _sentences(model: Any, batches: list[Any]) -> torch.Tensor:
-    """Mean of the last hidden states of each sentence."""
-    parts = []
-    for batch in batches:
-        hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
-        parts.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
-    return torch.cat(parts)
-
-
-def _batches(tokenizer: Any, texts: list[str]) -> list[Any]:
-    return [
-        tokenizer(texts[at : at + _BATCH], padding=True, return_tensors="pt")
-        for at in range(0, len(texts), _BATCH)
-    ]

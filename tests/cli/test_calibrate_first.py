@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import loftq_cli
+from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.statistics import open_statistics
 from loftq_cli.cli import main
 from loftq_cli.conversion import calibrate as calibrating
@@ -38,13 +39,13 @@ def real(place: Path) -> None:
 def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """What was measured, in turn."""
     made: list[Path] = []
-    real = calibrate_first.calibrate
+    real = calibrate_first.measure
 
-    def counting(model: str, output: Path, *rest: Any, **settings: Any) -> dict[str, Any]:
+    def counting(source: Source, output: Path, *rest: Any, **settings: Any) -> dict[str, Any]:
         made.append(output)
-        return real(model, output, *rest, **settings)
+        return real(source, output, *rest, **settings)
 
-    monkeypatch.setattr(calibrate_first, "calibrate", counting)
+    monkeypatch.setattr(calibrate_first, "measure", counting)
     return made
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import checkpoints
+from tests import checkpoints, models
 from tests.cli.common import Command
 from tests.hub_fixtures import cache, server
 from tests.hub_server import HubServer
@@ -98,3 +98,23 @@ def test_a_dry_run_says_what_would_be_downloaded_and_downloads_no_shard(
     assert place in line
     assert not [name for name in server.downloads() if name.endswith(".safetensors")]
     assert not list(cache.rglob("*.safetensors"))
+
+
+def test_statistics_are_measured_of_a_hub_model_and_kept(tmp_path: Path) -> None:
+    directory = models.save_tokenizer(models.save(models.llama(), tmp_path / "model"))
+    (tmp_path / "notes.txt").write_text("Nobody knew why the mill stood still. " * 40)
+    words = ("--calibrate-text", str(tmp_path / "notes.txt"), *SETTINGS)
+    with HubServer(tmp_path / "hub") as hub:
+        hub.publish("org/model", checkpoints.files(directory))
+        home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url}
+        online = run("convert", "org/model", "-o", str(tmp_path / "online"), *words, **home)
+        again = run("convert", "org/model", "-o", str(tmp_path / "online"), *words, **home)
+    assert online.returncode == 0, online.stderr
+    assert "measured " in online.stderr
+    assert again.returncode == 0, again.stderr
+    assert "nothing to do" in again.stderr
+    local = run("convert", str(directory), "-o", str(tmp_path / "local"), *words)
+    assert local.returncode == 0, local.stderr
+    ours, theirs = (json.loads(result.stdout) for result in (online, local))
+    assert ours["outputs"] == theirs["outputs"]
+    assert all(matrix["weighted"]["kind"] == "diagonal" for matrix in ours["matrices"])
