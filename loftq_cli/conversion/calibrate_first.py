@@ -6,6 +6,7 @@ interrupted, or is repeated with other settings, does not measure twice.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,24 +25,27 @@ OPTION = "--calibrate-text"
 
 @dataclass(frozen=True)
 class Texts:
-    """What to measure before a conversion, and the kind of moments. ``dry_run``: nothing is
-    measured."""
+    """What to measure before a conversion: ``paths`` of text files and the kind of moments.
+    ``dry_run``: nothing is measured."""
 
-    texts: tuple[Text, ...]
+    paths: tuple[Path, ...]
     moments: str
     dry_run: bool
 
+    @functools.cached_property
+    def texts(self) -> list[Text]:
+        """Read when they are first asked for. Raises InputError."""
+        return [read_text(OPTION, path) for path in self.paths]
+
 
 def asked(paths: Sequence[Path], moments: str | None, *, dry_run: bool = False) -> Texts | None:
-    """What the two options ask for; None where it is nothing. Raises UsageError, and InputError for
-    the texts."""
+    """What the two options ask for; None where it is nothing. Raises UsageError."""
     if not paths:
         if moments is not None:
             raise UsageError(f"--moments {moments} is for {OPTION}", hint="name a text file")
         return None
     settings = Settings() if moments is None else Settings(moments=moments)
-    texts = tuple(read_text(OPTION, path) for path in paths)
-    return Texts(texts, settings.moments, dry_run)
+    return Texts(tuple(paths), settings.moments, dry_run)
 
 
 def beside(output: Path) -> Path:
@@ -53,14 +57,14 @@ def found(source: Source, output: Path, texts: Texts, *, overwrite: bool) -> Sta
     """The statistics beside ``output``, where they are of this model and these texts; None where
     they have to be measured.
 
-    Raises OutputConflictError where there is something else and ``overwrite`` does not allow to
-    replace it.
+    Raises InputError for the texts, OutputConflictError where there is something else and
+    ``overwrite`` does not allow to replace it.
     """
-    path = beside(output)
+    read, path = texts.texts, beside(output)
     refuse_taken(path, overwrite=True)  # what is not ours
     if not path.exists():
         return None
-    differing = _differing(path, source, texts.texts, texts.moments)
+    differing = _differing(path, source, read, texts.moments)
     if differing is None:
         return statistics_for(source, str(path))
     if not overwrite:

@@ -25,6 +25,7 @@ from loftq_cli.conversion.widths import assign_ranks, assign_widths, candidates
 from loftq_cli.errors import CorruptFileError
 from loftq_cli.layouts import Layout, adapter, make_layout
 from loftq_cli.layouts.base import Matrix, Surroundings, turned_shape
+from loftq_cli.numerics import feedback
 from loftq_cli.numerics.scale_storage import ScaleDtype
 from loftq_cli.recipe import FIXED_SCALE_METHODS, Recipe, Settings, fingerprint
 
@@ -131,10 +132,11 @@ class Plan:
         if self.statistics is not None:
             entries = self.statistics.entries.values()
             sides = ((e.in_features, e.in_features if e.kind == "full" else 1) for e in entries)
-            full = any(entry.kind == "full" for entry in entries)
-            share = 18 if full and self.recipe.feedback else 6
-            moments = max(rows * columns for rows, columns in sides) * share
+            moments = max(rows * columns for rows, columns in sides) * 8
             moments += max(item.matrix.elements for item in self.matrices.values()) * 4
+            if self.recipe.feedback and any(entry.kind == "full" for entry in entries):
+                shapes = (item.matrix.shape for item in self.matrices.values())
+                moments += max(feedback.working_bytes(*shape, self.device) for shape in shapes)
         return max(_working_set(item) for item in self.matrices.values()) + moments
 
     def with_fallback(self) -> Plan:

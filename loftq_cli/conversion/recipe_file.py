@@ -77,6 +77,8 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in recipe.items()
         if name not in ("kernels", "layout_fallback") and value not in (None, [])
     }
+    for name in ("momentum", "feedback"):
+        held.setdefault(name, False)  # a manifest from before there was any
     if held.get("scale") == "fixed":
         del held["scale"]
     if recipe.get("layout_fallback") is not None:

@@ -19,7 +19,8 @@ With second moments H of the layer's input the low-rank step minimises ||W - Q_t
 of the Frobenius norm, and the iterate that is best in that norm is kept; the quantizer is the same.
 With ``feedback`` and a full H the last step goes on: it quantizes W - B_T A_T at the scales it has,
 with each column's error fed back to those that come after it
-(:mod:`loftq_cli.numerics.feedback`), and fits the adapter to that.
+(:mod:`loftq_cli.numerics.feedback`), and fits the adapter to that. Where this leaves more, the step
+remains what it was.
 
 The passes over a matrix are in :mod:`loftq_cli.numerics.sweep`, the products in
 :mod:`loftq_cli.numerics.lowrank`.
@@ -83,10 +84,8 @@ class _WeightedTrace(_Trace):
         self._seen = False  # what quantization alone leaves
 
     def see_quantized(self, residual: torch.Tensor) -> None:
-        """``residual`` = W - quantize(W); only the first time."""
-        if not self._seen:
-            self.quantized = self._weighting.norm(residual)
-            self._seen = True
+        self.quantized = self._weighting.norm(residual)
+        self._seen = True
 
     def see_step(self, remains: torch.Tensor | None, product: Product) -> None:
         """``remains`` = R - product. Where nothing was seen before, R is W - quantize(W)."""
@@ -157,15 +156,25 @@ def decompose(
         A, B, basis = fit_adapter(sweep.residual, sweep.wide, norm, basis, settings, weighting)
         earlier, previous = previous, _Iterate(quantized, A, B)
     assert previous is not None
-    if settings.feedback and weighted is not None and weighting is not None and weighting.is_full:
-        weighted.see_quantized(sweep.residual)
-        previous = _fed_back(sweep, weight, previous, basis, settings, weighting)
     product = _product(previous, settings)
     plain.steps.append(math.sqrt(sweep.remainder(product)))
     if weighted is not None:
         weighted.see_step(sweep.remains, product)
+        if settings.feedback and weighting is not None and weighting.is_full:
+            fed = _fed_back(sweep, weight, previous, basis, settings, weighting)
+            if fed is not None and fed.weighted < weighted.steps[-1]:
+                previous, plain.steps[-1], weighted.steps[-1] = fed.iterate, fed.plain, fed.weighted
     best = _better(best, deciding.steps[-1], settings.iters, previous, settings.keep)
     return _finish(settings, best.iterate, best.step, plain, weighted)
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """An iterate and its residuals."""
+
+    iterate: _Iterate
+    plain: float
+    weighted: float
 
 
 def _fed_back(
@@ -175,17 +184,23 @@ def _fed_back(
     basis: lowrank.Basis | None,
     settings: Settings,
     weighting: Weighting,
-) -> _Iterate:
-    """The iterate after the quantizer has followed its adapter once more, with feedback."""
+) -> _Fed | None:
+    """What becomes of ``iterate`` where the quantizer follows its adapter once more, with feedback;
+    None where a value is too large for the dtype it is to be stored in."""
     parameters = iterate.parameters
     assert parameters is not None
     feedback = make_feedback(weighting, iterate.lora_A.float())
     quantized, squared = requantize(
         sweep, weight, parameters, _product(iterate, settings), feedback, settings.backbone_dtype
     )
+    if not math.isfinite(squared):
+        return None
     warm = None if basis is None else replace(basis, calls=1)  # nearly every code has changed
     A, B, _ = fit_adapter(sweep.residual, sweep.wide, math.sqrt(squared), warm, settings, weighting)
-    return _Iterate(quantized, A, B)
+    fed = _Iterate(quantized, A, B)
+    left = math.sqrt(sweep.remainder(_product(fed, settings)))
+    assert sweep.remains is not None
+    return _Fed(fed, left, weighting.norm(sweep.remains))
 
 
 def make_sweep(weight: torch.Tensor, quantizer: Quantizer, settings: Settings) -> Sweep:

@@ -40,7 +40,7 @@ _ABSORBED = 0.9  # of what the adapter can take
 _RIDGE = 0.1  # of the mean moment
 _PANEL = 64  # columns between two products with all errors so far
 _CHUNK_ELEMENTS = 1 << 23  # of a matrix: rows are independent
-_GPU_CHUNK_ELEMENTS = 1 << 27
+_GPU_CHUNK_ELEMENTS = 1 << 26
 _TINY = 1e-37
 
 
@@ -106,7 +106,7 @@ def requantize(
     """Quantize ``weight`` (out, in) - ``product`` again, at given parameters and with feedback.
 
     ``dtype``: what values are rounded to, where the backbone is stored dense. Leaves R = W - Q in
-    the sweep; returns Q and ||R||^2.
+    the sweep; returns Q and ||R||^2, which is not finite where a value overflowed.
     """
     order, quantizer = feedback.order, sweep.quantizer
     back = torch.empty_like(order)
@@ -114,8 +114,7 @@ def requantize(
     right = product.right.T[order]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    limit = _GPU_CHUNK_ELEMENTS if weight.is_cuda else _CHUNK_ELEMENTS
-    step = max(limit // weight.shape[1], 1)
+    step = max(_chunk_elements(weight.device) // weight.shape[1], 1)
     for start in range(0, weight.shape[0], step):
         rows = slice(start, min(start + step, weight.shape[0]))
         # Columns are kept as rows, so that each is contiguous.
@@ -128,6 +127,16 @@ def requantize(
         if sweep.wide is not sweep.residual:
             sweep.wide[rows] = residual
     return quantizer.assemble(codes, parameters), float(total)
+
+
+def working_bytes(out_features: int, in_features: int, device: torch.device) -> int:
+    """About what both functions need beside the moments and the sweep."""
+    chunk = min(out_features * in_features, _chunk_elements(device))
+    return 12 * in_features**2 + 12 * chunk
+
+
+def _chunk_elements(device: torch.device) -> int:
+    return _GPU_CHUNK_ELEMENTS if device.type == "cuda" else _CHUNK_ELEMENTS
 
 
 def _quantize_columns(
@@ -174,6 +183,7 @@ def _quantize_panel(
     for column in reversed(range(len(targets))):
         later = slice(column + 1, None)
         wanted = targets[column] + added[column] + factor[column, later] @ errors[later]
+        wanted.nan_to_num_()  # after an overflow, which whoever asked finds in ||R||
         zero = None if zeros is None else zeros[column]
         codes[column], decoded = quantizer.encode_at(wanted, scales[column], zero)
         values[column] = as_stored(decoded, dtype)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from loftq_cli.errors import InputError
+from loftq_cli.numerics import alternation
 from loftq_cli.numerics.alternation import decompose, make_sweep
 from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.feedback import make_feedback, requantize
@@ -189,3 +191,55 @@ def test_moments_that_are_none_are_an_error():
     with pytest.raises(InputError, match="not positive semidefinite") as caught:
         decompose(llm_like(64, 96), quantizer, settings, make_weighting(H, torch.float32))
     assert "measure them again" in caught.value.hint
+
+
+def dominated(width: int, times: float, seed: int) -> torch.Tensor:
+    """Moments of inputs with a mean so many times their spread, as massive activations make it."""
+    spread, mean = gaussian(2 * width, width, seed=seed), gaussian(width, seed=seed + 1)
+    steady = 1 + 0.1 * gaussian(2 * width, 1, seed=seed + 2)
+    inputs = (spread + times * mean * steady).double()
+    return (inputs.T @ inputs / len(inputs)).float()
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize(("method", "bits"), [("uniform", 2), ("nf", 4), ("uniform", 8)])
+@pytest.mark.parametrize("iters", [1, 4])
+@pytest.mark.parametrize("times", [0, 100, 1000])
+def test_it_is_not_kept_where_it_leaves_more(keep, method, bits, iters, times):
+    quantizer = make_quantizer(method, bits, 64, "mse")
+    settings = Settings(rank=8, iters=iters, momentum=True, keep=keep)
+    better = 0
+    for seed in range(0, 12, 3):
+        weight, H = gaussian(64, 128, seed=seed) / 50, dominated(128, times, seed)
+        weighting = make_weighting(H, torch.float32)
+        plain = decompose(weight, quantizer, settings, weighting)
+        d = decompose(weight, quantizer, replace(settings, feedback=True), weighting)
+        assert d.weighted is not None
+        assert plain.weighted is not None
+        assert d.weighted.steps[-1] <= plain.weighted.steps[-1]
+        assert d.weighted.final <= plain.weighted.final
+        assert d.final == pytest.approx(recomputed(d, weight), rel=1e-5)
+        better += d.weighted.steps[-1] < plain.weighted.steps[-1]
+    assert better == 4 or times
+
+
+def test_a_value_too_large_for_its_dtype_is_found_in_the_residual(monkeypatch):
+    """Columns after the overflow would be quantized to no code at all."""
+    weight, H = llm_like(8, 64) * 1e4, moments("full", 64)
+    quantizer = make_quantizer("uniform-block", 3, 64, "fixed")
+    sweep = make_sweep(weight, quantizer, Settings(rank=2, iters=1))
+    product = Product(torch.zeros(8, 2), gaussian(2, 64))
+    given = sweep.quantize(None, product).quantized
+    weighting = make_weighting(H, torch.float32)
+    feedback = make_feedback(weighting, product.right)
+    huge = Parameters(torch.full_like(given.scales, 1e6), None)
+    quantized, squared = requantize(sweep, weight, huge, product, feedback, torch.float16)
+    assert not math.isfinite(squared)
+    assert quantized.codes.max() < 8
+    # And then the step stays what it was.
+    settings = Settings(rank=2, iters=1, backbone_dtype=torch.float16)
+    plain = decompose(weight, quantizer, settings, weighting)
+    monkeypatch.setattr(alternation, "requantize", lambda *_: (quantized, math.inf))
+    d = decompose(weight, quantizer, replace(settings, feedback=True), weighting)
+    assert torch.equal(d.quantized.codes, plain.quantized.codes)
+    assert d.weighted == plain.weighted

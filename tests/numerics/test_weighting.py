@@ -156,3 +156,32 @@ def test_moments_of_white_inputs_change_nothing_but_rounding():
         assert d.weighted is not None
         assert d.weighted.final == pytest.approx(2 * d.final, rel=1e-5)
         assert d.final == pytest.approx(plain.final, rel=2e-3)
+
+
+@pytest.mark.parametrize("width", [150, 192])  # the latter in the kernel, where there is one
+def test_what_is_left_along_a_massive_direction_is_not_lost_in_bfloat16(width):
+    """An adapter that takes nearly all of it, as they do: the rest has to be seen."""
+    direction = torch.nn.functional.normalize(gaussian(width, seed=7), dim=0)
+    H = moments("full", width, tokens=600) / 50 + 1e5 * torch.outer(direction, direction)
+    matrix = gaussian(64, width)
+    matrix -= torch.outer(matrix @ direction, direction) * 0.9999
+    weighting = make_weighting(H.clone(), torch.bfloat16)
+    given = matrix.bfloat16()
+    assert weighting.norm(given) == pytest.approx(norm(given, H), rel=5e-3)
+
+
+def test_a_step_with_massive_inputs_states_what_it_leaves_in_bfloat16():
+    spread, mean = gaussian(400, 192, seed=1), 100 * gaussian(192, seed=2)
+    inputs = (spread + mean * (1 + 0.1 * gaussian(400, 1, seed=3))).double()
+    H = (inputs.T @ inputs / 400).float()
+    weight = gaussian(96, 192) / 50
+    settings = Settings(rank=16, iters=5, products=torch.bfloat16)
+    d = decompose(
+        weight,
+        make_quantizer("nf", 4, 64, "mse"),
+        settings,
+        make_weighting(H.clone(), torch.bfloat16),
+    )
+    assert d.weighted is not None
+    assert d.step > 1
+    assert d.weighted.final == pytest.approx(norm(weight.double() - effective(d), H), rel=0.03)
