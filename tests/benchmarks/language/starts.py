@@ -47,6 +47,7 @@ _KINDS: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
     ("uniform, full, 32k tokens", ("--method", "uniform"), "full-32768"),
     ("fitted, full", ("--method", "fitted"), "full-8192"),
     ("uniform, full, T=20", ("--method", "uniform", "--iters", "20"), "full-8192"),
+    ("fitted, full, T=20", ("--method", "fitted", "--iters", "20"), "full-8192"),
 )
 _REPEATED = {"nf", "uniform", "nf, full", "uniform, full"}  # with other seeds as well
 _ALWAYS = {
@@ -59,7 +60,7 @@ _ALWAYS = {
     "uniform, full": {(2, 64), (2, 16), (3, 64)},
 }
 _FULL = {"nf, full", "uniform, full"}
-_BEST = {"fitted, full", "uniform, full, T=20"}
+_BEST = {"fitted, full", "uniform, full, T=20", "fitted, full, T=20"}
 _TRAINED = {
     (2, 64): {"QLoRA", "published T=5", "nf", "nf, diagonal", *_FULL, *_BEST},
     (2, 16): _FULL,
