@@ -24,22 +24,24 @@ _DIRECTIONS = 8  # kept apart
 
 @dataclass(frozen=True)
 class Split:
-    """H = ``rest`` + V S V^T: few ``directions`` V float32 (in, k), about the leading eigenvectors,
-    with ``inner`` S float32 (k, k), and the rest (in, in) in the dtype to multiply in.
+    """H = ``rest`` + V S V^T: few directions V (in, k), about the leading eigenvectors, with
+    ``inner`` S float32 (k, k), and the rest (in, in) in the dtype to multiply in. ``pieces``
+    (2 k, in), in that dtype too, are V^T rounded and what rounding took.
 
     Inputs of language models have directions with 10^4 times the mean moment. Adapters take them
     first, so that nearly nothing of a residual is left there, and what rounding H to bfloat16 makes
     of that nothing can be more than all the rest.
     """
 
-    directions: torch.Tensor
+    pieces: torch.Tensor
     inner: torch.Tensor
     rest: torch.Tensor
 
     def outer(self, matrix: torch.Tensor) -> float:
         """tr(M V S V^T M^T) of (out, in) M."""
-        along = matrix.float() @ self.directions
-        return float(((along @ self.inner) * along).sum(dtype=torch.float64))
+        both = (self.pieces @ matrix.to(self.pieces.dtype).T).float()
+        along = both[: len(self.inner)] + both[len(self.inner) :]
+        return float(((self.inner @ along) * along).sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -139,4 +141,6 @@ def _split(moments: torch.Tensor, products: torch.dtype) -> Split:
     inner = found.T @ (moments @ found)
     inner = (inner + inner.T) / 2
     rest = torch.addmm(moments, found @ inner, found.T, alpha=-1)
-    return Split(found, inner, rest.to(products))
+    rounded = found.T.to(products)
+    pieces = torch.cat([rounded, (found.T - rounded.float()).to(products)])
+    return Split(pieces, inner, rest.to(products))

@@ -48,6 +48,7 @@ _KINDS: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
     ("fitted, full", ("--method", "fitted"), "full-8192"),
     ("uniform, full, T=20", ("--method", "uniform", "--iters", "20"), "full-8192"),
     ("fitted, full, T=20", ("--method", "fitted", "--iters", "20"), "full-8192"),
+    ("fitted, full, T=20, 32k tokens", ("--method", "fitted", "--iters", "20"), "full-32768"),
 )
 _REPEATED = {"nf", "uniform", "nf, full", "uniform, full"}  # with other seeds as well
 _ALWAYS = {
@@ -60,7 +61,12 @@ _ALWAYS = {
     "uniform, full": {(2, 64), (2, 16), (3, 64)},
 }
 _FULL = {"nf, full", "uniform, full"}
-_BEST = {"fitted, full", "uniform, full, T=20", "fitted, full, T=20"}
+_BEST = {
+    "fitted, full",
+    "uniform, full, T=20",
+    "fitted, full, T=20",
+    "fitted, full, T=20, 32k tokens",
+}
 _TRAINED = {
     (2, 64): {"QLoRA", "published T=5", "nf", "nf, diagonal", *_FULL, *_BEST},
     (2, 16): _FULL,
