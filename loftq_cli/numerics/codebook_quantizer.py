@@ -70,15 +70,14 @@ class CodebookQuantizer:
         )
 
     def encode(self, rows: torch.Tensor, parameters: Parameters) -> Fitted:
-        table = self.table.to(rows.device)
         codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
         values = torch.empty_like(rows)
         for (blocks, index), (code_blocks, _), (value_blocks, _) in zip(
             self._blocks(rows), self._blocks(codes), self._blocks(values), strict=True
         ):
-            scales = parameters.scales[index]
-            code_blocks.copy_(nearest(divide(blocks, scales), table))
-            torch.mul(table.levels.take(code_blocks.long()), scales[:, None], out=value_blocks)
+            chosen, decoded = self.encode_at(blocks, parameters.scales[index, None], None)
+            code_blocks.copy_(chosen)
+            value_blocks.copy_(decoded)
         return Fitted(codes, parameters, values)
 
     def encode_at(

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.errors import InputError
-from loftq_cli.numerics.blocks import Parameters, Quantized
+from loftq_cli.numerics.blocks import TINY, Parameters, Quantized
 from loftq_cli.numerics.metrics import squares
 from loftq_cli.numerics.quantizers import Quantizer
 from loftq_cli.numerics.sweep import Product, Sweep, as_stored
@@ -41,7 +41,6 @@ _RIDGE = 0.1  # of the mean moment
 _PANEL = 64  # columns between two products with all errors so far
 _CHUNK_ELEMENTS = 1 << 23  # of a matrix: rows are independent
 _GPU_CHUNK_ELEMENTS = 1 << 26
-_TINY = 1e-37
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,10 @@ def make_feedback(weighting: Weighting, lora_A: torch.Tensor) -> Feedback:
 def _taken(moments: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
     """Z, float32 (r, in), with Z^T Z = H A^T (A H A^T)^-1 A H."""
     lengths = torch.linalg.vector_norm(lora_A, dim=1, keepdim=True)
-    rows = lora_A / lengths.clamp_min(_TINY)
+    rows = lora_A / lengths.clamp_min(TINY)
     images = rows @ moments
     gram = (images @ rows.T).double()
-    gram.diagonal().add_(1e-6 * gram.diagonal().mean().clamp_min(_TINY))
+    gram.diagonal().add_(1e-6 * gram.diagonal().mean().clamp_min(TINY))
     factor, failed = torch.linalg.cholesky_ex(gram)
     if failed:  # far from semidefinite, which is found out about next
         return torch.zeros_like(images)
