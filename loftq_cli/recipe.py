@@ -246,16 +246,20 @@ class Recipe(Settings):
     ``threads`` are settled; ``scale`` is "fixed" where the method defines it, ``scale_dtype``
     concerns layout ``loftq`` only; ``stats`` is the sha256 of the file; ``device`` is the device
     type; ``kernels`` the variant of the inner loops (numerics.variant). ``layout_fallback`` says
-    why layout auto had to leave its first choice while converting.
+    why layout auto had to leave its first choice while converting. ``structure`` is the sha256 of
+    what transformers says of the tensors (integrations.anatomy), None if that changes nothing.
     """
 
     threads: int
     layout_fallback: str | None
     kernels: str
+    structure: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, as the manifest holds it."""
         values = asdict(self)
+        if self.structure is None:
+            del values["structure"]
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()

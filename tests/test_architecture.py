@@ -100,7 +100,7 @@ def test_numerics_is_pure_torch():
         ({"huggingface_hub"}, {name for name in MODULES if name.startswith("checkpoint/hub")}),
         (
             {"transformers", "peft"},
-            {f"integrations/{name}.py" for name in ("loading", "names", "quantizer")},
+            {f"integrations/{name}.py" for name in ("beside", "loading", "names", "quantizer")},
         ),
         ({"gguf", "accelerate", "psutil", "tokenizers"}, set()),  # through checkpoint/extras.py
         ({"pickle"}, {"checkpoint/pickled.py"}),  # for its exception

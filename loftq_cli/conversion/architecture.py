@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from loftq_cli.layouts.base import Kind
+from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.conversion.experts import MISTAKEN, mistaken
+from loftq_cli.layouts.base import Kind, is_expert
 
 EMBEDDING = re.compile(
     r"(?:^|[._])(?:embed(?!_out)\w*|\w*embeddings?|wte|wpe|shared|relative_attention_bias)(?:\.|$)"
@@ -49,6 +51,24 @@ _WO_MODELS = (
     "pix2struct",
 )
 
+_ROUTER = re.compile(r"(?:router\w*(?:\.\w+)*|(?:^|\.)(?:gate|wg|shared_expert_gate))\.weight$")
+_NO_ROUTER = re.compile(
+    r"(?:^|[._])(?:[qkvo]_proj|query|key|value|qkv|q|k|v|o|out_proj|dense|kv_\w+|q_[ab]_proj"
+    r"|(?:gate|up|down)_proj)\.weight$"
+)
+_EXPERT_COUNTS = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    *("num_routed_experts", "n_experts", "num_moe_experts", "moe_num_primary_router_experts"),
+)
+
+_MAMBA_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_MAMBA_OUT = re.compile(r"(?:^|\.)out_proj\.weight$")
+
+_NUMBERED = re.compile(r"((?:.*?\.)??(?:layers?|blocks?|h))\.(\d+)\.")
+_LAYER_COUNT = re.compile(r"layer|depth|block")
+_PREDICTION = re.compile(r"(?:^|\.)(?:mtp|mtp_layers|mtp_block|nextn)\.")
+_PREDICTION_COUNTS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
+
 
 def kind_of(name: str, config: Mapping[str, Any]) -> Kind:
     """What the two-dimensional tensor ``name`` is the weight of."""
@@ -59,9 +79,70 @@ def kind_of(name: str, config: Mapping[str, Any]) -> Kind:
     return "linear"
 
 
-def kept_by_transformers(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether transformers needs this weight in floating point."""
-    return name.endswith(".wo.weight") and config.get("model_type") in _WO_MODELS
+def left_alone(tensors: Sequence[StoredTensor], config: Mapping[str, Any]) -> dict[str, str]:
+    """Why matrices stay as they are, by tensor, as far as names, shapes and config.json tell."""
+    types = set(_model_types(config))
+    beyond = _beyond_the_model([tensor.name for tensor in tensors], config)
+    experts = set(_numbers(config, _EXPERT_COUNTS.__contains__))
+    found = {}
+    for tensor in tensors:
+        if tensor.name.endswith(".wo.weight") and types.intersection(_WO_MODELS):
+            found[tensor.name] = "kept in floating point by transformers"
+        elif is_router(tensor, experts):
+            found[tensor.name] = "router"
+        elif _MAMBA_OUT.search(tensor.name) and config.get("model_type") in _MAMBA_MODELS:
+            found[tensor.name] = "PEFT refuses it: kernels of Mamba take the weight itself"
+        elif mistaken(tensor.name, config):
+            found[tensor.name] = MISTAKEN
+        elif tensor.name in beyond:
+            found[tensor.name] = "beyond the blocks that config.json counts"
+    return found
+
+
+def is_router(tensor: StoredTensor, experts: Collection[int]) -> bool:
+    """Whether a matrix chooses among experts, by its name, or because it has as many outputs as
+    there are ``experts`` and is no part of an attention or an MLP."""
+    if len(tensor.shape) != 2 or is_expert(tensor.name):
+        return False
+    if _ROUTER.search(tensor.name):
+        return True
+    return tensor.shape[0] in experts and not _NO_ROUTER.search(tensor.name)
+
+
+def _beyond_the_model(names: Collection[str], config: Mapping[str, Any]) -> set[str]:
+    """The tensors of prediction heads that are stored as further blocks, which transformers does
+    not load: behind the last one (GLM-4-MoE, DeepSeek-V3), or apart (``mtp``)."""
+    found = {name for name in names if _PREDICTION.search(name)}
+    further = max(_numbers(config, _PREDICTION_COUNTS.__contains__), default=1)
+    text = config.get("text_config")
+    parts = (config, text if isinstance(text, Mapping) else {})
+    counts = [part["num_hidden_layers"] for part in parts if "num_hidden_layers" in part]
+    known = set(_numbers(config, _LAYER_COUNT.search))
+    for blocks in _stacks(names).values():
+        size = len(blocks)
+        first = next((n for n in counts if type(n) is int and 0 < size - n <= further), None)
+        if first is not None and size not in known and set(blocks) == set(range(size)):
+            found |= {name for number in range(first, size) for name in blocks[number]}
+    return found
+
+
+def _stacks(names: Collection[str]) -> dict[str, dict[int, list[str]]]:
+    """The names in each stack of blocks, by the number of the block."""
+    stacks: dict[str, dict[int, list[str]]] = {}
+    for name in names:
+        if match := _NUMBERED.match(name):
+            stacks.setdefault(match[1], {}).setdefault(int(match[2]), []).append(name)
+    return stacks
+
+
+def _numbers(config: Mapping[str, Any], wanted: Callable[[str], object]) -> Iterator[int]:
+    """The whole numbers that a config, or a config in it, has under keys that are ``wanted``."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, wanted)
+        elif wanted(key):
+            values = value if isinstance(value, list) else [value]
+            yield from (number for number in values if type(number) is int and number > 0)
 
 
 def has_output_embedding(names: Collection[str]) -> bool:

@@ -300,7 +300,7 @@ class Conversion:
     def _adapter_config(self) -> dict[str, Any]:
         plan = self.plan
         return adapter.config(
-            {item.matrix.module: item.rank for item in plan.matrices.values()},
+            {item.matrix.adapted: item.rank for item in plan.matrices.values()},
             plan.recipe.rank,
             plan.recipe.lora_alpha,
             adapter.task_type(plan.source.config.content.get("architectures") or []),

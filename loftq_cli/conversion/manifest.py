@@ -40,6 +40,7 @@ def matrix_record(
         "frobenius": asdict(result.frobenius),
         **weighted,
         **({} if matrix.kind == "linear" else {"kind": matrix.kind}),
+        **({} if matrix.in_memory is None else {"in_memory": matrix.in_memory}),
     }
 
 
@@ -73,6 +74,7 @@ def build(
                 "shape": list(tensor.shape),
                 "dtype": tensor.dtype,
                 "reason": reason,
+                **_renamed(plan.anatomy.names, tensor.name),
             }
             for tensor, reason in plan.selection.kept
         ],
@@ -88,6 +90,10 @@ def build(
         "outputs": _outputs(output),
         "environment": dict(environment),
     }
+
+
+def _renamed(names: Mapping[str, str], name: str) -> dict[str, str]:
+    return {"in_memory": names[name]} if name in names else {}
 
 
 def relative(records: Sequence[Mapping[str, Any]], which: str) -> float:

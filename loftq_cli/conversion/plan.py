@@ -23,6 +23,7 @@ from loftq_cli.conversion.experts import check_ranks
 from loftq_cli.conversion.selection import Selection, select, stacks
 from loftq_cli.conversion.widths import assign_ranks, assign_widths, candidates
 from loftq_cli.errors import CorruptFileError
+from loftq_cli.integrations.anatomy import Anatomy, anatomy
 from loftq_cli.layouts import Layout, adapter, make_layout
 from loftq_cli.layouts.base import Matrix, Surroundings, turned_shape
 from loftq_cli.numerics import feedback
@@ -68,6 +69,7 @@ class Plan:
     narrowest width until the recipe's target has settled theirs (see target.py)."""
 
     source: Source
+    anatomy: Anatomy
     recipe: Recipe
     layout: Layout
     auto_layout: bool
@@ -143,6 +145,7 @@ class Plan:
         """The plan that continues with layout ``loftq`` (see Recipe.with_fallback)."""
         return _assemble(
             self.source,
+            self.anatomy,
             self.recipe.with_fallback(),
             self.selection,
             self.device,
@@ -157,6 +160,7 @@ class Plan:
         entries = tuple(f"{name}={bits}" for name, bits in sorted(widths.items()))
         return _assemble(
             self.source,
+            self.anatomy,
             replace(self.recipe, widths=entries),
             self.selection,
             self.device,
@@ -172,22 +176,26 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
     Raises UsageError and its kin (exit 2) for settings that this checkpoint cannot have, and
     InputError (exit 3) for checkpoints that cannot be converted.
     """
+    found = anatomy_of(source)
     selection = select(
         source.tensors,
         source.config.content,
         settings.include,
         settings.exclude,
         settings.embeddings,
+        found,
     )
     device = choose_device(settings.device)
     widths = _widths(source, selection, settings)
-    matrices = [_matrix(tensor, selection, settings, widths) for tensor in selection.matrices]
+    matrices = [
+        _matrix(tensor, selection, found, settings, widths) for tensor in selection.matrices
+    ]
     if statistics is not None:
         _check_statistics(statistics, matrices)
     methods = {matrix.method for matrix in matrices}
     several = len(methods) > 1 or settings.target_bpw is not None
     method = settings.method if several else methods.pop()
-    surroundings = _surroundings(source, selection)
+    surroundings = _surroundings(source, selection, found)
     layout_name, note = choose_layout(settings, matrices, surroundings)
     recipe = Recipe(
         bits=settings.bits,
@@ -219,10 +227,12 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
         rank_map=settings.rank_map,
         target_bpw=settings.target_bpw,
         widths=settings.widths,
+        structure=found.sha256,
     )
     auto = settings.layout == "auto"
     return _assemble(
         source,
+        found,
         recipe,
         selection,
         device,
@@ -232,8 +242,15 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
     )
 
 
+def anatomy_of(source: Source) -> Anatomy:
+    """What transformers makes of the tensors of ``source``."""
+    shapes = {tensor.name: tensor.shape for tensor in source.tensors}
+    return anatomy(source.config.content, shapes)
+
+
 def _assemble(
     source: Source,
+    found: Anatomy,
     recipe: Recipe,
     selection: Selection,
     device: torch.device,
@@ -247,7 +264,7 @@ def _assemble(
     widths = _widths(source, selection, recipe)
     ranks = assign_ranks(recipe, list(widths))
     for tensor in selection.matrices:
-        matrix = _matrix(tensor, selection, recipe, widths)
+        matrix = _matrix(tensor, selection, found, recipe, widths)
         rank = min(ranks[tensor.name], *matrix.shape)
         matrices[tensor.name] = PlannedMatrix(
             matrix,
@@ -259,6 +276,7 @@ def _assemble(
     check_ranks({name: item.rank for name, item in matrices.items()}, recipe.rank)
     return Plan(
         source=source,
+        anatomy=found,
         recipe=recipe,
         layout=layout,
         auto_layout=auto_layout and recipe.layout == "gptq",
@@ -266,7 +284,7 @@ def _assemble(
         matrices=matrices,
         selection=selection,
         shards=_output_shards(source, matrices),
-        surroundings=_surroundings(source, selection),
+        surroundings=_surroundings(source, selection, found),
         device=device,
         statistics=statistics,
         unsettled=frozenset(name for name, bits in widths.items() if bits is None),
@@ -308,6 +326,7 @@ def _widths(source: Source, selection: Selection, settings: Settings) -> dict[st
 def _matrix(
     tensor: StoredTensor,
     selection: Selection,
+    found: Anatomy,
     settings: Settings,
     widths: Mapping[str, int | None],
 ) -> Matrix:
@@ -316,18 +335,25 @@ def _matrix(
     bits = widths[tensor.name] or min(candidates(settings.method))
     method = resolve_method(settings, bits)
     shape = turned_shape((first, second), kind)
-    return Matrix(tensor.name, shape, tensor.dtype, method, bits, settings.block_size, kind)
+    name = found.names.get(tensor.name)
+    in_memory = name and name.removesuffix(".weight")
+    return Matrix(
+        tensor.name, shape, tensor.dtype, method, bits, settings.block_size, kind, in_memory
+    )
 
 
-def _surroundings(source: Source, selection: Selection) -> Surroundings:
+def _surroundings(source: Source, selection: Selection, found: Anatomy) -> Surroundings:
+    def in_memory(tensor: StoredTensor) -> str:
+        return found.names.get(tensor.name, tensor.name)
+
     kept_modules = [
-        tensor.name.removesuffix(".weight")
+        in_memory(tensor).removesuffix(".weight")
         for tensor, _ in selection.kept
         if tensor.name.endswith(".weight") and len(tensor.shape) == 2
     ]
-    selected = stacks(tensor.name for tensor in selection.matrices)
-    outside = [t.name for t in selection.matrices if not stacks([t.name])]
-    return Surroundings(source.config.content, kept_modules, selected + outside)
+    names = [in_memory(tensor) for tensor in selection.matrices]
+    outside = [name for name in names if not stacks([name])]
+    return Surroundings(source.config.content, kept_modules, stacks(names) + outside)
 
 
 def _working_set(item: PlannedMatrix) -> int:

@@ -75,7 +75,7 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     held = {
         name: value
         for name, value in recipe.items()
-        if name not in ("kernels", "layout_fallback") and value not in (None, [])
+        if name not in ("kernels", "layout_fallback", "structure") and value not in (None, [])
     }
     for name in ("momentum", "feedback"):
         held.setdefault(name, False)  # a manifest from before there was any

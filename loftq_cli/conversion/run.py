@@ -129,7 +129,7 @@ def prepare(
         )
     narrow = None if texts else statistics_note(plan, options.preset)
     experts_note = experts.note(plan.selection.kept, source.config.content)
-    for line in (plan.layout_note, experts_note, narrow):
+    for line in (plan.anatomy.note, plan.layout_note, experts_note, narrow):
         if line:
             observer.note(line)
     # Only where there is a search to speed up: asking builds the kernels.

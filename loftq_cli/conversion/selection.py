@@ -16,14 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loftq_cli.checkpoint.header import StoredTensor
-from loftq_cli.conversion.architecture import (
-    EMBEDDING,
-    kept_by_transformers,
-    kind_of,
-    shared_with,
-)
-from loftq_cli.conversion.experts import MISTAKEN, check, mistaken
+from loftq_cli.conversion.architecture import EMBEDDING, kind_of, left_alone, shared_with
+from loftq_cli.conversion.experts import check
 from loftq_cli.errors import PatternError, UnsupportedInputError, UsageError, printable
+from loftq_cli.integrations.anatomy import Anatomy
 from loftq_cli.layouts.base import Kind, is_expert
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
@@ -31,7 +27,6 @@ FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 _BLOCK = re.compile(r"(?:^|\.)\d+\.")
 _NORM = re.compile(r"(?:norm|(?:^|\.)ln_?\w*)\.weight$", re.IGNORECASE)
-_ROUTER = re.compile(r"(?:router\w*|(?:^|\.)(?:gate|wg|shared_expert_gate))\.weight$")
 _HEAD = re.compile(
     r"(?:^|\.)(?:lm_head|embed_out|classifier|classification_heads?|pooler|score|qa_outputs|heads?)\."
 )
@@ -54,13 +49,14 @@ def select(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings: bool = False,
+    anatomy: Anatomy = Anatomy(),  # noqa: B008  (frozen)
 ) -> Selection:
     """Split ``tensors`` by the default rule, plus word ``embeddings``, plus ``include``, less
-    ``exclude`` (globs on names).
+    ``exclude`` (globs on names), less what ``anatomy`` or config.json rules out.
 
-    Raises PatternError where a pattern matches nothing it could apply to, UsageError where an
-    embedding is asked for that cannot be quantized, UnsupportedInputError for checkpoints that are
-    quantized already.
+    Raises PatternError if a pattern matches nothing it could apply to, UsageError if a matrix is
+    asked for that cannot be quantized, UnsupportedInputError for checkpoints that are quantized
+    already.
     """
     _refuse_unsupported(tensors, config)
     names = [tensor.name for tensor in tensors]
@@ -71,6 +67,7 @@ def select(
     excluded = {
         name for pattern in exclude for name in _matches("--exclude", pattern, names, set(names))
     }
+    ruled_out = {**anatomy.reasons, **left_alone(tensors, config)}
     matrices, kept = [], []
     kinds: dict[str, Kind] = {}
     reasons: dict[str, str] = {}
@@ -79,10 +76,8 @@ def select(
         reason = _not_a_matrix(tensor) or _outside_rule(tensor.name)
         kind = kind_of(tensor.name, config)
         why = "linear layer of a block"
-        if kept_by_transformers(tensor.name, config):
-            reason = "kept in floating point by transformers"
-        if reason is None and mistaken(tensor.name, config):
-            reason = MISTAKEN
+        if reason is None:
+            reason = ruled_out.get(tensor.name)
         if embeddings and kind == "embedding" and tensor.name in quantizable:
             why, reason = "asked for by --embeddings", None
         if tensor.name in excluded:
@@ -111,10 +106,20 @@ def select(
             hint="--include selects what the default rule leaves out",
         )
     _refuse_shared(kinds, config, names)
+    _refuse_ruled_out(kinds, ruled_out)
     check(kinds, [tensor for tensor, _ in kept], config)
     if embeddings and "embedding" not in kinds.values():
         raise UsageError("--embeddings: the checkpoint has no word embedding to quantize")
     return Selection(matrices, kept, kinds, reasons)
+
+
+def _refuse_ruled_out(selected: Iterable[str], ruled_out: Mapping[str, str]) -> None:
+    """What somebody asked for, and no model could load."""
+    for name in selected:
+        if name in ruled_out and not is_expert(name):
+            raise UsageError(
+                f"{name} cannot be quantized: {ruled_out[name]}", hint="narrow the patterns"
+            )
 
 
 def _refuse_shared(
@@ -158,7 +163,6 @@ def _outside_rule(name: str) -> str | None:
         (EMBEDDING, "embedding"),
         (_NORM, "normalisation"),
         (_HEAD, "head"),
-        (_ROUTER, "router"),
     ):
         if pattern.search(name):
             return reason

@@ -20,7 +20,7 @@ from loftq_cli.integrations.blockwise import (
     stacks_of,
 )
 from loftq_cli.integrations.layer_inputs import LayerInputs
-from loftq_cli.integrations.names import in_model
+from loftq_cli.integrations.names import places
 from loftq_cli.integrations.pretrained import load_model, load_tokenizer
 from loftq_cli.integrations.windows import cut
 from loftq_cli.numerics.moments import Moments
@@ -117,9 +117,8 @@ def prepare(
             f"{embedding.num_embeddings}",
             hint="use the model's own tokenizer",
         )
-    present = {name for name, _ in model.named_modules()}
     modules = {name.removesuffix(".weight"): name for name in widths}
-    found = in_model(modules, present, str(getattr(model, "base_model_prefix", "")))
+    found = places(model, modules)
     layers = {modules[old]: new for old, new in found.items()}
     missing = [name for name in widths if name not in layers]
     return Calibration(model, windows, layers, missing, widths, device)

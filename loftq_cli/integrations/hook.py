@@ -20,6 +20,10 @@ from loftq_cli.errors import EnvironmentFailure
 _REGISTRY = "transformers.quantizers.auto"
 
 
+class DetachedAdapter(UserWarning):
+    """A backbone computes, or will, without the adapter that makes up for its quantization."""
+
+
 def install() -> None:
     """Register now if transformers' registry is loaded, else once it is. Idempotent."""
     module = sys.modules.get(_REGISTRY)

@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loftq_cli.checkpoint.extras import missing_extra, required
-from loftq_cli.checkpoint.header import HeaderError, read_header
-from loftq_cli.checkpoint.output import open_output
+from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header
+from loftq_cli.checkpoint.output import Output, open_output
+from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import read_json
 from loftq_cli.errors import (
     CorruptFileError,
@@ -20,10 +23,11 @@ from loftq_cli.errors import (
     UnsupportedInputError,
 )
 from loftq_cli.integrations import hook
+from loftq_cli.integrations.classes import model_class
 from loftq_cli.integrations.intact import check_files
-from loftq_cli.integrations.names import RenamedModules, in_model, key_mapping, renaming, tied
+from loftq_cli.integrations.names import key_mapping, places, prefix_of, tied
 from loftq_cli.layouts import adapter
-from loftq_cli.layouts.base import is_expert
+from loftq_cli.layouts.base import is_expert, matrix_of
 
 
 def load(
@@ -35,11 +39,12 @@ def load(
     """The backbone in ``path`` with the adapter in its ``loftq_init`` attached.
 
     ``auto_class`` is the class to load the backbone with (``AutoModelForSequenceClassification``);
-    without it, the one that config.json names. Where that is a task model and the checkpoint is of
-    the bare model, or the other way round, the adapter follows its modules. ``trainable`` makes the
-    adapter's parameters trainable, and the modules that the checkpoint does not hold, such as a new
-    classifier: PEFT saves those with the adapter (``modules_to_save``). Everything else is handed
-    to the class's ``from_pretrained``.
+    without it, the one that config.json names, or that its model_type stands for. If that is a task
+    model and the checkpoint is of the bare model, or the other way round, the adapter follows its
+    modules. ``trainable`` makes the adapter's parameters trainable, and the modules that the
+    checkpoint does not hold, such as a new classifier: PEFT saves those with the adapter
+    (``modules_to_save``). Everything else is handed to the class's ``from_pretrained``; code that
+    the model brings along is run with ``trust_remote_code=True`` only.
 
     Returns a ``peft.PeftModel``. Raises EnvironmentFailure where the extra [train] or [gptq] is not
     installed, and InputError where ``path`` is not the complete output of a conversion, is of a
@@ -52,16 +57,17 @@ def load(
     check_files(output)
     peft, transformers = (required(name, "train", "loading") for name in ("peft", "transformers"))
     hook.install()
-    model_class = auto_class or _model_class(directory, transformers)
+    remote = bool(from_pretrained.get("trust_remote_code"))
+    chosen = auto_class or _model_class(directory, transformers, remote=remote)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RenamedModules)
-            backbone, report = model_class.from_pretrained(
+            warnings.simplefilter("ignore", hook.DetachedAdapter)
+            backbone, report = chosen.from_pretrained(
                 directory, output_loading_info=True, **from_pretrained
             )
     except ImportError as error:
         raise missing_extra(error, "gptq" if layout == "gptq" else "train", "loading") from error
-    names = _names(backbone, directory)
+    names = _names(backbone, output)
     _refuse_tied(backbone, names, directory)
     new = _new_modules(backbone, report, names, directory)
     model = _attach(peft, backbone, names, directory, trainable)
@@ -77,18 +83,18 @@ def load(
     return model
 
 
-def _names(backbone: Any, directory: Path) -> dict[str, str]:
+def _names(backbone: Any, output: Output) -> dict[str, str]:
     """Every module that has an adapter: its name in the file, and in ``backbone``. Experts, which
     are no modules there, are left to PEFT."""
-    file = directory / adapter.DIRECTORY / adapter.WEIGHTS
-    stored = {name for name in _tensor_names(file) if not is_expert(name)}
-    modules = {name for name, _ in backbone.named_modules()}
-    wanted = {adapter.module_of(name) for name in stored}
-    names = in_model(wanted, modules, _prefix(backbone), renaming(backbone))
+    file = output.directory / adapter.DIRECTORY / adapter.WEIGHTS
+    stored = {name for name in _tensors(file) if not is_expert(name)}
+    on_disk = {matrix.adapted: matrix.module for matrix in map(matrix_of, output.records)}
+    present = places(backbone, on_disk.values())
+    names = {name: present[module] for name, module in on_disk.items() if module in present}
     # PEFT passes over tensors that it finds no module for, with a warning at most.
     homeless = {name for name in stored if adapter.module_of(name) not in names}
     _refuse(homeless, f"{type(backbone).__name__} has no place for", file)
-    return names
+    return {adapter.module_of(name): names[adapter.module_of(name)] for name in stored}
 
 
 def _refuse_tied(backbone: Any, names: Mapping[str, str], directory: Path) -> None:
@@ -108,7 +114,7 @@ def _attach(
     """The PeftModel of ``backbone``, every tensor of the adapter in its place."""
     config = peft.PeftConfig.from_pretrained(directory, subfolder=adapter.DIRECTORY)
     file = directory / adapter.DIRECTORY / adapter.WEIGHTS
-    stored = _tensor_names(file)
+    stored = _tensors(file)
     experts = {adapter.module_of(name) for name in stored if is_expert(name)}
     config.target_modules = {*names.values(), *experts}
     patterns = {re.escape(old): re.escape(new) for old, new in names.items()}
@@ -121,26 +127,29 @@ def _attach(
         subfolder=adapter.DIRECTORY,
         is_trainable=trainable,
         config=config,
-        key_mapping=key_mapping(names, _prefix(backbone)),
+        key_mapping=key_mapping(names, prefix_of(backbone)),
     )
-    expected = set()
-    for name in stored:
-        if is_expert(name):
-            continue
-        module = adapter.module_of(name)
-        expected.add(name.replace(module, names[module], 1))
+    expected = {}
+    for name, tensor in stored.items():
+        if not is_expert(name):
+            module = adapter.module_of(name)
+            expected[name.replace(module, names[module], 1)] = tensor
     # PEFT counts a head that has an adapter among the adapter's own tensors, unless told not to.
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     fused = {name for name in loaded if is_expert(name)}
-    _refuse((loaded.keys() - fused) ^ expected, "PEFT and the file disagree about", file)
+    _refuse((loaded.keys() - fused) ^ expected.keys(), "PEFT and the file disagree about", file)
     # A fused B that PEFT found nothing for is zero, as it draws a new one.
     empty = {name for name in fused if ".lora_B." in name and not loaded[name].any()}
     _refuse(empty or (experts if not fused else set()), "PEFT did not fuse", file)
+    with TensorFile(file) as reader:
+        lost = {name for name in expected if _differ(loaded[name], reader.read(expected[name]))}
+    _refuse(lost, "PEFT did not load", file)
     return model
 
 
-def _prefix(backbone: Any) -> str:
-    return str(getattr(backbone, "base_model_prefix", ""))
+def _differ(loaded: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether PEFT has something else than the file, dtypes apart. What is on disk is trusted."""
+    return not loaded.is_meta and not torch.equal(loaded.cpu(), stored.to(loaded.dtype))
 
 
 def _renamed(patterns: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -168,23 +177,25 @@ def _new_modules(
     return new
 
 
-def _model_class(directory: Path, transformers: Any) -> Any:
+def _model_class(directory: Path, transformers: Any, *, remote: bool) -> Any:
     file = directory / "config.json"
     if not file.is_file():
         raise SourceNotFoundError(f"{directory}: no config.json in it", hint="convert again")
-    architectures = read_json(file).content.get("architectures") or [None]
-    found = getattr(transformers, str(architectures[0]), None)
+    config = read_json(file).content
+    found = model_class(config, transformers, remote=remote)
     if found is None:
+        runs = "; trust_remote_code=True runs the code that auto_map names" * ("auto_map" in config)
         raise UnsupportedInputError(
-            f"{file}: transformers has no class for architectures {architectures}",
-            hint="say which to load with auto_class=, for example transformers.AutoModel",
+            f"{file}: transformers has no class for architectures {config.get('architectures')}, "
+            f"nor for model_type {config.get('model_type')!r}",
+            hint=f"say which to load with auto_class=, for example transformers.AutoModel{runs}",
         )
     return found
 
 
-def _tensor_names(file: Path) -> set[str]:
+def _tensors(file: Path) -> dict[str, StoredTensor]:
     try:
-        return {tensor.name for tensor in read_header(file).tensors}
+        return {tensor.name: tensor for tensor in read_header(file).tensors}
     except FileNotFoundError:
         raise SourceNotFoundError(f"{file}: no such file", hint="convert again") from None
     except HeaderError as error:

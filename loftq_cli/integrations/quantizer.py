@@ -17,14 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
 from loftq_cli.integrations import guard, hook
-from loftq_cli.integrations.names import (
-    RenamedModules,
-    has_other_names,
-    in_model,
-    key_mapping,
-    renaming,
-    tied,
-)
+from loftq_cli.integrations.beside import adapter_targets, lost_targets
+from loftq_cli.integrations.names import key_mapping, places, prefix_of, tied
 from loftq_cli.integrations.packed_weight import PackedWeight
 from loftq_cli.integrations.replacement import kind_of, packed
 from loftq_cli.layouts.packed import FORMAT_VERSION
@@ -87,16 +81,17 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
         names = _names(config.modules, model)
-        if has_other_names(names):
+        config.modules = {names[name]: entry for name, entry in config.modules.items()}
+        self._adapter_names = key_mapping(names, prefix_of(model))
+        present = {name for name, _ in model.named_modules()}
+        lost = lost_targets(adapter_targets(model.config), self._adapter_names, present)
+        if lost:
             warnings.warn(
-                f"{type(model).__name__} has other names for quantized layers than the checkpoint: "
-                "use loftq_cli.load for the adapter in loftq_init, PeftModel.from_pretrained "
-                "leaves layers without it",
-                RenamedModules,
+                f"PeftModel.from_pretrained cannot attach the adapter of {_listed(lost)} to "
+                f"{type(model).__name__}: use loftq_cli.load",
+                hook.DetachedAdapter,
                 stacklevel=2,
             )
-        config.modules = {names[name]: entry for name, entry in config.modules.items()}
-        self._adapter_names = key_mapping(names, _prefix(model))
         for name, entry in config.modules.items():
             module = packed(model.get_submodule(name), entry)
             # A module that is not in the file would be initialised, which packed codes cannot be;
@@ -133,13 +128,13 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _names(modules: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[str, str]:
     """Name in the checkpoint to name in ``model``, for every quantized module."""
-    kinds = {name: kind_of(module) for name, module in model.named_modules()}
-    found: dict[str, str] = {}
-    for kind in ("linear", *_KINDS):
-        wanted = [name for name, entry in modules.items() if entry.get("kind", "linear") == kind]
-        present = {name for name, value in kinds.items() if value == kind}
-        found |= in_model(wanted, present, _prefix(model), renaming(model))
-    lost = [name for name in modules if name not in found]
+    found = places(model, modules)
+    lost = [
+        name
+        for name, entry in modules.items()
+        if name not in found
+        or kind_of(model.get_submodule(found[name])) != entry.get("kind", "linear")
+    ]
     if lost:
         what = modules[lost[0]].get("kind", "linear layer")
         raise UnsupportedInputError(
@@ -160,10 +155,6 @@ def _refuse_shared(model: nn.Module) -> None:
             "quantized",
             hint="load a class without that head, or convert without --embeddings",
         )
-
-
-def _prefix(model: nn.Module) -> str:
-    return str(getattr(model, "base_model_prefix", ""))
 
 
 def _checked(name: str, entry: Any) -> Mapping[str, Any]:

@@ -32,7 +32,7 @@ def stored_dtype(setting: str, source_dtype: str) -> str:
 def names(matrix: Matrix) -> tuple[str, str]:
     """The names of the module's two tensors in the adapter file, in the order of :func:`specs`."""
     pattern = "lora_embedding_{}" if matrix.kind == "embedding" else "lora_{}.weight"
-    first, second = (f"{PREFIX}{matrix.module}.{pattern.format(side)}" for side in "AB")
+    first, second = (f"{PREFIX}{matrix.adapted}.{pattern.format(side)}" for side in "AB")
     return first, second
 
 

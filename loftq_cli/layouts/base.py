@@ -22,7 +22,8 @@ class Matrix:
     """A weight matrix that is to be, or was, quantized.
 
     ``name`` is the tensor's (``….weight``), ``dtype`` its safetensors tag in the source, ``shape``
-    (out, in), whichever way it is stored.
+    (out, in), whichever way it is stored. ``in_memory``: the name of its module in the class that
+    config.json names, if that is another than on disk.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Matrix:
     bits: int
     block_size: int
     kind: Kind = "linear"
+    in_memory: str | None = None
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -40,7 +42,13 @@ class Matrix:
 
     @property
     def module(self) -> str:
+        """The module's name on disk."""
         return self.name.removesuffix(".weight")
+
+    @property
+    def adapted(self) -> str:
+        """The module's name in the adapter, which is that in memory: so PEFT itself saves it."""
+        return self.in_memory or self.module
 
     @property
     def elements(self) -> int:
@@ -58,6 +66,7 @@ def matrix_of(record: Mapping[str, Any]) -> Matrix:
         record["bits"],
         record["block_size"],
         record.get("kind", "linear"),
+        record.get("in_memory"),
     )
 
 
@@ -74,7 +83,8 @@ def turned_shape(shape: tuple[int, int], kind: Kind) -> tuple[int, int]:
 @dataclass(frozen=True)
 class Surroundings:
     """What else a consumer's config needs to know: the source's config.json, the modules with
-    two-dimensional weights that stay as they are, and the path of each stack of blocks."""
+    two-dimensional weights that stay as they are, and the path of each stack of blocks. All names
+    are those in memory."""
 
     config: Mapping[str, Any]
     kept_modules: Sequence[str]

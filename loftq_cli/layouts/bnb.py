@@ -117,7 +117,7 @@ class BnbLayout:
         added = [
             key
             for key in (*bare, *_HEADS)
-            if not any(_skips(key, matrix.module) for matrix in matrices)
+            if not any(_skips(key, matrix.adapted) for matrix in matrices)
         ]
         return {
             "quant_method": "bitsandbytes",

@@ -117,7 +117,7 @@ class GptqLayout:
         if stack not in _KNOWN_STACKS:
             config["block_name_to_quantize"] = stack
         if any(name.startswith(f"{stack}.") for name in surroundings.kept_modules):
-            config["modules_in_block_to_quantize"] = [[matrix.module for matrix in matrices]]
+            config["modules_in_block_to_quantize"] = [[matrix.adapted for matrix in matrices]]
         return config
 
 

@@ -11,6 +11,7 @@ from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.output import verify as verify_files
 from loftq_cli.checkpoint.source import CONFIG, read_json
 from loftq_cli.errors import InputError
+from loftq_cli.integrations.classes import AUTO_CLASSES
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import matrix_of
 
@@ -60,7 +61,7 @@ def snippet(output: Output, place: str | None = None) -> str:
 
 def auto_class(output: Output) -> str:
     """The transformers auto class for the architecture in the output's config.json, or that class
-    itself where it is of text and something else, for which auto classes differ."""
+    itself if it is of another kind than those that every auto class is for."""
     try:
         name = read_json(output.directory / CONFIG).content["architectures"][0]
     except (InputError, LookupError, TypeError):
@@ -70,17 +71,10 @@ def auto_class(output: Output) -> str:
     if name.endswith("ForConditionalGeneration") and name.isidentifier():
         of_text = adapter.task_type([name]) == "SEQ_2_SEQ_LM"
         return "AutoModelForSeq2SeqLM" if of_text else name
-    for suffix, result in (
-        ("ForCausalLM", "AutoModelForCausalLM"),
-        ("LMHeadModel", "AutoModelForCausalLM"),
-        ("ForSequenceClassification", "AutoModelForSequenceClassification"),
-        ("ForTokenClassification", "AutoModelForTokenClassification"),
-        ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
-        ("ForMaskedLM", "AutoModelForMaskedLM"),
-    ):
-        if name.endswith(suffix):
+    for end, result in AUTO_CLASSES:
+        if name.endswith(end):
             return result
-    return "AutoModel"
+    return "AutoModel" if name.endswith("Model") or not name.isidentifier() else name
 
 
 def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,16 +125,34 @@ def test_a_manifest_of_another_format(copied, content, error, named) -> None:
         loftq_cli.load(copied)
 
 
-@pytest.mark.parametrize("architectures", [["NoSuchModel"], [], None])
-def test_an_unknown_architecture_asks_for_the_class(copied, architectures) -> None:
+@pytest.mark.parametrize(
+    ("architectures", "loaded"),
+    [
+        (["RemovedForCausalLM"], transformers.LlamaForCausalLM),
+        ([], transformers.LlamaModel),
+        (None, transformers.LlamaModel),
+    ],
+)
+def test_a_class_that_transformers_lacks_is_found_by_the_type_of_model(
+    copied, architectures, loaded
+) -> None:
     config = json.loads((copied / "config.json").read_text())
     config["architectures"] = architectures
     (copied / "config.json").write_text(json.dumps(config))
+    assert type(loftq_cli.load(copied).get_base_model()) is loaded
+
+
+def test_an_unknown_type_of_model_asks_for_the_class(copied) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    config |= {"architectures": ["NoSuchModel"], "model_type": "none_such"}
+    (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedInputError, match="auto_class="):
         loftq_cli.load(copied)
-    assert isinstance(
-        loftq_cli.load(copied, auto_class=transformers.AutoModelForCausalLM), peft.PeftModel
+    chosen = transformers.LlamaForCausalLM
+    model = loftq_cli.load(
+        copied, auto_class=chosen, config=chosen.config_class.from_pretrained(copied)
     )
+    assert isinstance(model, peft.PeftModel)
 
 
 @pytest.mark.parametrize("package", ["peft", "transformers"])

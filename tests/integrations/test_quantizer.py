@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
+from loftq_cli.integrations.hook import DetachedAdapter
 from loftq_cli.integrations.modules import PackedLinear
 from loftq_cli.integrations.quantizer import LoftqConfig
 
@@ -90,7 +92,11 @@ def test_modules_are_found_with_and_without_the_base_prefix(
 ) -> None:
     directory = converted(kind)
     stored, loaded = prefix
-    model, info = model_class.from_pretrained(directory, output_loading_info=True)
+    # PEFT finds no target in a model whose names are shorter than the adapter's.
+    shorter = len(loaded) < len(stored)
+    expected = pytest.warns(DetachedAdapter, match=r"use loftq_cli\.load")
+    with expected if shorter else nullcontext():
+        model, info = model_class.from_pretrained(directory, output_loading_info=True)
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert {stored + name.removeprefix(loaded) for name in packed(model)} == set(config["modules"])
     tensors = load_file(directory / "model.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,20 @@ from safetensors.torch import load_file
 
 import loftq_cli
 from loftq_cli.errors import InputError, UnsupportedInputError
-from loftq_cli.integrations.names import in_model, key_mapping
+from loftq_cli.integrations.names import key_mapping, places
 
 # peft asks transformers under a name that transformers is giving up.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
 
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 ROOT = Path(__file__).parents[2]
+SMALL = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "vocab_size": 8,
+}
 TOKENS = torch.arange(12).view(2, 6) + 3
 
 
@@ -184,14 +192,24 @@ def test_the_plain_way_warns_where_the_adapter_of_another_layout_is_lost(convert
         peft.PeftModel.from_pretrained(model, directory, subfolder="loftq_init", is_trainable=True)
 
 
-def test_names_prefer_the_model_s_own_prefix() -> None:
-    present = {"bert.encoder.a", "encoder.a", "classifier"}
-    assert in_model(["encoder.a", "classifier", "gone"], present, "bert") == {
-        "encoder.a": "bert.encoder.a",
-        "classifier": "classifier",
-    }
-    assert in_model(["bert.encoder.a"], {"encoder.a"}, "bert") == {"bert.encoder.a": "encoder.a"}
+@pytest.mark.parametrize(
+    "name", ["encoder.layer.0.output.dense", "bert.encoder.layer.0.output.dense"]
+)
+@pytest.mark.parametrize("kind", ["BertModel", "BertForSequenceClassification"])
+def test_a_module_is_found_under_its_name_in_the_model(name, kind) -> None:
+    model = getattr(transformers, kind)(transformers.BertConfig(**SMALL))
+    prefix = "" if kind == "BertModel" else "bert."
+    assert places(model, [name, "gone"]) == {name: f"{prefix}encoder.layer.0.output.dense"}
 
 
-def test_no_mapping_where_nothing_is_renamed() -> None:
-    assert key_mapping({"model.layers.0": "model.layers.0"}, "model") == {}
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_names_that_are_the_model_s_own_stay_under_the_mapping(prefix) -> None:
+    own = f"{prefix}encoder.layer.0"
+    for stored in ("encoder.layer.0", "bert.encoder.layer.0"):
+        mapping = key_mapping({stored: own}, "bert")
+        for name in (own, stored):
+            for pattern, replacement in mapping.items():
+                renamed, count = re.subn(pattern, replacement, f"{name}.")
+                if count:
+                    break
+            assert (renamed if mapping else f"{name}.") == f"{own}."

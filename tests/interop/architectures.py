@@ -153,7 +153,7 @@ def dense(source: Path, output: Path, manifest: dict[str, Any], work: Path) -> A
     for record in manifest["matrices"]:
         matrix = matrix_of(record)
         value = layout_of(record, manifest["recipe"]).decode(matrix, stored)
-        stem = f"base_model.model.{record['module']}"
+        stem = f"base_model.model.{record.get('in_memory', record['module'])}"
         if f"{stem}.lora_embedding_A" in pairs:
             product = pairs[f"{stem}.lora_embedding_B"] @ pairs[f"{stem}.lora_embedding_A"]
             value = value + product.T

@@ -12,15 +12,12 @@ import pytest
 import loftq_cli
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.run import prepare
-from loftq_cli.integrations.names import RenamedModules
 from loftq_cli.recipe import Options
 from tests.interop.architectures import FAMILIES, check, the_plain_way
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
-# transformers has other names for layers of these in memory than there are on disk.
-RENAMED = {"ViT": r"Target modules .* not found", "Llava": "Found missing adapter keys"}
 
 
 @every_family
@@ -36,14 +33,7 @@ def test_it_is_converted_loaded_compared_and_trained(
 def test_the_plain_way(
     family: str, layout: str, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    if family not in RENAMED:
-        check(saved(family), tmp_path, the_plain_way, layout=layout)
-    elif layout == "loftq":
-        with pytest.raises(RenamedModules, match=r"use loftq_cli\.load"):
-            check(saved(family), tmp_path, the_plain_way)
-    else:
-        with pytest.raises((ValueError, UserWarning), match=RENAMED[family]):
-            check(saved(family), tmp_path, the_plain_way, layout=layout)
+    check(saved(family), tmp_path, the_plain_way, layout=layout)
 
 
 def test_the_table_in_the_manual_has_these_families_and_their_layouts(

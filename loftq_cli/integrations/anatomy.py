@@ -1,0 +1,132 @@
+"""What transformers makes of the tensors of a checkpoint, known before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from loftq_cli.integrations.code import Use, weights_read
+from loftq_cli.integrations.names import Naming, Place
+from loftq_cli.integrations.replacement import kind_of
+from loftq_cli.integrations.skeleton import skeleton
+
+_USES: dict[Use, str] = {
+    "value": "the model's code reads this weight itself",
+    "dtype": "the model's code casts to the dtype of this weight",
+}
+
+# Classes in which tensors have the names that they have on disk, and in whose blocks every matrix
+# is a linear layer that code calls: (model_type, class, path of the blocks). Nothing has to be
+# looked up for these; importing transformers takes longer than converting a small model.
+PLAIN = (
+    ("bert", "BertModel", "encoder.layer"),
+    ("gemma", "GemmaForCausalLM", "model.layers"),
+    ("gemma2", "Gemma2ForCausalLM", "model.layers"),
+    ("llama", "LlamaForCausalLM", "model.layers"),
+    ("mistral", "MistralForCausalLM", "model.layers"),
+    ("phi3", "Phi3ForCausalLM", "model.layers"),
+    ("qwen2", "Qwen2ForCausalLM", "model.layers"),
+    ("qwen3", "Qwen3ForCausalLM", "model.layers"),
+)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """``names``: of tensors, on disk to in memory, where they differ. ``reasons``: why a matrix
+    cannot be quantized, by name on disk. ``unknown``: why there is nothing to say, or None."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    unknown: str | None = None
+
+    @property
+    def note(self) -> str | None:
+        """A remark for whoever converts, None if all is known."""
+        if self.unknown is None:
+            return None
+        return f"what is converted was decided by names alone, for {self.unknown}"
+
+    @property
+    def sha256(self) -> str | None:
+        """Of names and reasons, None if there are none."""
+        if not self.names and not self.reasons:
+            return None
+        text = json.dumps([self.names, self.reasons], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def anatomy(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> Anatomy:
+    """The anatomy of a checkpoint: ``config`` is the content of its config.json, ``tensors`` its
+    names and shapes. Experts are left to those who know them (conversion.experts)."""
+    if _is_plain(config, tensors):
+        return Anatomy()
+    model = skeleton(config)
+    if isinstance(model, str):
+        return Anatomy(unknown=model)
+    naming = Naming(model, model.state_dict().keys())
+    if all(naming.place(name) is None for name in _numbered(tensors)):
+        return Anatomy(unknown=f"{type(model).__name__} loads none of the blocks in it")
+    modules = dict(model.named_modules())
+    reads, shared = weights_read(model), _shared(model)
+    names, reasons = {}, {}
+    for name, shape in tensors.items():
+        place = naming.place(name)
+        if place is not None and not place.computed and place.name != name:
+            names[name] = place.name
+        if len(shape) == 2 and name.endswith(".weight"):
+            reason = _reason(place, modules, reads, shared, type(model).__name__)
+            if reason is not None:
+                reasons[name] = reason
+    return Anatomy(names, reasons)
+
+
+def _reason(
+    place: Place | None,
+    modules: Mapping[str, nn.Module],
+    reads: Mapping[str, Use],
+    shared: Mapping[str, str],
+    model: str,
+) -> str | None:
+    """Why the matrix that goes to ``place`` cannot be quantized, None if it can."""
+    if place is None:
+        return f"{model} does not load it"
+    if place.computed:
+        return "transformers splits or fuses it while it loads"
+    name, _, last = place.name.rpartition(".")
+    if last != "weight" or kind_of(modules[name]) is None:
+        return f"in memory a part of {type(modules[name]).__name__}, which is no linear layer"
+    if name in reads:
+        return _USES[reads[name]]
+    if name in shared:
+        return f"shared with {shared[name]}"
+    return None
+
+
+def _shared(model: nn.Module) -> dict[str, str]:
+    """Modules that have their weight in common with another, each with one of the others."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    return {
+        name: next(other for other in names if other != name)
+        for names in owners.values()
+        if len(names) > 1
+        for name in names
+    }
+
+
+def _is_plain(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> bool:
+    known = (config.get("model_type"), *(config.get("architectures") or [])[:1])
+    stacks = [path for kind, name, path in PLAIN if (kind, name) == known]
+    return bool(stacks) and all(name.startswith(f"{stacks[0]}.") for name in _numbered(tensors))
+
+
+def _numbered(names: Iterable[str]) -> list[str]:
+    return [name for name in names if any(part.isdecimal() for part in name.split("."))]

@@ -1,0 +1,65 @@
+"""The transformers class that a config.json means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+AUTO_CLASSES = (
+    ("ForCausalLM", "AutoModelForCausalLM"),
+    ("LMHeadModel", "AutoModelForCausalLM"),
+    ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+    ("ForTokenClassification", "AutoModelForTokenClassification"),
+    ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
+    ("ForMaskedLM", "AutoModelForMaskedLM"),
+)
+"""(end of an architecture's name, the auto class that loads it)."""
+
+_MORE = (
+    ("ForImageTextToText", "AutoModelForImageTextToText"),
+    ("ForSpeechSeq2Seq", "AutoModelForSpeechSeq2Seq"),
+)
+_GENERATING = (
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSpeechSeq2Seq",
+)
+
+
+def model_class(config: Mapping[str, Any], transformers: Any, *, remote: bool = False) -> Any:
+    """The class of the model that ``config``, the content of a config.json, describes: the first
+    of its ``architectures`` that transformers has, else what its ``model_type`` stands for in the
+    auto class that the architecture's name fits (AutoModel if there is none). None if transformers
+    knows neither. ``remote``: the code that ``auto_map`` names may be run, so an auto class."""
+    names = [str(name) for name in config.get("architectures") or [] if name]
+    if not (remote and config.get("auto_map")):
+        for name in names:
+            found = getattr(transformers, name, None)
+            if hasattr(found, "from_pretrained"):
+                return found
+    candidates = _auto_classes(names[0] if names else "")
+    if remote and isinstance(config.get("auto_map"), dict):
+        candidates = [name for name in candidates if name in config["auto_map"]] or candidates
+        return getattr(transformers, candidates[0])
+    return _by_type(config, transformers, candidates)
+
+
+def _by_type(config: Mapping[str, Any], transformers: Any, candidates: list[str]) -> Any:
+    try:
+        config_class = transformers.CONFIG_MAPPING[config.get("model_type")]
+    except KeyError:
+        return None
+    for name in candidates:
+        mapping = getattr(transformers, name)._model_mapping
+        if config_class in mapping.keys():  # noqa: SIM118  (a lazy mapping, not a dict)
+            found = mapping[config_class]
+            return found[0] if isinstance(found, tuple) else found
+    return None
+
+
+def _auto_classes(architecture: str) -> list[str]:
+    """Names of auto classes, the likeliest first."""
+    found = [name for end, name in (*AUTO_CLASSES, *_MORE) if architecture.endswith(end)]
+    if architecture.endswith("ForConditionalGeneration"):
+        found += _GENERATING
+    return [*found, "AutoModel"]
