@@ -1,15 +1,18 @@
-"""Registers the quantizer ``loftq`` with transformers, whichever of the two is imported first.
+"""What transformers and PEFT learn from us, whichever of the three is imported first.
 
-transformers offers no entry points, so either it is there already, or we wait for it: a finder
-at the front of ``sys.meta_path`` lets the module that holds its registry load as usual and
-registers right after. Nothing here imports torch or transformers.
+transformers gets the quantizer ``loftq``; PEFT gets to know which backbone a ``loftq_init`` belongs
+to. Neither offers entry points, so either it is there already, or we wait for it: a finder at the
+front of ``sys.meta_path`` lets the module concerned load as usual and acts right after. Nothing is
+imported here before they are.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -17,41 +20,45 @@ from typing import Any, NoReturn
 
 from loftq_cli.errors import EnvironmentFailure
 
-_REGISTRY = "transformers.quantizers.auto"
-
 
 class DetachedAdapter(UserWarning):
     """A backbone computes, or will, without the adapter that makes up for its quantization."""
 
 
 def install() -> None:
-    """Register now if transformers' registry is loaded, else once it is. Idempotent."""
-    module = sys.modules.get(_REGISTRY)
-    if module is not None:
-        _register(module)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Act on what is loaded, wait for what is not. Idempotent."""
+    for name, act in _WATCHED.items():
+        module = sys.modules.get(name)
+        waiting = any(isinstance(f, _Finder) and f.name == name for f in sys.meta_path)
+        if module is not None:
+            act(module)
+        elif not waiting:
+            sys.meta_path.insert(0, _Finder(name, act))
 
 
 class _Finder(MetaPathFinder):
-    """Finds the registry as the others would, with a loader that registers afterwards."""
+    """Finds the module ``name`` as the others would, with a loader that acts afterwards."""
+
+    def __init__(self, name: str, act: Callable[[Any], None]) -> None:
+        self.name = name
+        self.act = act
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _REGISTRY:
+        if fullname != self.name:
             return None
         for finder in sys.meta_path:
             if finder is not self and hasattr(finder, "find_spec"):
                 spec = finder.find_spec(fullname, path, target)
                 if spec is not None:
                     if spec.loader is not None:
-                        spec.loader = _RegisteringLoader(spec.loader, self)
+                        spec.loader = _ActingLoader(spec.loader, self)
                     return spec
         return None
 
 
-class _RegisteringLoader(Loader):
+class _ActingLoader(Loader):
     def __init__(self, loader: Loader, finder: _Finder) -> None:
         self._loader = loader
         self._finder = finder
@@ -60,14 +67,13 @@ class _RegisteringLoader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module is to look as if we had never been here: tools ask the loader for its source.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
-        _register(module)
+        self._finder.act(module)
 
 
 def _register(registry: Any) -> None:
@@ -97,3 +103,42 @@ def _stand_in(error: Exception) -> type:
             ) from error
 
     return Unavailable
+
+
+def _name_backbones(config: Any) -> None:
+    """Have PEFT's configurations say where the backbone of a ``loftq_init`` lies. The file cannot,
+    as the directory may be moved; with it AutoPeftModel finds the backbone, and PEFT notices that
+    embeddings were resized."""
+    mixin: Any = getattr(config, "PeftConfigMixin", None)
+    original = getattr(getattr(mixin, "from_pretrained", None), "__func__", None)
+    if original is None or hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, path: Any, subfolder: Any = None, **kwargs: Any) -> Any:
+        found = original(cls, path, subfolder, **kwargs)
+        if getattr(found, "base_model_name_or_path", "") is None:
+            found.base_model_name_or_path = _backbone_of(str(path), subfolder)
+        return found
+
+    made: Any = from_pretrained
+    mixin.from_pretrained = classmethod(made)
+
+
+def _backbone_of(path: str, subfolder: str | None) -> str | None:
+    """The directory or hub id of the backbone beside the adapter in ``path``/``subfolder``."""
+    # Imported here: torch is loaded by now, with PEFT.
+    from loftq_cli.checkpoint.output import MANIFEST
+    from loftq_cli.layouts.adapter import DIRECTORY
+
+    if subfolder == DIRECTORY:
+        return path
+    parent, name = os.path.split(os.path.abspath(path))
+    beside = name == DIRECTORY and os.path.isfile(os.path.join(parent, MANIFEST))
+    return parent if beside and subfolder is None else None
+
+
+_WATCHED: dict[str, Callable[[Any], None]] = {
+    "transformers.quantizers.auto": _register,
+    "peft.config": _name_backbones,
+}
