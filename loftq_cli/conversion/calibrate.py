@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from loftq_cli.checkpoint.dtypes import computed
 from loftq_cli.checkpoint.durable import explained
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.locate import locate
@@ -244,8 +245,8 @@ def read_text(option: str, path: Path) -> Text:
 
 
 def _dtype(matrices: Sequence[StoredTensor], device: torch.device) -> torch.dtype:
-    """What most of the matrices are stored in; float32 for float16 on a CPU, where many models
-    overflow in it and few processors compute in it."""
+    """What most of the matrices are stored in; float32 for float64, and for float16 on a CPU, where
+    many models overflow in it and few processors compute in it."""
     tag, _ = Counter(tensor.dtype for tensor in matrices).most_common(1)[0]
-    dtype = TORCH_DTYPES[tag]
+    dtype = TORCH_DTYPES[computed(tag)]
     return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype

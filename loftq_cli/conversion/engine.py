@@ -13,6 +13,7 @@ import torch
 
 from loftq_cli.checkpoint.companions import copy_companions
 from loftq_cli.checkpoint.durable import explained, pretty_json, write_file
+from loftq_cli.checkpoint.finite import computable
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.output import MANIFEST
 from loftq_cli.checkpoint.reader import TORCH_DTYPES, ShardReader
@@ -29,16 +30,11 @@ from loftq_cli.conversion.shard_output import ShardOutput
 from loftq_cli.conversion.shard_supply import Deliveries
 from loftq_cli.conversion.usage import peak_host_bytes
 from loftq_cli.conversion.workspace import Workspace
-from loftq_cli.errors import (
-    InputError,
-    NonFiniteWeightError,
-    ScaleRangeError,
-)
+from loftq_cli.errors import InputError, ScaleRangeError
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import turned
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Decomposition, Settings
-from loftq_cli.numerics.metrics import first_non_finite
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
 from loftq_cli.numerics.scale_storage import ScaleDtype
 from loftq_cli.numerics.variant import Variant
@@ -234,12 +230,7 @@ class Conversion:
         assert item.weight is not None
         weight = item.weight.to(self.plan.device, non_blocking=True)
         item.weight = None  # on the host it is not needed any more
-        bad = first_non_finite(weight)
-        if bad is not None:
-            index, value = bad
-            raise NonFiniteWeightError(
-                f"{shard.source.path}: tensor {tensor.name!r} holds {value} at {list(index)}"
-            )
+        weight = computable(weight, f"{shard.source.path}: tensor {tensor.name!r}")
         try:
             return self._decompose(turned(weight, planned.matrix.kind).contiguous(), planned)
         except ScaleRangeError as error:
@@ -295,7 +286,7 @@ class Conversion:
         matrices = [item.matrix for item in plan.matrices.values()]
         entry = plan.layout.quantization_config(matrices, plan.surroundings)
         added = {} if entry is None else {"quantization_config": entry}
-        return {**plan.source.config.content, **added}
+        return {**plan.surroundings.config, **added}
 
     def _adapter_config(self) -> dict[str, Any]:
         plan = self.plan

@@ -12,17 +12,17 @@ from typing import cast
 
 import torch
 
+from loftq_cli.checkpoint.finite import computable
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.reader import TensorFile, as_tensor
 from loftq_cli.checkpoint.source import Shard
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.plan import Plan
 from loftq_cli.conversion.shard_supply import Deliveries
-from loftq_cli.errors import InputError, NonFiniteWeightError
+from loftq_cli.errors import InputError
 from loftq_cli.layouts.base import Matrix, turned
 from loftq_cli.numerics.alternation import make_sweep
 from loftq_cli.numerics.decomposition import Settings
-from loftq_cli.numerics.metrics import first_non_finite
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
 from loftq_cli.numerics.scale_storage import ScaleDtype
 from loftq_cli.numerics.variant import Variant
@@ -153,15 +153,12 @@ def _sample(shard: Shard, tensor: StoredTensor, matrix: Matrix) -> torch.Tensor:
         if matrix.kind == "conv1d":
             whole = turned(file.read(tensor), matrix.kind)
             parts = [whole[first : first + count] for first, count in runs]
-            sample = torch.cat(parts).float()
+            sample = torch.cat(parts)
         else:
             row_bytes = tensor.nbytes // rows
             buffer = bytearray()
             for first, count in runs:
                 buffer += file.read_range(tensor.start + first * row_bytes, count * row_bytes)
             shape = (sum(count for _, count in runs), columns)
-            sample = as_tensor(TensorSpec(tensor.name, tensor.dtype, shape), buffer).float()
-    bad = first_non_finite(sample)
-    if bad is not None:
-        raise NonFiniteWeightError(f"{shard.path}: tensor {tensor.name!r} holds {bad[1]}")
-    return sample
+            sample = as_tensor(TensorSpec(tensor.name, tensor.dtype, shape), buffer)
+    return computable(sample, f"{shard.path}: tensor {tensor.name!r}", sampled=True).float()

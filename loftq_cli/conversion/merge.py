@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.companions import companions, copy_companions
+from loftq_cli.checkpoint.dtypes import TAGS
 from loftq_cli.checkpoint.durable import explained, pretty_json, write_file
 from loftq_cli.checkpoint.output import open_output
 from loftq_cli.checkpoint.reader import TORCH_DTYPES, TensorFile
@@ -21,7 +22,6 @@ from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
 from loftq_cli.checkpoint.stored import read
 from loftq_cli.checkpoint.writer import GrowingShard
 from loftq_cli.conversion.merge_config import (
-    DTYPE_TAGS,
     dtype_name,
     merged_config,
     provenance,
@@ -70,7 +70,7 @@ def merge(
     trained = open_adapter(directory / adapters.DIRECTORY if adapter is None else adapter)
     final = check_output_path(output, directory)
     _keep_adapter(output, final, trained)
-    plan = make_merge_plan(found, open_source(directory), trained, dtype and DTYPE_TAGS[dtype])
+    plan = make_merge_plan(found, open_source(directory), trained, dtype and TAGS[dtype])
     _remark(plan, observer)
     workspace = MergeWorkspace(final)
     if overwrite or not workspace.is_taken():

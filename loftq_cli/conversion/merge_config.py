@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.durable import explained, file_sha256
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.conversion.merge_plan import MergePlan
@@ -13,8 +14,6 @@ from loftq_cli.reporting.inspect import auto_class
 from loftq_cli.version import VERSION
 
 FORMAT_VERSION = 1
-DTYPE_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_NAMES = {tag: name for name, tag in DTYPE_TAGS.items()}
 
 # The layer of a classification head that has an output per label.
 _LABELS = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj)?\.weight")
@@ -27,7 +26,7 @@ _CLASSIFIERS = {
 
 def dtype_name(tag: str | None) -> str | None:
     """``float32`` for ``F32``; None stays None."""
-    return tag and _NAMES[tag]
+    return tag and FLOATS[tag]
 
 
 def merged_config(plan: MergePlan) -> dict[str, Any]:

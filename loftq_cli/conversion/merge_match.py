@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.reader import TensorFile
@@ -21,7 +22,6 @@ from loftq_cli.layouts.adapter import PREFIX
 from loftq_cli.layouts.base import Kind, turned_shape
 from loftq_cli.layouts.trained import Pair, TrainedAdapter
 
-_FLOAT_DTYPES = ("F32", "F16", "BF16")
 _MOST_SHOWN = 5
 
 
@@ -99,7 +99,7 @@ def place_pairs(
         name = f"{names.of_backbone(module)}.weight"
         if name not in shapes:
             homeless += [pair.lora_A.name, pair.lora_B.name]
-        elif name not in matrices and stored[name][1].dtype not in _FLOAT_DTYPES:
+        elif name not in matrices and stored[name][1].dtype not in FLOATS:
             raise InputError(
                 f"{adapter.file}: tensor {pair.lora_A.name!r} is for {name!r}, which is of dtype "
                 f"{stored[name][1].dtype}"

@@ -8,10 +8,12 @@ from typing import cast
 
 import torch
 
-from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
+from loftq_cli.checkpoint import dtypes
+from loftq_cli.checkpoint.header import DTYPE_BITS, StoredTensor, TensorSpec
 from loftq_cli.checkpoint.measured import Statistics
 from loftq_cli.checkpoint.source import Shard, Source, source_identity
 from loftq_cli.checkpoint.writer import place
+from loftq_cli.conversion.backbone_config import backbone_config
 from loftq_cli.conversion.choices import (
     choose_device,
     choose_layout,
@@ -29,8 +31,6 @@ from loftq_cli.layouts.base import Matrix, Surroundings, turned_shape
 from loftq_cli.numerics import feedback
 from loftq_cli.numerics.scale_storage import ScaleDtype
 from loftq_cli.recipe import FIXED_SCALE_METHODS, Recipe, Settings, fingerprint
-
-_ADAPTER_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def _assemble(
             matrix,
             rank,
             1.0 if recipe.lora_alpha is None else recipe.lora_alpha / rank,
-            _ADAPTER_TAGS.get(recipe.adapter_dtype, tensor.dtype),
+            dtypes.resolve(recipe.adapter_dtype, tensor.dtype),
             tuple(layout.specs(matrix)),
         )
     check_ranks({name: item.rank for name, item in matrices.items()}, recipe.rank)
@@ -353,11 +353,12 @@ def _surroundings(source: Source, selection: Selection, found: Anatomy) -> Surro
     ]
     names = [in_memory(tensor) for tensor in selection.matrices]
     outside = [name for name in names if not stacks([name])]
-    return Surroundings(source.config.content, kept_modules, stacks(names) + outside)
+    config = backbone_config(source.config.content, (t.dtype for t in selection.matrices))
+    return Surroundings(config, kept_modules, stacks(names) + outside)
 
 
 def _working_set(item: PlannedMatrix) -> int:
     rows, columns = item.matrix.shape
     thin = (rows + columns) * 2 * max(item.rank, 16) * 4 * 4
-    source = 4 if item.matrix.dtype == "F32" else 2
+    source = DTYPE_BITS[item.matrix.dtype] // 8
     return item.matrix.elements * (2 * source + 4 + 2 + 3) + thin

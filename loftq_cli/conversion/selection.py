@@ -15,15 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.conversion.architecture import EMBEDDING, kind_of, left_alone, shared_with
 from loftq_cli.conversion.experts import check
 from loftq_cli.errors import PatternError, UnsupportedInputError, UsageError, printable
 from loftq_cli.integrations.anatomy import Anatomy
 from loftq_cli.layouts.base import Kind, is_expert
-
-FLOAT_DTYPES = ("F32", "F16", "BF16")
-"""Source dtypes that can be quantized."""
 
 _BLOCK = re.compile(r"(?:^|\.)\d+\.")
 _NORM = re.compile(r"(?:norm|(?:^|\.)ln_?\w*)\.weight$", re.IGNORECASE)
@@ -149,7 +147,7 @@ def block_of(name: str) -> tuple[str, int] | None:
 def _not_a_matrix(tensor: StoredTensor) -> str | None:
     if not tensor.name.endswith(".weight"):
         return "not a weight"
-    if tensor.dtype not in FLOAT_DTYPES:
+    if tensor.dtype not in FLOATS:
         return f"dtype {tensor.dtype}"
     if len(tensor.shape) != 2:
         return f"{len(tensor.shape)}-dimensional"

@@ -21,14 +21,6 @@ CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 
 
-_DTYPE_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-def stored_dtype(setting: str, source_dtype: str) -> str:
-    """The dtype tag of A and B under the setting ``adapter_dtype``."""
-    return source_dtype if setting == "source" else _DTYPE_TAGS[setting]
-
-
 def names(matrix: Matrix) -> tuple[str, str]:
     """The names of the module's two tensors in the adapter file, in the order of :func:`specs`."""
     pattern = "lora_embedding_{}" if matrix.kind == "embedding" else "lora_{}.weight"

@@ -82,7 +82,7 @@ def turned_shape(shape: tuple[int, int], kind: Kind) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What else a consumer's config needs to know: the source's config.json, the modules with
+    """What else a consumer's config needs to know: the backbone's config.json so far, modules with
     two-dimensional weights that stay as they are, and the path of each stack of blocks. All names
     are those in memory."""
 

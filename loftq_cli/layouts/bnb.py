@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
+from loftq_cli.checkpoint.dtypes import FLOATS, computed
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.layouts.base import Matrix, Surroundings, unreplaceable
 from loftq_cli.numerics.quantizers import Quantized
-
-_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Heads that the model class has and the checkpoint may not: those that a task adds to a bare model,
 # and those tied to the embeddings. bitsandbytes would quantize them.
@@ -135,7 +134,7 @@ class BnbLayout:
         state = {
             "quant_type": "nf4",
             "blocksize": 64,
-            "dtype": _DTYPE_NAMES[matrix.dtype],
+            "dtype": FLOATS[computed(matrix.dtype)],
             "shape": list(matrix.shape),
         }
         return json.dumps(state).encode()

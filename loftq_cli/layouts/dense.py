@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 
+from loftq_cli.checkpoint import dtypes
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.checkpoint.reader import TORCH_DTYPES
 from loftq_cli.layouts.base import Matrix, Surroundings, turned
 from loftq_cli.numerics.quantizers import Quantized
 
-_DTYPE_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
 
 class DenseLayout:
-    """Q in ``dtype`` ("source": the dtype the matrix had)."""
+    """Q in ``dtype`` ("source": the dtype the matrix had, float32 where that was float64)."""
 
     name = "dense"
     scale_dtype = torch.float32
@@ -26,7 +25,7 @@ class DenseLayout:
         self._dtype = dtype
 
     def _tag(self, matrix: Matrix) -> str:
-        return matrix.dtype if self._dtype == "source" else _DTYPE_TAGS[self._dtype]
+        return dtypes.resolve(self._dtype, matrix.dtype)
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         return None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header, shown
 from loftq_cli.checkpoint.source import read_json
 from loftq_cli.errors import (
@@ -24,8 +25,6 @@ from loftq_cli.errors import (
     UnsupportedInputError,
 )
 from loftq_cli.layouts.adapter import CONFIG, PREFIX, WEIGHTS
-
-_FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 _UNSUPPORTED = (
     "alora_invocation_tokens",
@@ -241,7 +240,7 @@ def _pair(
             name = f"lora_embedding_{side}" if embedding else f"lora_{side}.weight"
             raise CorruptFileError(f"{file}: tensor '{PREFIX}{module}.{name}' missing")
         tensor = sides[side]
-        if len(tensor.shape) != 2 or tensor.dtype not in _FLOAT_DTYPES:
+        if len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
             raise UnsupportedInputError(
                 f"{file}: tensor {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}, "
                 "not a floating-point matrix"

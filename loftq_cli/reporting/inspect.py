@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint import dtypes
 from loftq_cli.checkpoint.header import DTYPE_BITS
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.output import verify as verify_files
@@ -80,7 +81,7 @@ def auto_class(output: Output) -> str:
 def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
     rows, columns = record["shape"]
     elements = rows * columns
-    adapter_dtype = adapter.stored_dtype(recipe["adapter_dtype"], record["dtype"])
+    adapter_dtype = dtypes.resolve(recipe["adapter_dtype"], record["dtype"])
     specs = adapter.specs(matrix_of(record), record["rank"], adapter_dtype)
     adapter_bytes = sum(spec.nbytes for spec in specs)
     return {

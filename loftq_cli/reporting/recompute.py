@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import torch
 
+from loftq_cli.checkpoint.dtypes import FLOATS, resolve
+from loftq_cli.checkpoint.finite import computable
 from loftq_cli.checkpoint.header import HeaderError, read_header
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.measured import Kind, Statistics
@@ -16,18 +18,16 @@ from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.statistics import statistics_for
 from loftq_cli.checkpoint.stored import Stored, read
-from loftq_cli.errors import InputError, LoftqError, NonFiniteWeightError, VerificationError
+from loftq_cli.errors import InputError, LoftqError, VerificationError
 from loftq_cli.layouts import adapter, layout_of
 from loftq_cli.layouts.base import Matrix, matrix_of, turned
 from loftq_cli.numerics import native
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Settings
-from loftq_cli.numerics.metrics import first_non_finite, squared_norm
+from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.quantizers import Scale, make_quantizer
 from loftq_cli.numerics.variant import Variant
 from loftq_cli.numerics.weighting import Weighting, make_weighting
-
-_FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,14 @@ def recompute(
                 hint="give the checkpoint that was converted",
             )
         path, tensor = found
-        if tensor.dtype not in _FLOAT_DTYPES:
+        if tensor.dtype not in FLOATS:
             raise InputError(
                 f"{model}: tensor {name!r} is {tensor.dtype}, not a floating-point matrix",
                 hint="give the checkpoint that was converted",
             )
         with TensorFile(path) as file:
-            weight = turned(file.read(tensor).float(), matrix.kind).contiguous()
-        bad = first_non_finite(weight)
-        if bad is not None:
-            raise NonFiniteWeightError(f"{model}: tensor {name!r} holds {bad[1]} at {list(bad[0])}")
+            weight = computable(file.read(tensor), f"{model}: tensor {name!r}").float()
+        weight = turned(weight, matrix.kind).contiguous()
         norms[name] = _norms(output, record, weight, stored, weighting)
     return norms
 
@@ -127,7 +125,7 @@ def _norms(
     matrix = matrix_of(record)
     layout = layout_of(record, recipe)
     tensors = {spec.name: read(output.directory, stored, spec) for spec in layout.specs(matrix)}
-    adapter_dtype = adapter.stored_dtype(recipe["adapter_dtype"], matrix.dtype)
+    adapter_dtype = resolve(recipe["adapter_dtype"], matrix.dtype)
     first, second = (
         read(output.directory, stored, spec)
         for spec in adapter.specs(matrix, record["rank"], adapter_dtype)

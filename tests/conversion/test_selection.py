@@ -193,7 +193,7 @@ def test_a_checkpoint_in_8_bit_floats_is_refused_and_the_tensor_named(dtype: str
         select([*BLOCK, tensor("model.layers.1.k_proj.weight", 4, 4, dtype=dtype)], {})
 
 
-@pytest.mark.parametrize("dtype", ["F64", "I32", "U8", "BOOL"])
+@pytest.mark.parametrize("dtype", ["C64", "I32", "U8", "BOOL"])
 def test_a_matrix_of_another_dtype_is_passed_through(dtype: str) -> None:
     odd = tensor("model.layers.1.k_proj.weight", 4, 4, dtype=dtype)
     assert (odd, f"dtype {dtype}") in select([*BLOCK, odd], {}).kept

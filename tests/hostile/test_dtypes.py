@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import loftq_cli
+from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import DTYPE_BITS
 from loftq_cli.errors import NonFiniteWeightError, UnsupportedInputError
 from tests import checkpoints
@@ -14,7 +15,7 @@ from tests.makers import container, entry
 
 SETTINGS = {"rank": 4, "iters": 1, "threads": 1}
 LAYOUTS = [("bnb", 4, "nf"), ("gptq", 2, "uniform"), ("loftq", 3, "nf"), ("dense", 2, "nf")]
-CONVERTED = ("F32", "F16", "BF16")
+CONVERTED = tuple(FLOATS)
 REFUSED = tuple(tag for tag in DTYPE_BITS if tag.startswith(("F4", "F6_", "F8_")))
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
@@ -118,7 +119,7 @@ def test_odd_values_give_finite_outputs(tmp_path, layout, bits, method, name):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [(0, 0), (31, 63), (63, 63)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_what_is_not_finite_is_named_with_its_place(tmp_path, value, place, dtype):
     weight = torch.ones(64, 64, dtype=dtype)
     weight[place] = value

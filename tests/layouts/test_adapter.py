@@ -114,16 +114,3 @@ def test_task_types_are_pefts(architectures, expected):
     actual = adapter.task_type(architectures)
     assert actual == expected
     assert actual is None or actual in set(peft.TaskType)
-
-
-@pytest.mark.parametrize(
-    ("setting", "source", "expected"),
-    [
-        ("source", "BF16", "BF16"),
-        ("float32", "BF16", "F32"),
-        ("float16", "F32", "F16"),
-        ("bfloat16", "F32", "BF16"),
-    ],
-)
-def test_the_stored_dtype(setting, source, expected):
-    assert adapter.stored_dtype(setting, source) == expected
