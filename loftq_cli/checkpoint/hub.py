@@ -27,6 +27,7 @@ from loftq_cli.checkpoint.header import strict_json
 from loftq_cli.checkpoint.hub_errors import explained
 from loftq_cli.checkpoint.hub_patience import patiently
 from loftq_cli.checkpoint.hub_transfer import download
+from loftq_cli.checkpoint.not_a_model import MARKERS, refuse_marked
 from loftq_cli.checkpoint.source import CONFIG, INDEX, SINGLE, is_plain_name
 from loftq_cli.checkpoint.supply import Commit
 from loftq_cli.errors import (
@@ -141,6 +142,10 @@ def _download_small(
         listing = _list_files(pinned.repo_id, pinned.revision, say)
         revision = pinned.revision
 
+    for name in MARKERS:
+        if name in listing.files:
+            found = download(listing.repo_id, listing.commit, name)
+            refuse_marked(found.parent, listing.repo_id, listing.files)
     entry = _entry_to_weights(listing)
     # config.json first: there is no snapshot directory before its first file.
     small = sorted((name for name in listing.files if is_companion(name)), key=_config_first)
@@ -184,6 +189,7 @@ def _find_in_cache(
         raise EnvironmentFailure(
             f"{at} is not in the hub cache {constants.HF_HUB_CACHE}", hint=hint
         )
+    refuse_marked(directory, used)
     if (directory / SINGLE).is_file():
         weights = [SINGLE]
     elif (directory / INDEX).is_file():

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from loftq_cli.checkpoint.not_a_model import refuse_marked, refuse_unmerged
+from loftq_cli.checkpoint.quantized import refuse_quantized
 from loftq_cli.checkpoint.source import Source, open_source
 from loftq_cli.checkpoint.supply import Commit
 from loftq_cli.errors import SourceNotFoundError
@@ -26,25 +28,36 @@ def locate(
     to stay until they are released, into ``passing``. ``pinned`` is the commit to use whatever
     ``revision`` is by now. ``allow_pickle``: a directory may hold pickled weights alone.
 
-    Raises InputError for a bad checkpoint, EnvironmentFailure for hub access.
+    Raises InputError for a bad checkpoint, or one that is quantized already, or an adapter, or a
+    conversion of ours; EnvironmentFailure for hub access.
     """
     if is_path(model):
         path = Path(os.path.expanduser(model))
-        return open_source(path, source_id=model, allow_pickle=allow_pickle)
+        refuse_marked(path, model)
+        return _in_full_precision(open_source(path, source_id=model, allow_pickle=allow_pickle))
     # Imported here: a local conversion needs no hub client.
     from loftq_cli.checkpoint import hub, hub_shards
 
     if not hub.looks_like_hub_id(model):
         raise SourceNotFoundError(f"{model}: no such directory, and not a hub id")
     snapshot = hub.fetch(model, revision, offline=offline, pinned=pinned, say=say)
-    return open_source(
-        snapshot.directory,
-        source_id=snapshot.repo_id,
-        revision=snapshot.revision,
-        requested_revision=revision,
-        resolved_from=snapshot.resolved_from,
-        supply=hub_shards.HubSupply(snapshot, passing),
+    return _in_full_precision(
+        open_source(
+            snapshot.directory,
+            source_id=snapshot.repo_id,
+            revision=snapshot.revision,
+            requested_revision=revision,
+            resolved_from=snapshot.resolved_from,
+            supply=hub_shards.HubSupply(snapshot, passing),
+        )
     )
+
+
+def _in_full_precision(source: Source) -> Source:
+    """The source itself. Raises UnsupportedInputError where it is not what can be converted."""
+    refuse_unmerged(source)
+    refuse_quantized(source)
+    return source
 
 
 def is_path(model: str) -> bool:

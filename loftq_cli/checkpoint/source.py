@@ -26,6 +26,8 @@ INDEX = "model.safetensors.index.json"
 PICKLED_SINGLE = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 CONFIG = "config.json"
+WEIGHTS = (SINGLE, INDEX, PICKLED_SINGLE, PICKLED_INDEX)
+"""The files that lead to a model's weights."""
 _MAX_JSON_BYTES = 100_000_000
 _MAX_NESTING = 50  # of config.json; the JSON writer recurses
 

@@ -53,10 +53,8 @@ def select(
     ``exclude`` (globs on names), less what ``anatomy`` or config.json rules out.
 
     Raises PatternError if a pattern matches nothing it could apply to, UsageError if a matrix is
-    asked for that cannot be quantized, UnsupportedInputError for checkpoints that are quantized
-    already.
+    asked for that cannot be quantized, UnsupportedInputError if no matrix is selected.
     """
-    _refuse_unsupported(tensors, config)
     names = [tensor.name for tensor in tensors]
     quantizable = {tensor.name for tensor in tensors if _not_a_matrix(tensor) is None}
     included = {
@@ -178,19 +176,3 @@ def _matches(option: str, pattern: str, names: Sequence[str], eligible: set[str]
     if not eligible.intersection(matched):
         raise PatternError(f"{option} {pattern!r} matches no weight matrix, only {matched[0]!r}")
     return matched
-
-
-def _refuse_unsupported(tensors: Sequence[StoredTensor], config: Mapping[str, Any]) -> None:
-    quantized = config.get("quantization_config")
-    if isinstance(quantized, Mapping):
-        method = quantized.get("quant_method", "unknown")
-        raise UnsupportedInputError(
-            f"config.json: the checkpoint is quantized already ({method})",
-            hint="convert the full-precision checkpoint it was made from",
-        )
-    for tensor in tensors:
-        if tensor.dtype.startswith(("F8_", "F4", "F6_")):
-            raise UnsupportedInputError(
-                f"tensor {tensor.name!r} is {tensor.dtype}: the checkpoint is quantized already",
-                hint="convert a 16- or 32-bit checkpoint of the same model",
-            )

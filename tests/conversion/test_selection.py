@@ -187,12 +187,6 @@ def test_a_checkpoint_without_matrices_says_what_it_holds_instead() -> None:
         select([BLOCK[0], BLOCK[-1]], {})
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F4"])
-def test_a_checkpoint_in_8_bit_floats_is_refused_and_the_tensor_named(dtype: str) -> None:
-    with pytest.raises(UnsupportedInputError, match=rf"k_proj.*{dtype}"):
-        select([*BLOCK, tensor("model.layers.1.k_proj.weight", 4, 4, dtype=dtype)], {})
-
-
 @pytest.mark.parametrize("dtype", ["C64", "I32", "U8", "BOOL"])
 def test_a_matrix_of_another_dtype_is_passed_through(dtype: str) -> None:
     odd = tensor("model.layers.1.k_proj.weight", 4, 4, dtype=dtype)
@@ -202,20 +196,6 @@ def test_a_matrix_of_another_dtype_is_passed_through(dtype: str) -> None:
 def test_an_empty_matrix_is_passed_through() -> None:
     empty = tensor("model.layers.1.k_proj.weight", 0, 4)
     assert (empty, "empty") in select([*BLOCK, empty], {}).kept
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"quantization_config": {"quant_method": "awq"}}, r"quantized already \(awq\)"),
-        ({"quantization_config": {}}, "quantized already"),
-    ],
-)
-def test_checkpoints_that_cannot_be_converted_are_refused(
-    config: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UnsupportedInputError, match=message):
-        select(BLOCK, config)
 
 
 def test_gpt2_stores_its_matrices_transposed(tmp_path: Path) -> None:

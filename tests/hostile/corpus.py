@@ -324,7 +324,7 @@ def architectures_of_another_type(directory: Path) -> None:
     (directory / CONFIG).write_text('{"architectures": {"0": "LlamaForCausalLM"}}')
 
 
-@case("already taken")
+@case("quantized already")
 def tensor_in_the_place_of_an_output(directory: Path) -> None:
     with_tensor(directory, "model.layers.0.mlp.up_proj.weight.absmax", torch.zeros(2))
 

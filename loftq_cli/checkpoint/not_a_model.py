@@ -1,0 +1,86 @@
+"""What a source is instead of a model: an adapter, a model with one, the output of a conversion."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.checkpoint.header import shown
+from loftq_cli.checkpoint.output import MANIFEST, read_manifest
+from loftq_cli.checkpoint.source import WEIGHTS, Source, read_json
+from loftq_cli.errors import InputError, UnsupportedInputError
+
+ADAPTER_CONFIG = "adapter_config.json"
+MARKERS = (ADAPTER_CONFIG, MANIFEST)
+"""Files that say that a directory is no model."""
+
+_OF_ADAPTER = re.compile(
+    r".*\.(?:base_layer|lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save"
+    r"|original_module)(?:\..*)?"
+)
+_MERGE = "merge it first: PEFT's merge_and_unload(), then save_pretrained(DIR), and convert DIR"
+
+
+def refuse_marked(directory: Path, name: str, files: Collection[str] = ()) -> None:
+    """Raise UnsupportedInputError where a file in ``directory``, that of the model ``name``, says
+    that it is the output of a conversion, an adapter, or a model with an adapter attached.
+    ``files`` are further ones of the model, which are not there yet."""
+    if os.path.exists(directory / MANIFEST):
+        raise UnsupportedInputError(
+            f"{name} is the output of a conversion{_of(directory / MANIFEST)}, quantized already",
+            hint="convert what it was made from; `loftq merge` makes an ordinary checkpoint of it",
+        )
+    if not os.path.exists(directory / ADAPTER_CONFIG):
+        return
+    kind, base = _adapter(directory / ADAPTER_CONFIG)
+    if any(each in files or os.path.exists(directory / each) for each in WEIGHTS):
+        raise UnsupportedInputError(
+            f"{name}: {ADAPTER_CONFIG} lies beside the weights: transformers attaches that {kind} "
+            f"adapter{base} whenever it loads the model",
+            hint=f"{_MERGE}; or, to convert the weights without it, take the adapter's files away",
+        )
+    raise UnsupportedInputError(
+        f"{name} is a {kind} adapter{base} ({ADAPTER_CONFIG}), not a model",
+        hint=f"{_MERGE}; or convert its base model, without it",
+    )
+
+
+def refuse_unmerged(source: Source) -> None:
+    """Raise UnsupportedInputError, naming a tensor, where the weights hold an adapter apart."""
+    for shard in source.shards:
+        for tensor in shard.header.tensors:
+            if _OF_ADAPTER.fullmatch(tensor.name):
+                raise UnsupportedInputError(
+                    f"{shard.path}: tensor {shown(tensor.name)} belongs to an adapter that is not "
+                    "merged into the weights",
+                    hint=_MERGE,
+                )
+
+
+def _adapter(path: Path) -> tuple[str, str]:
+    """Its kind, and the words that name its base model, as far as they are known."""
+    try:
+        content = read_json(path).content
+    except InputError:
+        content = {}
+    kind, base = content.get("peft_type"), content.get("base_model_name_or_path")
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    return (kind if isinstance(kind, str) else "PEFT"), of
+
+
+def _of(path: Path) -> str:
+    """Of what, and how, as far as the manifest can be read."""
+    try:
+        manifest: dict[str, Any] = read_manifest(path)
+    except InputError:
+        return ""
+    source, recipe = manifest["source"], manifest["recipe"]
+    widths = sorted({record["bits"] for record in manifest["matrices"]})
+    bits = " and ".join(map(str, widths))
+    return (
+        f" of {source['id']} ({bits} bits, layout {recipe['layout']}, "
+        f"fingerprint {manifest['fingerprint'][:12]})"
+    )
