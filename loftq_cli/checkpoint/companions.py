@@ -1,88 +1,139 @@
 """Which files travel with a checkpoint's weights into the output.
 
-An allowlist: configuration, tokenizer and licence. Never code, which a loader might run, and
-never other weights, which would shadow the converted ones.
+An allowlist: configuration, tokenizer, processors and their templates, licences, and of a pipeline
+of sentence-transformers its list of modules and their folders (pipeline.py). Never code, which a
+loader might run, and never other weights of the model, which would shadow the converted ones. The
+names are those that transformers gives such files, and what families with a tokenizer of their own
+call theirs.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from loftq_cli.checkpoint.durable import explained, write_file
+from loftq_cli.checkpoint.pipeline import MODULES, is_of_module, module_folders
 
-COPIED_FILES: tuple[str, ...] = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
+_INPUTS = (
+    "tokenizer*.json",
+    "*vocab*.json",
+    "*vocab*.txt",
+    "*vocab*.bpe",
+    "*merges*.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.tokenizer",
+    "bpe.codes",
+    "dict.txt",
+    "encoder.json",
+    "normalizer.json",
+    "emoji.json",
+    "byte_maps.json",
+    "word_shape.json",
+    "word_pronunciation.json",
+    "*tekken*.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "spm.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
+    "*processor_config.json",
+    "audio_tokenizer_config.json",
+    "chat_template*.json",
+    "*.jinja",
+    "generation_config.json",
 )
+_SENTENCES = (MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
+_LICENCES = (
+    "*licen[cs]e*",
+    "*notice*",
+    "*policy*",
+    "*agreement*",
+    "copying*",
+    "copyright*",
+    "terms*",
+)
+_TEXT = ("", ".txt", ".md", ".rst", ".pdf")  # not `LICENSE_model.py`, which an auto_map could name
+_TEMPLATES = "additional_chat_templates"
 
-_MAX_COPIED_BYTES = 256_000_000  # the largest tokenizers take a tenth of it
 
-# A wildcard must not let through `LICENSE_model.py`, which a config's auto_map could name.
-_SUFFIXES = frozenset(("", ".txt", ".md", ".json", ".jinja", ".model"))
-
-
-def is_companion(name: str) -> bool:
-    """Whether a file of this name, in the same directory as the weights, is copied."""
+def is_companion(name: str, folders: Collection[str] = ()) -> bool:
+    """Whether a file of this name, relative to the directory of the weights and with slashes, is
+    copied; ``folders`` are those of the modules of a pipeline."""
     path = PurePosixPath(name)
-    return (
-        path.name == name
-        and path.suffix in _SUFFIXES
-        and any(fnmatchcase(name, pattern) for pattern in COPIED_FILES)
-    )
+    folder = name.rpartition("/")[0]
+    if folder:
+        in_templates = folder == _TEMPLATES and path.suffix == ".jinja"
+        return in_templates or (folder in folders and is_of_module(path.name))
+    if path.suffix in _TEXT and _matches(name.lower(), _LICENCES):
+        return True
+    return name == "config.json" or is_input(name) or _matches(name, _SENTENCES)
 
 
-def strays(directory: Path, names: Iterable[str]) -> list[str]:
-    """What is wrong with the files of ``directory`` that are read by these ``names`` or copied, one
-    line each: links that lead out of it, to what somebody else's checkpoint has no business with,
-    and copies that would be too large. A hub cache's links to its own blobs are no fault."""
-    root = os.path.realpath(directory)
-    roots = [root]
-    if os.path.basename(os.path.dirname(root)) == "snapshots":
-        roots.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
-    found = []
-    copied = {path.name for path in companions(directory)}
-    for name in sorted({*names, *copied}):
-        target = os.path.realpath(os.path.join(root, name))
-        if not any(target.startswith(place + os.sep) for place in roots):
-            found.append(f"{name}: a link out of the directory, to {target}")
-        elif name in copied and os.path.getsize(target) > _MAX_COPIED_BYTES:
-            found.append(f"{name}: larger than 256 MB")
-    return found
+def is_input(name: str) -> bool:
+    """Whether this is the name of a tokenizer's or processor's file, or of what goes with them."""
+    return "/" not in name and _matches(name, _INPUTS)
 
 
-def companions(source: Path) -> list[Path]:
-    """The files in ``source`` that are copied as they are: not config.json. Raises
-    EnvironmentFailure."""
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def companions(source: Path) -> list[str]:
+    """The files of ``source`` that are copied as they are, by relative name: not config.json.
+    Raises EnvironmentFailure, and CorruptFileError where modules.json names what lies elsewhere."""
+    folders = module_folders(source)
     with explained(source):
-        return [
-            path
-            for path in sorted(source.iterdir())
-            if path.name != "config.json" and is_companion(path.name) and path.is_file()
-        ]
+        return sorted(
+            name
+            for name in _files(source, ["", _TEMPLATES, *folders])
+            if name != "config.json" and is_companion(name, folders)
+        )
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the companions in ``source`` to ``target``. Raises EnvironmentFailure."""
-    for path in companions(source):
-        with explained(path):
-            content = path.read_bytes()
-        write_file(target / path.name, content)
+    """Copy the companions in ``source`` to ``target``. Raises as :func:`companions` does."""
+    for name in companions(source):
+        with explained(source / name):
+            content = (source / name).read_bytes()
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(target / name, content)
+
+
+def companion_bytes(source: Path) -> int:
+    """What the companions in ``source`` take. Raises as :func:`companions` does."""
+    with explained(source):
+        return sum(os.stat(source / name).st_size for name in companions(source))
+
+
+def present(source: Path) -> list[str]:
+    """What lies in ``source``: files, and folders with a slash behind their name, but for those
+    that companions come from, of which the files are named."""
+    with explained(source):
+        opened = {name.rpartition("/")[0] for name in companions(source)}
+        tops = [entry.name + ("/" if entry.is_dir() else "") for entry in os.scandir(source)]
+        closed = [name for name in tops if not name.endswith("/") or name[:-1] not in opened]
+        return sorted({*closed, *_files(source, opened - {""})})
+
+
+def left_behind(names: Iterable[str], taken: Collection[str]) -> tuple[str, ...]:
+    """Of all files of a model, by relative name, those that are not ``taken``: nothing that begins
+    with a dot, and folders of which nothing is taken as such, with a slash behind their name."""
+    opened = {"", *(name.rpartition("/")[0] for name in taken)}
+    left = set()
+    for name in names:
+        if name not in taken and not name.startswith("."):
+            is_open = name.rpartition("/")[0] in opened
+            left.add(name if is_open else name.partition("/")[0] + "/")
+    return tuple(sorted(left))
+
+
+def _files(source: Path, folders: Iterable[str]) -> Iterator[str]:
+    """The files in these folders of ``source``, where they are there. Raises OSError."""
+    for folder in folders:
+        place = os.path.join(source, folder)
+        if os.path.isdir(place):
+            for entry in os.scandir(place):
+                if entry.is_file():
+                    yield f"{folder}/{entry.name}" if folder else entry.name

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -22,13 +22,16 @@ from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from loftq_cli.checkpoint.companions import is_companion
+from loftq_cli.checkpoint.companions import is_companion, left_behind
 from loftq_cli.checkpoint.header import strict_json
 from loftq_cli.checkpoint.hub_errors import explained
 from loftq_cli.checkpoint.hub_patience import patiently
 from loftq_cli.checkpoint.hub_transfer import download
+from loftq_cli.checkpoint.names import is_plain_name
 from loftq_cli.checkpoint.not_a_model import MARKERS, refuse_marked
-from loftq_cli.checkpoint.source import CONFIG, INDEX, SINGLE, is_plain_name
+from loftq_cli.checkpoint.pipeline import MODULES, module_folders
+from loftq_cli.checkpoint.source import CONFIG, INDEX, SINGLE
+from loftq_cli.checkpoint.strays import too_much
 from loftq_cli.checkpoint.supply import Commit
 from loftq_cli.errors import (
     CorruptFileError,
@@ -57,7 +60,7 @@ class HubSnapshot:
     ``directory`` holds the small files, ``repo_id`` is the repository whose files they are,
     ``revision`` its commit hash, and ``resolved_from`` the id that was asked for where the twin
     ``<id>-hf`` was used instead. ``shards`` are the files of the weights, which may not be there
-    yet.
+    yet. ``left_behind`` are the repository's other files, where they are known.
     """
 
     directory: Path
@@ -65,6 +68,7 @@ class HubSnapshot:
     revision: str
     resolved_from: str | None
     shards: Mapping[str, RemoteFile] = field(default_factory=dict)
+    left_behind: tuple[str, ...] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -112,16 +116,15 @@ def fetch(
         )
     if offline or constants.HF_HUB_OFFLINE:
         at = pinned or Commit(repo_id, revision or "main")
-        used, directory, shards = _find_in_cache(at.repo_id, at.revision, say)
+        found = _find_in_cache(at.repo_id, at.revision, say)
     else:
-        used, directory, shards = _download_small(repo_id, revision, pinned, say)
-    resolved_from = repo_id if used != repo_id else None
-    return HubSnapshot(directory, used, directory.name, resolved_from, shards)
+        found = _download_small(repo_id, revision, pinned, say)
+    return replace(found, resolved_from=repo_id if found.repo_id != repo_id else None)
 
 
 def _download_small(
     repo_id: str, revision: str | None, pinned: Commit | None, say: _Say
-) -> tuple[str, Path, dict[str, RemoteFile]]:
+) -> HubSnapshot:
     listing = _list_files(repo_id, revision, say)
     if _is_metas_layout(listing.files):
         twin = f"{repo_id}-hf"
@@ -147,9 +150,7 @@ def _download_small(
             found = download(listing.repo_id, listing.commit, name)
             refuse_marked(found.parent, listing.repo_id, listing.files)
     entry = _entry_to_weights(listing)
-    # config.json first: there is no snapshot directory before its first file.
-    small = sorted((name for name in listing.files if is_companion(name)), key=_config_first)
-    if CONFIG not in small:
+    if CONFIG not in listing.files:
         raise SourceNotFoundError(
             f"{listing.repo_id} has no {CONFIG} at this revision",
             hint="give the id of a repository with a transformers model in safetensors format",
@@ -158,7 +159,11 @@ def _download_small(
         # Once under the revision's own name: the library then records in the cache which commit
         # that is, and a later offline run, ours or another tool's, finds the snapshot by it.
         download(listing.repo_id, revision or "main", CONFIG)
-    paths = [download(listing.repo_id, listing.commit, name) for name in small]
+    # config.json first: there is no snapshot directory before its first file.
+    directory = download(listing.repo_id, listing.commit, CONFIG).parent
+    small = _companions(listing, directory)
+    for name in small:
+        download(listing.repo_id, listing.commit, name)
     names = [SINGLE]
     if entry == INDEX:
         names = _shards(download(listing.repo_id, listing.commit, INDEX), listing.repo_id)
@@ -167,16 +172,33 @@ def _download_small(
                 f"{listing.repo_id}: {INDEX} names files that are not there: {', '.join(missing)}",
                 hint="the repository is incomplete; another --revision may be whole",
             )
-    return listing.repo_id, paths[0].parent, {name: listing.files[name] for name in names}
+    shards = {name: listing.files[name] for name in names}
+    left = left_behind(listing.files, {CONFIG, entry, *small, *names})
+    return HubSnapshot(directory, listing.repo_id, listing.commit, None, shards, left)
 
 
-def _config_first(name: str) -> tuple[bool, str]:
-    return name != CONFIG, name
+def _companions(listing: _Listing, directory: Path) -> list[str]:
+    """The files to copy as they are. modules.json is brought into ``directory`` first, to see what
+    it names. Raises CorruptFileError where they are too large or too many."""
+    if MODULES in listing.files:
+        _check_amount(listing, [MODULES])
+        download(listing.repo_id, listing.commit, MODULES)
+    folders = module_folders(directory)
+    small = sorted(n for n in listing.files if n != CONFIG and is_companion(n, folders))
+    _check_amount(listing, small)
+    return small
 
 
-def _find_in_cache(
-    repo_id: str, revision: str, say: _Say
-) -> tuple[str, Path, dict[str, RemoteFile]]:
+def _check_amount(listing: _Listing, names: Collection[str]) -> None:
+    if faults := too_much((name, listing.files[name].size) for name in names):
+        raise CorruptFileError(
+            f"{listing.repo_id}: {'; '.join(faults)}",
+            hint="download the model (hf download), take away what is not needed, and convert "
+            "the directory",
+        )
+
+
+def _find_in_cache(repo_id: str, revision: str, say: _Say) -> HubSnapshot:
     used, directory = repo_id, _cached_directory(repo_id, revision)
     if directory is None or _is_metas_layout([path.name for path in directory.iterdir()]):
         twin = f"{repo_id}-hf"
@@ -200,7 +222,8 @@ def _find_in_cache(
         raise EnvironmentFailure(
             f"{used} is not complete in the hub cache; missing: {', '.join(missing)}", hint=hint
         )
-    return used, directory, {name: _cached_file(directory / name) for name in weights}
+    shards = {name: _cached_file(directory / name) for name in weights}
+    return HubSnapshot(directory, used, directory.name, None, shards)
 
 
 def _cached_file(path: Path) -> RemoteFile:

@@ -49,6 +49,7 @@ def locate(
             requested_revision=revision,
             resolved_from=snapshot.resolved_from,
             supply=hub_shards.HubSupply(snapshot, passing),
+            left=snapshot.left_behind,
         )
     )
 

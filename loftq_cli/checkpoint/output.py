@@ -10,8 +10,8 @@ from typing import Any
 
 from loftq_cli.checkpoint.durable import file_sha256
 from loftq_cli.checkpoint.header import shown, strict_json
+from loftq_cli.checkpoint.names import is_plain_name
 from loftq_cli.checkpoint.schema import faults, manifest_schema
-from loftq_cli.checkpoint.source import is_plain_name
 from loftq_cli.errors import InputError, SourceNotFoundError, VerificationError
 
 MANIFEST = "loftq_manifest.json"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.companions import strays
+from loftq_cli.checkpoint.companions import companions, left_behind, present
 from loftq_cli.checkpoint.header import (
     Header,
     HeaderError,
@@ -18,6 +18,9 @@ from loftq_cli.checkpoint.header import (
     shown,
     strict_json,
 )
+from loftq_cli.checkpoint.lfs import refuse_pointers
+from loftq_cli.checkpoint.names import is_plain_name
+from loftq_cli.checkpoint.strays import strays
 from loftq_cli.checkpoint.supply import PICKLED, Supply
 from loftq_cli.errors import CorruptFileError, SourceNotFoundError, UnsupportedInputError
 
@@ -56,7 +59,8 @@ class Source:
     """A checked checkpoint. ``id`` is what the user typed, ``revision`` a hub commit or None,
     ``resolved_from`` the id that was asked for where a twin repository was used instead,
     ``requested_revision`` the branch, tag or commit that was asked for. A shard may be read once
-    ``supply`` has ensured that it is there."""
+    ``supply`` has ensured that it is there. ``left_behind``: what else belongs to the model, by
+    name, and is neither read nor copied."""
 
     directory: Path
     id: str
@@ -67,6 +71,7 @@ class Source:
     revision: str | None = None
     resolved_from: str | None = None
     requested_revision: str | None = None
+    left_behind: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> list[StoredTensor]:
@@ -89,11 +94,13 @@ def open_source(
     requested_revision: str | None = None,
     supply: Supply | None = None,
     allow_pickle: bool = False,
+    left: tuple[str, ...] | None = None,
 ) -> Source:
     """Read the headers of the checkpoint in ``directory`` and check them against each other.
 
     ``supply`` knows the shards where they are not all in ``directory`` yet. With ``allow_pickle``
-    pickled weights are read where there are no others.
+    pickled weights are read where there are no others. ``left`` is what is left behind, where more
+    belongs to the model than lies in ``directory``.
 
     Raises SourceNotFoundError where there is nothing to convert and CorruptFileError with every
     fault that the headers show, before anything is computed.
@@ -107,13 +114,15 @@ def open_source(
             hint="give the directory that holds config.json and model.safetensors",
         )
     supply = supply or Supply(directory)
+    refuse_pointers(directory, (CONFIG, *WEIGHTS))
     names, index = _shard_names(directory, supply, allow_pickle)
+    copied = companions(directory)
+    refuse_pointers(directory, (*names, *copied))
     config = read_json(directory / CONFIG)
     _check_config(directory / CONFIG, config.content)
+    read = [CONFIG, *([index.name] if index else []), *names]
     # The hub's cache is trusted: its blobs may themselves be links to a store that it shares.
-    faults = (
-        [] if revision else strays(directory, [CONFIG, *([index.name] if index else []), *names])
-    )
+    faults, hint = ([], None) if revision else strays(directory, read, copied)
     shards = []
     for name in names:
         try:
@@ -127,7 +136,7 @@ def open_source(
     faults += _cross_check(shards, index, complete=len(shards) == len(names))
     if faults:
         count = f"{len(faults)} faults: " if len(faults) > 1 else ""
-        raise CorruptFileError(f"{directory}: {count}" + "; ".join(faults))
+        raise CorruptFileError(f"{directory}: {count}" + "; ".join(faults), hint=hint)
     return Source(
         directory,
         source_id or str(directory),
@@ -138,6 +147,7 @@ def open_source(
         revision,
         resolved_from,
         requested_revision,
+        left_behind(present(directory), {*read, *copied}) if left is None else left,
     )
 
 
@@ -182,16 +192,6 @@ def _shard_names(
                 f"not a {suffix} file"
             )
     return sorted(set(weight_map.values())), index
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether ``name`` names a file in its own directory: no separators, no parents, no NUL, and
-    nothing that a file system cannot spell."""
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def _cross_check(shards: list[Shard], index: SmallFile | None, *, complete: bool) -> list[str]:

@@ -62,6 +62,7 @@ def describe(plan: Plan, output: Path) -> dict[str, Any]:
             "adapter_bytes": plan.adapter_bytes,
             "bits_per_weight": plan.bits_per_weight + added * 8 / elements,
         },
+        "left_behind": list(plan.source.left_behind),
         "memory_bytes": plan.memory_bytes,
         "disk_bytes": plan.disk_bytes + added,
         "download": {

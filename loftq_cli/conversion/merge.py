@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.companions import companions, copy_companions
+from loftq_cli.checkpoint.companions import companion_bytes, copy_companions
 from loftq_cli.checkpoint.dtypes import TAGS
 from loftq_cli.checkpoint.durable import explained, pretty_json, write_file
 from loftq_cli.checkpoint.output import open_output
@@ -74,7 +74,7 @@ def merge(
     _remark(plan, observer)
     workspace = MergeWorkspace(final)
     if overwrite or not workspace.is_taken():
-        copied = sum(path.stat().st_size for path in companions(directory))
+        copied = companion_bytes(directory)
         check_space(final.parent, plan.disk_bytes + copied + _MARGIN - workspace.written())
         workspace.check_permissions()
         largest = max(plan.merged, key=lambda item: item.spec.elements)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from loftq_cli import maps
-from loftq_cli.checkpoint.companions import companions
+from loftq_cli.checkpoint.companions import companion_bytes
 from loftq_cli.checkpoint.locate import is_path, locate
 from loftq_cli.checkpoint.output import Output, verify
 from loftq_cli.checkpoint.source import source_identity
@@ -25,6 +25,7 @@ from loftq_cli.conversion.journal import Identity, is_damaged
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.pin import pin, pinned
 from loftq_cli.conversion.plan import Plan, make_plan
+from loftq_cli.conversion.remarks import source_remarks
 from loftq_cli.conversion.resources import check_memory
 from loftq_cli.conversion.statistics import statistics_note
 from loftq_cli.conversion.workspace import (
@@ -129,7 +130,7 @@ def prepare(
         )
     narrow = None if texts else statistics_note(plan, options.preset)
     experts_note = experts.note(plan.selection.kept, source.config.content)
-    for line in (plan.anatomy.note, plan.layout_note, experts_note, narrow):
+    for line in (*source_remarks(plan), plan.layout_note, experts_note, narrow):
         if line:
             observer.note(line)
     # Only where there is a search to speed up: asking builds the kernels.
@@ -234,7 +235,7 @@ def _refuse_beforehand(plan: Plan, workspace: Workspace, overwrite: bool) -> Non
 
 def _check_resources(plan: Plan, workspace: Workspace) -> None:
     """Raise EnvironmentFailure where disk, memory or permissions are not enough; writes nothing."""
-    copied = sum(path.stat().st_size for path in companions(plan.source.directory))
+    copied = companion_bytes(plan.source.directory)
     needed = plan.disk_bytes + target.headroom(plan) + copied + _MARGIN
     check_disks(plan.source, workspace.final.parent, needed - workspace.written())
     workspace.check_permissions()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from loftq_cli.checkpoint.companions import companions
+from loftq_cli.checkpoint.companions import companions, is_input
 from loftq_cli.checkpoint.durable import explained, file_sha256
 from loftq_cli.checkpoint.measured import ModelIdentity
 from loftq_cli.checkpoint.source import Source, open_source
@@ -40,7 +40,7 @@ def contents_sha256(source: Source) -> str | None:
     """sha256 of what measuring reads, weights, configuration and tokenizer: of the compact JSON of
     the sorted [name, sha256] of these files. None where a shard is not there, and the hub does not
     say what is in it. Raises EnvironmentFailure."""
-    small = [path for path in companions(source.directory) if not path.name.startswith("LICENSE")]
+    small = [source.directory / name for name in companions(source.directory) if is_input(name)]
     files = []
     for shard in source.shards:
         digest = source.supply.sha256(shard.name)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.checkpoint.names import ADAPTER_FOLDER
 from loftq_cli.layouts.base import Matrix
 
-DIRECTORY = "loftq_init"
+DIRECTORY = ADAPTER_FOLDER
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."

@@ -167,9 +167,11 @@ def _norms(
 
 
 def _stored_tensors(output: Output) -> Stored:
+    """Those of backbone and adapter: other folders hold weights of a pipeline's further modules."""
     stored = {}
     for entry in output.manifest["outputs"]:
-        if entry["name"].endswith(".safetensors"):
+        folder = entry["name"].rpartition("/")[0]
+        if entry["name"].endswith(".safetensors") and folder in ("", adapter.DIRECTORY):
             path = output.directory / entry["name"]
             try:
                 header = read_header(path)

@@ -20,7 +20,6 @@ import pytest
 from huggingface_hub import constants
 
 from loftq_cli.checkpoint import hub, hub_transfer
-from loftq_cli.checkpoint.companions import is_companion
 from loftq_cli.checkpoint.hub import HubSnapshot, RemoteFile, looks_like_hub_id
 from loftq_cli.checkpoint.hub_shards import HubSupply
 from loftq_cli.errors import (
@@ -683,29 +682,3 @@ def test_in_a_process_of_its_own(server: HubServer, tmp_path: Path) -> None:
     assert incomplete.returncode == 1
     assert incomplete.stderr.startswith("5: org/model-hf is not complete")
     assert incomplete.stderr.count("\n") == 1
-
-
-# Companions
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "LICENSE", "LICENSE.txt"])
-def test_companions(name: str) -> None:
-    assert is_companion(name)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "LICENSE_model.py",
-        "LICENSE.safetensors",
-        "LICENSE/notes.txt",
-        "onnx/config.json",
-        "../config.json",
-        "modeling.py",
-        "model.safetensors",
-        "adapter_config.json",
-        "",
-    ],
-)
-def test_what_is_no_companion(name: str) -> None:
-    assert not is_companion(name)

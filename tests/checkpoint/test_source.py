@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from loftq_cli.checkpoint.locate import locate
-from loftq_cli.checkpoint.source import is_plain_name, open_source
+from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import (
     CorruptFileError,
     InputError,
@@ -332,14 +332,6 @@ def test_names_from_files_cannot_drive_a_terminal(tmp_path):
     name = "\x1b[2J\u202e"
     (directory / SINGLE).write_bytes(container({name: entry("U8", [2], 0, 1)}, b"!"))
     assert name not in failure(directory, CorruptFileError)  # and printable, as failure() checks
-
-
-@pytest.mark.parametrize(
-    ("name", "plain"),
-    [("model.safetensors", True), ("..a", True), ("ü", True), ("a/b", False), ("..", False)],
-)
-def test_plain_names(name, plain):
-    assert is_plain_name(name) is plain
 
 
 def test_every_error_of_a_source_is_an_input_error():

@@ -289,3 +289,15 @@ def test_a_source_that_the_layout_could_not_hold(converted, tmp_path):
 def test_a_source_that_is_not_there(output, tmp_path):
     with pytest.raises(SourceNotFoundError):
         loftq_cli.error_report(output, tmp_path / "none")
+
+
+def test_weights_of_a_pipelines_module_are_not_taken_for_the_backbones(tmp_path):
+    directory = checkpoints.write(tmp_path / "model", checkpoints.llama())
+    name = next(iter(checkpoints.matrices(checkpoints.llama())))
+    (directory / "modules.json").write_text('[{"path": ""}, {"path": "1_Dense"}]')
+    (directory / "1_Dense").mkdir()
+    save_file({name: torch.ones(64, 64)}, directory / "1_Dense" / "model.safetensors")
+    settings = {"layout": "dense", "bits": 2, "rank": 4, "iters": 1, "threads": 1}
+    loftq_cli.convert(directory, tmp_path / "out", **settings)
+    assert (tmp_path / "out" / "1_Dense" / "model.safetensors").is_file()
+    assert loftq_cli.error_report(tmp_path / "out", directory)["recomputed"]

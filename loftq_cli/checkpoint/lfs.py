@@ -1,0 +1,37 @@
+"""Pointers of git-lfs: small text files where a clone without git-lfs has no large ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from loftq_cli.errors import CorruptFileError
+
+_FIRST_LINE = b"version https://git-lfs.github.com/spec/v1"
+_LARGEST = 1024  # bytes, by git-lfs's own specification
+_MOST_SHOWN = 3
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether the file at ``path`` is a pointer, False where it cannot be read."""
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(_FIRST_LINE)) == _FIRST_LINE
+    except OSError:
+        return False
+
+
+def refuse_pointers(directory: Path, names: Iterable[str]) -> None:
+    """Raise CorruptFileError, which lists them, where files of these ``names`` in ``directory`` are
+    pointers."""
+    found = sorted({name for name in names if is_pointer(directory / name)})
+    if found:
+        more = f" and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
+        what = "are pointers" if len(found) > 1 else "is a pointer"
+        raise CorruptFileError(
+            f"{directory}: {', '.join(found[:_MOST_SHOWN])}{more} {what} of git-lfs, not the "
+            "contents",
+            hint="run `git lfs pull` in the directory, or get the model with `hf download`",
+        )

@@ -1,0 +1,65 @@
+"""A pipeline of sentence-transformers: modules.json lists modules, each with a folder.
+
+The first module is the model itself, in the directory; the folders of the others hold a config and,
+of some (Dense), small weights, which belong to what the pipeline computes. sentence-transformers
+reads ``path`` of every entry, relative to the directory (base/model.py, _load_config_modules).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from loftq_cli.checkpoint.header import shown, strict_json
+from loftq_cli.checkpoint.names import ADAPTER_FOLDER, is_plain_name
+from loftq_cli.errors import CorruptFileError
+
+MODULES = "modules.json"
+_LARGEST = 1_000_000
+_SUFFIXES = (".json", ".txt", ".model", ".spm", ".tiktoken", ".safetensors")
+
+
+def is_of_module(name: str) -> bool:
+    """Whether a file of this name in a module's folder is copied: data, and no pickles."""
+    return PurePosixPath(name).suffix in _SUFFIXES
+
+
+def module_folders(directory: Path) -> tuple[str, ...]:
+    """The folders that modules.json in ``directory`` names, with slashes; none where there is no
+    such file, or it is of something else.
+
+    Raises CorruptFileError where one is not a folder below the directory, or has a name that the
+    output needs.
+    """
+    return tuple(
+        sorted({path for entry in modules(directory) if (path := _path(directory, entry))})
+    )
+
+
+def modules(directory: Path) -> list[dict[str, Any]]:
+    """The entries of modules.json; empty where there are none."""
+    path = directory / MODULES
+    try:
+        if not path.is_file() or os.path.getsize(path) > _LARGEST:
+            return []
+        content = strict_json(path.read_bytes())
+    except (OSError, ValueError):
+        return []
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        return []
+    return content
+
+
+def _path(directory: Path, entry: dict[str, Any]) -> str | None:
+    path = entry.get("path")
+    if not isinstance(path, str) or path in ("", "."):
+        return None
+    parts = path.rstrip("/").split("/")
+    taken = parts[0] == ADAPTER_FOLDER or parts[0].endswith((".safetensors", ".json"))
+    if taken or not all(map(is_plain_name, parts)):
+        raise CorruptFileError(
+            f"{directory / MODULES}: {shown(path)} is not a folder that a module can have",
+            hint="correct the paths in it, or take the file away",
+        )
+    return "/".join(parts)
