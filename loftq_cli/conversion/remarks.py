@@ -24,8 +24,14 @@ _IN_REPOSITORY = re.compile(r"(?:(?P<repo>.+)--)?(?P<module>[\w.]+)\.\w+")
 
 
 def source_remarks(plan: Plan) -> list[str]:
-    """The lines about float64, about what is left behind, and about code."""
-    found = [_float64(plan), _left_behind(plan.source), *_code(plan.source), *_modules(plan.source)]
+    """The lines about what transformers could not say, float64, what is left behind, and code."""
+    found = [
+        plan.anatomy.note,
+        _float64(plan),
+        _left_behind(plan.source),
+        *_code(plan.source),
+        *_modules(plan.source),
+    ]
     return [line for line in found if line]
 
 
