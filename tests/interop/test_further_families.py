@@ -1,0 +1,82 @@
+"""Families beyond docs/models.md's table: each is converted, loaded in both ways, and compared with
+a dense model that carries Q + BA."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import loftq_cli
+from loftq_cli.integrations.names import RenamedModules
+from tests.interop.architectures import QUICK, dense, make, model_class, outputs, the_plain_way
+from tests.interop.further_families import FAMILIES, Family, inputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
+
+# transformers has other names for layers of these in memory than there are on disk.
+RENAMED = {
+    "altclip",
+    "audio-spectrogram-transformer",
+    "beit",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "ijepa",
+    "segformer",
+    "swin",
+    "vit_mae",
+    "vit_msn",
+    "vivit",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """The models are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def computed(model: Any, family: Family) -> torch.Tensor:
+    """What the model returns. Some draw the order of their patches."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return outputs(model.eval(), inputs(family))
+
+
+def assert_carries(model: Any, family: Family, expected: torch.Tensor) -> None:
+    """``model`` computes ``expected`` with every adapter in its place and trainable."""
+    assert (computed(model, family) - expected).abs().max() < 2e-5 * expected.abs().max()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * family.matrices
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_both_ways_of_loading_compute_with_q_and_the_adapter(kind: str, tmp_path: Path) -> None:
+    family, output = FAMILIES[kind], tmp_path / "out"
+    source = make(kind, family.name, family.settings, tmp_path / "source")
+    manifest = loftq_cli.convert(source, output=output, **{**QUICK, "rank": 4})
+    assert len(manifest["matrices"]) == family.matrices
+    expected = computed(dense(source, output, manifest, tmp_path / "dense"), family)
+    original = computed(model_class(source).from_pretrained(source), family)
+    assert (original - expected).abs().max() > 1e-3 * expected.abs().max()
+    assert_carries(loftq_cli.load(output), family, expected)
+    if kind in RENAMED:
+        with pytest.raises(RenamedModules, match=r"use loftq_cli\.load"):
+            the_plain_way(output)
+    else:
+        assert_carries(the_plain_way(output), family, expected)
+
+
+def test_the_lists_in_the_manual_have_these_families() -> None:
+    text = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    section = text.partition("### Further families")[2].partition("###")[0]
+    lists = [part for part in section.split("\n\n") if part.startswith("`")]
+    found = [re.findall(r"`([^`]+)`", part) for part in lists]
+    assert found == [sorted(FAMILIES.keys() - RENAMED), sorted(RENAMED)]
