@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +129,12 @@ def results(
         return {**result, "tensors": load_file(work / f"{case.name}.safetensors")}
 
     return load
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models that are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -15,7 +15,10 @@ from loftq_cli.integrations.names import RenamedModules
 from tests.interop.architectures import QUICK, dense, make, model_class, outputs, the_plain_way
 from tests.interop.further_families import FAMILIES, Family, inputs
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
+]
 
 # transformers has other names for layers of these in memory than there are on disk.
 RENAMED = {
@@ -32,15 +35,6 @@ RENAMED = {
     "vit_msn",
     "vivit",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """The models are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def computed(model: Any, family: Family) -> torch.Tensor:
