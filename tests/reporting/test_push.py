@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants
 
 import loftq_cli
@@ -37,6 +38,8 @@ QUICK = {"bits": 2, "rank": 4, "iters": 2, "threads": 1}
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("push")
     model = checkpoints.write(directory / "model", checkpoints.llama(layers=2), cuts=(9,))
+    (model / "modules.json").write_text('[{"path": "1_Dense"}]')
+    checkpoints.write(model / "1_Dense", {"linear.weight": torch.zeros(4, 64)}, {})
     loftq_cli.convert(model, directory / "out", **QUICK)
     return directory
 
@@ -92,6 +95,7 @@ def test_all_files_and_a_card_arrive(server: HubServer, way: str, from_hub: Path
     result = push(from_hub, REPO, say=silent)
     files = sent(server)
     assert set(files) == {*before, "README.md"}
+    assert {"1_Dense/config.json", "1_Dense/model.safetensors"} <= set(files)
     assert {name: files[name] for name in before} == before
     assert checkpoints.files(from_hub) == before
     assert bool(server.objects) == (way == "lfs")
