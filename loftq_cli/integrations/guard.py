@@ -8,7 +8,6 @@ it keeps the layer it wraps as ``base_layer``, and torch tells of every submodul
 from __future__ import annotations
 
 import functools
-from types import MethodType
 from typing import Any, NoReturn
 
 from torch import nn
@@ -33,7 +32,9 @@ def _on_registration(parent: Any, name: str, child: nn.Module | None) -> None:
         if hasattr(parent, "merge"):
             parent.merge = _refuse_to_merge
         if hasattr(parent, "update_layer"):
-            parent.update_layer = MethodType(_update_layer, parent)
+            # No method: pickle looks for a method by its name in the layer, and deepcopy has to
+            # bind this to the copy.
+            parent.update_layer = functools.partial(_update_layer, parent)
 
 
 def _refuse_to_merge(*args: Any, **kwargs: Any) -> NoReturn:
