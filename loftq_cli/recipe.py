@@ -11,13 +11,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from loftq_cli import maps
 from loftq_cli.errors import LayoutError, UsageError
+from loftq_cli.paths import expanded
 
 BITS = (2, 3, 4, 8)
 MIXED = (2, 4)
@@ -154,12 +156,11 @@ class Options:
 
         Raises UsageError.
         """
-        if self.preset not in PRESETS:
-            raise UsageError(f"--preset {self.preset}: not one of {', '.join(PRESETS)}")
+        _check_choice("preset", self.preset, PRESETS)
         supplied = {**_DEFAULTS, **_PRESET_DEFAULTS[self.preset]}
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if "stats" in given:
-            given["stats"] = str(given["stats"])
+            given["stats"] = _checked_path("stats", given["stats"])
         method = given.get("method", supplied["method"])
         if method in FIXED_SCALE_METHODS and "scale" in given:
             raise UsageError(f"--scale does not apply to --method {method}, which fixes its own")
@@ -188,15 +189,15 @@ class Options:
             raise UsageError("widths are what target_bpw settled, and need it beside them")
         _checked_map("widths", settings.widths)
         if not isinstance(settings.device, str):
-            raise UsageError(f"--device {settings.device}: use auto, cpu, cuda or cuda:N")
+            raise UsageError(f"--device {settings.device!r}: use auto, cpu, cuda or cuda:N")
         _check_range("rank", settings.rank, 1, MAX_RANK)
         _check_range("iters", settings.iters, 0, MAX_ITERS)
         _check_range("seed", settings.seed, 0, 2**63 - 1)
         if settings.threads is not None:
             _check_range("threads", settings.threads, 1, 1024)
         alpha = settings.lora_alpha
-        if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
-            raise UsageError(f"--lora-alpha {alpha}: must be a positive number")
+        if alpha is not None:
+            _check_positive("lora_alpha", alpha)
         return settings
 
 
@@ -308,6 +309,8 @@ def _check_scale_dtype(settings: Settings) -> None:
 
 def _checked_bits(bits: Any) -> float | None:
     """``bits``, whole numbers as int. Raises UsageError."""
+    if bits is not None and not _is_number(bits):
+        raise UsageError(f"--bits {_shown(bits)}: must be a number, not {_kind(bits)}")
     if isinstance(bits, float) and bits.is_integer():
         bits = int(bits)
     fraction = isinstance(bits, float) and MIXED[0] < bits < MIXED[1]
@@ -319,8 +322,7 @@ def _checked_bits(bits: Any) -> float | None:
 
 def _check_target(given: Mapping[str, Any]) -> None:
     target = given["target_bpw"]
-    if not (_is_number(target) and math.isfinite(target) and target > 0):
-        raise UsageError(f"--target-bpw {target}: must be a positive number")
+    _check_positive("target_bpw", target)
     if "bits" in given:
         bits = _checked_bits(given["bits"])
         raise UsageError(
@@ -339,13 +341,40 @@ def _checked_map(name: str, entries: tuple[str, ...]) -> list[int]:
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if not any(type(value) is type(choice) and value == choice for choice in choices):
+        if choices == (False, True):
+            raise UsageError(f"{_flag(name)} {value!r}: must be true or false, not {_kind(value)}")
+        shown = value if isinstance(choices[0], str) else _shown(value)
         listed = ", ".join(str(choice) for choice in choices)
-        raise UsageError(f"{_flag(name)} {value}: not one of {listed}")
+        raise UsageError(f"{_flag(name)} {shown}: not one of {listed}")
 
 
 def _check_range(name: str, value: Any, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(f"{_flag(name)} {value}: must be a whole number from {low} to {high}")
+        raise UsageError(
+            f"{_flag(name)} {_shown(value)}: must be a whole number from {low} to {high}"
+        )
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not (_is_number(value) and 0 < value <= sys.float_info.max):
+        raise UsageError(f"{_flag(name)} {_shown(value)}: must be a positive number")
+
+
+def _checked_path(name: str, value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise UsageError(f"{_flag(name)} {value!r}: must be the path of a file, not {_kind(value)}")
+    return str(expanded(value))
+
+
+def _shown(value: Any) -> str:
+    """A value where a number belongs: ``"2"`` is none."""
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, as who writes a recipe would call it."""
+    kinds = {str: "text", bool: "true or false", list: "a list", dict: "a table"}
+    return kinds.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def _flag(name: str) -> str:

@@ -98,7 +98,12 @@ def test_choices(name, choices):
         assert getattr(Options.from_settings({name: choice}).resolve(), name) == choice
     for wrong in (0, -4, 5, "", "NF", "mse ", True):
         message = usage_error(**{name: wrong})
-        assert message.startswith(f"--{name.replace('_', '-')} {wrong}: not one of ")
+        shown = wrong if isinstance(choices[0], str) or not isinstance(wrong, str) else repr(wrong)
+        if name == "bits" and isinstance(wrong, (str, bool)):
+            kind = "text" if isinstance(wrong, str) else "true or false"
+            assert message == f"--bits {shown}: must be a number, not {kind}"
+            continue
+        assert message.startswith(f"--{name.replace('_', '-')} {shown}: not one of ")
         assert all(str(choice) in message for choice in choices)
 
 
@@ -121,8 +126,9 @@ def test_ranges(name, lowest, highest):
     for value in (lowest, highest):
         assert getattr(Options.from_settings({name: value}).resolve(), name) == value
     for wrong in (lowest - 1, highest + 1, -(10**30), 1.5, float("nan"), "3", True):
+        shown = "'3'" if wrong == "3" else wrong
         assert usage_error(**{name: wrong}) == (
-            f"--{name} {wrong}: must be a whole number from {lowest} to {highest}"
+            f"--{name} {shown}: must be a whole number from {lowest} to {highest}"
         )
 
 
@@ -182,7 +188,7 @@ def test_momentum_is_a_setting_without_an_option(given):
         pushed = Options.from_settings({**options, "momentum": True}).resolve()
         assert pushed.momentum
     assert Options.from_settings({"method": "fitted"}).resolve().momentum
-    assert "--momentum 2: not one of" in usage_error(momentum=2)
+    assert usage_error(momentum=2).startswith("--momentum 2: must be true or false")
 
 
 @pytest.mark.parametrize(

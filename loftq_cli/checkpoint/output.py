@@ -16,7 +16,7 @@ from loftq_cli.errors import InputError, SourceNotFoundError, VerificationError
 
 MANIFEST = "loftq_manifest.json"
 FORMAT_VERSION = 1
-_MAX_MANIFEST_BYTES = 256 << 20
+MAX_MANIFEST_BYTES = 256 << 20
 _MOST_FAULTS = 5  # are listed
 
 
@@ -67,7 +67,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest at ``path``. Raises VerificationError where it is broken, InputError where it
     is of a newer format."""
     try:
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise VerificationError(f"{path}: larger than 256 MiB")
         manifest = strict_json(path.read_bytes())
     except OSError as error:

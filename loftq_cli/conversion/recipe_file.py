@@ -1,4 +1,4 @@
-"""Recipes as files: settings in TOML, or the recipe in the manifest of an earlier conversion.
+"""Recipes as files: settings in TOML or JSON, or the manifest of an earlier conversion.
 
 The keys are the names of settings, that is of the long options with underscores. What a file says
 is overruled by the command line and overrules a preset's defaults.
@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.durable import write_file
-from loftq_cli.checkpoint.output import MANIFEST, read_manifest
+from loftq_cli.checkpoint.header import strict_json
+from loftq_cli.checkpoint.output import MANIFEST, MAX_MANIFEST_BYTES, read_manifest
 from loftq_cli.conversion.resources import check_permissions
 from loftq_cli.errors import EnvironmentFailure, InputError, SourceNotFoundError, UsageError
 from loftq_cli.recipe import Options
 
 _MAX_BYTES = 16 << 20
+
+_KEYS = "keys are the long options of `loftq convert`, with underscores"
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -57,16 +60,14 @@ def read(path: Path) -> dict[str, Any]:
     """The settings in the file at ``path``, checked as if they were all there is."""
     if not path.is_file():
         raise SourceNotFoundError(
-            f"{path}: no such file", hint=f"give a TOML file, or a {MANIFEST}"
+            f"{path}: no such file", hint=f"give a TOML or JSON file, or a {MANIFEST}"
         )
-    if path.suffix == ".json":
-        held = settings_of(read_manifest(path)["recipe"])
-    else:
-        held = _toml(path)
+    held = _json(path) if path.suffix.lower() == ".json" else _toml(path)
     try:
         Options.from_settings(held).resolve()
     except UsageError as error:
-        raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
+        hint = error.hint if error.hint != UsageError.default_hint else _KEYS
+        raise type(error)(f"{path}: {error.message}", hint=hint or _KEYS) from error
     return held
 
 
@@ -102,22 +103,42 @@ def check_writable(path: Path, *, dry_run: bool) -> None:
     check_permissions(path.parent)
 
 
+def _json(path: Path) -> dict[str, Any]:
+    """The settings in a JSON object, or those that a manifest holds."""
+    try:
+        content = strict_json(_raw(path, MAX_MANIFEST_BYTES))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}", hint=_KEYS) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object", hint=f"{_KEYS}; or give a {MANIFEST}")
+    if path.name == MANIFEST or "format_version" in content:
+        return settings_of(read_manifest(path)["recipe"])
+    return content
+
+
+def _raw(path: Path, most: int) -> bytes:
+    try:
+        if path.stat().st_size > most:
+            raise InputError(f"{path}: larger than {most >> 20} MiB, this is no recipe")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
 def _toml(path: Path) -> dict[str, Any]:
     try:
         import tomllib
     except ImportError as error:
         raise EnvironmentFailure(
             f"{path}: reading TOML needs Python 3.11",
-            hint=f"give a {MANIFEST}, or the options themselves",
+            hint=f"give JSON, a {MANIFEST}, or the options themselves",
         ) from error
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, this is no recipe")
-        return tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return tomllib.loads(_raw(path, _MAX_BYTES).decode("utf-8"))
     except (ValueError, RecursionError) as error:  # of TOML and of UTF-8
-        raise InputError(f"{path}: not valid TOML: {error}", hint="keys are settings") from error
+        raise InputError(
+            f"{path}: not valid TOML: {error}", hint=f"{_KEYS}; a JSON file is named .json"
+        ) from error
 
 
 def _value(value: Any) -> str:

@@ -14,6 +14,7 @@ from loftq_cli.conversion import recipe_file
 from loftq_cli.errors import InputError, SourceNotFoundError, UsageError
 from tests import checkpoints
 
+KEYS = "keys are the long options of `loftq convert`, with underscores"
 QUICK: dict[str, Any] = {"iters": 1, "rank": 4, "threads": 1}
 
 
@@ -78,10 +79,21 @@ def test_bits_and_target_take_each_other_s_place(tmp_path: Path) -> None:
     [
         ("bit = 2", "unknown setting 'bit'", "did you mean 'bits'?"),
         ("block-size = 64", "unknown setting 'block-size'", "did you mean 'block_size'?"),
-        ("[quantizer]\nbits = 2", "unknown setting 'quantizer'", ""),
-        ("kernels = '1:tensor+float32'", "unknown setting 'kernels'", ""),
+        ("[quantizer]\nbits = 2", "unknown setting 'quantizer'", KEYS),
+        ("kernels = '1:tensor+float32'", "unknown setting 'kernels'", KEYS),
         ("bits = 5", "--bits 5: not one of", None),
-        ("bits = true", "--bits True: not one of", None),
+        ("bits = true", "--bits True: must be a number, not true or false", KEYS),
+        ('bits = "2"', "--bits '2': must be a number, not text", KEYS),
+        ("bits = [2]", "--bits [2]: must be a number, not a list", None),
+        ("bits = inf", "--bits inf: not one of", None),
+        ('rank = "8"', "--rank '8': must be a whole number from 1", None),
+        ('block_size = "64"', "--block-size '64': not one of 32", None),
+        ('lora_alpha = "8"', "--lora-alpha '8': must be a positive number", None),
+        (f"lora_alpha = {10**400}", "--lora-alpha 1000", None),
+        ('target_bpw = "3"', "--target-bpw '3': must be a positive number", None),
+        ('embeddings = "yes"', "--embeddings 'yes': must be true or false, not text", None),
+        ("embeddings = 1", "--embeddings 1: must be true or false", None),
+        ("stats = 3", "--stats 3: must be the path of a file", None),
         ("rank = 1.5", "--rank 1.5: must be a whole number", None),
         ("rank = 2026-01-01", "--rank 2026-01-01: must be a whole number", None),
         ("method = ['nf']", "--method ['nf']: not one of", None),
@@ -110,7 +122,8 @@ def test_a_bad_setting_names_the_file(
         ("r.toml", b"bits = 2\nbits = 3", "not valid TOML"),
         ("r.toml", b"\xff\xfe", "not valid TOML"),
         ("r.toml", b"a = " + b"[" * 100_000, "not valid TOML"),
-        ("r.json", b"{}", "no format_version"),
+        ("r.json", b"[]", "not a JSON object"),
+        ("loftq_manifest.json", b"{}", "no format_version"),
         ("r.json", b"bits = 2", "not valid JSON"),
         ("r.json", b'{"format_version": 99}', "format version 99"),
         ("r.json", b'{"format_version": 1}', "the manifest is damaged"),
@@ -124,6 +137,34 @@ def test_what_is_no_recipe(name: str, content: bytes, message: str, tmp_path: Pa
     assert caught.value.message.startswith(f"{path}: ")
     assert message in caught.value.message
     assert caught.value.exit_code == 3
+
+
+def test_settings_in_json_are_as_good_as_in_toml(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.JSON"
+    path.write_text('{"bits": 2, "bits_map": {"*.q.*": 4}, "rank": null, "exclude": ["a"]}')
+    found = recipe_file.options({"iters": 1}, path)
+    assert (found.bits, found.bits_map, found.rank) == (2, ("*.q.*=4",), None)
+    assert (found.exclude, found.iters) == (("a",), 1)
+    path.write_text("{}")
+    assert recipe_file.options({}, path).resolve() == recipe_file.options({}).resolve()
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "hint"),
+    [
+        ({"bit": 2}, "unknown setting 'bit'", "did you mean 'bits'?"),
+        ({"architectures": ["LlamaForCausalLM"]}, "unknown setting 'architectures'", KEYS),
+        ({"bits": "2"}, "--bits '2': must be a number, not text", KEYS),
+    ],
+)
+def test_a_bad_setting_in_json_names_the_file(
+    content: dict[str, Any], message: str, hint: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError) as caught:
+        recipe_file.options({}, path)
+    assert (caught.value.message, caught.value.hint) == (f"{path}: {message}", hint)
 
 
 @pytest.mark.parametrize("name", ["none.toml", "none.json", "."])
