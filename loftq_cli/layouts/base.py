@@ -112,6 +112,10 @@ class Layout(Protocol):
     """What a quantizer rounds each scale to as it fits it."""
     mixes: bool
     """Whether matrices of several widths and methods can be in one output."""
+    imports: tuple[str, ...]
+    """The packages that have to be importable where an output is loaded and trained."""
+    extra: str
+    """Our extra that installs them."""
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         """Why this layout cannot hold ``matrix``, or None."""

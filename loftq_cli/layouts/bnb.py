@@ -56,6 +56,8 @@ class BnbLayout:
     name = "bnb"
     scale_dtype = torch.float32
     mixes = False
+    imports: tuple[str, ...] = ("transformers", "peft", "accelerate", "bitsandbytes")
+    extra = "train"
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         if matrix.kind == "embedding":

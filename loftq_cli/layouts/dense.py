@@ -20,6 +20,8 @@ class DenseLayout:
     name = "dense"
     scale_dtype = torch.float32
     mixes = True
+    imports: tuple[str, ...] = ("transformers", "peft")
+    extra = "train"
 
     def __init__(self, dtype: str) -> None:
         self._dtype = dtype

@@ -39,6 +39,8 @@ class GptqLayout:
     name = "gptq"
     scale_dtype = torch.float16
     mixes = False  # optimum builds every layer in the config's one width
+    imports: tuple[str, ...] = ("transformers", "peft", "accelerate", "optimum", "gptqmodel")
+    extra = "gptq"
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         if matrix.kind == "embedding":

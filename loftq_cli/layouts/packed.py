@@ -38,6 +38,8 @@ class PackedLayout:
     name = "loftq"
     scale_dtype = torch.float32
     mixes = True
+    imports: tuple[str, ...] = ("transformers", "peft", "loftq_cli")
+    extra = "train"
 
     def __init__(self, scales: ScaleDtype = "float32") -> None:
         self._scales: ScaleDtype = scales
