@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.integrations import hook as _hook
+from loftq_cli.paths import expanded as _expanded
 
 if TYPE_CHECKING:
     import torch
@@ -91,9 +92,9 @@ def convert(
     ``settings`` are the long options of ``loftq convert`` with underscores: bits, method, rank,
     iters, block_size, layout, scale, scale_dtype, order, svd, preset, include, exclude, embeddings,
     bits_map, rank_map, target_bpw, lora_alpha, adapter_dtype, dense_dtype, device, threads, seed.
-    ``recipe`` is a file that holds settings, TOML or the manifest of an earlier conversion;
-    settings given here win. ``discard_shards`` deletes each shard from the hub once it is
-    converted; ``allow_pickle`` reads a directory's pickled weights where it has no others.
+    ``recipe`` is a file that holds settings, TOML or JSON, or the manifest of an earlier
+    conversion; settings given here win. ``discard_shards`` deletes each shard from the hub once it
+    is converted; ``allow_pickle`` reads a directory's pickled weights where it has no others.
     ``calibrate_text``, text files, has activation statistics measured first (``moments``:
     "diagonal" or "full") and kept beside the output. Resumes
     an unfinished conversion with the same settings. Raises the classes of ``loftq_cli.errors``.
@@ -105,65 +106,108 @@ def convert(
 
     observer = Observer()
     texts = [calibrate_text] if isinstance(calibrate_text, (str, Path)) else calibrate_text
-    options = combined(settings, None if recipe is None else Path(recipe), measuring=bool(texts))
+    options = combined(
+        settings, None if recipe is None else _expanded(recipe), measuring=bool(texts)
+    )
     plan, path = prepare(
         str(model),
-        output,
+        _expanded(output),
         options,
         revision=revision,
         offline=offline,
         overwrite=overwrite,
         discard_shards=discard_shards,
         allow_pickle=allow_pickle,
-        texts=calibrate_first.asked([Path(text) for text in texts], moments),
+        texts=calibrate_first.asked([_expanded(text) for text in texts], moments),
         observer=observer,
     )
     return run(plan, path, overwrite=overwrite, observer=observer).manifest
 
 
-def inspect(directory: str | Path = "out", *, verify: bool = False) -> dict[str, Any]:
+def inspect(
+    directory: str | Path = "out",
+    *,
+    verify: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+) -> dict[str, Any]:
     """What ``loftq inspect --json`` prints. ``verify`` re-hashes every file.
 
-    Raises InputError where ``directory`` is no finished conversion or was altered.
+    ``directory`` may be a hub id, as text, at ``revision``; ``offline`` uses only what is in the
+    hub cache. Raises InputError where it is no finished conversion or was altered.
     """
+    from loftq_cli.checkpoint.locate import locate_output
+    from loftq_cli.conversion.observer import Observer
     from loftq_cli.reporting.inspect import inspect as run
 
-    return run(Path(directory), verify=verify)
+    place = locate_output(
+        directory, revision=revision, offline=offline, everything=verify, listener=Observer()
+    )
+    return run(place, verify=verify)
 
 
 def error_report(
     directory: str | Path = "out",
     source: str | Path | None = None,
     stats: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
 ) -> dict[str, Any]:
-    """What ``loftq error-report --json`` prints.
+    """What ``loftq error-report --json`` prints. ``directory``, ``revision`` and ``offline`` are as
+    for :func:`inspect`.
 
     With ``source`` (a checkpoint directory or hub id) every residual is recomputed from the packed
     bytes and the original weights, and with ``stats``, a file of activation statistics, the
     weighted ones too; VerificationError where the manifest disagrees.
     """
+    from loftq_cli.checkpoint.locate import locate_output
+    from loftq_cli.conversion.observer import Observer
     from loftq_cli.reporting.residuals import error_report as run
 
-    return run(
-        Path(directory),
-        None if source is None else str(source),
-        None if stats is None else str(stats),
+    place = locate_output(
+        directory,
+        revision=revision,
+        offline=offline,
+        everything=source is not None,
+        listener=Observer(),
     )
+    return run(place, None if source is None else str(source), stats, offline=offline)
 
 
 def load(
     directory: str | Path = "out",
     auto_class: Any = None,
     trainable: bool = True,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
     **from_pretrained: Any,
 ) -> Any:
     """The backbone with its adapter attached, a peft.PeftModel (needs the extra ``train``).
 
-    ``auto_class`` is a transformers class; None takes the one config.json names.
+    ``directory`` may be a hub id, as text, at ``revision``; ``offline`` (or ``local_files_only``)
+    uses only what is in the hub cache. ``auto_class`` is a transformers class; None takes the one
+    config.json names.
     """
+    from loftq_cli.checkpoint.locate import locate_output
+    from loftq_cli.conversion.observer import Observer
     from loftq_cli.integrations.loading import load as run
 
-    return run(str(directory), auto_class, trainable, **from_pretrained)
+    place = locate_output(
+        directory,
+        revision=revision,
+        offline=offline or bool(from_pretrained.get("local_files_only")),
+        everything=True,
+        listener=Observer(),
+    )
+    model = run(place.directory, auto_class, trainable, **from_pretrained)
+    if place.repository is not None:
+        # PEFT saves it with a trained adapter, and a path in this cache says nothing to others.
+        config = model.active_peft_config
+        config.base_model_name_or_path = place.repository.repo_id
+        config.revision = place.repository.revision
+    return model
 
 
 def save_statistics(
@@ -183,7 +227,8 @@ def save_statistics(
     """
     from loftq_cli.conversion.statistics import save_statistics as run
 
-    run(path, moments, model=model, overwrite=overwrite)
+    checked = None if model is None else _expanded(model)
+    run(_expanded(path), moments, model=checked, overwrite=overwrite)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from loftq_cli import console
-from loftq_cli.command import CONTEXT, choice, guarded, json_option
+from loftq_cli.command import CONTEXT, ExpandedPath, choice, guarded, json_option
 from loftq_cli.narrator import Narrator
 
 
@@ -18,7 +18,7 @@ from loftq_cli.narrator import Narrator
     "texts",
     required=True,
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=ExpandedPath(),
     metavar="FILE",
     help="Text to run the model on, UTF-8 (repeatable).",
 )
@@ -27,7 +27,7 @@ from loftq_cli.narrator import Narrator
     "--output",
     default="stats.safetensors",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=ExpandedPath(),
     metavar="FILE",
     help="File to write.",
 )

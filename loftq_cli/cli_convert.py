@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from loftq_cli import console, recipe
-from loftq_cli.command import CONTEXT, choice, guarded, json_option
+from loftq_cli.command import CONTEXT, ExpandedPath, choice, guarded, json_option
 from loftq_cli.narrator import Narrator
 
 
@@ -19,7 +19,7 @@ from loftq_cli.narrator import Narrator
     "--output",
     default="out",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=ExpandedPath(),
     help="Directory to write.",
 )
 @click.option(
@@ -92,14 +92,14 @@ from loftq_cli.narrator import Narrator
 @click.option(
     "--recipe",
     "recipe_file",
-    type=click.Path(path_type=Path),
+    type=ExpandedPath(),
     metavar="FILE",
-    help="Take options from a TOML file, or from the manifest of an earlier conversion.  "
+    help="Take options from a TOML or JSON file, or the manifest of an earlier conversion.  "
     "What is given here wins.",
 )
 @click.option(
     "--save-recipe",
-    type=click.Path(path_type=Path),
+    type=ExpandedPath(),
     metavar="FILE",
     help="Write all options as they were resolved to a TOML file.",
 )
@@ -138,7 +138,7 @@ from loftq_cli.narrator import Narrator
     "--calibrate-text",
     "texts",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=ExpandedPath(),
     metavar="FILE",
     help="Measure such statistics first, on this text (UTF-8, repeatable), and keep them beside "
     "the output.  Needs the extra [train].",
@@ -205,8 +205,8 @@ def convert(
 ) -> None:
     """Convert MODEL, a checkpoint directory or a hub id.
 
-    A path that starts with . or / (or exists) is a directory, anything else a hub id. Running the
-    same command again resumes an unfinished conversion.
+    A path that starts with ., / or ~ (or exists) is a directory, anything else a hub id. Running
+    the same command again resumes an unfinished conversion.
 
     \b
     loftq convert meta-llama/Llama-2-7b --bits 2 --rank 64 --iters 5
@@ -215,7 +215,8 @@ def convert(
     from loftq_cli.conversion import calibrate_first
     from loftq_cli.conversion import recipe_file as recipes
     from loftq_cli.conversion.describe import describe
-    from loftq_cli.conversion.run import prepare, run
+    from loftq_cli.conversion.run import prepare, run, say_remarks
+    from loftq_cli.layouts.needs import needs
 
     narrator = Narrator(quiet=quiet, verbose=verbose)
     options = recipes.options(settings, recipe_file, measuring=bool(texts))
@@ -234,6 +235,7 @@ def convert(
         observer=narrator,
     )
     if dry_run:
+        say_remarks(plan, narrator)
         console.show_plan(describe(plan, path), as_json=as_json)
         return
     outcome = run(plan, path, overwrite=overwrite, observer=narrator)
@@ -242,5 +244,9 @@ def convert(
     if outcome.nothing_to_do:
         narrator.note(f"nothing to do: {output} is complete and verified")
     console.show_outcome(
-        outcome.manifest, str(output), nothing_to_do=outcome.nothing_to_do, as_json=as_json
+        outcome.manifest,
+        str(output),
+        needs(outcome.manifest["recipe"]["layout"]),
+        nothing_to_do=outcome.nothing_to_do,
+        as_json=as_json,
     )

@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from loftq_cli import console
-from loftq_cli.command import CONTEXT, guarded, json_option
+from loftq_cli.command import CONTEXT, ExpandedPath, guarded, json_option
 from loftq_cli.narrator import Narrator
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("directory", type=ExpandedPath(), metavar="DIR")
 @click.argument("repo_id", type=str, metavar="REPO_ID")
 @click.option("--private", is_flag=True, help="Make the repository private, if it is to be made.")
 @click.option("--revision", type=str, help="Branch to send to, made if it is not there.")

@@ -10,15 +10,38 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
-from loftq_cli import console
-from loftq_cli.errors import EnvironmentFailure, InterruptedConversion, LoftqError
+from loftq_cli import console, streams
+from loftq_cli.errors import EnvironmentFailure, InterruptedConversion, LoftqError, UsageError
+from loftq_cli.paths import expanded
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Commands(click.Group):
+    """The group of all commands, for whatever streams there are."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        streams.prepare()
+        return super().main(*args, **kwargs)
+
+
+class ExpandedPath(click.Path):
+    """A path on the command line, as :func:`loftq_cli.paths.expanded` reads it."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(expanded(value), param, ctx)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -41,13 +64,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except LoftqError as error:
             _fail(error, verbose)
         except BrokenPipeError:
-            _drop_stdout()  # the reader has gone; nothing is left to say
+            streams.drop(sys.stdout)  # the reader has gone; nothing is left to say
             sys.exit(0)
         except click.ClickException:
             raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                _drop_stdout()
+                streams.drop(sys.stdout)
                 where = error.filename or "standard output"
                 _fail(EnvironmentFailure(f"{where}: {error.strerror}"), verbose)
             if isinstance(error, MemoryError):
@@ -84,11 +107,6 @@ def _import_torch() -> None:
             signal.signal(number, before)
 
 
-def _drop_stdout() -> None:
-    """Keep the interpreter from trying again, at its exit, to write what it could not."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _fail(error: LoftqError, verbose: bool) -> None:
     if verbose:
         traceback.print_exc()
@@ -112,6 +130,10 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+revision_option = click.option(
+    "--revision", type=str, help="Branch, tag or commit of DIR, where it is on the hub."
+)
+offline_option = click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli import streams
 from loftq_cli.errors import printable
 
 if TYPE_CHECKING:
@@ -24,8 +25,11 @@ _PIPE_WIDTH = 200  # columns where stdout is not a terminal: names are not to be
 
 
 def complain(text: str) -> None:
-    """One line on stderr."""
-    print(f"loftq: {printable(text)}", file=sys.stderr)
+    """One line on stderr. Where nobody reads it any more, work goes on all the same."""
+    try:
+        print(f"loftq: {printable(text)}", file=sys.stderr)
+    except OSError:
+        streams.drop(sys.stderr)
 
 
 def _json(value: Mapping[str, Any]) -> None:
@@ -52,7 +56,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(streams.showable(printable(cell), sys.stdout)) for cell in row))
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
     console = Console(width=width, highlight=False)
     with console.capture() as text:  # rich would exit with 1 where the reader has gone
@@ -127,6 +131,7 @@ def show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
             ("memory", f"{_size(plan['memory_bytes'])} above importing torch"),
             ("disk", f"{_size(plan['disk_bytes'])} of {_size(plan['free_disk_bytes'])} free"),
             *_download(plan["download"]),
+            ("needs", _needs(plan["needs"])),
         ],
     )
     print("nothing was written (dry run)")
@@ -142,7 +147,12 @@ def _download(download: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def show_outcome(
-    manifest: Mapping[str, Any], output: str, *, nothing_to_do: bool, as_json: bool
+    manifest: Mapping[str, Any],
+    output: str,
+    needs: Mapping[str, Any],
+    *,
+    nothing_to_do: bool,
+    as_json: bool,
 ) -> None:
     """The summary at the end of a conversion, and what to type next."""
     if as_json:
@@ -161,6 +171,7 @@ def show_outcome(
             ("residual", f"{final:.4f} with the adapter, {plain:.4f} without (of the weights)"),
             ("time", f"{environment['seconds']:.1f} s on {environment['device']}"),
             ("peak memory", _size(environment["peak_host_bytes"])),
+            ("needs", _needs(needs)),
         ],
     )
     print(f"next: loftq inspect {printable(shlex.quote(output))}")
@@ -207,8 +218,24 @@ def show_inspection(found: Mapping[str, Any], *, as_json: bool) -> None:
     ]
     if found["verified_files"] is not None:
         pairs.append(("verified", f"{found['verified_files']} files match the manifest"))
-    _pairs(found["directory"], pairs)
+    pairs.append(("needs", _needs(found["needs"])))
+    _pairs(_titled(found), pairs)
     _show_loading(found["loading"])
+
+
+def _titled(report: Mapping[str, Any]) -> str:
+    """What a report is on: a directory, or a commit of a repository."""
+    repository = report["repository"]
+    if repository is None:
+        return str(report["directory"])
+    return f"{repository['repo_id']} at {repository['revision']}"
+
+
+def _needs(needs: Mapping[str, Any]) -> str:
+    """What the output needs where it is loaded and trained."""
+    text = f"{', '.join(needs['imports'])}: {needs['install']}"
+    missing = needs["missing"]
+    return f"{text} ({', '.join(missing)} not installed here)" if missing else text
 
 
 def show_merge(result: Mapping[str, Any], *, as_json: bool) -> None:
@@ -305,7 +332,7 @@ def show_residuals(report: Mapping[str, Any], *, as_json: bool, as_csv: bool) ->
     )
     totals = report["totals"]
     _pairs(
-        report["directory"],
+        _titled(report),
         [
             ("without adapter", f"{totals['relative_residual_quantized']:.4f}"),
             ("with adapter", f"{totals['relative_residual']:.4f}"),

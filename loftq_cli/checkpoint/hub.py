@@ -72,7 +72,7 @@ class HubSnapshot:
 
 
 @dataclass(frozen=True)
-class _Listing:
+class Listing:
     """A repository's files at one commit."""
 
     repo_id: str
@@ -125,7 +125,7 @@ def fetch(
 def _download_small(
     repo_id: str, revision: str | None, pinned: Commit | None, say: _Say
 ) -> HubSnapshot:
-    listing = _list_files(repo_id, revision, say)
+    listing = list_files(repo_id, revision, say)
     if _is_metas_layout(listing.files):
         twin = f"{repo_id}-hf"
         with explained(twin, revision):
@@ -136,13 +136,13 @@ def _download_small(
                 hint="give the id of a repository with the same model in safetensors format",
             )
         say(f"{repo_id} holds Meta's original files; using its twin {twin}")
-        listing = _list_files(twin, revision, say)
+        listing = list_files(twin, revision, say)
     if pinned is not None and pinned != Commit(listing.repo_id, listing.commit):
         say(
             f"{listing.repo_id} is at {listing.commit} by now; the unfinished conversion goes on "
             f"with {pinned.revision} (--overwrite starts again)"
         )
-        listing = _list_files(pinned.repo_id, pinned.revision, say)
+        listing = list_files(pinned.repo_id, pinned.revision, say)
         revision = pinned.revision
 
     for name in MARKERS:
@@ -177,7 +177,7 @@ def _download_small(
     return HubSnapshot(directory, listing.repo_id, listing.commit, None, shards, left)
 
 
-def _companions(listing: _Listing, directory: Path) -> list[str]:
+def _companions(listing: Listing, directory: Path) -> list[str]:
     """The files to copy as they are. modules.json is brought into ``directory`` first, to see what
     it names. Raises CorruptFileError where they are too large or too many."""
     if MODULES in listing.files:
@@ -189,7 +189,7 @@ def _companions(listing: _Listing, directory: Path) -> list[str]:
     return small
 
 
-def _check_amount(listing: _Listing, names: Collection[str]) -> None:
+def _check_amount(listing: Listing, names: Collection[str]) -> None:
     if faults := too_much((name, listing.files[name].size) for name in names):
         raise CorruptFileError(
             f"{listing.repo_id}: {'; '.join(faults)}",
@@ -199,10 +199,10 @@ def _check_amount(listing: _Listing, names: Collection[str]) -> None:
 
 
 def _find_in_cache(repo_id: str, revision: str, say: _Say) -> HubSnapshot:
-    used, directory = repo_id, _cached_directory(repo_id, revision)
+    used, directory = repo_id, cached_directory(repo_id, revision)
     if directory is None or _is_metas_layout([path.name for path in directory.iterdir()]):
         twin = f"{repo_id}-hf"
-        if found := _cached_directory(twin, revision):
+        if found := cached_directory(twin, revision):
             say(f"the hub cache has no weights of {repo_id}; using those of its twin {twin}")
             used, directory = twin, found
     hint = "run once with a connection, without --offline or HF_HUB_OFFLINE, to download it"
@@ -233,7 +233,7 @@ def _cached_file(path: Path) -> RemoteFile:
     return RemoteFile(path.stat().st_size, blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
 
 
-def _cached_directory(repo_id: str, revision: str | None) -> Path | None:
+def cached_directory(repo_id: str, revision: str | None) -> Path | None:
     # With no pattern the library says where the snapshot lies, not whether it is complete.
     with explained(repo_id, revision):
         try:
@@ -246,7 +246,7 @@ def _cached_directory(repo_id: str, revision: str | None) -> Path | None:
             return None
 
 
-def _list_files(repo_id: str, revision: str | None, say: _Say) -> _Listing:
+def list_files(repo_id: str, revision: str | None, say: _Say) -> Listing:
     def ask() -> ModelInfo:
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         return HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
@@ -259,7 +259,7 @@ def _list_files(repo_id: str, revision: str | None, say: _Say) -> _Listing:
             file.rfilename: RemoteFile(file.size or 0, file.lfs.sha256 if file.lfs else None)
             for file in info.siblings or ()
         }
-    return _Listing(repo_id, info.sha, files)
+    return Listing(repo_id, info.sha, files)
 
 
 def _is_metas_layout(names: Collection[str]) -> bool:
@@ -269,7 +269,7 @@ def _is_metas_layout(names: Collection[str]) -> bool:
     return any(fnmatchcase(name, "consolidated*.pth") for name in names)
 
 
-def _entry_to_weights(listing: _Listing) -> str:
+def _entry_to_weights(listing: Listing) -> str:
     """The file that leads to the weights; a single file first, as transformers does."""
     for name in (SINGLE, INDEX):
         if name in listing.files:

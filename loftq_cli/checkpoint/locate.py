@@ -1,16 +1,22 @@
-"""MODEL to a checked source: a local directory, or a hub id fetched through the hub's cache."""
+"""What a model, a conversion or an adapter is named by, a path or a hub id, to its files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.not_a_model import refuse_marked, refuse_unmerged
 from loftq_cli.checkpoint.quantized import refuse_quantized
 from loftq_cli.checkpoint.source import Source, open_source
 from loftq_cli.checkpoint.supply import Commit
-from loftq_cli.errors import SourceNotFoundError
+from loftq_cli.errors import EnvironmentFailure, SourceNotFoundError, UsageError
+from loftq_cli.paths import expanded
+
+if TYPE_CHECKING:
+    from loftq_cli.checkpoint.hub_output import Listener
 
 
 def locate(
@@ -28,11 +34,12 @@ def locate(
     to stay until they are released, into ``passing``. ``pinned`` is the commit to use whatever
     ``revision`` is by now. ``allow_pickle``: a directory may hold pickled weights alone.
 
-    Raises InputError for a bad checkpoint, or one that is quantized already, or an adapter, or a
-    conversion of ours; EnvironmentFailure for hub access.
+    Raises UsageError for a revision of a directory; InputError for a bad checkpoint, or one that is
+    quantized already, or an adapter, or a conversion of ours; EnvironmentFailure for hub access.
     """
     if is_path(model):
-        path = Path(os.path.expanduser(model))
+        _refuse_revision(model, revision)
+        path = expanded(model)
         refuse_marked(path, model)
         return _in_full_precision(open_source(path, source_id=model, allow_pickle=allow_pickle))
     # Imported here: a local conversion needs no hub client.
@@ -64,3 +71,83 @@ def _in_full_precision(source: Source) -> Source:
 def is_path(model: str) -> bool:
     """Whether MODEL is a directory's path, and not a hub id."""
     return model.startswith((".", "/", "~")) or os.path.exists(model)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a conversion lies: ``directory``, and where that is in the hub cache, the commit whose
+    files those are, and the ``revision`` that was asked for."""
+
+    directory: Path
+    repository: Commit | None = None
+    revision: str | None = None
+
+
+def locate_output(
+    place: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    everything: bool,
+    listener: Listener,
+) -> Place:
+    """Where the conversion ``place`` lies: at that path, or, where there is none and it has the
+    form OWNER/NAME, in the hub cache, to which its files are downloaded: ``everything``, or what
+    its manifest alone answers.
+
+    Raises UsageError for a revision of a directory, InputError for a repository without a
+    conversion, EnvironmentFailure for hub access. A directory is not looked into.
+    """
+    if not _is_on_hub(place):
+        _refuse_revision(place, revision)
+        return Place(expanded(place))
+    from loftq_cli.checkpoint.hub_output import fetch_output
+
+    repo_id = str(place)
+    try:
+        found = fetch_output(
+            repo_id, revision, offline=offline, everything=everything, listener=listener
+        )
+    except EnvironmentFailure as error:
+        raise _neither(repo_id, error) from error
+    return Place(found, Commit(repo_id, found.name), revision)
+
+
+def locate_adapter(
+    place: str | os.PathLike[str], *, offline: bool = False, listener: Listener
+) -> Path:
+    """Where the adapter ``place`` lies, as :func:`locate_output`; raises the same."""
+    if not _is_on_hub(place):
+        return expanded(place)
+    from loftq_cli.checkpoint.hub_output import fetch_adapter
+
+    try:
+        return fetch_adapter(str(place), offline=offline, listener=listener)
+    except EnvironmentFailure as error:
+        raise _neither(str(place), error) from error
+
+
+def _is_on_hub(place: str | os.PathLike[str]) -> bool:
+    """Whether ``place`` is the id of a repository: OWNER/NAME and no path that exists, nor that of
+    unfinished work. A Path object is a path."""
+    if not isinstance(place, str) or is_path(place) or place.count("/") != 1:
+        return False
+    from loftq_cli.checkpoint.hub import looks_like_hub_id
+
+    owner, name = place.split("/")
+    return not os.path.exists(f"{owner}/.{name}.loftq-partial") and looks_like_hub_id(place)
+
+
+def _refuse_revision(place: str | os.PathLike[str], revision: str | None) -> None:
+    if revision is not None:
+        raise UsageError(
+            f"--revision {revision} is for what lies on the hub, and {place} is a path",
+            hint="leave the option out",
+        )
+
+
+def _neither(repo_id: str, error: EnvironmentFailure) -> EnvironmentFailure:
+    """What a mistyped path needs to hear as well."""
+    return EnvironmentFailure(
+        f"there is no directory {repo_id}; as a hub id: {error.message}", hint=error.hint
+    )

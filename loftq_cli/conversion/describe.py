@@ -9,6 +9,7 @@ from typing import Any
 from loftq_cli.conversion.download import planned_download
 from loftq_cli.conversion.plan import Plan
 from loftq_cli.conversion.target import headroom
+from loftq_cli.layouts.needs import needs
 
 
 def describe(plan: Plan, output: Path) -> dict[str, Any]:
@@ -72,4 +73,5 @@ def describe(plan: Plan, output: Path) -> dict[str, Any]:
             "directory": download.directory and str(download.directory),
         },
         "free_disk_bytes": shutil.disk_usage(existing).free,
+        "needs": needs(plan.layout.name),
     }

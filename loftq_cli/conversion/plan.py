@@ -81,6 +81,8 @@ class Plan:
     device: torch.device
     unsettled: frozenset[str]
     statistics: Statistics | None
+    remarks: tuple[str, ...] = ()
+    """What the user is to hear before it starts."""
 
     @property
     def unmeasured(self) -> list[str]:

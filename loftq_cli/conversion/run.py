@@ -28,6 +28,7 @@ from loftq_cli.conversion.plan import Plan, make_plan
 from loftq_cli.conversion.remarks import source_remarks
 from loftq_cli.conversion.resources import check_memory
 from loftq_cli.conversion.statistics import statistics_note
+from loftq_cli.conversion.unused import unused_notes
 from loftq_cli.conversion.workspace import (
     Workspace,
     check_output_path,
@@ -122,22 +123,30 @@ def prepare(
             plan = make_plan(source, resolved, statistics)
     if resolved.threads is None:
         plan = _with_earlier_threads(plan, workspace, overwrite)
+    return replace(plan, remarks=_remarks(plan, options, measuring=texts is not None)), path
+
+
+def _remarks(plan: Plan, options: Options, *, measuring: bool) -> tuple[str, ...]:
+    lines: list[str | None] = [*source_remarks(plan)]
     if plan.unmeasured and plan.statistics is not None:
         where = plan.statistics.path
-        observer.note(
+        lines.append(
             f"{len(plan.unmeasured)} of {len(plan.matrices)} matrices are not in {where} "
             "and are converted without statistics"
         )
-    narrow = None if texts else statistics_note(plan, options.preset)
-    experts_note = experts.note(plan.selection.kept, source.config.content)
-    for line in (*source_remarks(plan), plan.layout_note, experts_note, narrow):
-        if line:
-            observer.note(line)
+    lines += [plan.layout_note, experts.note(plan.selection.kept, plan.source.config.content)]
+    lines += [None if measuring else statistics_note(plan, options.preset)]
+    return tuple(line for line in (*lines, *unused_notes(options, plan.recipe)) if line)
+
+
+def say_remarks(plan: Plan, observer: Observer) -> None:
+    """Tell ``observer`` what the user is to hear before the conversion starts."""
+    for line in plan.remarks:
+        observer.note(line)
     # Only where there is a search to speed up: asking builds the kernels.
     searches = searches_scales(plan.recipe.method, plan.recipe.scale)
     if searches and plan.device.type == "cpu" and native.load().reason:
         observer.detail(f"slower without compiled kernels: {native.load().reason}")
-    return plan, path
 
 
 def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outcome:
@@ -146,7 +155,7 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
     Raises OutputConflictError, EnvironmentFailure (disk, device), InputError (non-finite weights,
     a source that changed), VerificationError (a complete output that was altered).
     """
-    workspace = Workspace(path)
+    workspace, planned = Workspace(path), plan
     if overwrite or not workspace.is_taken():
         _check_resources(plan, workspace)
     with workspace.locked():
@@ -160,6 +169,7 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
             workspace.discard_unless_other(accepted)
             return Outcome(existing.manifest, nothing_to_do=True)
         workspace.refuse_other_output(_identity(plan), overwrite)
+        say_remarks(planned, observer)
         if is_damaged(workspace.journal):
             observer.note(f"{workspace.journal} is damaged, or of another version: starting again")
         resumed = workspace.refuse_other_partial(accepted, overwrite)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from loftq_cli.checkpoint.locate import Place
 from loftq_cli.checkpoint.output import MANIFEST, Output
 from loftq_cli.errors import printable
 from loftq_cli.layouts import adapter
@@ -66,7 +67,7 @@ def metadata(output: Output) -> dict[str, Any]:
 
 def body(output: Output, repo_id: str) -> str:
     """The card below its metadata, in Markdown."""
-    found = inspect(output.directory)
+    found = inspect(Place(output.directory))
     source, totals = found["source"], found["totals"]
     base = f"`{source['id']}` at `{source['revision']}`" if source["revision"] else "A checkpoint"
     settings = [

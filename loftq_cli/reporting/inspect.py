@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from loftq_cli.checkpoint import dtypes
 from loftq_cli.checkpoint.header import DTYPE_BITS
+from loftq_cli.checkpoint.locate import Place
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.output import verify as verify_files
 from loftq_cli.checkpoint.source import CONFIG, read_json
@@ -15,14 +16,15 @@ from loftq_cli.errors import InputError
 from loftq_cli.integrations.classes import AUTO_CLASSES
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import matrix_of
+from loftq_cli.layouts.needs import needs
 
 
-def inspect(directory: Path, *, verify: bool = False) -> dict[str, Any]:
-    """Totals, per-layer table and loading snippet of the conversion in ``directory``.
+def inspect(place: Place, *, verify: bool = False) -> dict[str, Any]:
+    """Totals, per-layer table and loading snippet of the conversion in ``place``.
 
     ``verify`` re-hashes every file. Raises InputError or VerificationError.
     """
-    output = open_output(directory)
+    output, repository = open_output(place.directory), place.repository
     verified = verify_files(output) if verify else None
     manifest = output.manifest
     layers = [_layer(record, manifest["recipe"]) for record in output.records]
@@ -32,7 +34,8 @@ def inspect(directory: Path, *, verify: bool = False) -> dict[str, Any]:
     totals["bits_per_weight_with_adapter"] = totals["bits_per_weight"] + adapter_bits / elements
     totals["output_bytes"] = sum(entry["size"] for entry in manifest["outputs"])
     return {
-        "directory": str(directory),
+        "directory": str(place.directory),
+        "repository": repository and asdict(repository),
         "format_version": manifest["format_version"],
         "tool": manifest["tool"],
         "source": {key: value for key, value in manifest["source"].items() if key != "files"},
@@ -42,20 +45,24 @@ def inspect(directory: Path, *, verify: bool = False) -> dict[str, Any]:
         "layers": layers,
         "passed_through": len(manifest["passed_through"]),
         "verified_files": verified,
-        "loading": snippet(output),
+        "needs": needs(layers[0]["layout"]),
+        "loading": snippet(
+            output, None if repository is None else repository.repo_id, place.revision
+        ),
     }
 
 
-def snippet(output: Output, place: str | None = None) -> str:
+def snippet(output: Output, place: str | None = None, revision: str | None = None) -> str:
     """Python that loads the backbone and attaches the adapter for training, from ``place``, by
-    default the output's directory."""
+    default the output's directory, or from a ``revision`` of it where it is on the hub."""
     place = place or str(output.directory)
+    at = "" if revision is None else f", revision={revision!r}"
     registers = any(record["layout"] == "loftq" for record in output.records)
     return (
         ("import loftq_cli\n" if registers else "") + "from peft import PeftModel\n"
         f"from transformers import {auto_class(output)}\n\n"
-        f"model = {auto_class(output)}.from_pretrained({place!r})\n"
-        f"model = PeftModel.from_pretrained(model, {place!r}, "
+        f"model = {auto_class(output)}.from_pretrained({place!r}{at})\n"
+        f"model = PeftModel.from_pretrained(model, {place!r}{at}, "
         'subfolder="loftq_init", is_trainable=True)'
     )
 

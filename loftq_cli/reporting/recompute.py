@@ -12,7 +12,7 @@ import torch
 from loftq_cli.checkpoint.dtypes import FLOATS, resolve
 from loftq_cli.checkpoint.finite import computable
 from loftq_cli.checkpoint.header import HeaderError, read_header
-from loftq_cli.checkpoint.locate import locate
+from loftq_cli.checkpoint.locate import is_path, locate
 from loftq_cli.checkpoint.measured import Kind, Statistics
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
@@ -76,14 +76,18 @@ class _Weightings:
 
 
 def recompute(
-    output: Output, model: str, stats: str | None = None
+    output: Output, model: str, stats: str | None = None, *, offline: bool = False
 ) -> dict[str, tuple[Norms, Weighted | None]]:
     """Norms of every matrix, from the stored bytes and the weights of ``model``; weighted ones
-    where there are statistics of it in the file ``stats``.
+    where there are statistics of it in the file ``stats``. A model on the hub that was converted is
+    read at the commit that it was converted from.
 
     Raises InputError where either is not what was converted, or cannot be read.
     """
-    source = locate(model, say=lambda text: None)
+    stated = output.manifest["source"]
+    converted = model in (stated["id"], stated.get("resolved_from")) and not is_path(model)
+    revision = stated["revision"] if converted else None
+    source = locate(model, revision=revision, offline=offline, say=lambda text: None)
     weighting = None if stats is None else _Weightings(output, statistics_for(source, stats))
     for shard in source.shards:
         source.supply.ensure(shard.name)

@@ -7,13 +7,15 @@ and the original weights, with which the manifest must then agree.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.locate import Place
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.errors import UsageError, VerificationError
+from loftq_cli.paths import expanded
 from loftq_cli.reporting.recompute import Norms, Weighted, recompute
 
 WORST = 5
@@ -26,19 +28,27 @@ _WEIGHTED_TOLERANCE, _WEIGHTED_ROUNDING = 3e-3, 1e-4  # products with H may be i
 
 
 def error_report(
-    directory: Path, source: str | None = None, stats: str | None = None
+    place: Place,
+    source: str | None = None,
+    stats: str | os.PathLike[str] | None = None,
+    *,
+    offline: bool = False,
 ) -> dict[str, Any]:
     """Per-layer residuals, totals and the worst layers.
 
     With ``source`` every residual but the intermediate steps' is recomputed; weighted ones with
-    ``stats`` beside it, of a conversion without statistics too. Raises UsageError for ``stats``
-    alone, InputError for a source of another model or other statistics than were converted with,
-    and VerificationError, with every matrix concerned, where the manifest disagrees.
+    ``stats`` beside it, of a conversion without statistics too. ``offline``: a
+    source on the hub is taken from the hub cache. Raises UsageError for ``stats`` alone, InputError
+    for a source of another model or other statistics than were converted with, and
+    VerificationError, with every matrix concerned, where the manifest disagrees.
     """
     if stats is not None and source is None:
         raise UsageError("--stats needs --source", hint="name the original checkpoint as well")
-    output = open_output(directory)
-    recomputed = None if source is None else recompute(output, source, stats)
+    output = open_output(place.directory)
+    recomputed = None
+    if source is not None:
+        file = None if stats is None else str(expanded(stats))
+        recomputed = recompute(output, source, file, offline=offline)
     layers = []
     for record in output.records:
         stated = record["frobenius"]
@@ -57,9 +67,10 @@ def error_report(
         totals["weighted_residual"] = _total(outputs, "final")
     worst = sorted(layers, key=lambda layer: -layer["relative_residual"])[:WORST]
     return {
-        "directory": str(directory),
+        "directory": str(place.directory),
+        "repository": place.repository and asdict(place.repository),
         "source": source,
-        "stats": stats,
+        "stats": None if stats is None else str(stats),
         "recomputed": recomputed is not None,
         "layers": layers,
         "totals": totals,

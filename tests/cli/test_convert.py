@@ -27,7 +27,7 @@ MANIFEST_KEYS = {
 }
 PLAN_KEYS = {
     "download",
-    *("disk_bytes", "fingerprint", "free_disk_bytes", "memory_bytes", "output"),
+    *("disk_bytes", "fingerprint", "free_disk_bytes", "memory_bytes", "needs", "output"),
     *("passed_through", "recipe", "selected", "source", "totals"),
 }
 SELECTED_KEYS = {

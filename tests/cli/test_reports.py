@@ -17,7 +17,8 @@ from tests.cli.common import Command
 
 INSPECT_KEYS = {
     *("directory", "fingerprint", "format_version", "layers", "loading"),
-    *("passed_through", "recipe", "source", "tool", "totals", "verified_files"),
+    *("needs", "passed_through", "recipe", "repository", "source", "tool", "totals"),
+    "verified_files",
 }
 INSPECT_LAYER_KEYS = {
     *("adapter_bytes", "backbone_bytes", "bits", "bits_per_weight"),
@@ -29,7 +30,9 @@ TOTALS_KEYS = {
     *("output_bytes", "parameters", "relative_residual", "relative_residual_quantized"),
     "source_bytes",
 }
-REPORT_KEYS = {"directory", "layers", "recomputed", "source", "stats", "totals", "worst"}
+REPORT_KEYS = {
+    *("directory", "layers", "recomputed", "repository", "source", "stats", "totals", "worst"),
+}
 REPORT_LAYER_KEYS = {
     *("bits", "final", "name", "quantized", "rank", "ratio", "relative_residual"),
     *("relative_residual_quantized", "shape", "step", "steps", "weight"),
