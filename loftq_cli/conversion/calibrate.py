@@ -22,6 +22,7 @@ from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.statistics_writer import StatisticsWriter, refuse_taken
 from loftq_cli.conversion.choices import choose_device
 from loftq_cli.conversion.observer import Observer
+from loftq_cli.conversion.plan import anatomy_of
 from loftq_cli.conversion.resources import check_space, memory_explained
 from loftq_cli.conversion.selection import select
 from loftq_cli.conversion.shard_supply import deliver_all
@@ -34,7 +35,8 @@ from loftq_cli.errors import (
     UnsupportedInputError,
     UsageError,
 )
-from loftq_cli.integrations.calibration import Calibration, prepare
+from loftq_cli.integrations.calibration import Calibration, class_to_run, prepare
+from loftq_cli.integrations.layer_inputs import OWN_LOOP
 from loftq_cli.layouts.base import turned_shape
 
 MOMENTS = ("diagonal", "full")
@@ -121,13 +123,14 @@ def measure(
     started = time.monotonic()
     device = choose_device(settings.device)
     refuse_taken(output, overwrite)
-    selection = select(source.tensors, source.config.content)
+    selection = select(source.tensors, source.config.content, anatomy=anatomy_of(source))
     matrices = selection.matrices
     dtype = _dtype(matrices, device)
     nbytes = sum(tensor.elements for tensor in source.tensors) * dtype.itemsize
     shapes = {tensor.name: (tensor.shape[0], tensor.shape[1]) for tensor in matrices}
     kinds = selection.kinds
     widths = {name: turned_shape(shape, kinds[name])[1] for name, shape in shapes.items()}
+    loaded_as = class_to_run(source.directory, source.config.content)
     deliver_all(source, observer)
     sides = max(widths.values()), max(widths.values()) if settings.moments == "full" else 1
     check_space(output.absolute().parent, math.prod(sides) * 4)
@@ -138,6 +141,7 @@ def measure(
             workspace.output.mkdir()
         calibration = prepare(
             source.directory,
+            loaded_as,
             source.config.content,
             widths,
             [text.content for text in texts],
@@ -165,7 +169,7 @@ def measure(
             if not written:
                 raise UnsupportedInputError(
                     f"{source.directory}: text goes through none of its {len(widths)} matrices",
-                    hint="measure its inputs in a loop of your own: loftq_cli.Moments",
+                    hint=OWN_LOOP,
                 )
             nbytes = writer.publish()
     if missing:

@@ -9,7 +9,7 @@ block's weights are needed at a time, and of the activations only what the last 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,65 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from loftq_cli.errors import UnsupportedInputError
-
 Run = Callable[[int], object]
 """Calls the model with the window of this number."""
 
-_SAMPLE = 4096  # values by which a block's input is known again
-_TOLERANCE = 0.01  # of their standard deviation
 
-
-class _Stop(Exception):
-    """Leaves the model's forward behind the block that was to run."""
+class _Stop(BaseException):
+    """Leaves the model's forward behind the block that was to run; not an error to handle."""
 
 
 class OutOfTurnError(Exception):
     """The model does not hand what one block gives to the next, and nothing else."""
 
 
-def block_of(model: nn.Module, module: str) -> str | None:
-    """The block that ``module`` lies in: a child of the outermost list of modules around it."""
-    parent: nn.Module = model
-    parts = module.split(".")
-    for depth, part in enumerate(parts, start=1):
-        if isinstance(parent, nn.ModuleList):
-            return ".".join(parts[:depth])
-        parent = parent.get_submodule(part)
-    return None
-
-
-def blocks_in_turn(model: nn.Module, run: Run, stacks: Collection[str]) -> list[str]:
-    """The blocks of ``stacks`` (paths of ModuleLists), in the order in which the model calls them.
-
-    Calls the model on window 0, twice: as it is, and block by block. Blocks that it does not call
-    are left out. Raises OutOfTurnError where a block is called twice, or gets another input than
-    in the model as it is.
-    """
-    names = [f"{stack}.{name}" for stack in stacks for name, _ in _children(model, stack)]
-    called: list[tuple[str, torch.Tensor]] = []
-    with _watched(model, names, lambda name, sample: called.append((name, sample))):
-        run(0)
-    order = [name for name, _ in called]
-    if len(set(order)) < len(order):
-        raise OutOfTurnError
-    seen: list[tuple[str, torch.Tensor]] = []
-    with BlockRunner(model, run, 1) as runner:
-        for name in order:
-            with _watched(model, [name], lambda name, sample: seen.append((name, sample))):
-                try:
-                    for _ in runner.windows(name):
-                        pass
-                # It ran as a whole: what it misses now is what an earlier block did on the side.
-                except (LookupError, AttributeError, TypeError, ValueError) as error:
-                    raise OutOfTurnError from error
-    if not all(_alike(found[1], expected[1]) for found, expected in zip(seen, called)):
-        raise OutOfTurnError
-    return order
-
-
 class BlockRunner:
-    """Runs blocks one after the other, in the order of :func:`blocks_in_turn`, over ``count``
+    """Runs blocks one after the other, in the order in which the model calls them, over ``count``
     windows. On leaving the context the model is as it was."""
 
     def __init__(self, model: nn.Module, run: Run, count: int) -> None:
@@ -175,58 +130,3 @@ def _fresh(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_fresh(item) for item in value)
     return value
-
-
-@contextmanager
-def _watched(
-    model: nn.Module, names: Sequence[str], saw: Callable[[str, torch.Tensor], object]
-) -> Iterator[None]:
-    """Call ``saw`` with the name and a sample of the input of each of these blocks."""
-    handles = []
-    for name in names:
-
-        def watch(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            saw(name, _sample([*args, *kwargs.values()]))
-
-        block = model.get_submodule(name)
-        handles.append(block.register_forward_pre_hook(watch, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _sample(values: Sequence[object]) -> torch.Tensor:
-    """Some values of the first floating-point tensor."""
-    for value in values:
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            flat = value.detach().reshape(-1)
-            return flat[:: max(1, len(flat) // _SAMPLE)].cpu().double()
-    return torch.zeros(1, dtype=torch.float64)
-
-
-def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    if found.shape != expected.shape:
-        return False
-    spread = float(expected.std(correction=0)) or 1.0
-    return float((found - expected).abs().max()) <= _TOLERANCE * spread
-
-
-def _children(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
-    return model.get_submodule(stack).named_children()
-
-
-def stacks_of(model: nn.Module, modules: Collection[str]) -> list[str]:
-    """The lists of blocks that ``modules`` lie in. Raises UnsupportedInputError for a module that
-    lies in none."""
-    stacks = []
-    for module in modules:
-        block = block_of(model, module)
-        if block is None:
-            raise UnsupportedInputError(
-                f"{type(model).__name__} has no list of blocks around {module}",
-                hint="measure its inputs in a loop of your own: loftq_cli.Moments",
-            )
-        stacks.append(block.rpartition(".")[0])
-    return list(dict.fromkeys(stacks))

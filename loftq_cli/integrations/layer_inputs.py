@@ -12,9 +12,11 @@ from torch import nn
 from loftq_cli.errors import NonFiniteActivationError, UnsupportedInputError
 from loftq_cli.numerics.moments import Moments
 
+OWN_LOOP = "measure its inputs in a loop of your own: loftq_cli.Moments, see docs/statistics.md"
+
 
 class LayerInputs:
-    """The moments of the inputs of ``layers`` (module names to in_features).
+    """The moments of the inputs of ``layers`` (names to in_features).
 
     The distinct inputs of a window are numbered in the order in which layers see them. Two layers
     share their moments where they see the same numbers; a layer that is called more than once sees
@@ -30,15 +32,15 @@ class LayerInputs:
         self._now: dict[str, list[int]] = {}
 
     @contextmanager
-    def watched(self, model: nn.Module) -> Iterator[None]:
-        """Count what the layers of ``model`` take in."""
+    def watched(self, model: nn.Module, modules: Mapping[str, str]) -> Iterator[None]:
+        """Count what the layers take in; ``modules``: where each of them is in ``model``."""
         handles = []
         for name in self._widths:
 
             def see(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 self._see(name, args[0] if args else next(iter(kwargs.values())))
 
-            layer = model.get_submodule(name)
+            layer = model.get_submodule(modules[name])
             handles.append(layer.register_forward_pre_hook(see, with_kwargs=True))
         try:
             yield
@@ -60,7 +62,7 @@ class LayerInputs:
             )
             raise UnsupportedInputError(
                 f"{differing} is used in different ways from text to text",
-                hint="measure its inputs in a loop of your own: loftq_cli.Moments",
+                hint=OWN_LOOP,
             )
         self._now = {}
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from loftq_cli.checkpoint.extras import missing_extra, required
 from loftq_cli.errors import InputError, SourceNotFoundError, UnsupportedInputError
+from loftq_cli.integrations.classes import model_class
+from loftq_cli.integrations.layer_inputs import OWN_LOOP
 
 _DOING = "calibrating"
 _TOKENIZER_FILES = (
@@ -30,8 +32,7 @@ def load_tokenizer(directory: Path) -> Any:
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise SourceNotFoundError(
             f"{directory}: no tokenizer in it",
-            hint="add the model's tokenizer files, or measure its inputs in a loop of your own: "
-            "loftq_cli.Moments",
+            hint=f"add the model's tokenizer files, or {OWN_LOOP}",
         )
     try:
         with _quiet(transformers):
@@ -42,16 +43,30 @@ def load_tokenizer(directory: Path) -> Any:
         raise InputError(f"{directory}: the tokenizer cannot be read: {_line(error)}") from error
 
 
+def class_of(directory: Path, config: Mapping[str, Any]) -> Any:
+    """The class of transformers for the model in ``directory``. Raises UnsupportedInputError if
+    there is none, EnvironmentFailure if the extra [train] is missing."""
+    transformers = required("transformers", "train", _DOING)
+    found = model_class(config, transformers)
+    if found is None:
+        named = config.get("architectures") or config.get("model_type")
+        raise UnsupportedInputError(
+            f"{directory / 'config.json'}: transformers has no class for architectures {named}",
+            hint=OWN_LOOP,
+        )
+    return found
+
+
 def load_model(
     directory: Path,
-    config: Mapping[str, Any],
+    loaded_as: Any,
     *,
     dtype: torch.dtype,
     nbytes: int,
     device: torch.device,
     offload_folder: Path,
 ) -> nn.Module:
-    """The model of ``directory``, of the class that ``config`` names, in ``dtype``, for evaluation.
+    """The model of ``directory``, of the class ``loaded_as``, in ``dtype``, for evaluation.
 
     ``nbytes`` is what its weights take. Where they do not fit on ``device``, blocks are left in
     host memory, and where they do not fit there, on disk (``offload_folder``, where the files of
@@ -60,16 +75,9 @@ def load_model(
     """
     transformers = required("transformers", "train", _DOING)
     required("accelerate", "train", _DOING)
-    names = config.get("architectures") or [None]
-    model_class = getattr(transformers, str(names[0]), None)
-    if model_class is None:
-        raise UnsupportedInputError(
-            f"{directory / 'config.json'}: transformers has no class for architectures {names}",
-            hint="measure its inputs in a loop of your own: loftq_cli.Moments",
-        )
     try:
         with _quiet(transformers):
-            model, report = model_class.from_pretrained(
+            model, report = loaded_as.from_pretrained(
                 directory,
                 dtype=dtype,
                 output_loading_info=True,

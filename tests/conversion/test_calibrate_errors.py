@@ -92,7 +92,9 @@ def test_models_that_cannot_be_used(checkpoint, tmp_path, notes):
     refused(InputError, "the tokenizer cannot be read", bare, notes)
     models.save_tokenizer(bare)
     config = (bare / "config.json").read_text()
-    (bare / "config.json").write_text(config.replace("LlamaForCausalLM", "UnheardOf"))
+    (bare / "config.json").write_text(
+        config.replace("LlamaForCausalLM", "UnheardOf").replace('"llama"', '"new"')
+    )
     refused(UnsupportedInputError, "no class for architectures", bare, notes)
     small = models.save(models.llama(vocab_size=40), tmp_path / "small")
     models.save_tokenizer(small)

@@ -9,13 +9,8 @@ import torch
 from torch import nn
 
 from loftq_cli.errors import NonFiniteActivationError, UnsupportedInputError
-from loftq_cli.integrations.blockwise import (
-    BlockRunner,
-    OutOfTurnError,
-    block_of,
-    blocks_in_turn,
-    stacks_of,
-)
+from loftq_cli.integrations.blockwise import BlockRunner
+from loftq_cli.integrations.course import Course, block_of, course_of
 from loftq_cli.integrations.layer_inputs import LayerInputs
 
 WIDTH, WINDOWS = 8, 3
@@ -86,6 +81,38 @@ class Repeating(Skipping):
         return hidden
 
 
+class Passing(Skipping):
+    """Every block uses a layer of the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        for block in self.blocks:
+            block.out.register_forward_hook(lambda module, args, output: self.shared(output))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(ids)
+        for block in self.blocks:
+            hidden, _ = block(hidden)
+        return self.head(hidden)
+
+
+class Nested(Skipping):
+    """Blocks are in lists of a list, as Funnel's, and single layers in a list of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList([Block(), Block()]) for _ in range(2))
+        self.ends = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.ends[0](self.embed(ids))
+        for blocks in self.blocks:
+            for block in blocks:
+                hidden, _ = block(hidden)
+        return self.ends[1](hidden)
+
+
 class OnTheSide(Skipping):
     """Blocks leave something for later ones."""
 
@@ -111,6 +138,11 @@ def runner_of(model: nn.Module) -> Callable[[int], object]:
     return run
 
 
+def every_layer(model: nn.Module) -> dict[str, str]:
+    """Every linear layer under its own name."""
+    return {name: name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+
+
 def inputs_seen(model: nn.Module, drive: Callable[[], object]) -> dict[str, list[torch.Tensor]]:
     """The inputs of every linear layer while ``drive`` runs, as plain hooks see them."""
     seen: dict[str, list[torch.Tensor]] = {}
@@ -131,8 +163,11 @@ def test_every_layer_sees_in_turn_what_it_sees_in_the_whole_model() -> None:
     model = TwoStacks()
     run = runner_of(model)
     expected = inputs_seen(model, lambda: [run(window) for window in range(WINDOWS)])
-    blocks = blocks_in_turn(model, run, ["decoder", "encoder.block", "unused"])
-    assert blocks == [f"encoder.block.{n}" for n in range(3)] + [f"decoder.{n}" for n in range(3)]
+    course = course_of(model, run, every_layer(model))
+    blocks = [f"encoder.block.{n}" for n in range(3)] + [f"decoder.{n}" for n in range(3)]
+    assert list(course.blocks) == blocks
+    assert course.blocks["decoder.1"] == [f"decoder.1.{name}" for name in ("left", "right", "out")]
+    assert course.others == []
     for block in [*model.decoder, *model.encoder["block"]]:
         assert block.calls == WINDOWS + 2
         block.calls = 0
@@ -156,19 +191,27 @@ def test_every_layer_sees_in_turn_what_it_sees_in_the_whole_model() -> None:
 @pytest.mark.parametrize("kind", [Skipping, Repeating, OnTheSide])
 def test_models_that_do_not_run_their_blocks_in_turn_are_found_out(kind) -> None:
     model = kind()
-    with pytest.raises(OutOfTurnError):
-        blocks_in_turn(model, runner_of(model), ["blocks"])
+    layers = every_layer(model)
+    called = [layer for layer in layers if kind is not Repeating or ".0." in layer]
+    assert course_of(model, runner_of(model), layers) == Course({}, called)
     assert not any("forward" in vars(block) for block in model.blocks)
 
 
-def test_the_outermost_list_is_the_stack() -> None:
-    model = nn.ModuleDict({"block": nn.ModuleList([nn.ModuleList([nn.Linear(2, 2)])])})
-    model["head"] = nn.Linear(2, 2)
-    assert block_of(model, "block.0.0") == "block.0"
-    assert block_of(model, "head") is None
-    assert stacks_of(model, ["block.0.0"]) == ["block"]
-    with pytest.raises(UnsupportedInputError, match="no list of blocks around head"):
-        stacks_of(model, ["block.0.0", "head"])
+def test_layers_that_are_called_in_several_blocks_or_in_none_are_apart() -> None:
+    model = Passing()
+    course = course_of(model, runner_of(model), every_layer(model))
+    assert course.others == ["shared", "head"]
+    assert list(course.blocks) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert course.blocks["blocks.2"] == [f"blocks.2.{name}" for name in ("left", "right", "out")]
+
+
+def test_a_list_of_lists_has_blocks_and_a_list_of_layers_has_none() -> None:
+    model = Nested()
+    course = course_of(model, runner_of(model), every_layer(model))
+    assert list(course.blocks) == ["blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.1.1"]
+    assert course.others == ["ends.0", "ends.1"]
+    assert block_of(model, "blocks.1.0.left") == "blocks.1.0"
+    assert block_of(model, "ends.0") is None
 
 
 def layers(*names: str, full: bool = True) -> LayerInputs:
@@ -181,7 +224,7 @@ def test_layers_that_share_an_input_are_found() -> None:
     rows = torch.randn(3, 1, 5, WIDTH, generator=torch.Generator().manual_seed(0))
     outs: list[torch.Tensor] = []
     model.out.register_forward_pre_hook(lambda _, args: outs.append(args[0].clone()))
-    with inputs.watched(model), torch.no_grad():
+    with inputs.watched(model, every_layer(model)), torch.no_grad():
         for row in rows:
             model(row)
             inputs.end_window()
@@ -199,7 +242,7 @@ def test_equal_values_and_writes_in_place_are_no_shared_input() -> None:
     model = Block()
     inputs = layers("left", "right", "out", full=False)
     hidden = torch.ones(4, WIDTH)
-    with inputs.watched(model), torch.no_grad():
+    with inputs.watched(model, every_layer(model)), torch.no_grad():
         model.left(hidden)
         model.right(hidden.clone())
         hidden *= 2
@@ -213,7 +256,7 @@ def test_equal_values_and_writes_in_place_are_no_shared_input() -> None:
 def test_memory_that_is_used_again_is_no_shared_input() -> None:
     model = Block()
     inputs = layers("left", "right", full=False)
-    with inputs.watched(model), torch.no_grad():
+    with inputs.watched(model, every_layer(model)), torch.no_grad():
         for scale, layer in ((1.0, model.left), (3.0, model.right)):
             layer(torch.full((64, WIDTH), scale))  # freed before the next one is made
         inputs.end_window()
@@ -223,7 +266,7 @@ def test_memory_that_is_used_again_is_no_shared_input() -> None:
 def test_a_layer_that_is_called_twice_has_the_moments_of_both_inputs() -> None:
     model = Block()
     inputs = layers("left", "right", "out", full=False)
-    with inputs.watched(model), torch.no_grad():
+    with inputs.watched(model, every_layer(model)), torch.no_grad():
         one, two = torch.ones(4, WIDTH), torch.full((2, WIDTH), 4.0)
         for layer in (model.left, model.right, model.out):
             layer(one)
@@ -241,7 +284,7 @@ def test_layers_that_are_never_called_are_left_out() -> None:
     model = Block()
     inputs = layers("left", "out")
     assert inputs.groups() == []
-    with inputs.watched(model), torch.no_grad():
+    with inputs.watched(model, every_layer(model)), torch.no_grad():
         model.left(torch.ones(1, WIDTH))
         inputs.end_window()
     assert [names for names, _ in inputs.groups()] == [["left"]]
@@ -250,7 +293,7 @@ def test_layers_that_are_never_called_are_left_out() -> None:
 def test_layers_must_be_used_alike_in_every_window() -> None:
     model = Block()
     inputs = layers("left", "right")
-    with inputs.watched(model), torch.no_grad():
+    with inputs.watched(model, every_layer(model)), torch.no_grad():
         rows = torch.ones(2, WIDTH)
         model.left(rows)
         model.right(rows)
@@ -264,7 +307,8 @@ def test_layers_must_be_used_alike_in_every_window() -> None:
 def test_what_is_not_finite_or_of_another_width_names_the_layer() -> None:
     model = nn.ModuleDict({"left": nn.Linear(WIDTH, WIDTH), "right": nn.Identity()})
     inputs = layers("left", "right")
-    with inputs.watched(model), torch.no_grad():
+    each = {name: name for name in ("left", "right")}
+    with inputs.watched(model, each), torch.no_grad():
         with pytest.raises(NonFiniteActivationError, match="left: the inputs hold NaN or Inf"):
             model["left"](torch.full((2, WIDTH), torch.inf))
         with pytest.raises(UnsupportedInputError, match="right takes in 3 features"):
