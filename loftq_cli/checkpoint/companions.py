@@ -112,7 +112,7 @@ def present(source: Path) -> list[str]:
     that companions come from, of which the files are named."""
     with explained(source):
         opened = {name.rpartition("/")[0] for name in companions(source)}
-        tops = [entry.name + ("/" if entry.is_dir() else "") for entry in os.scandir(source)]
+        tops = [name + ("/" if os.path.isdir(source / name) else "") for name in os.listdir(source)]
         closed = [name for name in tops if not name.endswith("/") or name[:-1] not in opened]
         return sorted({*closed, *_files(source, opened - {""})})
 
@@ -134,6 +134,6 @@ def _files(source: Path, folders: Iterable[str]) -> Iterator[str]:
     for folder in folders:
         place = os.path.join(source, folder)
         if os.path.isdir(place):
-            for entry in os.scandir(place):
-                if entry.is_file():
-                    yield f"{folder}/{entry.name}" if folder else entry.name
+            for name in os.listdir(place):
+                if os.path.isfile(os.path.join(place, name)):
+                    yield f"{folder}/{name}" if folder else name

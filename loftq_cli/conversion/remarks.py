@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loftq_cli.checkpoint.companions import companions
-from loftq_cli.checkpoint.extras import required
 from loftq_cli.checkpoint.pipeline import modules
 from loftq_cli.checkpoint.source import Source, read_json
 from loftq_cli.conversion.plan import Plan
-from loftq_cli.errors import EnvironmentFailure, InputError
+from loftq_cli.errors import InputError
 
 _MOST_SHOWN = 4
 _CODE = (".py", ".pyc", ".so", ".sh", ".ipynb")
@@ -91,11 +91,12 @@ def _without(source: Source) -> str:
     """How the output loads without the code that config.json names."""
     copy = "copy it to the output, if you trust it, and load with trust_remote_code=True"
     name = str((source.config.content.get("architectures") or ["the class"])[0])
-    try:
-        transformers = required("transformers", "train", "looking for a class")
-    except EnvironmentFailure:
+    found = find_spec("transformers")
+    if found is None or found.origin is None:
         return f"where transformers has no {name} of its own, {copy}"
-    if name in dir(transformers):
+    # Read and not imported: a conversion neither needs transformers nor waits for it.
+    tables = Path(found.origin).parent.glob("models/auto/*.py")
+    if any(f'"{name}"' in path.read_text("utf-8") for path in tables):
         return f"transformers has a {name} of its own, load without trust_remote_code"
     return f"transformers has no {name}, so {copy}"
 

@@ -26,6 +26,7 @@ MANIFEST_KEYS = {
     *("passed_through", "recipe", "source", "tool", "totals"),
 }
 PLAN_KEYS = {
+    "left_behind",
     "download",
     *("disk_bytes", "fingerprint", "free_disk_bytes", "memory_bytes", "needs", "output"),
     *("passed_through", "recipe", "selected", "source", "totals"),
