@@ -17,12 +17,11 @@ from pathlib import Path, PurePosixPath
 from loftq_cli.checkpoint.durable import explained, write_file
 from loftq_cli.checkpoint.pipeline import MODULES, is_of_module, module_folders
 
-_INPUTS = (
-    "tokenizer*.json",
+_VOCABULARIES = (
+    "tokenizer.json",
     "*vocab*.json",
     "*vocab*.txt",
     "*vocab*.bpe",
-    "*merges*.txt",
     "*.model",
     "*.spm",
     "*.tiktoken",
@@ -30,12 +29,17 @@ _INPUTS = (
     "bpe.codes",
     "dict.txt",
     "encoder.json",
+    "*tekken*.json",
+)
+_INPUTS = (
+    *_VOCABULARIES,
+    "tokenizer*.json",
+    "*merges*.txt",
     "normalizer.json",
     "emoji.json",
     "byte_maps.json",
     "word_shape.json",
     "word_pronunciation.json",
-    "*tekken*.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "*processor_config.json",
@@ -74,6 +78,11 @@ def is_companion(name: str, folders: Collection[str] = ()) -> bool:
 def is_input(name: str) -> bool:
     """Whether this is the name of a tokenizer's or processor's file, or of what goes with them."""
     return "/" not in name and _matches(name, _INPUTS)
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether this is the name of a file that holds the tokens of a tokenizer."""
+    return _matches(name, _VOCABULARIES)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

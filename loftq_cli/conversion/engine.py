@@ -294,7 +294,10 @@ class Conversion:
             {item.matrix.adapted: item.rank for item in plan.matrices.values()},
             plan.recipe.rank,
             plan.recipe.lora_alpha,
-            adapter.task_type(plan.source.config.content.get("architectures") or []),
+            adapter.task_type(
+                plan.source.config.content.get("architectures") or [],
+                takes_text=plan.anatomy.takes_text,
+            ),
             # Layout loftq and bnb load transposed matrices as ordinary linear layers.
             transposed=plan.layout.name == "dense"
             and any(item.matrix.kind == "conv1d" for item in plan.matrices.values()),

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from loftq_cli.integrations.classes import takes_text
 from loftq_cli.integrations.code import Use, weights_read
 from loftq_cli.integrations.names import Naming, Place
 from loftq_cli.integrations.replacement import kind_of
@@ -38,10 +39,12 @@ PLAIN = (
 @dataclass(frozen=True)
 class Anatomy:
     """``names``: of tensors, on disk to in memory, where they differ. ``reasons``: why a matrix
-    cannot be quantized, by name on disk. ``unknown``: why there is nothing to say, or None."""
+    cannot be quantized, by name on disk. ``takes_text``: whether the class does, None if nobody
+    knows. ``unknown``: why there is nothing to say, or None."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
+    takes_text: bool | None = None
     unknown: str | None = None
 
     @property
@@ -53,10 +56,10 @@ class Anatomy:
 
     @property
     def sha256(self) -> str | None:
-        """Of names and reasons, None if there are none."""
-        if not self.names and not self.reasons:
+        """Of all that names alone do not say, None if that is nothing."""
+        if not self.names and not self.reasons and self.takes_text is not False:
             return None
-        text = json.dumps([self.names, self.reasons], sort_keys=True)
+        text = json.dumps([self.names, self.reasons, self.takes_text], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -82,7 +85,7 @@ def anatomy(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> 
             reason = _reason(place, modules, reads, shared, type(model).__name__)
             if reason is not None:
                 reasons[name] = reason
-    return Anatomy(names, reasons)
+    return Anatomy(names, reasons, takes_text(model))
 
 
 def _reason(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,12 @@ _GENERATING = (
     "AutoModelForImageTextToText",
     "AutoModelForSpeechSeq2Seq",
 )
+
+
+def takes_text(model: Any) -> bool:
+    """Whether ``model``, or a class of models, takes what PEFT's wrapper for features hands on."""
+    taken = inspect.signature(model.forward).parameters
+    return {"input_ids", "attention_mask", "inputs_embeds"} <= taken.keys()
 
 
 def model_class(config: Mapping[str, Any], transformers: Any, *, remote: bool = False) -> Any:

@@ -38,11 +38,13 @@ _UNKNOWN = object()
 
 @dataclass(frozen=True)
 class _Read:
-    """``.weight`` of ``path`` below the module itself (``own``), or below something in it."""
+    """``.weight`` of ``path`` below the module itself (``own``), or below something in it; or that
+    of whatever holds the ``first`` parameter there."""
 
     path: tuple[str, ...]
     own: bool
     use: Use
+    first: bool = False
 
 
 def weights_read(model: nn.Module) -> dict[str, Use]:
@@ -53,13 +55,19 @@ def weights_read(model: nn.Module) -> dict[str, Use]:
         reads = list(_reads(module))
         if not reads:
             continue
-        for below, _ in module.named_modules():
+        for below, part in module.named_modules():
             parts = tuple(below.split(".")) if below else ()
             for read in reads:
                 if parts == read.path or (not read.own and parts[-len(read.path) :] == read.path):
-                    path = ".".join(filter(None, (name, below)))
+                    inside = _first_owner(part) if read.first else ""
+                    path = ".".join(filter(None, (name, below, inside)))
                     found[path] = "value" if "value" in (read.use, found.get(path)) else "dtype"
     return found
+
+
+def _first_owner(module: nn.Module) -> str:
+    """The module below ``module`` whose parameter ``module.parameters()`` gives first."""
+    return next((name.rpartition(".")[0] for name, _ in module.named_parameters()), "")
 
 
 def _reads(module: nn.Module) -> Iterator[_Read]:
@@ -70,7 +78,7 @@ def _reads(module: nn.Module) -> Iterator[_Read]:
 
 @lru_cache(maxsize=4096)
 def _methods(kind: Any) -> tuple[ast.FunctionDef, ...]:
-    """The methods of a class of a model that mention a weight, each as the class itself sees it."""
+    """The methods of a class of a model that mention weights, each as the class itself sees it."""
     found: dict[str, ast.FunctionDef | None] = {}
     for owner in kind.__mro__:
         if owner.__module__.startswith(("torch.", "builtins", "transformers.modeling_utils")):
@@ -80,7 +88,9 @@ def _methods(kind: Any) -> tuple[ast.FunctionDef, ...]:
     return tuple(
         node
         for name, node in found.items()
-        if node is not None and not _SETUP.match(name) and "weight" in ast.dump(node)
+        if node is not None
+        and not _SETUP.match(name)
+        and any(word in ast.dump(node) for word in ("'weight'", "'parameters'"))
     )
 
 
@@ -111,8 +121,8 @@ class _Reader:
             return
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
             return
-        if isinstance(node, ast.Attribute) and node.attr == "weight":
-            read = _read(node, parent)
+        if isinstance(node, ast.Attribute):
+            read = _read(node, parent) if node.attr == "weight" else _read_of_first(node)
             if read is not None:
                 yield read
         for child in ast.iter_child_nodes(node):
@@ -175,10 +185,29 @@ def _read(node: ast.Attribute, parent: ast.AST | None) -> _Read | None:
     return _Read(tuple(names[1:]), names[0] == "self", use)
 
 
+def _read_of_first(node: ast.Attribute) -> _Read | None:
+    """That of ``next(self.….parameters()).dtype``."""
+    call = node.value
+    if node.attr != "dtype" or not isinstance(call, ast.Call) or ast.unparse(call.func) != "next":
+        return None
+    inner = call.args[0]
+    if not isinstance(inner, ast.Call) or not isinstance(inner.func, ast.Attribute):
+        return None
+    names = _chain(inner.func.value)
+    if names is None or inner.func.attr != "parameters":
+        return None
+    return _Read(tuple(names[1:]), names[0] == "self", "dtype", first=True)
+
+
 def _chain(node: ast.AST) -> list[str] | None:
-    """``["self", "a", "b"]`` of ``self.a.b``, None for anything else."""
+    """``["self", "a", "0", "b"]`` of ``self.a[0].b``, None for anything else."""
     names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        if isinstance(node, ast.Attribute):
+            names.append(node.attr)
+        elif isinstance(node.slice, ast.Constant):
+            names.append(str(node.slice.value))
+        else:
+            return None
         node = node.value
     return [node.id, *reversed(names)] if isinstance(node, ast.Name) else None

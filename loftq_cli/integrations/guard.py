@@ -1,4 +1,5 @@
-"""What PEFT cannot do to a packed layer is refused, with what to do instead.
+"""What PEFT cannot do to a packed layer is refused, with what to do instead; and the layer is told
+that it has an adapter.
 
 PEFT adds a merged adapter to ``weight`` in place. On packed codes that is an error about shapes,
 or, for some methods, no error and a ruined weight. PEFT asks a layer nothing before it does so; but
@@ -8,12 +9,15 @@ it keeps the layer it wraps as ``base_layer``, and torch tells of every submodul
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from loftq_cli.errors import UsageError
+from loftq_cli.integrations.hook import DetachedAdapter
 from loftq_cli.integrations.packed_weight import PackedWeight
 
 _MERGE = "`loftq merge DIR -o merged --adapter TRAINED`"
@@ -27,8 +31,28 @@ def install() -> None:
     register_module_module_registration_hook(_on_registration)
 
 
+def watch(model: nn.Module) -> None:
+    """Warn when ``model`` computes for the first time, if packed layers have no adapter by then."""
+    model.register_forward_pre_hook(_tell_if_bare)
+
+
+def _tell_if_bare(model: nn.Module, args: object) -> None:
+    if torch.compiler.is_compiling() or model.__dict__.get("_loftq_asked"):
+        return
+    model.__dict__["_loftq_asked"] = True
+    if any(isinstance(part, PackedWeight) and not part.adapted for part in model.modules()):
+        warnings.warn(
+            "quantized layers compute without the adapter that makes up for their quantization: "
+            'attach it with PeftModel.from_pretrained(model, DIR, subfolder="loftq_init"), or '
+            "load both with loftq_cli.load(DIR)",
+            DetachedAdapter,
+            stacklevel=2,
+        )
+
+
 def _on_registration(parent: Any, name: str, child: nn.Module | None) -> None:
     if name == "base_layer" and isinstance(child, PackedWeight):
+        child.adapted = True
         if hasattr(parent, "merge"):
             parent.merge = _refuse_to_merge
         if hasattr(parent, "update_layer"):

@@ -23,7 +23,7 @@ from loftq_cli.errors import (
     UnsupportedInputError,
 )
 from loftq_cli.integrations import hook
-from loftq_cli.integrations.classes import model_class
+from loftq_cli.integrations.classes import model_class, takes_text
 from loftq_cli.integrations.intact import check_files
 from loftq_cli.integrations.names import key_mapping, places, prefix_of, tied
 from loftq_cli.layouts import adapter
@@ -120,7 +120,7 @@ def _attach(
     patterns = {re.escape(old): re.escape(new) for old, new in names.items()}
     config.rank_pattern = _renamed(config.rank_pattern, patterns)
     config.alpha_pattern = _renamed(config.alpha_pattern, patterns)
-    config.task_type = adapter.task_type([type(backbone).__name__])
+    config.task_type = adapter.task_type([type(backbone).__name__], takes_text=takes_text(backbone))
     model = peft.PeftModel.from_pretrained(
         backbone,
         directory,

@@ -44,7 +44,11 @@ class PackedWeight(nn.Module):
 
     All of these keep their dtype whatever dtype the module is moved to: rounding scales or levels
     would change the weight that the adapter was fitted to.
+
+    ``adapted``: an adapter is around the module, or was.
     """
+
+    adapted = False
 
     weight: torch.Tensor
     weight_scales: torch.Tensor

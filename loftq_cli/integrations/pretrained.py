@@ -10,16 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from loftq_cli.checkpoint.companions import is_vocabulary
 from loftq_cli.checkpoint.extras import missing_extra, required
 from loftq_cli.errors import InputError, SourceNotFoundError, UnsupportedInputError
 from loftq_cli.integrations.classes import model_class
 from loftq_cli.integrations.layer_inputs import OWN_LOOP
 
 _DOING = "calibrating"
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model"),
-    *("sentencepiece.bpe.model", "source.spm", "spm.model", "bpe.codes", "tekken.json"),
-)
 # Shares of the free memory that weights may take; the rest is for activations and moments.
 _WHOLE, _PART = 0.7, 0.5
 _CGROUP = Path("/sys/fs/cgroup")
@@ -29,7 +26,7 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer in ``directory``. Raises SourceNotFoundError where there is none, InputError
     where it cannot be read, EnvironmentFailure where a package is missing."""
     transformers = required("transformers", "train", _DOING)
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+    if not any(is_vocabulary(path.name) and path.is_file() for path in directory.iterdir()):
         raise SourceNotFoundError(
             f"{directory}: no tokenizer in it",
             hint=f"add the model's tokenizer files, or {OWN_LOOP}",

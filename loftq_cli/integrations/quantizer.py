@@ -114,6 +114,7 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"the checkpoint lacks {_listed(missing)}", hint="convert the model again"
             )
         _refuse_shared(model)
+        guard.watch(model)
         if self._adapter_names:
             # PeftModel.from_pretrained renames an adapter's tensors by this attribute.
             model._checkpoint_conversion_mapping = self._adapter_names  # type: ignore[assignment]

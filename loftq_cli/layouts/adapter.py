@@ -114,8 +114,9 @@ _NO_TEXT = re.compile(
 )
 
 
-def task_type(architectures: Sequence[str]) -> str | None:
+def task_type(architectures: Sequence[str], *, takes_text: bool | None = None) -> str | None:
     """PEFT's task type for the first of config.json's architectures, None where it has none.
+    ``takes_text``: whether the class takes text and nothing else, None if nobody knows.
 
     None too for classification and question answering: PEFT's wrappers for these tasks look for
     the head's tensors in the adapter, and fail where it holds none. The head is in the backbone.
@@ -126,6 +127,11 @@ def task_type(architectures: Sequence[str]) -> str | None:
         return "SEQ_2_SEQ_LM"
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
-    if name.endswith("Model") and not _NO_TEXT.match(name):
+    if name.endswith("Model") and is_of_text(name) and takes_text is not False:
         return "FEATURE_EXTRACTION"
     return None
+
+
+def is_of_text(architecture: str) -> bool:
+    """Whether models of this name take text alone, as far as the name tells."""
+    return not _NO_TEXT.match(architecture)

@@ -69,20 +69,21 @@ def snippet(output: Output, place: str | None = None, revision: str | None = Non
 
 def auto_class(output: Output) -> str:
     """The transformers auto class for the architecture in the output's config.json, or that class
-    itself if it is of another kind than those that every auto class is for."""
+    itself if an auto class may take it for another."""
     try:
-        name = read_json(output.directory / CONFIG).content["architectures"][0]
+        config = read_json(output.directory / CONFIG).content
+        name = config["architectures"][0]
     except (InputError, LookupError, TypeError):
         return "AutoModel"
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.isidentifier():
         return "AutoModel"
-    if name.endswith("ForConditionalGeneration") and name.isidentifier():
-        of_text = adapter.task_type([name]) == "SEQ_2_SEQ_LM"
-        return "AutoModelForSeq2SeqLM" if of_text else name
+    if adapter.task_type([name]) == "SEQ_2_SEQ_LM" and name.endswith("ForConditionalGeneration"):
+        return "AutoModelForSeq2SeqLM"
     for end, result in AUTO_CLASSES:
-        if name.endswith(end):
+        if name.endswith(end) and adapter.is_of_text(name):
             return result
-    return "AutoModel" if name.endswith("Model") or not name.isidentifier() else name
+    kind = "".join(filter(str.isalnum, str(config.get("model_type", "")).lower()))
+    return "AutoModel" if name.lower() in (kind, f"{kind}model") or not kind else name
 
 
 def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:

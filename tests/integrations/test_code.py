@@ -17,7 +17,8 @@ class Base(nn.Module):
         self.fused, self.limit = fused, limit
         self.called, self.handed, self.clamped = (nn.Linear(2, 2) for _ in range(3))
         self.cast_to, self.asked, self.inherited = (nn.Linear(2, 2) for _ in range(3))
-        self.branched = nn.Linear(2, 2)
+        self.branched, self.indexed = nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)])
+        self.table = nn.Sequential(nn.ReLU(), nn.Linear(2, 2), nn.Linear(2, 2))
         self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)) for _ in range(2)])
         nn.init.zeros_(self.called.weight)
 
@@ -39,6 +40,7 @@ class Model(Base):
         if isinstance(self.asked.weight, torch.Tensor) and self.asked.weight.device == x.device:
             x = x.to(self.cast_to.weight.dtype)
         y = functional.linear(x, self.branched.weight) if self.fused else self.branched(x)
+        y = self.table(y.to(next(self.table.parameters()).dtype)) @ self.indexed[0].weight
         for block in self.blocks:
             y = y @ block.inner.weight
         return y
@@ -51,6 +53,7 @@ class Model(Base):
 @pytest.mark.parametrize("limit", [None, 1.0])
 def test_what_is_called_is_told_from_what_is_read(fused, limit) -> None:
     expected = {"handed": "value", "cast_to": "dtype", "inherited": "value"}
+    expected |= {"indexed.0": "value", "table.1": "dtype"}
     expected |= {"branched": "value"} if fused else {}
     expected |= {} if limit is None else {"clamped": "value"}
     assert weights_read(Model(fused, limit)) == expected

@@ -12,6 +12,7 @@ from torch import nn
 
 import loftq_cli
 from loftq_cli.errors import UsageError
+from loftq_cli.integrations.hook import DetachedAdapter
 from loftq_cli.integrations.modules import PackedLinear
 
 # peft asks transformers under a name that transformers is giving up.
@@ -98,11 +99,13 @@ def test_dense_layers_merge_as_ever(model) -> None:
     assert not torch.equal(logits, expected)
 
 
+@pytest.mark.filterwarnings("ignore::loftq_cli.integrations.hook.DetachedAdapter")
 def test_unloading_gives_the_backbone_back(converted, backbone) -> None:
     model = loftq_cli.load(converted("llama"))
     assert torch.equal(model.unload()(TOKENS).logits, backbone(TOKENS).logits)
 
 
+@pytest.mark.filterwarnings("ignore::loftq_cli.integrations.hook.DetachedAdapter")
 def test_switching_the_adapter_off_leaves_the_backbone(model, backbone) -> None:
     with model.disable_adapter():
         off = model(TOKENS).logits
@@ -149,3 +152,30 @@ def test_an_adapter_drawn_from_the_weight_is_refused(model, start) -> None:
     config = peft.LoraConfig(**{**SECOND, "init_lora_weights": start}, **extra)
     with pytest.raises(UsageError, match=f"init_lora_weights='{start}'.*packed"):
         model.add_adapter("second", config)
+
+
+def test_the_backbone_alone_says_once_that_it_lacks_its_adapter(converted) -> None:
+    backbone = transformers.AutoModelForCausalLM.from_pretrained(converted("llama"))
+    with pytest.warns(DetachedAdapter, match=r"subfolder=\"loftq_init\".*loftq_cli\.load"):
+        backbone(TOKENS)
+    backbone(TOKENS)  # a second warning would be an error
+
+
+def test_an_adapter_around_a_few_layers_says_that_the_others_lack_theirs(converted) -> None:
+    backbone = transformers.AutoModelForCausalLM.from_pretrained(converted("llama"))
+    few = peft.get_peft_model(backbone, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.warns(DetachedAdapter):
+        few(TOKENS)
+
+
+@pytest.mark.parametrize("load", ["load", "plain"])
+def test_whoever_attaches_the_adapter_hears_nothing(converted, load) -> None:
+    directory = converted("llama")
+    if load == "load":
+        model = loftq_cli.load(directory)
+    else:
+        backbone = transformers.AutoModelForCausalLM.from_pretrained(directory)
+        model = peft.PeftModel.from_pretrained(backbone, directory, subfolder="loftq_init")
+    model(TOKENS)
+    with model.disable_adapter():  # asked for
+        model(TOKENS)

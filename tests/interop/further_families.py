@@ -159,6 +159,7 @@ _IMAGES = {
     "dinov2_with_registers": ("Dinov2WithRegistersModel", 6),
     "dinov3_vit": ("DINOv3ViTModel", 6),
     "ijepa": ("IJepaModel", 6),
+    "mlcd_vision_model": ("MLCDVisionModel", 6),
     "siglip_vision_model": ("SiglipVisionModel", 6),
     "vit_mae": ("ViTMAEModel", 6),
     "vit_msn": ("ViTMSNModel", 6),
@@ -228,7 +229,7 @@ _OTHERS = {
         18,
     ),
     "deberta": Family(
-        "DebertaModel", {**PLAIN, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}, 6
+        "DebertaModel", {**PLAIN, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}, 5
     ),
     "esm": Family("EsmModel", {**PLAIN, "mask_token_id": 5}, 6),
     "flaubert": Family("FlaubertModel", {**XLM, "pad_index": 0}, 6),
@@ -357,6 +358,9 @@ _OTHERS = {
         "features",
     ),
     "swin": Family("SwinModel", {**WINDOWS, "num_heads": [2, 4], "window_size": 4}, 13, "images"),
+    "swinv2": Family(
+        "Swinv2Model", {**WINDOWS, "num_heads": [2, 4], "window_size": 4}, 15, "images"
+    ),
     "timesformer": Family("TimesformerModel", VIDEO, 7, "video"),
     "videomae": Family("VideoMAEModel", {**VIDEO, "tubelet_size": 2}, 6, "video"),
     "vivit": Family("VivitModel", {**VIDEO, "tubelet_size": [2, 8, 8]}, 6, "video"),

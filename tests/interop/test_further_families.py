@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import loftq_cli
-from loftq_cli.integrations.names import RenamedModules
 from tests.interop.architectures import QUICK, dense, make, model_class, outputs, the_plain_way
 from tests.interop.further_families import FAMILIES, Family, inputs
 
@@ -19,22 +18,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
 ]
-
-# transformers has other names for layers of these in memory than there are on disk.
-RENAMED = {
-    "altclip",
-    "audio-spectrogram-transformer",
-    "beit",
-    "deit",
-    "dinov2",
-    "dinov2_with_registers",
-    "ijepa",
-    "segformer",
-    "swin",
-    "vit_mae",
-    "vit_msn",
-    "vivit",
-}
 
 
 def computed(model: Any, family: Family) -> torch.Tensor:
@@ -61,16 +44,11 @@ def test_both_ways_of_loading_compute_with_q_and_the_adapter(kind: str, tmp_path
     original = computed(model_class(source).from_pretrained(source), family)
     assert (original - expected).abs().max() > 1e-3 * expected.abs().max()
     assert_carries(loftq_cli.load(output), family, expected)
-    if kind in RENAMED:
-        with pytest.raises(RenamedModules, match=r"use loftq_cli\.load"):
-            the_plain_way(output)
-    else:
-        assert_carries(the_plain_way(output), family, expected)
+    assert_carries(the_plain_way(output), family, expected)
 
 
 def test_the_lists_in_the_manual_have_these_families() -> None:
     text = (Path(__file__).parents[2] / "docs/models.md").read_text()
     section = text.partition("### Further families")[2].partition("###")[0]
-    lists = [part for part in section.split("\n\n") if part.startswith("`")]
-    found = [re.findall(r"`([^`]+)`", part) for part in lists]
-    assert found == [sorted(FAMILIES.keys() - RENAMED), sorted(RENAMED)]
+    found = next(part for part in section.split("\n\n") if part.startswith("`"))
+    assert re.findall(r"`([^`]+)`", found) == sorted(FAMILIES)

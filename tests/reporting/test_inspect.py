@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import loftq_cli
-from loftq_cli.checkpoint.output import open_output
+from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.reporting.inspect import auto_class, snippet
 from tests.reporting.conftest import CASES
 
@@ -75,8 +76,6 @@ def test_every_layer_and_the_totals(case, converted):
     ],
 )
 def test_the_class_to_load_with(output, architectures, expected):
-    import transformers
-
     (output / "config.json").write_text(json.dumps({"architectures": architectures}))
     assert auto_class(open_output(output)) == expected
     assert hasattr(transformers, expected)
@@ -125,3 +124,34 @@ def test_the_code_it_shows_runs(tmp_path, settings):
 
 def test_a_path_or_a_string(output):
     assert loftq_cli.inspect(str(output)) == loftq_cli.inspect(Path(output))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "shown"),
+    [
+        ("llama", "LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("gpt2", "GPT2LMHeadModel", "AutoModelForCausalLM"),
+        ("gpt2", "GPT2DoubleHeadsModel", "GPT2DoubleHeadsModel"),
+        ("xlm-roberta", "XLMRobertaModel", "AutoModel"),
+        ("deberta-v2", "DebertaV2Model", "AutoModel"),
+        ("clip_vision_model", "CLIPVisionModel", "AutoModel"),
+        ("t5", "T5EncoderModel", "T5EncoderModel"),
+        ("t5", "T5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("marian", "MarianMTModel", "MarianMTModel"),
+        ("vit", "ViTForImageClassification", "ViTForImageClassification"),
+        ("wav2vec2", "Wav2Vec2ForSequenceClassification", "Wav2Vec2ForSequenceClassification"),
+        ("bert", "BertForPreTraining", "BertForPreTraining"),
+        ("bert", "BertForSequenceClassification", "AutoModelForSequenceClassification"),
+        ("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2VLForConditionalGeneration"),
+    ],
+)
+def test_the_class_in_the_snippet_is_the_one_that_was_converted(
+    kind, name, shown, tmp_path
+) -> None:
+    config = {"model_type": kind, "architectures": [name]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert auto_class(Output(tmp_path, {})) == shown
+    found = getattr(transformers, shown)
+    if found.__name__.startswith("Auto"):
+        found = found._model_mapping[transformers.CONFIG_MAPPING[kind]]
+    assert found is getattr(transformers, name)
