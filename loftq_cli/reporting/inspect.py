@@ -83,7 +83,8 @@ def auto_class(output: Output) -> str:
         if name.endswith(end) and adapter.is_of_text(name):
             return result
     kind = "".join(filter(str.isalnum, str(config.get("model_type", "")).lower()))
-    return "AutoModel" if name.lower() in (kind, f"{kind}model") or not kind else name
+    bare = name.lower() in (kind, f"{kind}model") if kind else name.endswith("Model")
+    return "AutoModel" if bare else name
 
 
 def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
