@@ -10,7 +10,7 @@ call theirs.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
@@ -85,6 +85,13 @@ def is_vocabulary(name: str) -> bool:
     return _matches(name, _VOCABULARIES)
 
 
+def is_of_tokenizer(name: str) -> bool:
+    """Whether this is a companion that a tokenizer or a processor may have written."""
+    return name.startswith(f"{_TEMPLATES}/") or (
+        is_input(name) and name != "generation_config.json"
+    )
+
+
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -103,9 +110,14 @@ def companions(source: Path) -> list[str]:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the companions in ``source`` to ``target``. Raises as :func:`companions` does."""
-    for name in companions(source):
-        with explained(source / name):
-            content = (source / name).read_bytes()
+    copy_files({name: source / name for name in companions(source)}, target)
+
+
+def copy_files(files: Mapping[str, Path], target: Path) -> None:
+    """Copy ``files`` to their names relative to ``target``. Raises EnvironmentFailure."""
+    for name, path in files.items():
+        with explained(path):
+            content = path.read_bytes()
             (target / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(target / name, content)
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.companions import companion_bytes, copy_companions
+from loftq_cli.checkpoint.companions import copy_files
 from loftq_cli.checkpoint.dtypes import TAGS
 from loftq_cli.checkpoint.durable import explained, pretty_json, write_file
+from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.output import open_output
 from loftq_cli.checkpoint.reader import TORCH_DTYPES, TensorFile
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
@@ -74,7 +75,8 @@ def merge(
     _remark(plan, observer)
     workspace = MergeWorkspace(final)
     if overwrite or not workspace.is_taken():
-        copied = companion_bytes(directory)
+        with explained(directory):
+            copied = sum(path.stat().st_size for path in plan.companions.values())
         check_space(final.parent, plan.disk_bytes + copied + _MARGIN - workspace.written())
         workspace.check_permissions()
         largest = max(plan.merged, key=lambda item: item.spec.elements)
@@ -122,7 +124,11 @@ def _remark(plan: MergePlan, observer: Observer) -> None:
 
 
 def _without_adapter(plan: MergePlan) -> list[str]:
-    return sorted(item.spec.name for item in plan.merged if item.pair is None)
+    return sorted(
+        item.spec.name
+        for item in plan.merged
+        if item.weight.pair is None and item.weight.is_quantized
+    )
 
 
 def _added(plan: MergePlan) -> list[str]:
@@ -149,7 +155,7 @@ def _write(plan: MergePlan, target: Path, observer: Observer) -> None:
             shard.sync()
     if len(plan.shards) > 1:
         write_file(target / INDEX, pretty_json(_index(plan)))
-    copy_companions(plan.backbone.directory, target)
+    copy_files(plan.companions, target)
     text = (
         json.dumps(merged_config(plan), indent=2, ensure_ascii=False) + "\n"
     )  # in the source's order
@@ -159,21 +165,16 @@ def _write(plan: MergePlan, target: Path, observer: Observer) -> None:
 
 def _value(plan: MergePlan, item: Merged) -> torch.Tensor:
     """A merged matrix, as the source stores it, in its final dtype."""
-    name, directory, stored = item.spec.name, plan.output.directory, plan.stored
-    if item.quantized is None:
-        path, tensor = stored[name]
-        with TensorFile(path) as file:
-            value = file.read(tensor).float()
-    else:
-        layout, matrix = item.quantized
-        parts = {spec.name: read(directory, stored, spec) for spec in layout.specs(matrix)}
-        value = turned(layout.decode(matrix, parts), matrix.kind).contiguous()
-    if item.pair is not None:
-        with TensorFile(plan.adapter.file) as file:
-            lora_A, lora_B = file.read(item.pair.lora_A), file.read(item.pair.lora_B)
-        # Product, scaling and sum are rounded one by one, as PEFT does.
-        product = lora_B.float() @ lora_A.float()
-        value += (product.T if item.transposed else product).mul_(item.pair.scaling)
+    name, directory = item.spec.name, plan.output.directory
+    value = _base(plan, item)
+    pair, tokens = item.weight.pair, item.weight.tokens
+    with TensorFile(plan.adapter.file) as file:
+        if pair is not None:
+            # Product, scaling and sum are rounded one by one, as PEFT does.
+            product = file.read(pair.lora_B).float() @ file.read(pair.lora_A).float()
+            value += (product.T if item.transposed else product).mul_(pair.scaling)
+        if tokens is not None:
+            value[list(tokens.indices)] = file.read(tokens.values).float()
     bad = first_non_finite(value)
     if bad is not None:
         raise NonFiniteWeightError(
@@ -190,6 +191,21 @@ def _value(plan: MergePlan, item: Merged) -> torch.Tensor:
             hint="use --dtype float32, or for values up to 3e38 --dtype bfloat16",
         )
     return result
+
+
+def _base(plan: MergePlan, item: Merged) -> torch.Tensor:
+    """What a merged matrix is without the adapter's pair, float32, zero where nothing is stored."""
+    first, second = item.weight.base
+    if isinstance(second, StoredTensor):
+        assert isinstance(first, Path)
+        with TensorFile(first) as file:
+            value = file.read(second).float()
+        missing = item.spec.shape[-1] - value.shape[-1]
+        return torch.nn.functional.pad(value, (0, missing)) if missing else value
+    assert not isinstance(first, Path)
+    specs = first.specs(second)
+    parts = {spec.name: read(plan.output.directory, plan.stored, spec) for spec in specs}
+    return turned(first.decode(second, parts), second.kind).contiguous()
 
 
 def _index(plan: MergePlan) -> dict[str, Any]:

@@ -17,6 +17,9 @@ FORMAT_VERSION = 1
 
 # The layer of a classification head that has an output per label.
 _LABELS = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj)?\.weight")
+# Where transformers looks for the config of the text model (PreTrainedConfig.get_text_config);
+# the first is of models that have it one level deeper.
+_TEXT = ("thinker_config", "text_encoder", "decoder", "generator", "text_config")
 _CLASSIFIERS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -31,7 +34,7 @@ def dtype_name(tag: str | None) -> str | None:
 
 def merged_config(plan: MergePlan) -> dict[str, Any]:
     """The backbone's config.json without its quantization, with the dtype that the matrices have
-    now; where a head was added, with the class that was trained and its number of labels."""
+    now; where tokens or a head were added, with their number and the class that was trained."""
     config = dict(plan.backbone.config.content)
     config.pop("quantization_config", None)
     name = dtype_name(plan.dtype)
@@ -39,7 +42,12 @@ def merged_config(plan: MergePlan) -> dict[str, Any]:
         config = _with_dtype(config, name)
         if "torch_dtype" not in config:
             config["dtype"] = name
-    if not plan.added:
+    if plan.embeddings.resized:
+        assert plan.embeddings.rows is not None
+        config = _with_vocabulary(config, plan.embeddings.was, plan.embeddings.rows)
+    if plan.embeddings.untied:
+        config = _untied(config)
+    if all(spec.name in plan.embeddings.added for spec in plan.added):
         return config
     trained = plan.adapter.config.get("auto_mapping")
     if isinstance(trained, dict) and str(trained.get("parent_library")).startswith("transformers."):
@@ -60,6 +68,39 @@ def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
         else value
         for key, value in config.items()
     }
+
+
+def _with_vocabulary(config: dict[str, Any], was: int | None, rows: int) -> dict[str, Any]:
+    """``config`` for ``rows`` tokens: that of the text model, and whatever repeats it."""
+
+    def repeated(part: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: rows
+            if key == "vocab_size" and value == was
+            else repeated(value)
+            if isinstance(value, dict)
+            else value
+            for key, value in part.items()
+        }
+
+    text = next((key for key in _TEXT if isinstance(config.get(key), dict)), None)
+    config = repeated(config)
+    if text is None:
+        return {**config, "vocab_size": rows}
+    inner = config[text]
+    if not any(isinstance(inner.get(key), dict) for key in _TEXT):
+        return {**config, text: {**inner, "vocab_size": rows}}
+    return {**config, text: _with_vocabulary(inner, was, rows)}
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` of a model whose output embedding is a tensor of its own."""
+    inner = {
+        key: {**value, "tie_word_embeddings": False}
+        for key, value in config.items()
+        if key in _TEXT and isinstance(value, dict)
+    }
+    return {**config, **inner, "tie_word_embeddings": False}
 
 
 def _labels(config: dict[str, Any], count: int) -> dict[str, Any]:

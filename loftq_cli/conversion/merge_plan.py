@@ -3,29 +3,23 @@ where its parts come from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.output import Output
-from loftq_cli.checkpoint.source import Source
-from loftq_cli.checkpoint.stored import Stored, find
-from loftq_cli.checkpoint.writer import place
-from loftq_cli.conversion.architecture import kind_of
-from loftq_cli.conversion.merge_match import (
-    match_names,
-    place_pairs,
-    place_whole,
-    refuse_incomplete,
-    refuse_other_backbone,
-    refuse_other_conversion,
-    refuse_tied,
-)
-from loftq_cli.errors import InputError
-from loftq_cli.layouts import Layout, layout_of
-from loftq_cli.layouts.base import Matrix, matrix_of
-from loftq_cli.layouts.trained import Pair, TrainedAdapter
+from loftq_cli.checkpoint.source import Shard, Source
+from loftq_cli.checkpoint.stored import Stored
+from loftq_cli.checkpoint.writer import place as place_in_file
+from loftq_cli.conversion.merge_backbone import Backbone, Weight, open_backbone
+from loftq_cli.conversion.merge_embeddings import Embeddings, settle_embeddings
+from loftq_cli.conversion.merge_match import place, refuse_incomplete, refuse_other_conversion
+from loftq_cli.conversion.merge_names import Names, match_names, places_all, recorded
+from loftq_cli.conversion.merge_tokenizer import merged_companions
+from loftq_cli.conversion.merge_vocabulary import vocabulary_of
+from loftq_cli.integrations.anatomy import anatomy
+from loftq_cli.layouts.trained import TrainedAdapter
 
 
 @dataclass(frozen=True)
@@ -39,19 +33,19 @@ class Copied:
 
 @dataclass(frozen=True)
 class Merged:
-    """A tensor that is computed: a quantized matrix, or the floating-point tensor of the same name,
-    plus the product of ``pair``, ``transposed`` or as it is."""
+    """A tensor that is computed."""
 
     spec: TensorSpec
-    quantized: tuple[Layout, Matrix] | None
-    pair: Pair | None
+    weight: Weight
     transposed: bool
+    """Whether the product of the pair is added transposed."""
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """``shards``: (file name, tensors in order). Of the tensors that the adapter holds whole,
-    ``added`` are new to the backbone, ``replaced`` are the names of the others."""
+    """``shards``: (file name, tensors in order). ``added`` are the tensors that the backbone lacks,
+    ``replaced`` the names of those that the adapter holds whole. ``companions``: the files that
+    are copied along, by relative name."""
 
     output: Output
     backbone: Source
@@ -60,6 +54,8 @@ class MergePlan:
     shards: Sequence[tuple[str, Sequence[Copied | Merged]]]
     added: Sequence[TensorSpec]
     replaced: Sequence[str]
+    embeddings: Embeddings
+    companions: Mapping[str, Path]
 
     @property
     def merged(self) -> list[Merged]:
@@ -74,7 +70,7 @@ class MergePlan:
     @property
     def disk_bytes(self) -> int:
         """Bytes of all tensor files, headers included."""
-        headers = (place([item.spec for item in items])[0] for _, items in self.shards)
+        headers = (place_in_file([item.spec for item in items])[0] for _, items in self.shards)
         return self.tensor_bytes + sum(map(len, headers))
 
     @property
@@ -85,81 +81,74 @@ class MergePlan:
 
 
 def make_merge_plan(
-    output: Output, backbone: Source, adapter: TrainedAdapter, dtype: str | None
+    output: Output, source: Source, adapter: TrainedAdapter, dtype: str | None
 ) -> MergePlan:
-    """Give every tensor of ``adapter`` its place in ``backbone``; ``dtype`` is a tag, None the one
-    that each matrix had before the conversion.
+    """Give every tensor of ``adapter`` its place in the backbone of ``output``, whose files are
+    ``source``; ``dtype`` is a tag, None the one that each matrix had before the conversion.
 
     Raises VerificationError where the backbone is not what the manifest says, InputError where the
     adapter does not belong to it, UnsupportedInputError where one name would stand for two tensors.
     """
     refuse_other_conversion(output, adapter)
-    stored = {t.name: (shard.path, t) for shard in backbone.shards for t in shard.header.tensors}
-    matrices, parts = _checked_matrices(output, stored)
-    shapes = {name: tensor.shape for name, (_, tensor) in stored.items() if name not in parts}
-    shapes |= {name: matrix.stored_shape for name, (_, matrix) in matrices.items()}
-    names = match_names(adapter, [name.removesuffix(".weight") for name in shapes])
-    config = backbone.config.content
-    kinds = {name: kind_of(name, config) for name in shapes}
-    kinds |= {name: matrix.kind for name, (_, matrix) in matrices.items()}
-    pairs = place_pairs(adapter, names, stored, matrices, shapes, kinds)
-    whole = place_whole(adapter, names, shapes)
-    if both := sorted(set(whole) & set(pairs)):
-        raise InputError(f"{adapter.file}: {', '.join(both[:5])}: a whole tensor and a pair for it")
-    refuse_other_backbone(adapter, names, stored)
-    refuse_incomplete(adapter, names, matrices, {*pairs, *whole})
-    refuse_tied(backbone, adapter, whole, shapes)
+    backbone = open_backbone(output, source)
+    vocabulary = vocabulary_of(backbone)
+    names = _names(backbone, adapter)
+    placed = place(adapter, names, backbone, vocabulary)
+    refuse_incomplete(adapter, names, backbone.matrices, placed)
+    embeddings = settle_embeddings(backbone, adapter, placed, vocabulary)
+    texts = merged_companions(output.directory, adapter, embeddings)
 
-    def settle(tensor: StoredTensor, path: Path) -> Copied | Merged | None:
-        found = matrices.get(parts.get(tensor.name, ""))
-        name = found[1].name if found else tensor.name
-        if name in seen:
-            return None  # another part of a matrix
-        seen.add(name)
-        if name in whole:
-            return _copied(name, adapter.file, whole[name])
-        pair = pairs.get(name)
-        if found is None and pair is None:
-            return _copied(name, path, tensor)
-        tag = dtype or (found[1] if found else tensor).dtype
-        turned = pair is not None and (pair.embedding or kinds[name] == "conv1d")
-        return Merged(TensorSpec(name, tag, shapes[name]), found, pair, turned)
+    def settle(name: str) -> Copied | Merged:
+        weight = embeddings.weights.get(name)
+        if weight is None and name in placed.whole:
+            return _copied(name, adapter.file, placed.whole[name])
+        if weight is None:
+            weight = backbone.weight(name, placed.pairs.get(name))
+        if weight.copied is not None:
+            return _copied(name, *weight.copied)
+        known = name if name in backbone.shapes else vocabulary.inputs[0]
+        pair = weight.pair
+        turned = pair is not None and (pair.embedding or backbone.kinds[known] == "conv1d")
+        spec = TensorSpec(name, dtype or backbone.dtype(known), weight.shape)
+        return Merged(spec, weight, turned)
 
-    seen = set[str]()
-    shards = []
-    for shard in backbone.shards:
-        items = [settle(tensor, shard.path) for tensor in shard.header.tensors]
-        shards.append((shard.name, [item for item in items if item is not None]))
-    added = [_copied(name, adapter.file, whole[name]) for name in whole if name not in shapes]
+    shards = [
+        (shard.name, [settle(name) for name in _in_order(shard, backbone)])
+        for shard in source.shards
+    ]
+    new = [name for name in placed.whole if name not in backbone.shapes]
+    new = [name for name in new if name not in embeddings.dropped]
+    added = [settle(name) for name in dict.fromkeys((*new, *embeddings.added))]
     shards[-1][1].extend(added)
     return MergePlan(
         output=output,
-        backbone=backbone,
+        backbone=source,
         adapter=adapter,
-        stored=stored,
+        stored=backbone.stored,
         shards=shards,
         added=[item.spec for item in added],
-        replaced=[name for name in whole if name in shapes],
+        replaced=[name for name in placed.whole if name in backbone.shapes],
+        embeddings=embeddings,
+        companions=texts,
     )
+
+
+def _names(backbone: Backbone, adapter: TrainedAdapter) -> Names:
+    """How the adapter names what the backbone's files hold. transformers is asked where the
+    manifest does not say, and the names do not fit as they are."""
+    known = recorded(backbone.output)
+    names = match_names(adapter, backbone.shapes, known)
+    if known or places_all(adapter, backbone.shapes, names):
+        return names
+    config = {k: v for k, v in backbone.config.items() if k != "quantization_config"}
+    return match_names(adapter, backbone.shapes, anatomy(config, backbone.shapes).names)
+
+
+def _in_order(shard: Shard, backbone: Backbone) -> list[str]:
+    """The names of what a shard holds: of a matrix, which has several parts, once."""
+    tensors = shard.header.tensors
+    return list(dict.fromkeys(backbone.parts.get(t.name, t.name) for t in tensors))
 
 
 def _copied(name: str, file: Path, tensor: StoredTensor) -> Copied:
     return Copied(TensorSpec(name, tensor.dtype, tensor.shape), file, tensor)
-
-
-def _checked_matrices(
-    output: Output, stored: Stored
-) -> tuple[dict[str, tuple[Layout, Matrix]], dict[str, str]]:
-    """(the quantized matrices by name, name of every stored part -> name of its matrix)."""
-    matrices, parts = {}, {}
-    for record in output.records:
-        matrix = matrix_of(record)
-        layout = layout_of(record, output.manifest["recipe"])
-        matrices[matrix.name] = layout, matrix
-        for spec in layout.specs(matrix):
-            find(output.directory, stored, spec)
-            parts[spec.name] = matrix.name
-    for entry in output.manifest["passed_through"]:
-        spec = TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
-        find(output.directory, stored, spec)
-    return matrices, parts

@@ -1,8 +1,9 @@
 """A LoRA adapter as PEFT's ``save_pretrained`` leaves it after training: read, checked, sorted.
 
 Names are those of the model that was trained. Beside the pairs A, B it may hold whole tensors:
-biases, and modules trained in full (``modules_to_save``). What cannot be merged into a weight, or
-changes what the pairs mean, is refused by name.
+biases, modules trained in full (``modules_to_save``), embeddings that were resized; and rows of
+embeddings (``trainable_token_indices``). What cannot be merged into a weight, or changes what the
+pairs mean, is refused by name.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.dtypes import FLOATS
-from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header, shown
+from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header
 from loftq_cli.checkpoint.source import read_json
 from loftq_cli.errors import (
     CorruptFileError,
@@ -25,29 +26,13 @@ from loftq_cli.errors import (
     UnsupportedInputError,
 )
 from loftq_cli.layouts.adapter import CONFIG, PREFIX, WEIGHTS
-
-_UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-)
-"""Settings under which a layer computes something else than (W + scaling * B A) x."""
-
-_HARMLESS_INITS = ("eva", "gaussian", "orthogonal")
-"""Initialisations by name that leave the backbone as it is; PEFT's others change its weights."""
+from loftq_cli.layouts.trained_config import check_config, token_indices
 
 _PAIR = re.compile(r"(.+)\.lora_([AB])\.weight")
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
-_BASE = ".base_layer."
+_TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
+_BASE = re.compile(r"(?:\.token_adapter)?\.base_layer\.")
 _WRAPPERS = (".modules_to_save.", ".original_module.")
 
 
@@ -69,15 +54,29 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """Rows (tokens, dim) that take the place of those of an embedding, and their numbers."""
+
+    indices: Sequence[int]
+    values: StoredTensor
+
+
+@dataclass(frozen=True)
 class TrainedAdapter:
-    """``pairs`` by module, ``whole`` tensors by name, ``frozen`` ones, which are copies of the
-    backbone's, by name: all as the trained model names them."""
+    """``pairs`` by module, ``tokens`` by module, ``whole`` tensors by name, ``frozen`` ones, which
+    are what the backbone had under a pair, by name: all as the trained model names them."""
 
     file: Path
     config: Mapping[str, Any]
     pairs: Mapping[str, Pair]
     whole: Mapping[str, StoredTensor]
     frozen: Mapping[str, StoredTensor]
+    tokens: Mapping[str, TokenRows]
+
+    @property
+    def directory(self) -> Path:
+        """Where the adapter lies, with what training saved beside it."""
+        return self.file.parent
 
     def targets(self, module: str) -> bool:
         """Whether the config says that ``module`` has a pair; False where that is not decided by
@@ -110,16 +109,27 @@ def open_adapter(path: Path) -> TrainedAdapter:
             f"{config_file}: missing", hint="it says how the adapter's tensors are to be scaled"
         )
     config = read_json(config_file).content
-    _check_config(config_file, config)
+    check_config(config_file, config)
     try:
         tensors = read_header(file).tensors
     except HeaderError as error:
         raise CorruptFileError(f"{file}: {error}") from error
     except OSError as error:
         raise EnvironmentFailure(f"{file}: {error.strerror or error}") from error
-    pairs, whole, frozen = _sorted(file, tensors)
-    checked = {module: _pair(file, config, module, sides) for module, sides in pairs.items()}
-    return TrainedAdapter(file, config, checked, whole, frozen)
+    found = _sorted(file, tensors)
+    if config.get("trainable_token_indices") and not found.tokens:
+        raise CorruptFileError(
+            f"{file}: {CONFIG} lists trainable_token_indices, and the file holds no such tokens",
+            hint="give the adapter with the config that it was saved with",
+        )
+    return TrainedAdapter(
+        file,
+        config,
+        {module: _pair(file, config, module, sides) for module, sides in found.pairs.items()},
+        found.whole,
+        found.frozen,
+        {module: _rows(file, config, module, rows) for module, rows in found.tokens.items()},
+    )
 
 
 def _weights(path: Path) -> Path:
@@ -140,59 +150,18 @@ def _weights(path: Path) -> Path:
     return file
 
 
-def _check_config(file: Path, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise UnsupportedInputError(
-            f"{file}: peft_type is {shown(config.get('peft_type'))}, only LORA can be merged"
-        )
-    for name in _UNSUPPORTED:
-        if config.get(name):
-            raise UnsupportedInputError(
-                f"{file}: {name} is {shown(config[name])}, which cannot be merged",
-                hint="merge it with PEFT's merge_and_unload, where PEFT can",
-            )
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init not in _HARMLESS_INITS:
-        raise UnsupportedInputError(
-            f"{file}: init_lora_weights is {shown(init)}, under which PEFT changed the backbone "
-            "before training",
-            hint="save the adapter as one of the unchanged backbone (PEFT: "
-            "path_initial_model_for_weight_conversion)",
-        )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not _is_number(rank) or not _is_number(alpha):
-        raise CorruptFileError(f"{file}: r is {shown(rank)} and lora_alpha {shown(alpha)}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(name) or {}
-        if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
-            raise CorruptFileError(
-                f"{file}: {name} {shown(patterns)} does not map names to numbers"
-            )
-        for pattern in patterns:
-            _compile(file, name, pattern)
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(name), str):
-            _compile(file, name, config[name])
+@dataclass(frozen=True)
+class _Found:
+    """The tensors of a file: module -> "A" and "B"; by name; by name; module -> rows."""
+
+    pairs: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    whole: dict[str, StoredTensor] = field(default_factory=dict)
+    frozen: dict[str, StoredTensor] = field(default_factory=dict)
+    tokens: dict[str, StoredTensor] = field(default_factory=dict)
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and -1e300 < value < 1e300  # type: ignore[operator]
-
-
-def _compile(file: Path, name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise CorruptFileError(f"{file}: {name}: {shown(pattern)} is not a pattern") from error
-
-
-def _sorted(
-    file: Path, tensors: Sequence[StoredTensor]
-) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """(module -> "A" and "B", name -> whole tensor, name -> frozen tensor)."""
-    pairs: dict[str, dict[str, StoredTensor]] = {}
-    whole: dict[str, StoredTensor] = {}
-    frozen: dict[str, StoredTensor] = {}
+def _sorted(file: Path, tensors: Sequence[StoredTensor]) -> _Found:
+    result = _Found()
     for tensor in tensors:
         name = tensor.name.removeprefix(PREFIX)
         if name == tensor.name:
@@ -201,34 +170,52 @@ def _sorted(
                 hint="give an adapter that PEFT's save_pretrained wrote",
             )
         if found := _PAIR.fullmatch(name) or _EMBEDDING.fullmatch(name):
-            pairs.setdefault(found.group(1), {})[found.group(2)] = tensor
+            result.pairs.setdefault(found.group(1), {})[found.group(2)] = tensor
+            continue
+        if found := _TOKENS.fullmatch(name):
+            result.tokens[found.group(1)] = tensor
             continue
         if _MAGNITUDE.fullmatch(name):
             raise UnsupportedInputError(
                 f"{file}: tensor {tensor.name!r}: DoRA, which cannot be merged",
                 hint="merge it with PEFT's merge_and_unload, where PEFT can",
             )
-        # PEFT saves the weight of an output embedding along with its pair, trained or not.
-        kind = frozen if _BASE in name and not name.endswith(".bias") else whole
-        plain = name.replace(_BASE, ".")
+        # PEFT saves the weight of an embedding along with its pair, trained or not.
+        kind = result.frozen if _BASE.search(name) and not name.endswith(".bias") else result.whole
+        plain = _BASE.sub(".", name)
         if plain in kind:
             raise CorruptFileError(f"{file}: tensor {tensor.name!r}: {plain!r} is there twice")
         kind[plain] = tensor
-    whole = {name: tensor for name, tensor in whole.items() if not _is_wrapped(name, whole)}
-    if not pairs:
+    for name in [name for name in result.whole if _is_wrapped(name, result.whole)]:
+        del result.whole[name]
+    if not result.pairs:
         raise InputError(f"{file}: no LoRA tensors in it")
-    return pairs, whole, frozen
+    return result
 
 
 def _is_wrapped(name: str, whole: Collection[str]) -> bool:
-    """Whether this is a bias of PEFT's wrapper of a module in ``modules_to_save``. Under ``bias:
-    all`` PEFT saves them too: the trained bias again, and the one from before training."""
+    """Whether this is of PEFT's wrapper of a module in ``modules_to_save``. Under ``bias: all``,
+    and of embeddings that were resized, PEFT saves that too: what was trained again, and what was
+    there before training."""
     for wrapper in _WRAPPERS:
         module, found, rest = name.partition(wrapper)
-        if found and name.endswith("bias"):
+        if found:
             bare = rest.partition(".")[2]  # without the adapter's name
             return f"{module}.{rest}" in whole or f"{module}.{bare}" in whole
     return False
+
+
+def _rows(file: Path, config: Mapping[str, Any], module: str, values: StoredTensor) -> TokenRows:
+    indices = token_indices(config, module)
+    if indices is None or len(values.shape) != 2 or values.shape[0] != len(indices):
+        raise CorruptFileError(
+            f"{file}: tensor {values.name!r} is {list(values.shape)}, which are not the tokens of "
+            f"trainable_token_indices in {CONFIG}",
+            hint="give the adapter with the config that it was saved with",
+        )
+    if values.dtype not in FLOATS:
+        raise UnsupportedInputError(f"{file}: tensor {values.name!r} is {values.dtype}")
+    return TokenRows(indices, values)
 
 
 def _pair(

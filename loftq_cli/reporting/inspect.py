@@ -72,8 +72,9 @@ def auto_class(output: Output) -> str:
     itself if an auto class may take it for another."""
     try:
         config = read_json(output.directory / CONFIG).content
-        name = config["architectures"][0]
-    except (InputError, LookupError, TypeError):
+        names = config["architectures"]
+        name = names[0] if isinstance(names, list) else None
+    except (InputError, LookupError):
         return "AutoModel"
     if not isinstance(name, str) or not name.isidentifier():
         return "AutoModel"
