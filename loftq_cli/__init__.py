@@ -180,6 +180,7 @@ def load(
     auto_class: Any = None,
     trainable: bool = True,
     *,
+    adapter: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     offline: bool = False,
     **from_pretrained: Any,
@@ -188,7 +189,8 @@ def load(
 
     ``directory`` may be a hub id, as text, at ``revision``; ``offline`` (or ``local_files_only``)
     uses only what is in the hub cache. ``auto_class`` is a transformers class; None takes the one
-    config.json names.
+    config.json names. ``adapter`` is the directory of a trained adapter; None takes the one that
+    the conversion made.
     """
     from loftq_cli.checkpoint.locate import locate_output
     from loftq_cli.conversion.observer import Observer
@@ -201,7 +203,7 @@ def load(
         everything=True,
         listener=Observer(),
     )
-    model = run(place.directory, auto_class, trainable, **from_pretrained)
+    model = run(place.directory, auto_class, trainable, adapter=adapter, **from_pretrained)
     if place.repository is not None:
         # PEFT saves it with a trained adapter, and a path in this cache says nothing to others.
         config = model.active_peft_config

@@ -17,7 +17,7 @@ from loftq_cli.checkpoint.companions import copy_files
 from loftq_cli.checkpoint.dtypes import TAGS
 from loftq_cli.checkpoint.durable import explained, pretty_json, write_file
 from loftq_cli.checkpoint.header import StoredTensor
-from loftq_cli.checkpoint.output import open_output
+from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.reader import TORCH_DTYPES, TensorFile
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
 from loftq_cli.checkpoint.stored import read
@@ -33,6 +33,7 @@ from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.resources import check_memory, check_space, memory_explained
 from loftq_cli.conversion.workspace import Workspace, check_output_path
 from loftq_cli.errors import NonFiniteWeightError, UsageError
+from loftq_cli.integrations.trained_beside import trained_beside
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.base import turned
 from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
@@ -73,6 +74,8 @@ def merge(
     _keep_adapter(output, final, trained)
     plan = make_merge_plan(found, open_source(directory), trained, dtype and TAGS[dtype])
     _remark(plan, observer)
+    if adapter is None:
+        _remark_on_trained(found, observer)
     workspace = MergeWorkspace(final)
     if overwrite or not workspace.is_taken():
         with explained(directory):
@@ -121,6 +124,17 @@ def _remark(plan: MergePlan, observer: Observer) -> None:
         observer.note(f"the adapter has nothing for {bare[0]}{more}: merged as quantized")
     if plan.added:
         observer.note(f"the adapter brings {', '.join(_added(plan))}")
+
+
+def _remark_on_trained(output: Output, observer: Observer) -> None:
+    left = trained_beside(output)
+    if left == output.directory:
+        observer.note(
+            f"{left} holds a trained adapter, and the start in {adapters.DIRECTORY} is merged: "
+            f"--adapter {left} takes the trained one"
+        )
+    elif left is not None:
+        observer.note(f"{left} holds another adapter than the conversion made: it is merged")
 
 
 def _without_adapter(plan: MergePlan) -> list[str]:

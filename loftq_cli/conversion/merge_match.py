@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor
-from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.conversion.merge_backbone import Backbone
 from loftq_cli.conversion.merge_names import Names
 from loftq_cli.conversion.merge_vocabulary import Vocabulary
-from loftq_cli.errors import InputError, LoftqError
+from loftq_cli.errors import InputError
 from loftq_cli.layouts.adapter import PREFIX
 from loftq_cli.layouts.base import turned_shape
 from loftq_cli.layouts.trained import Pair, TokenRows, TrainedAdapter
@@ -34,22 +32,6 @@ class Placed:
     def touches(self, name: str) -> bool:
         """Whether the adapter has anything for the tensor ``name``."""
         return any(name in part for part in (self.pairs, self.whole, self.frozen, self.tokens))
-
-
-def refuse_other_conversion(output: Output, adapter: TrainedAdapter) -> None:
-    """PEFT records the path that the backbone was loaded from."""
-    base = adapter.config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        return
-    try:
-        other = open_output(Path(base))
-    except (LoftqError, OSError, ValueError):
-        return  # moved, renamed, or never a path: nothing can be said
-    if other.fingerprint != output.fingerprint:
-        raise InputError(
-            f"{adapter.file}: trained on {base}, another conversion than {output.directory}",
-            hint="merge it into that one, or correct base_model_name_or_path in its config",
-        )
 
 
 def place(

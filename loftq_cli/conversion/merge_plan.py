@@ -14,11 +14,12 @@ from loftq_cli.checkpoint.stored import Stored
 from loftq_cli.checkpoint.writer import place as place_in_file
 from loftq_cli.conversion.merge_backbone import Backbone, Weight, open_backbone
 from loftq_cli.conversion.merge_embeddings import Embeddings, settle_embeddings
-from loftq_cli.conversion.merge_match import place, refuse_incomplete, refuse_other_conversion
+from loftq_cli.conversion.merge_match import place, refuse_incomplete
 from loftq_cli.conversion.merge_names import Names, match_names, places_all, recorded
 from loftq_cli.conversion.merge_tokenizer import merged_companions
 from loftq_cli.conversion.merge_vocabulary import vocabulary_of
 from loftq_cli.integrations.anatomy import anatomy
+from loftq_cli.integrations.trained_beside import refuse_other_conversion
 from loftq_cli.layouts.trained import TrainedAdapter
 
 
@@ -89,7 +90,7 @@ def make_merge_plan(
     Raises VerificationError where the backbone is not what the manifest says, InputError where the
     adapter does not belong to it, UnsupportedInputError where one name would stand for two tensors.
     """
-    refuse_other_conversion(output, adapter)
+    refuse_other_conversion(output, adapter.file, adapter.config)
     backbone = open_backbone(output, source)
     vocabulary = vocabulary_of(backbone)
     names = _names(backbone, adapter)

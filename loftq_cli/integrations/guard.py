@@ -23,6 +23,11 @@ from loftq_cli.integrations.packed_weight import PackedWeight
 _MERGE = "`loftq merge DIR -o merged --adapter TRAINED`"
 # Ways to draw a new adapter that read no base weight.
 _FREE_INITIALISATIONS = ("gaussian", "eva", "lora_ga")
+# PEFT's wrappers of what is trained in full or by rows, and the setting that asks for each.
+_IN_FULL = {
+    "ModulesToSaveWrapper": "modules_to_save",
+    "TrainableTokensWrapper": "trainable_token_indices",
+}
 
 
 @functools.cache
@@ -50,8 +55,34 @@ def _tell_if_bare(model: nn.Module, args: object) -> None:
         )
 
 
+def refuse_to_resize(model: Any) -> None:
+    """Have ``resize_token_embeddings`` of ``model`` say why it cannot, where an embedding is
+    packed."""
+    for find in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            embedding = getattr(model, find)()
+        except (AttributeError, NotImplementedError):
+            continue  # a model without such
+        if isinstance(embedding, PackedWeight):
+            model.resize_token_embeddings = _refuse_resizing
+
+
+def _refuse_resizing(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UsageError(
+        "an embedding that is packed cannot be resized",
+        hint="resize the original model and convert that, or convert without --embeddings",
+    )
+
+
 def _on_registration(parent: Any, name: str, child: nn.Module | None) -> None:
-    if name == "base_layer" and isinstance(child, PackedWeight):
+    if not isinstance(child, PackedWeight):
+        return
+    if setting := _IN_FULL.get(type(parent).__name__):
+        raise UsageError(
+            f"a weight that is packed cannot be trained itself ({setting})",
+            hint="convert with this module left out: --exclude, or without --embeddings",
+        )
+    if name == "base_layer":
         child.adapted = True
         if hasattr(parent, "merge"):
             parent.merge = _refuse_to_merge

@@ -6,31 +6,39 @@ names and shapes, and makes up for other errors. ``loftq inspect --verify`` hash
 
 from __future__ import annotations
 
-from loftq_cli.checkpoint.durable import file_sha256
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.errors import VerificationError
-from loftq_cli.layouts import adapter
-
-_ADAPTER = f"{adapter.DIRECTORY}/{adapter.WEIGHTS}"
+from loftq_cli.integrations.trained_beside import START, start_is_replaced
 
 
-def check_files(output: Output) -> None:
-    """Raises VerificationError, naming the file, where a weight file is missing or of another
-    size, or where the adapter is another one."""
+def check_files(output: Output, *, start: bool = True) -> None:
+    """Raises VerificationError, naming the file, if a weight file is missing or of another size,
+    or, unless ``start`` is not to be used, if the adapter is another one."""
     for entry in output.manifest["outputs"]:
-        if not entry["name"].endswith(".safetensors"):
+        if not entry["name"].endswith(".safetensors") or entry["name"] == START:
             continue
         file = output.directory / entry["name"]
         try:
             size = file.stat().st_size
-            same = entry["name"] != _ADAPTER or file_sha256(file) == entry["sha256"]
         except OSError as error:
             raise VerificationError(f"{file}: {error.strerror or error}") from error
         if size != entry["size"]:
             raise VerificationError(f"{file}: {size} bytes, the manifest says {entry['size']}")
-        if not same:
-            raise VerificationError(
-                f"{file}: not the adapter that this backbone was converted with",
-                hint="put back the loftq_init of this conversion, or convert again; "
-                "a trained adapter is loaded with peft.PeftModel.from_pretrained",
-            )
+    if start:
+        _check_start(output)
+
+
+def _check_start(output: Output) -> None:
+    file = output.directory / START
+    try:
+        replaced, size = start_is_replaced(output), file.stat().st_size
+    except OSError as error:
+        raise VerificationError(f"{file}: {error.strerror or error}") from error
+    if replaced:
+        stated = {entry["name"]: entry["size"] for entry in output.manifest["outputs"]}.get(START)
+        sizes = "" if size == stated else f"{size} bytes, the manifest says {stated}: "
+        raise VerificationError(
+            f"{file}: {sizes}not the adapter that this backbone was converted with",
+            hint="put back the loftq_init of this conversion, or convert again; an adapter that "
+            f"training saved here is loaded with adapter={str(file.parent)!r}",
+        )

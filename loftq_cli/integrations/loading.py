@@ -23,10 +23,12 @@ from loftq_cli.errors import (
     UnsupportedInputError,
 )
 from loftq_cli.integrations import hook
+from loftq_cli.integrations.attach_trained import attach_trained
 from loftq_cli.integrations.classes import model_class, takes_text
 from loftq_cli.integrations.intact import check_files
 from loftq_cli.integrations.names import key_mapping, places, prefix_of, tied
-from loftq_cli.layouts import adapter
+from loftq_cli.integrations.trained_beside import NOWHERE, TrainedBeside, lies_beside
+from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.base import is_expert, matrix_of
 
 
@@ -34,9 +36,12 @@ def load(
     path: str | os.PathLike[str] = "out",
     auto_class: Any = None,
     trainable: bool = True,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
     **from_pretrained: Any,
 ) -> Any:
-    """The backbone in ``path`` with the adapter in its ``loftq_init`` attached.
+    """The backbone in ``path`` with the adapter in its ``loftq_init`` attached, or with a trained
+    one, that PEFT saved in the directory ``adapter``.
 
     ``auto_class`` is the class to load the backbone with (``AutoModelForSequenceClassification``);
     without it, the one that config.json names, or that its model_type stands for. If that is a task
@@ -46,6 +51,9 @@ def load(
     (``modules_to_save``). Everything else is handed to the class's ``from_pretrained``; code that
     the model brings along is run with ``trust_remote_code=True`` only.
 
+    An adapter that training left in ``path`` itself is attached if it is asked for (``adapter`` is
+    ``path``); otherwise a TrainedBeside warning names it.
+
     Returns a ``peft.PeftModel``. Raises EnvironmentFailure where the extra [train] or [gptq] is not
     installed, and InputError where ``path`` is not the complete output of a conversion, is of a
     newer format, holds another conversion's adapter, or adapter tensors that the model has no place
@@ -54,7 +62,8 @@ def load(
     directory = Path(path)
     output = open_output(directory)
     layout = output.manifest["recipe"]["layout"]
-    check_files(output)
+    check_files(output, start=adapter is None)
+    beside = _leave_beside(output, adapter)
     peft, transformers = (required(name, "train", "loading") for name in ("peft", "transformers"))
     hook.install()
     remote = bool(from_pretrained.get("trust_remote_code"))
@@ -62,18 +71,24 @@ def load(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", hook.DetachedAdapter)
+            warnings.simplefilter("ignore", TrainedBeside)
             backbone, report = chosen.from_pretrained(
-                directory, output_loading_info=True, **from_pretrained
+                directory, output_loading_info=True, **{**beside, **from_pretrained}
             )
     except ImportError as error:
         raise missing_extra(error, "gptq" if layout == "gptq" else "train", "loading") from error
-    names = _names(backbone, output)
-    _refuse_tied(backbone, names, directory)
-    new = _new_modules(backbone, report, names, directory)
-    model = _attach(peft, backbone, names, directory, trainable)
+    if adapter is None:
+        names = _names(backbone, output)
+        _refuse_tied(backbone, names, directory)
+        new = _new_modules(backbone, report, names, directory)
+        model = _attach(peft, backbone, names, directory, trainable)
+    else:
+        new = _new_modules(backbone, report, {}, directory)
+        model = attach_trained(peft, backbone, output, Path(adapter), trainable)
+        new = [module for module in new if not _is_saved(model, module)]
     if new and trainable:
         config = model.active_peft_config
-        config.modules_to_save = new
+        config.modules_to_save = [*(config.modules_to_save or ()), *new]
         peft.utils.set_additional_trainable_modules(
             model=backbone,
             peft_config=config,
@@ -83,18 +98,39 @@ def load(
     return model
 
 
+def _leave_beside(output: Output, adapter: object) -> dict[str, Any]:
+    """What keeps transformers from attaching an adapter that lies beside the backbone; with a
+    warning, unless one was asked for."""
+    directory = str(output.directory)
+    if not lies_beside(directory):
+        return {}
+    if adapter is None:
+        warnings.warn(
+            f"{directory} holds a trained adapter, and the start in loftq_init is loaded; "
+            f"load({directory!r}, adapter={directory!r}) takes the trained one",
+            TrainedBeside,
+            stacklevel=4,
+        )
+    return dict(NOWHERE)
+
+
+def _is_saved(model: Any, module: str) -> bool:
+    """Whether the adapter has ``module`` of the backbone in full."""
+    return hasattr(model.get_base_model().get_submodule(module), "modules_to_save")
+
+
 def _names(backbone: Any, output: Output) -> dict[str, str]:
     """Every module that has an adapter: its name in the file, and in ``backbone``. Experts, which
     are no modules there, are left to PEFT."""
-    file = output.directory / adapter.DIRECTORY / adapter.WEIGHTS
+    file = output.directory / adapters.DIRECTORY / adapters.WEIGHTS
     stored = {name for name in _tensors(file) if not is_expert(name)}
     on_disk = {matrix.adapted: matrix.module for matrix in map(matrix_of, output.records)}
     present = places(backbone, on_disk.values())
     names = {name: present[module] for name, module in on_disk.items() if module in present}
     # PEFT passes over tensors that it finds no module for, with a warning at most.
-    homeless = {name for name in stored if adapter.module_of(name) not in names}
+    homeless = {name for name in stored if adapters.module_of(name) not in names}
     _refuse(homeless, f"{type(backbone).__name__} has no place for", file)
-    return {adapter.module_of(name): names[adapter.module_of(name)] for name in stored}
+    return {adapters.module_of(name): names[adapters.module_of(name)] for name in stored}
 
 
 def _refuse_tied(backbone: Any, names: Mapping[str, str], directory: Path) -> None:
@@ -112,19 +148,21 @@ def _attach(
     peft: Any, backbone: Any, names: Mapping[str, str], directory: Path, trainable: bool
 ) -> Any:
     """The PeftModel of ``backbone``, every tensor of the adapter in its place."""
-    config = peft.PeftConfig.from_pretrained(directory, subfolder=adapter.DIRECTORY)
-    file = directory / adapter.DIRECTORY / adapter.WEIGHTS
+    config = peft.PeftConfig.from_pretrained(directory, subfolder=adapters.DIRECTORY)
+    file = directory / adapters.DIRECTORY / adapters.WEIGHTS
     stored = _tensors(file)
-    experts = {adapter.module_of(name) for name in stored if is_expert(name)}
+    experts = {adapters.module_of(name) for name in stored if is_expert(name)}
     config.target_modules = {*names.values(), *experts}
     patterns = {re.escape(old): re.escape(new) for old, new in names.items()}
     config.rank_pattern = _renamed(config.rank_pattern, patterns)
     config.alpha_pattern = _renamed(config.alpha_pattern, patterns)
-    config.task_type = adapter.task_type([type(backbone).__name__], takes_text=takes_text(backbone))
+    config.task_type = adapters.task_type(
+        [type(backbone).__name__], takes_text=takes_text(backbone)
+    )
     model = peft.PeftModel.from_pretrained(
         backbone,
         directory,
-        subfolder=adapter.DIRECTORY,
+        subfolder=adapters.DIRECTORY,
         is_trainable=trainable,
         config=config,
         key_mapping=key_mapping(names, prefix_of(backbone)),
@@ -132,7 +170,7 @@ def _attach(
     expected = {}
     for name, tensor in stored.items():
         if not is_expert(name):
-            module = adapter.module_of(name)
+            module = adapters.module_of(name)
             expected[name.replace(module, names[module], 1)] = tensor
     # PEFT counts a head that has an adapter among the adapter's own tensors, unless told not to.
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)

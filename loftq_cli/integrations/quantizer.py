@@ -21,6 +21,7 @@ from loftq_cli.integrations.beside import adapter_targets, lost_targets
 from loftq_cli.integrations.names import key_mapping, places, prefix_of, tied
 from loftq_cli.integrations.packed_weight import PackedWeight
 from loftq_cli.integrations.replacement import kind_of, packed
+from loftq_cli.integrations.trained_beside import warn_of_attached
 from loftq_cli.layouts.packed import FORMAT_VERSION
 from loftq_cli.recipe import BITS, BLOCK_SIZES
 
@@ -115,6 +116,8 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         _refuse_shared(model)
         guard.watch(model)
+        guard.refuse_to_resize(model)
+        warn_of_attached(str(model.config._name_or_path))  # type: ignore[union-attr]
         if self._adapter_names:
             # PeftModel.from_pretrained renames an adapter's tensors by this attribute.
             model._checkpoint_conversion_mapping = self._adapter_names  # type: ignore[assignment]

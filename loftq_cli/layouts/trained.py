@@ -33,7 +33,8 @@ _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 _BASE = re.compile(r"(?:\.token_adapter)?\.base_layer\.")
-_WRAPPERS = (".modules_to_save.", ".original_module.")
+WRAPPERS = (".modules_to_save.", ".original_module.")
+"""What PEFT puts around a module that is trained in full, as it is in the names of tensors."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _is_wrapped(name: str, whole: Collection[str]) -> bool:
     """Whether this is of PEFT's wrapper of a module in ``modules_to_save``. Under ``bias: all``,
     and of embeddings that were resized, PEFT saves that too: what was trained again, and what was
     there before training."""
-    for wrapper in _WRAPPERS:
+    for wrapper in WRAPPERS:
         module, found, rest = name.partition(wrapper)
         if found:
             bare = rest.partition(".")[2]  # without the adapter's name

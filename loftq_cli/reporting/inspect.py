@@ -14,6 +14,7 @@ from loftq_cli.checkpoint.output import verify as verify_files
 from loftq_cli.checkpoint.source import CONFIG, read_json
 from loftq_cli.errors import InputError
 from loftq_cli.integrations.classes import AUTO_CLASSES
+from loftq_cli.integrations.trained_beside import trained_beside
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.layouts.needs import needs
@@ -26,6 +27,7 @@ def inspect(place: Place, *, verify: bool = False) -> dict[str, Any]:
     """
     output, repository = open_output(place.directory), place.repository
     verified = verify_files(output) if verify else None
+    left = trained_beside(output)
     manifest = output.manifest
     layers = [_layer(record, manifest["recipe"]) for record in output.records]
     elements = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
@@ -44,6 +46,7 @@ def inspect(place: Place, *, verify: bool = False) -> dict[str, Any]:
         "totals": totals,
         "layers": layers,
         "passed_through": len(manifest["passed_through"]),
+        **({} if left is None else {"trained_adapter": str(left)}),
         "verified_files": verified,
         "needs": needs(layers[0]["layout"]),
         "loading": snippet(
