@@ -76,7 +76,7 @@ def trained_parameters(model) -> set[str]:
 
 
 def test_every_piece_runs(ran):
-    assert len(ran) == 5
+    assert len(ran) == 6
     assert all(isinstance(names["model"], PeftModel) for names in ran)
 
 

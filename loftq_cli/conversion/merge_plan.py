@@ -97,7 +97,7 @@ def make_merge_plan(
     placed = place(adapter, names, backbone, vocabulary)
     refuse_incomplete(adapter, names, backbone.matrices, placed)
     embeddings = settle_embeddings(backbone, adapter, placed, vocabulary)
-    texts = merged_companions(output.directory, adapter, embeddings)
+    texts = merged_companions(output, adapter, embeddings)
 
     def settle(name: str) -> Copied | Merged:
         weight = embeddings.weights.get(name)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.companions import companions, is_of_tokenizer
+from loftq_cli.checkpoint.durable import file_sha256
+from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.source import read_json
 from loftq_cli.conversion.merge_embeddings import SAVE_BOTH, Embeddings
 from loftq_cli.errors import InputError
@@ -21,18 +23,22 @@ _TOKENIZERS = (
 
 
 def merged_companions(
-    directory: Path, adapter: TrainedAdapter, embeddings: Embeddings
+    output: Output, adapter: TrainedAdapter, embeddings: Embeddings
 ) -> dict[str, Path]:
-    """The files to copy beside the merged weights, by relative name: those of the backbone in
-    ``directory``, and the tokenizer beside the adapter in the place of its own.
+    """The files to copy beside the merged weights, by relative name: those of the backbone of
+    ``output``, and the tokenizer beside the adapter in the place of its own.
 
     Raises InputError if that tokenizer has more tokens than the merged embedding has rows.
     """
-    ours = {name: directory / name for name in companions(directory)}
-    home = adapter.file.parent
+    ours = {name: output.directory / name for name in companions(output.directory)}
+    home = adapter.directory
     beside = {name: home / name for name in companions(home) if is_of_tokenizer(name)}
-    if home.samefile(directory) or not any(name in beside for name in _TOKENIZERS):
+    if home.samefile(output.directory):
+        beside = {name: path for name, path in beside.items() if not _is_listed(output, name)}
+    if not any(name in beside for name in _TOKENIZERS):
         return ours
+    if home.samefile(output.directory):  # training wrote over it
+        ours = {name: path for name, path in ours.items() if name not in beside}
     before, after = _vocabulary(ours), _vocabulary(beside)
     if after is not None and embeddings.rows is not None:
         _check(adapter, _size(before or {}), _size(after), embeddings.rows)
@@ -45,10 +51,16 @@ def _speaks_of_tokens(name: str) -> bool:
     return is_of_tokenizer(name) and "processor" not in name and "template" not in name
 
 
+def _is_listed(output: Output, name: str) -> bool:
+    """Whether a file of ``output`` is the one that its manifest lists."""
+    entries = {entry["name"]: entry["sha256"] for entry in output.manifest["outputs"]}
+    return name in entries and file_sha256(output.directory / name) == entries[name]
+
+
 def _check(adapter: TrainedAdapter, before: int, after: int, rows: int) -> None:
     if after > rows and after > before:
         raise InputError(
-            f"{adapter.file.parent}: the tokenizer has {after} tokens, the merged embedding has "
+            f"{adapter.directory}: the tokenizer has {after} tokens, the merged embedding has "
             f"{rows} rows, and the adapter holds no larger one",
             hint=f"if the embeddings were resized for training, {SAVE_BOTH}; if they were not, "
             "move the tokenizer's files elsewhere",

@@ -221,20 +221,21 @@ def with_tokenizer(tmp_path: Path) -> tuple[Path, Any]:
     return tmp_path / "out", tokenizer_with(tmp_path / "work", *fill, "new", "newer", "newest")
 
 
+@pytest.mark.parametrize("place", ["trained", "out"])
 def test_a_resize_that_the_adapter_does_not_hold_is_noticed_by_the_tokenizer(
-    with_tokenizer: tuple[Path, Any], tmp_path: Path
+    place: str, with_tokenizer: tuple[Path, Any], tmp_path: Path
 ) -> None:
     output, tokenizer = with_tokenizer
     base = CAUSAL.from_pretrained(output)
     base.resize_token_embeddings(len(tokenizer))
     trained = begun(base, target_modules=["q_proj"])
-    trained.save_pretrained(tmp_path / "trained", save_embedding_layers=False)
-    tokenizer.save_pretrained(tmp_path / "trained")
-    options = {"adapter": tmp_path / "trained", "observer": Observer()}
+    trained.save_pretrained(tmp_path / place, save_embedding_layers=False)
+    tokenizer.save_pretrained(tmp_path / place)
+    options = {"adapter": tmp_path / place, "observer": Observer()}
     with pytest.raises(InputError, match=r"99 tokens, .* 96 rows") as caught:
         merge(output, tmp_path / "merged", **options)
     assert "save_embedding_layers=True" in caught.value.hint
-    trained.save_pretrained(tmp_path / "trained", save_embedding_layers=True)
+    trained.save_pretrained(tmp_path / place, save_embedding_layers=True)
     merge(output, tmp_path / "merged", **options)
 
 
