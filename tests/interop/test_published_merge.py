@@ -20,7 +20,11 @@ from tests.conversion.contents import stored
 from tests.interop.architectures import QUICK, model_class, outputs
 from tests.interop.published import CASES, save
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
+    # Adapters of one's own leave quantized layers without theirs.
+    pytest.mark.filterwarnings("ignore::loftq_cli.integrations.hook.DetachedAdapter"),
+]
 
 PACKED = ("Qwen2-VL", "Llava", "ViT with a head")
 SETTINGS = {**QUICK, "rank": 4, "layout": "dense"}
