@@ -82,15 +82,12 @@ def test_without_transformers_load_finds_the_names_and_the_plain_way_says_that_i
     layout, tmp_path, without_transformers, monkeypatch
 ) -> None:
     source = make(*FAMILIES["ViT"][:3], tmp_path / "source")
-    remarks = []
-    observer = Observer()
-    monkeypatch.setattr(observer, "note", remarks.append)
     settings = {"bits": 2, "rank": 4, "iters": 1, "layout": layout, "threads": 1}
     without_transformers()
-    prepare(str(source), tmp_path / "out", Options(**settings), observer=observer)
+    plan, _ = prepare(str(source), tmp_path / "out", Options(**settings), observer=Observer())
     loftq_cli.convert(source, output=tmp_path / "out", **settings)
     monkeypatch.undo()
-    assert any("names alone, for transformers is not installed" in line for line in remarks)
+    assert any("names alone, for transformers is not installed" in line for line in plan.remarks)
     model = loftq_cli.load(tmp_path / "out")
     assert all(
         parameter.any() for name, parameter in model.named_parameters() if ".lora_B." in name
