@@ -8,7 +8,7 @@ of scales whose weight is not there.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,12 @@ _SIGNS = (
     _Sign(re.compile(r"(.+\.weight)\._scale"), r"\1._data", "quanto"),
     _Sign(re.compile(r"(.+)\._weight_scale"), r"\1._weight_qdata", "torchao", packed=False),
     _Sign(re.compile(r"(.+)\.codebooks"), r"\1.codes", "AQLM"),
+    _Sign(re.compile(r"(.+\.Qidxs(?:_\d+)?)"), r"\1", "QuIP"),
+    _Sign(re.compile(r"(.+\.q_weight)"), r"\1", "EXL2"),
+    _Sign(re.compile(r"(.+\.trellis)"), r"\1", "EXL3"),
 )
+# Whatever it is, if nothing else gives it away: no layer takes integers for its weight.
+_ANY = _Sign(re.compile(r"(.+\.\d+\..+\.weight)"), r"\1", "codes in the place of a weight")
 
 
 def refuse_quantized(source: Source) -> None:
@@ -69,15 +74,23 @@ def refuse_quantized(source: Source) -> None:
             f"{named}",
             hint=_HINT,
         )
+    for shard in source.shards:
+        for tensor in shard.header.tensors:
+            if tensor.dtype.startswith(_NARROW):
+                raise UnsupportedInputError(
+                    f"{shard.path}: tensor {shown(tensor.name)} is {tensor.dtype}: the checkpoint "
+                    "is quantized already",
+                    hint=_HINT,
+                )
+    for signs in (_SIGNS, (_ANY,)):
+        _refuse_signs(source, signs)
+
+
+def _refuse_signs(source: Source, signs: Sequence[_Sign]) -> None:
     specs = {tensor.name: tensor for tensor in source.tensors}
     for shard in source.shards:
         for tensor in shard.header.tensors:
-            where = f"{shard.path}: tensor {shown(tensor.name)}"
-            if tensor.dtype.startswith(_NARROW):
-                raise UnsupportedInputError(
-                    f"{where} is {tensor.dtype}: the checkpoint is quantized already", hint=_HINT
-                )
-            for sign in _SIGNS:
+            for sign in signs:
                 match = sign.pattern.fullmatch(tensor.name)
                 weight = match and specs.get(match.expand(sign.weight))
                 if not weight:
@@ -86,8 +99,8 @@ def refuse_quantized(source: Source) -> None:
                 if packed or (not sign.packed and len(weight.shape) > 1):
                     beside = f" beside {shown(weight.name)}" if weight != tensor else ""
                     raise UnsupportedInputError(
-                        f"{where}{beside}: the checkpoint is quantized already ({sign.method}), "
-                        "though config.json does not say so",
+                        f"{shard.path}: tensor {shown(tensor.name)}{beside}: the checkpoint is "
+                        f"quantized already ({sign.method}), though config.json does not say so",
                         hint=_HINT,
                     )
 

@@ -61,8 +61,11 @@ _EXPERT_COUNTS = (
     *("num_routed_experts", "n_experts", "num_moe_experts", "moe_num_primary_router_experts"),
 )
 
-_MAMBA_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-_MAMBA_OUT = re.compile(r"(?:^|\.)out_proj\.weight$")
+_MAMBA_MODELS = (  # the first five PEFT refuses by name
+    *("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"),
+    *("bamba", "granitemoehybrid", "zamba2"),
+)
+_MAMBA_OUT = re.compile(r"(?:^|\.)(?:mamba\w*|mixer)\.out_proj\.weight$")
 
 _NUMBERED = re.compile(r"((?:.*?\.)??(?:layers?|blocks?|h))\.(\d+)\.")
 _LAYER_COUNT = re.compile(r"layer|depth|block")
@@ -91,7 +94,7 @@ def left_alone(tensors: Sequence[StoredTensor], config: Mapping[str, Any]) -> di
         elif is_router(tensor, experts):
             found[tensor.name] = "router"
         elif _MAMBA_OUT.search(tensor.name) and config.get("model_type") in _MAMBA_MODELS:
-            found[tensor.name] = "PEFT refuses it: kernels of Mamba take the weight itself"
+            found[tensor.name] = "kernels of Mamba take the weight itself, and PEFT refuses it"
         elif mistaken(tensor.name, config):
             found[tensor.name] = MISTAKEN
         elif tensor.name in beyond:

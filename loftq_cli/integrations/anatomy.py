@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,19 +22,28 @@ _USES: dict[Use, str] = {
     "dtype": "the model's code casts to the dtype of this weight",
 }
 
+_GATED = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
+_BERT = r"attention\.self\.(?:query|key|value)|(?:attention\.output|intermediate|output)\.dense"
 # Classes in which tensors have the names that they have on disk, and in whose blocks every matrix
-# is a linear layer that code calls: (model_type, class, path of the blocks). Nothing has to be
-# looked up for these; importing transformers takes longer than converting a small model.
+# is a linear layer that code calls: (model_type, class, path of the blocks, modules in a block).
+# Nothing has to be looked up for these; importing transformers takes longer than converting a small
+# model.
 PLAIN = (
-    ("bert", "BertModel", "encoder.layer"),
-    ("gemma", "GemmaForCausalLM", "model.layers"),
-    ("gemma2", "Gemma2ForCausalLM", "model.layers"),
-    ("llama", "LlamaForCausalLM", "model.layers"),
-    ("mistral", "MistralForCausalLM", "model.layers"),
-    ("phi3", "Phi3ForCausalLM", "model.layers"),
-    ("qwen2", "Qwen2ForCausalLM", "model.layers"),
-    ("qwen3", "Qwen3ForCausalLM", "model.layers"),
+    ("bert", "BertModel", "encoder.layer", _BERT),
+    ("gemma", "GemmaForCausalLM", "model.layers", _GATED),
+    ("gemma2", "Gemma2ForCausalLM", "model.layers", _GATED),
+    ("llama", "LlamaForCausalLM", "model.layers", _GATED),
+    ("mistral", "MistralForCausalLM", "model.layers", _GATED),
+    (
+        "phi3",
+        "Phi3ForCausalLM",
+        "model.layers",
+        r"self_attn\.(?:qkv|o)_proj|mlp\.(?:gate_up|down)_proj",
+    ),
+    ("qwen2", "Qwen2ForCausalLM", "model.layers", _GATED),
+    ("qwen3", "Qwen3ForCausalLM", "model.layers", _GATED),
 )
+_RENAMED = re.compile(r"\.(?:gamma|beta)$")  # of norms, in old files
 
 
 @dataclass(frozen=True)
@@ -126,9 +136,18 @@ def _shared(model: nn.Module) -> dict[str, str]:
 
 
 def _is_plain(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> bool:
+    """Whether the checkpoint is one of a PLAIN class and holds nothing else."""
     known = (config.get("model_type"), *(config.get("architectures") or [])[:1])
-    stacks = [path for kind, name, path in PLAIN if (kind, name) == known]
-    return bool(stacks) and all(name.startswith(f"{stacks[0]}.") for name in _numbered(tensors))
+    count = config.get("num_hidden_layers")
+    for kind, name, stack, modules in PLAIN:
+        if (kind, name) == known and type(count) is int:
+            matrix = re.compile(rf"{re.escape(stack)}\.(\d+)\.(?:{modules})\.weight")
+            matrices = [n for n in _numbered(tensors) if len(tensors[n]) > 1]
+            found = [matrix.fullmatch(n) for n in matrices]
+            return not any(map(_RENAMED.search, tensors)) and all(
+                match is not None and int(match[1]) < count for match in found
+            )
+    return False
 
 
 def _numbered(names: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from loftq_cli.errors import UsageError
-from loftq_cli.integrations.hook import DetachedAdapter
+from loftq_cli.integrations.hook import DetachedAdapter, UnsavedEmbeddings
 from loftq_cli.integrations.packed_weight import PackedWeight
 
 _MERGE = "`loftq merge DIR -o merged --adapter TRAINED`"
@@ -65,6 +65,24 @@ def refuse_to_resize(model: Any) -> None:
             continue  # a model without such
         if isinstance(embedding, PackedWeight):
             model.resize_token_embeddings = _refuse_resizing
+
+
+def tell_of_resizing(model: Any) -> None:
+    """Have ``resize_token_embeddings`` of ``model`` warn where PEFT does not notice that it was
+    called: it compares the vocabulary that a config has at its top."""
+    if not hasattr(model.config, "vocab_size") and "resize_token_embeddings" not in model.__dict__:
+        # No method: see _on_registration.
+        model.resize_token_embeddings = functools.partial(_resize_aloud, model)
+
+
+def _resize_aloud(model: Any, *args: Any, **kwargs: Any) -> Any:
+    warnings.warn(
+        f"PEFT does not notice that embeddings of {type(model).__name__} were resized: save the "
+        "adapter with save_pretrained(DIR, save_embedding_layers=True)",
+        UnsavedEmbeddings,
+        stacklevel=2,
+    )
+    return type(model).resize_token_embeddings(model, *args, **kwargs)
 
 
 def _refuse_resizing(*args: Any, **kwargs: Any) -> NoReturn:

@@ -25,6 +25,10 @@ class DetachedAdapter(UserWarning):
     """A backbone computes, or will, without the adapter that makes up for its quantization."""
 
 
+class UnsavedEmbeddings(UserWarning):
+    """Embeddings were resized, and PEFT will not save them by itself."""
+
+
 def install() -> None:
     """Act on what is loaded, wait for what is not. Idempotent."""
     for name, act in _WATCHED.items():

@@ -22,7 +22,7 @@ from loftq_cli.errors import (
     SourceNotFoundError,
     UnsupportedInputError,
 )
-from loftq_cli.integrations import hook
+from loftq_cli.integrations import guard, hook
 from loftq_cli.integrations.attach_trained import attach_trained
 from loftq_cli.integrations.classes import model_class, takes_text
 from loftq_cli.integrations.intact import check_files
@@ -77,6 +77,7 @@ def load(
             )
     except ImportError as error:
         raise missing_extra(error, "gptq" if layout == "gptq" else "train", "loading") from error
+    guard.tell_of_resizing(backbone)
     if adapter is None:
         names = _names(backbone, output)
         _refuse_tied(backbone, names, directory)

@@ -117,6 +117,7 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
         _refuse_shared(model)
         guard.watch(model)
         guard.refuse_to_resize(model)
+        guard.tell_of_resizing(model)
         warn_of_attached(str(model.config._name_or_path))  # type: ignore[union-attr]
         if self._adapter_names:
             # PeftModel.from_pretrained renames an adapter's tensors by this attribute.

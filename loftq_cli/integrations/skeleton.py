@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +44,7 @@ def _built(text: str) -> nn.Module | str:
             found = model_class(config, transformers)
             if found is None:
                 return f"transformers has no class for {_named(config)}"
-            stated = {k: v for k, v in config.items() if k != "quantization_config"}
-            settings = found.config_class.from_dict(copy.deepcopy(stated))
+            settings = _settings(found.config_class, config)
             with torch.device("meta"), initialization.no_init_weights():
                 model: nn.Module = found(settings)
             model.tie_weights()  # type: ignore[operator]
@@ -52,6 +52,15 @@ def _built(text: str) -> nn.Module | str:
             line = (str(error).strip().splitlines() or [""])[0]
             return f"transformers cannot build it: {type(error).__name__}: {line[:200]}"
     return model.eval()
+
+
+def _settings(config_class: Any, config: Mapping[str, Any]) -> Any:
+    """The configuration, read from a file as transformers reads one: files spell some values, such
+    as infinity, in a way of their own."""
+    stated = {key: value for key, value in config.items() if key != "quantization_config"}
+    with tempfile.TemporaryDirectory(prefix="loftq-config-") as folder:
+        Path(folder, "config.json").write_text(json.dumps(stated), "utf-8")
+        return config_class.from_pretrained(folder, local_files_only=True)
 
 
 def _named(config: Mapping[str, Any]) -> str:

@@ -127,6 +127,26 @@ SIGNS: dict[str, tuple[dict[str, torch.Tensor], str, str]] = {
         "_scale",
         "scales beside its codes",
     ),
+    "QuIP": (
+        {f"{BLOCK}.Qidxs": zeros(64, 8, dtype=torch.int16), f"{BLOCK}.SU": zeros(64)},
+        ".Qidxs",
+        "QuIP",
+    ),
+    "EXL2": (
+        {f"{BLOCK}.q_weight": zeros(8, 64, dtype=torch.int32), f"{BLOCK}.q_perm": zeros(64)},
+        ".q_weight",
+        "EXL2",
+    ),
+    "EXL3": (
+        {f"{BLOCK}.trellis": zeros(4, 4, 32, dtype=torch.int16), f"{BLOCK}.suh": zeros(64)},
+        ".trellis",
+        "EXL3",
+    ),
+    "integers for a weight": (
+        {f"{BLOCK}.weight": zeros(64, 64, dtype=torch.int8)},
+        f"{BLOCK}.weight",
+        "codes in the place of a weight",
+    ),
     "bitsandbytes in 4 bits": (
         {
             f"{BLOCK}.weight": zeros(2048, 1, dtype=torch.uint8),

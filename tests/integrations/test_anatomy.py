@@ -35,6 +35,17 @@ SMALL = {
     "pad_token_id": 0,
 }
 
+TINY_MAMBA = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_heads": 4,
+    "head_dim": 16,
+    "state_size": 8,
+    "n_groups": 1,
+    "time_step_limit": (0.0, float("inf")),
+}
+
 
 def described(model: transformers.PreTrainedModel) -> tuple[dict, dict]:
     """(config.json, shapes of tensors) of a model."""
@@ -43,12 +54,16 @@ def described(model: transformers.PreTrainedModel) -> tuple[dict, dict]:
     return config, {name: tuple(t.shape) for name, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize(("kind", "name", "stack"), PLAIN)
-def test_nothing_is_to_be_said_of_what_is_not_looked_up(kind, name, stack, monkeypatch) -> None:
+@pytest.mark.parametrize(("kind", "name", "stack", "modules"), PLAIN)
+def test_nothing_is_to_be_said_of_what_is_not_looked_up(
+    kind, name, stack, modules, monkeypatch
+) -> None:
     config = transformers.AutoConfig.for_model(kind, **SMALL)
     with torch.device("meta"):
         given = described(getattr(transformers, name)(config))
-    skipped = anatomy(*given)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "skeleton", lambda config: pytest.fail("looked up"))
+        skipped = anatomy(*given)
     monkeypatch.setattr(module, "PLAIN", ())
     looked_up = anatomy(*given)
     assert looked_up.unknown is None
@@ -63,6 +78,51 @@ def test_other_names_on_disk_than_those_of_a_plain_class_are_looked_up() -> None
     bare = {name.removeprefix("model."): shape for name, shape in shapes.items()}
     found = anatomy(stated, bare)
     assert found.names["layers.1.mlp.up_proj.weight"] == "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "config", "extra", "reason"),
+    [
+        ("llama", "LlamaForCausalLM", {"num_hidden_layers": 1}, "", "does not load it"),
+        ("llama", "LlamaForCausalLM", {}, "model.layers.0.mlp.extra.weight", "does not load it"),
+        ("bert", "BertModel", {}, "encoder.layer.0.output.adapters.0.weight", "does not load it"),
+    ],
+)
+def test_what_a_plain_class_does_not_have_is_looked_up(kind, name, config, extra, reason) -> None:
+    with torch.device("meta"):
+        model = getattr(transformers, name)(transformers.AutoConfig.for_model(kind, **SMALL))
+    stated, shapes = described(model)
+    found = anatomy({**stated, **config}, {**shapes, **({extra: (32, 32)} if extra else {})})
+    concerned = extra or "model.layers.1.mlp.up_proj.weight"
+    assert found.reasons[concerned] == f"{name} {reason}"
+    assert "model.layers.0.mlp.up_proj.weight" not in found.reasons
+
+
+def test_norms_under_their_old_names_are_looked_up() -> None:
+    with torch.device("meta"):
+        stated, shapes = described(
+            transformers.BertModel(transformers.AutoConfig.for_model("bert", **SMALL))
+        )
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): shape
+        for name, shape in shapes.items()
+    }
+    names = anatomy(stated, old).names
+    assert names["embeddings.LayerNorm.gamma"] == "embeddings.LayerNorm.weight"
+
+
+def test_a_config_is_read_as_transformers_writes_it(tmp_path) -> None:
+    """It spells infinity in a way of its own."""
+    config = transformers.AutoConfig.for_model("mamba2", **TINY_MAMBA)
+    config.architectures = ["Mamba2ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert "__float__" in text
+    with torch.device("meta"):
+        shapes = described(transformers.Mamba2ForCausalLM(config))[1]
+    assert anatomy(json.loads(text), shapes).unknown is None
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from torch import nn
 
 import loftq_cli
 from loftq_cli.errors import UsageError
-from loftq_cli.integrations.hook import DetachedAdapter
+from loftq_cli.integrations.hook import DetachedAdapter, UnsavedEmbeddings
 from loftq_cli.integrations.modules import PackedLinear
+from tests.interop.architectures import FAMILIES, make
 
 # peft asks transformers under a name that transformers is giving up.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
@@ -179,3 +180,14 @@ def test_whoever_attaches_the_adapter_hears_nothing(converted, load) -> None:
     model(TOKENS)
     with model.disable_adapter():  # asked for
         model(TOKENS)
+
+
+@pytest.mark.parametrize("layout", ["loftq", "dense"])
+def test_a_resize_that_peft_does_not_notice_is_said(layout, tmp_path) -> None:
+    source = make(*FAMILIES["Llava"][:3], tmp_path / "source")
+    settings = {"bits": 2, "rank": 4, "iters": 1, "threads": 1, "layout": layout}
+    loftq_cli.convert(source, output=tmp_path / "out", **settings)
+    model = copy.deepcopy(loftq_cli.load(tmp_path / "out"))
+    with pytest.warns(UnsavedEmbeddings, match="save_embedding_layers=True"):
+        model.get_base_model().resize_token_embeddings(100)
+    assert model.get_input_embeddings().num_embeddings == 100

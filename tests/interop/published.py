@@ -193,7 +193,7 @@ CASES: dict[str, Published] = {
         },
         2,
         reasons={
-            "mixer.out_proj.weight": "PEFT refuses it: kernels of Mamba take the weight itself"
+            "mixer.out_proj.weight": "kernels of Mamba take the weight itself, and PEFT refuses it"
         },
     ),
     "Falcon-H1": Published(
@@ -209,7 +209,7 @@ CASES: dict[str, Published] = {
         },
         16,
         reasons={
-            "mamba.out_proj.weight": "PEFT refuses it: kernels of Mamba take the weight itself"
+            "mamba.out_proj.weight": "kernels of Mamba take the weight itself, and PEFT refuses it"
         },
     ),
     "Zamba, which shares blocks": Published(
