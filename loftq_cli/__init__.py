@@ -189,21 +189,21 @@ def load(
 
     ``directory`` may be a hub id, as text, at ``revision``; ``offline`` (or ``local_files_only``)
     uses only what is in the hub cache. ``auto_class`` is a transformers class; None takes the one
-    config.json names. ``adapter`` is the directory of a trained adapter; None takes the one that
-    the conversion made.
+    config.json names. ``adapter`` is the directory, or hub id, of a trained adapter; None takes the
+    one that the conversion made.
     """
-    from loftq_cli.checkpoint.locate import locate_output
+    from loftq_cli.checkpoint.locate import locate_adapter, locate_output
     from loftq_cli.conversion.observer import Observer
     from loftq_cli.integrations.loading import load as run
 
+    offline = offline or bool(from_pretrained.get("local_files_only"))
     place = locate_output(
-        directory,
-        revision=revision,
-        offline=offline or bool(from_pretrained.get("local_files_only")),
-        everything=True,
-        listener=Observer(),
+        directory, revision=revision, offline=offline, everything=True, listener=Observer()
     )
-    model = run(place.directory, auto_class, trainable, adapter=adapter, **from_pretrained)
+    trained = None
+    if adapter is not None:
+        trained = locate_adapter(adapter, offline=offline, listener=Observer())
+    model = run(place.directory, auto_class, trainable, adapter=trained, **from_pretrained)
     if place.repository is not None:
         # PEFT saves it with a trained adapter, and a path in this cache says nothing to others.
         config = model.active_peft_config

@@ -226,6 +226,9 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(is_text(name) for name in names)):
         raise CorruptFileError(f"{path}: architectures {shown(names)} is not a list of names")
+    kind = config.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise CorruptFileError(f"{path}: model_type {shown(kind)} is not a name")
 
 
 def _can_be_written(value: object, levels: int) -> bool:

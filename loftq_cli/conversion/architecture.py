@@ -186,9 +186,10 @@ def shared_with(name: str, config: Mapping[str, Any], names: Collection[str]) ->
     return None
 
 
-def _model_types(config: Mapping[str, Any]) -> Iterator[object]:
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
     """``model_type`` of the model and of the models that it is made of."""
-    yield config.get("model_type")
+    if isinstance(config.get("model_type"), str):
+        yield config["model_type"]
     for part in config.values():
         if isinstance(part, Mapping):
             yield from _model_types(part)

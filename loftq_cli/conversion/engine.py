@@ -290,14 +290,15 @@ class Conversion:
 
     def _adapter_config(self) -> dict[str, Any]:
         plan = self.plan
+        names = plan.source.config.content.get("architectures") or [plan.anatomy.architecture]
+        architecture = names[0] if names[0] and str(names[0]).isidentifier() else None
+        task = adapter.task_type([architecture or ""], takes_text=plan.anatomy.takes_text)
         return adapter.config(
             {item.matrix.adapted: item.rank for item in plan.matrices.values()},
             plan.recipe.rank,
             plan.recipe.lora_alpha,
-            adapter.task_type(
-                plan.source.config.content.get("architectures") or [],
-                takes_text=plan.anatomy.takes_text,
-            ),
+            task,
+            architecture=architecture,
             # Layout loftq and bnb load transposed matrices as ordinary linear layers.
             transposed=plan.layout.name == "dense"
             and any(item.matrix.kind == "conv1d" for item in plan.matrices.values()),

@@ -10,7 +10,7 @@ from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.durable import explained, file_sha256
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.conversion.merge_plan import MergePlan
-from loftq_cli.reporting.inspect import auto_class
+from loftq_cli.reporting.inspect import auto_class, brings_code
 from loftq_cli.version import VERSION
 
 FORMAT_VERSION = 1
@@ -130,5 +130,9 @@ def snippet(plan: MergePlan, output: Path, final: Path) -> str:
     """Python that loads the result."""
     task = plan.adapter.config.get("task_type")
     name = _CLASSIFIERS.get(str(task)) if plan.added else None
-    name = name or auto_class(Output(final, plan.output.manifest))
-    return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({str(output)!r})"
+    merged = Output(final, plan.output.manifest)
+    name = name or auto_class(merged)
+    runs = ", trust_remote_code=True" if brings_code(merged) else ""
+    return (
+        f"from transformers import {name}\n\nmodel = {name}.from_pretrained({str(output)!r}{runs})"
+    )

@@ -26,7 +26,7 @@ _IN_REPOSITORY = re.compile(r"(?:(?P<repo>.+)--)?(?P<module>[\w.]+)\.\w+")
 def source_remarks(plan: Plan) -> list[str]:
     """The lines about what transformers could not say, float64, what is left behind, and code."""
     found = [
-        plan.anatomy.note,
+        *plan.anatomy.remarks,
         _float64(plan),
         _left_behind(plan.source),
         *_code(plan.source),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,26 +50,24 @@ _RENAMED = re.compile(r"\.(?:gamma|beta)$")  # of norms, in old files
 class Anatomy:
     """``names``: of tensors, on disk to in memory, where they differ. ``reasons``: why a matrix
     cannot be quantized, by name on disk. ``takes_text``: whether the class does, None if nobody
-    knows. ``unknown``: why there is nothing to say, or None."""
+    knows. ``architecture``: the class, if config.json names none. ``remarks``: for whoever
+    converts. ``unknown``: why there is nothing to say, or None."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     takes_text: bool | None = None
+    architecture: str | None = None
+    remarks: tuple[str, ...] = ()
     unknown: str | None = None
-
-    @property
-    def note(self) -> str | None:
-        """A remark for whoever converts, None if all is known."""
-        if self.unknown is None:
-            return None
-        return f"what is converted was decided by names alone, for {self.unknown}"
 
     @property
     def sha256(self) -> str | None:
         """Of all that names alone do not say, None if that is nothing."""
-        if not self.names and not self.reasons and self.takes_text is not False:
+        plain = self.takes_text is not False and self.architecture is None
+        if not self.names and not self.reasons and plain:
             return None
-        text = json.dumps([self.names, self.reasons, self.takes_text], sort_keys=True)
+        held = [self.names, self.reasons, self.takes_text, self.architecture]
+        text = json.dumps(held, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -80,22 +78,70 @@ def anatomy(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> 
         return Anatomy()
     model = skeleton(config)
     if isinstance(model, str):
-        return Anatomy(unknown=model)
+        return _by_names(model)
     naming = Naming(model, model.state_dict().keys())
     if all(naming.place(name) is None for name in _numbered(tensors)):
-        return Anatomy(unknown=f"{type(model).__name__} loads none of the blocks in it")
+        return _by_names(f"{type(model).__name__} loads none of the blocks in it")
     modules = dict(model.named_modules())
     reads, shared = weights_read(model), _shared(model)
-    names, reasons = {}, {}
+    names, reasons, found = {}, {}, set()
     for name, shape in tensors.items():
         place = naming.place(name)
+        found.add(place.name if place else None)
         if place is not None and not place.computed and place.name != name:
             names[name] = place.name
         if len(shape) == 2 and name.endswith(".weight"):
             reason = _reason(place, modules, reads, shared, type(model).__name__)
             if reason is not None:
                 reasons[name] = reason
-    return Anatomy(names, reasons, takes_text(model))
+    stated = bool(config.get("architectures"))
+    return Anatomy(
+        names,
+        reasons,
+        takes_text(model),
+        None if stated else type(model).__name__,
+        tuple(_remarks(model, naming, tensors, found, shared, stated=stated)),
+    )
+
+
+def _by_names(why: str) -> Anatomy:
+    remark = f"what is converted was decided by names alone, for {why}"
+    return Anatomy(remarks=(remark,), unknown=why)
+
+
+def _remarks(
+    model: nn.Module,
+    naming: Naming,
+    tensors: Iterable[str],
+    found: Collection[str | None],
+    shared: Collection[str],
+    *,
+    stated: bool,
+) -> Iterator[str]:
+    """What is odd about a checkpoint: matrices of blocks that it lacks, and a head that the class
+    has no place for if config.json names no class."""
+    lacking = [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if kind_of(module) == "linear" and _numbered([name]) and name not in shared
+    ]
+    lacking = [name for name in lacking if name not in found]
+    computed = any((place := naming.place(name)) and place.computed for name in tensors)
+    if lacking and not computed:
+        yield (
+            f"{type(model).__name__} has {_listed(lacking)}, which the checkpoint lacks: it will "
+            "not load"
+        )
+    homeless = [name for name in tensors if naming.place(name) is None and not _numbered([name])]
+    if homeless and not stated:
+        yield (
+            f"config.json names no architecture: it will load as {type(model).__name__}, which has "
+            f"no place for {_listed(homeless)}"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _reason(
@@ -140,13 +186,15 @@ def _is_plain(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -
     known = (config.get("model_type"), *(config.get("architectures") or [])[:1])
     count = config.get("num_hidden_layers")
     for kind, name, stack, modules in PLAIN:
-        if (kind, name) == known and type(count) is int:
-            matrix = re.compile(rf"{re.escape(stack)}\.(\d+)\.(?:{modules})\.weight")
+        if (kind, name) == known:
+            matrix = re.compile(rf"{re.escape(stack)}\.(\d+)\.({modules})\.weight")
             matrices = [n for n in _numbered(tensors) if len(tensors[n]) > 1]
-            found = [matrix.fullmatch(n) for n in matrices]
-            return not any(map(_RENAMED.search, tensors)) and all(
-                match is not None and int(match[1]) < count for match in found
-            )
+            found = [match for n in matrices if (match := matrix.fullmatch(n))]
+            whole = True
+            if isinstance(count, int):
+                each = len({match[2] for match in found})
+                whole = len(found) == count * each and all(int(m[1]) < count for m in found)
+            return whole and len(found) == len(matrices) and not any(map(_RENAMED.search, tensors))
     return False
 
 

@@ -39,22 +39,31 @@ def model_class(config: Mapping[str, Any], transformers: Any, *, remote: bool = 
     auto class that the architecture's name fits (AutoModel if there is none). None if transformers
     knows neither. ``remote``: the code that ``auto_map`` names may be run, so an auto class."""
     names = [str(name) for name in config.get("architectures") or [] if name]
-    if not (remote and config.get("auto_map")):
-        for name in names:
-            found = getattr(transformers, name, None)
-            if hasattr(found, "from_pretrained"):
-                return found
-    candidates = _auto_classes(names[0] if names else "")
-    if remote and isinstance(config.get("auto_map"), dict):
-        candidates = [name for name in candidates if name in config["auto_map"]] or candidates
-        return getattr(transformers, candidates[0])
-    return _by_type(config, transformers, candidates)
+    if remote and (own := own_class(config)):
+        return getattr(transformers, own, None)
+    for name in names:
+        found = getattr(transformers, name, None)
+        if hasattr(found, "from_pretrained"):
+            return found
+    return _by_type(config, transformers, _auto_classes(names[0] if names else ""))
+
+
+def own_class(config: Mapping[str, Any]) -> str | None:
+    """The auto class that runs the model's own code: the one under which ``auto_map`` has the
+    architecture, else the likeliest of those in it; None if the model brings no code for one."""
+    stated = config.get("auto_map")
+    held = stated if isinstance(stated, Mapping) else {}
+    classes = [str(name) for name in held if str(name).startswith("AutoModel")]
+    architecture = str((config.get("architectures") or [""])[0])
+    named = [name for name in classes if str(held[name]).endswith(f".{architecture}")]
+    likely = [name for name in _auto_classes(architecture) if name in classes]
+    return next(iter([*named, *likely, *classes]), None)
 
 
 def _by_type(config: Mapping[str, Any], transformers: Any, candidates: list[str]) -> Any:
     try:
         config_class = transformers.CONFIG_MAPPING[config.get("model_type")]
-    except KeyError:
+    except (KeyError, TypeError):
         return None
     for name in candidates:
         mapping = getattr(transformers, name)._model_mapping

@@ -81,10 +81,10 @@ def load(
     if adapter is None:
         names = _names(backbone, output)
         _refuse_tied(backbone, names, directory)
-        new = _new_modules(backbone, report, names, directory)
+        new = _new_modules(backbone, report, names, output)
         model = _attach(peft, backbone, names, directory, trainable)
     else:
-        new = _new_modules(backbone, report, {}, directory)
+        new = _new_modules(backbone, report, {}, output)
         model = attach_trained(peft, backbone, output, Path(adapter), trainable)
         new = [module for module in new if not _is_saved(model, module)]
     if new and trainable:
@@ -196,13 +196,16 @@ def _renamed(patterns: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
 
 
 def _new_modules(
-    backbone: Any, report: Mapping[str, Any], names: Mapping[str, str], directory: Path
+    backbone: Any, report: Mapping[str, Any], names: Mapping[str, str], output: Output
 ) -> list[str]:
     """The modules that the checkpoint did not hold, which transformers drew at random.
 
-    Raises InputError for a module that it did hold, in part or quantized.
+    Raises InputError for a module that it did hold, in part or quantized, and for one of a block.
     """
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    directory = output.directory
+    quantized = places(backbone, (matrix_of(record).module for record in output.records))
+    stacks = {stack for name in quantized.values() if (stack := _stack_of(name))}
     new = sorted({name.rpartition(".")[0] for name in missing})
     for module in new:
         own = {f"{module}.{key}" for key, _ in backbone.get_submodule(module).named_parameters()}
@@ -213,7 +216,19 @@ def _new_modules(
                 hint="load the class that config.json names, without auto_class; "
                 "--layout loftq converts for other classes too",
             )
+        if _stack_of(f"{module}.") in stacks:
+            raise InputError(
+                f"{directory}: {type(backbone).__name__} does not find {', '.join(sorted(own))} in "
+                "it, a part of a block",
+                hint="the checkpoint that was converted is not whole, or the class is another",
+            )
     return new
+
+
+def _stack_of(name: str) -> str | None:
+    """What precedes the first number in a name."""
+    match = re.match(r"(.*?)\.?\d+\.", name)
+    return match and match[1]
 
 
 def _model_class(directory: Path, transformers: Any, *, remote: bool) -> Any:

@@ -23,6 +23,7 @@ Call = Callable[[torch.Tensor], object]
 _LIMITS = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"),
     *("max_encoder_position_embeddings", "max_decoder_position_embeddings"),
+    "max_target_positions",
 )
 _NO_LIMIT = 1_000_000  # tokenizers without a limit have one far above
 _OF_TEXT = re.compile(r"text|llm|language|thinker|^encoder$|^decoder$")

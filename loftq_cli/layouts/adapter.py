@@ -71,19 +71,25 @@ def config(
     lora_alpha: float | None,
     task_type: str | None,
     *,
+    architecture: str | None = None,
     transposed: bool = False,
 ) -> dict[str, Any]:
     """adapter_config.json for modules with the given ranks; ``transposed``: the backbone's weights
-    are stored (in, out).
+    are stored (in, out). ``architecture``: the transformers class of the backbone, by which
+    AutoPeftModel loads it if there is no task.
 
     ``lora_alpha`` None means alpha = rank everywhere, so that the scaling is 1; modules whose rank
     was clamped below ``rank`` are listed in rank_pattern (and alpha_pattern).
     ``base_model_name_or_path`` stays empty: the adapter belongs to the backbone it lies in, not to
     the model it was made from, and PEFT fills in the path the backbone was loaded from.
     """
+    auto_mapping = None
+    if task_type is None and architecture is not None:
+        auto_mapping = {"base_model_class": architecture, "parent_library": "transformers"}
     clamped = {re.escape(name): value for name, value in ranks.items() if value != rank}
     return {
         "alpha_pattern": clamped if lora_alpha is None else {},
+        "auto_mapping": auto_mapping,
         "base_model_name_or_path": None,
         "bias": "none",
         "fan_in_fan_out": transposed,

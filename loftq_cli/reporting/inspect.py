@@ -13,7 +13,7 @@ from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.output import verify as verify_files
 from loftq_cli.checkpoint.source import CONFIG, read_json
 from loftq_cli.errors import InputError
-from loftq_cli.integrations.classes import AUTO_CLASSES
+from loftq_cli.integrations.classes import AUTO_CLASSES, own_class
 from loftq_cli.integrations.trained_beside import trained_beside
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import matrix_of
@@ -60,13 +60,28 @@ def snippet(output: Output, place: str | None = None, revision: str | None = Non
     default the output's directory, or from a ``revision`` of it where it is on the hub."""
     place = place or str(output.directory)
     at = "" if revision is None else f", revision={revision!r}"
+    runs = ", trust_remote_code=True" if brings_code(output) else ""
     registers = any(record["layout"] == "loftq" for record in output.records)
     return (
         ("import loftq_cli\n" if registers else "") + "from peft import PeftModel\n"
         f"from transformers import {auto_class(output)}\n\n"
-        f"model = {auto_class(output)}.from_pretrained({place!r}{at})\n"
+        f"model = {auto_class(output)}.from_pretrained({place!r}{at}{runs})\n"
         f"model = PeftModel.from_pretrained(model, {place!r}{at}, "
         'subfolder="loftq_init", is_trainable=True)'
+    )
+
+
+def brings_code(output: Output) -> bool:
+    """Whether config.json names code of the model's own for its architecture."""
+    try:
+        config = read_json(output.directory / CONFIG).content
+    except InputError:
+        return False
+    names, stated = config.get("architectures"), config.get("auto_map")
+    return (
+        isinstance(names, list)
+        and isinstance(stated, dict)
+        and any(str(value).endswith(f".{names[0]}") for value in stated.values() if names)
     )
 
 
@@ -79,6 +94,8 @@ def auto_class(output: Output) -> str:
         name = names[0] if isinstance(names, list) else None
     except (InputError, LookupError):
         return "AutoModel"
+    if brings_code(output):
+        return own_class(config) or "AutoModel"
     if not isinstance(name, str) or not name.isidentifier():
         return "AutoModel"
     if adapter.task_type([name]) == "SEQ_2_SEQ_LM" and name.endswith("ForConditionalGeneration"):

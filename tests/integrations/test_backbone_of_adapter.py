@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 import transformers
 
 import loftq_cli
+from tests import models
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
 
@@ -58,3 +60,19 @@ def test_peft_notices_resized_embeddings_in_the_plain_way(converted, tmp_path) -
     model = peft.PeftModel.from_pretrained(backbone, directory, subfolder="loftq_init")
     with pytest.warns(UserWarning, match="embedding layer has been resized"):
         model.save_pretrained(tmp_path / "trained")
+
+
+@pytest.mark.parametrize("stated", [True, False], ids=["architecture", "type of model"])
+def test_auto_peft_model_finds_a_class_without_a_task(converted, stated, tmp_path) -> None:
+    directory = Path(shutil.copytree(converted("classifier"), tmp_path / "out"))
+    model = peft.AutoPeftModel.from_pretrained(directory / "loftq_init")
+    assert type(model.get_base_model()) is transformers.BertForSequenceClassification
+    source = models.save(models.bert(), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    if not stated:
+        del config["architectures"]
+    (source / "config.json").write_text(json.dumps(config))
+    loftq_cli.convert(source, output=tmp_path / "bare", layout="loftq", rank=4, threads=1)
+    start = tmp_path / "bare" / "loftq_init"
+    model = peft.AutoPeftModelForFeatureExtraction.from_pretrained(start)
+    assert type(model.get_base_model()) is transformers.BertModel

@@ -13,9 +13,11 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loftq_cli
+from loftq_cli.conversion.observer import Observer
+from loftq_cli.conversion.run import prepare
 from loftq_cli.errors import (
     EnvironmentFailure,
     InputError,
@@ -23,6 +25,8 @@ from loftq_cli.errors import (
     UnsupportedInputError,
     VerificationError,
 )
+from loftq_cli.recipe import Options
+from tests import models
 
 # peft asks transformers under a name that transformers is giving up.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
@@ -175,3 +179,35 @@ def test_a_missing_consumer_is_named(copied, layout, extra) -> None:
 
     with pytest.raises(EnvironmentFailure, match=rf"needs a library.*loftq-cli\[{extra}\]"):
         loftq_cli.load(copied, auto_class=Needy)
+
+
+@pytest.mark.parametrize("layout", ["loftq", "dense"])
+def test_a_block_that_lacks_matrices_is_no_new_module(layout, tmp_path) -> None:
+    source = models.save(models.llama(), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if not name.startswith("model.layers.1.mlp.")}
+    save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
+    settings = {"rank": 4, "iters": 1, "threads": 1, "layout": layout}
+    plan, _ = prepare(str(source), tmp_path / "out", Options(**settings), observer=Observer())
+    (lacking,) = [line for line in plan.remarks if "which the checkpoint lacks" in line]
+    assert "model.layers.1.mlp.gate_proj.weight and 2 more" in lacking
+    loftq_cli.convert(source, output=tmp_path / "out", **settings)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.\w+\.weight.*a part of a block"):
+        loftq_cli.load(tmp_path / "out")
+
+
+def test_a_head_without_an_architecture_is_remarked_on(tmp_path) -> None:
+    source = models.save(models.llama(), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    del config["architectures"]
+    (source / "config.json").write_text(json.dumps(config))
+    plan, _ = prepare(str(source), tmp_path / "out", Options(threads=1), observer=Observer())
+    assert any("LlamaModel, which has no place for lm_head.weight" in r for r in plan.remarks)
+
+
+def test_a_trained_adapter_is_found_in_the_home_directory(converted, tmp_path, monkeypatch) -> None:
+    directory = converted("llama")
+    loftq_cli.load(directory).save_pretrained(tmp_path / "trained")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = loftq_cli.load(directory, adapter="~/trained")
+    assert isinstance(model, peft.PeftModel)
