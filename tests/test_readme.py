@@ -62,3 +62,48 @@ def test_the_output_directory_is_as_shown(converted):
     written = {p.relative_to(converted / "out").as_posix() for p in converted.glob("out/**/*")}
     assert len(shown) == 6
     assert shown <= written
+
+
+def table(text, header):
+    """The cells of the table below ``header``, row by row."""
+    lines = text.split(f"\n{header}\n")[1].split("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_versions_are_those_that_the_tests_install_and_the_package_accepts():
+    pinned = (ROOT / "tests" / "constraints.txt").read_text("utf-8").lower()
+    declared = (ROOT / "pyproject.toml").read_text("utf-8")
+    rows = table(README, "| | tested | accepted from |")
+    assert len(rows) == 9
+    for name, tested, accepted in rows:
+        assert f"\n{name}=={tested}\n" in pinned
+        spec = f"{name}=={accepted.removesuffix(' only')}"
+        wanted = spec if accepted.endswith(" only") else spec.replace("==", ">=")
+        assert f'"{wanted}"' in declared
+
+
+def test_the_python_is_the_one_that_the_package_asks_for():
+    declared = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert f"with Python {declared[1]} or later" in README
+
+
+def test_the_perplexities_are_those_of_the_measurement():
+    text = (ROOT / "docs" / "statistics.md").read_text("utf-8")
+    header = next(line for line in text.splitlines() if line.startswith("| start | perplexity |"))
+    measured = {row[0]: [row[1], row[8]] for row in table(text, header)}
+    shown = table(README, "| start | before training | after 44 steps |")
+    assert len(shown) == 10
+    for start, *figures in shown:
+        assert figures == measured[start], start
+
+
+def test_the_residuals_are_those_of_the_measurement():
+    text = (ROOT / "docs" / "algorithm.md").read_text("utf-8")
+    header = next(line for line in text.splitlines() if line.startswith("| bits | method | paper"))
+    measured = {
+        tuple(row[:2]): [f"{float(row[11]):.2f}", row[5], row[4], row[7], row[10]]
+        for row in table(text, header)
+    }
+    header = next(line for line in README.splitlines() if line.startswith("| bits | method |"))
+    for bits, method, stored, *figures in table(README, header):
+        assert [stored, *(figure.strip("*") for figure in figures)] == measured[bits, method]
