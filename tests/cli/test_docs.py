@@ -78,6 +78,27 @@ def test_the_manual_lists_every_exit_code() -> None:
     assert listed == raised | {0, 130, 143}
 
 
+def test_no_cell_of_the_manual_is_longer_than_200_characters() -> None:
+    rows = [line for line in MANUAL.splitlines() if line.startswith("|")]
+    cells = [cell.strip() for row in rows for cell in row.strip("|").split("|")]
+    assert len(cells) > 100
+    assert [cell for cell in cells if len(cell) > 200] == []
+
+
+def test_the_rows_of_a_table_have_as_many_cells_as_its_header() -> None:
+    for table in re.findall(r"(?:^\|.*\n)+", MANUAL, flags=re.MULTILINE):
+        counts = {len(re.split(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(counts) == 1, table
+
+
+def test_the_manual_says_what_is_below_a_table_that_says_so() -> None:
+    for part in re.split(r"^#+ ", MANUAL, flags=re.MULTILINE):
+        if "see below" in part or "are below" in part:
+            table, _, text = part.rpartition("\n|")
+            assert table
+            assert len(text.split("\n\n", 1)[1]) > 100, part.splitlines()[0]
+
+
 def test_the_examples_of_the_manual_work(
     place: Path, loftq: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
