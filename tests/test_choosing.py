@@ -11,18 +11,12 @@ from click.testing import CliRunner
 
 from loftq_cli.cli import main
 from tests import models
+from tests.pages import LANGUAGE, WORTH, measured, page, table
 
-DOCS = Path(__file__).parent.parent / "docs"
-PAGE = (DOCS / "choosing.md").read_text("utf-8")
+PAGE = page("choosing.md")
 COMMANDS = re.findall(r"`(loftq convert MODEL .*?|loftq convert MODEL)`", PAGE)
 ADAPTED_BYTES = 16  # float32: value, gradient, two moments
 BLOCK = 64
-
-
-def rows(text: str, header: str) -> list[list[str]]:
-    """The cells of the table below ``header``, row by row."""
-    table = text.split(f"\n{header}\n")[1].split("\n\n")[0].splitlines()[1:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 
 
 def sizes(blocks: int, h: int, i: int, kv: int, vocabulary: int) -> dict[str, float]:
@@ -37,14 +31,14 @@ def sizes(blocks: int, h: int, i: int, kv: int, vocabulary: int) -> dict[str, fl
     } | {f"rank {rank}": rank * adapter / 1e9 for rank in (16, 64)}
 
 
-HEADER = next(line for line in PAGE.splitlines() if line.startswith("| model | blocks"))
+HEADER = "| model | blocks"
 SIZES = {
-    name: sizes(*map(int, cells[:5])) for name, *cells in ([*row] for row in rows(PAGE, HEADER))
+    name: sizes(*map(int, cells[:5])) for name, *cells in ([*row] for row in table(PAGE, HEADER))
 }
 
 
 def test_the_sizes_are_computed_as_the_page_says() -> None:
-    for name, *cells in rows(PAGE, HEADER):
+    for name, *cells in table(PAGE, HEADER):
         assert [float(cell) for cell in cells[5:]] == pytest.approx(
             list(SIZES[name].values()), abs=0.051
         )
@@ -55,25 +49,17 @@ def test_the_stored_bits_are_those_of_the_measured_conversions() -> None:
     assert shown is not None
     computed = [2 + 34 / BLOCK, 3 + 35 / BLOCK, 4 + 32 / BLOCK, 8 + 40 / BLOCK]
     assert [float(bits) for bits in shown.groups()] == pytest.approx(computed, abs=0.0005)
-    measured = {
-        (row[0], row[1]): float(row[11])
-        for row in rows((DOCS / "algorithm.md").read_text("utf-8"), worth_header())
-    }
+    stored = {(row[0], row[1]): float(row[11]) for row in table(page("algorithm.md"), WORTH)}
     for (bits, method), expected in zip([("2", "uniform"), ("3", "uniform")], computed):
-        assert measured[bits, method] == pytest.approx(expected, abs=0.001)
-    assert measured["4", "nf"] == pytest.approx(computed[2], abs=0.003)  # with its table of levels
-
-
-def worth_header() -> str:
-    text = (DOCS / "algorithm.md").read_text("utf-8")
-    return next(line for line in text.splitlines() if line.startswith("| bits | method | paper"))
+        assert stored[bits, method] == pytest.approx(expected, abs=0.001)
+    assert stored["4", "nf"] == pytest.approx(computed[2], abs=0.003)  # with its table of levels
 
 
 def test_the_table_by_card_follows_from_the_sizes() -> None:
     header = next(line for line in PAGE.splitlines() if line.startswith("| card |"))
     names = [cell.strip() for cell in header.strip("|").split("|")][1:]
     assert names == list(SIZES)
-    for card, *cells in rows(PAGE, header):
+    for card, *cells in table(PAGE, header):
         room = 0.75 * int(card.removesuffix(" GB"))
         for name, cell in zip(names, cells, strict=True):
             assert cell == " / ".join(widest(SIZES[name], rank, room) for rank in (16, 64)), card
@@ -86,13 +72,11 @@ def widest(size: dict[str, float], rank: int, room: float) -> str:
 
 
 def test_the_perplexities_are_those_of_the_measurement() -> None:
-    text = (DOCS / "statistics.md").read_text("utf-8")
-    header = next(line for line in text.splitlines() if line.startswith("| start | perplexity |"))
-    measured = {row[0]: (row[1], row[8]) for row in rows(text, header)}
-    shown = rows(PAGE, "| start | before training | after 44 steps |")
+    figures = measured("results/language-model.md", LANGUAGE)
+    shown = table(PAGE, "| start | before training |")
     assert len(shown) == 9
     for start, before, after in shown:
-        assert (before, after) == measured[start], start
+        assert [before, after] == [figures[start][0], figures[start][7]], start
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from loftq_cli.cli import main
 from tests.models import minilm
+from tests.pages import LANGUAGE, WORTH, measured, page, table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -64,16 +65,10 @@ def test_the_output_directory_is_as_shown(converted):
     assert shown <= written
 
 
-def table(text, header):
-    """The cells of the table below ``header``, row by row."""
-    lines = text.split(f"\n{header}\n")[1].split("\n\n")[0].splitlines()[1:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
 def test_the_versions_are_those_that_the_tests_install_and_the_package_accepts():
     pinned = (ROOT / "tests" / "constraints.txt").read_text("utf-8").lower()
     declared = (ROOT / "pyproject.toml").read_text("utf-8")
-    rows = table(README, "| | tested | accepted from |")
+    rows = table(README, "| | tested |")
     assert len(rows) == 9
     for name, tested, accepted in rows:
         assert f"\n{name}=={tested}\n" in pinned
@@ -88,22 +83,19 @@ def test_the_python_is_the_one_that_the_package_asks_for():
 
 
 def test_the_perplexities_are_those_of_the_measurement():
-    text = (ROOT / "docs" / "statistics.md").read_text("utf-8")
-    header = next(line for line in text.splitlines() if line.startswith("| start | perplexity |"))
-    measured = {row[0]: [row[1], row[8]] for row in table(text, header)}
-    shown = table(README, "| start | before training | after 44 steps |")
+    figures = measured("results/language-model.md", LANGUAGE)
+    shown = table(README, "| start | before training |")
     assert len(shown) == 10
-    for start, *figures in shown:
-        assert figures == measured[start], start
+    for start, *before_and_after in shown:
+        assert before_and_after == [figures[start][0], figures[start][7]], start
 
 
 def test_the_residuals_are_those_of_the_measurement():
-    text = (ROOT / "docs" / "algorithm.md").read_text("utf-8")
-    header = next(line for line in text.splitlines() if line.startswith("| bits | method | paper"))
-    measured = {
+    figures = {
         tuple(row[:2]): [f"{float(row[11]):.2f}", row[5], row[4], row[7], row[10]]
-        for row in table(text, header)
+        for row in table(page("algorithm.md"), WORTH)
     }
-    header = next(line for line in README.splitlines() if line.startswith("| bits | method |"))
-    for bits, method, stored, *figures in table(README, header):
-        assert [stored, *(figure.strip("*") for figure in figures)] == measured[bits, method]
+    shown = table(README, "| bits | method |")
+    assert len(shown) == 9
+    for bits, method, *row in shown:
+        assert [cell.strip("*") for cell in row] == figures[bits, method]
