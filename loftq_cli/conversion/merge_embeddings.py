@@ -82,6 +82,8 @@ def settle_embeddings(
     dropped = _others(source, backbone, adapter, placed, vocabulary, weights)
     if rows != was:
         weights |= _rest(backbone, adapter, placed, vocabulary, rows)
+    if untied and head is not None:
+        weights |= _bias_of_its_own(head, backbone, adapter, placed, vocabulary)
     added = [name for name in weights if name not in backbone.shapes]
     return Embeddings(weights, added, dropped, rows, was, untied)
 
@@ -208,7 +210,8 @@ def _others(
     UnsupportedInputError for one that is another by now."""
     dropped = []
     for name, tensor in placed.whole.items():
-        if name in weights or name in backbone.shapes or not is_embedding(name):
+        is_table = is_embedding(name) or vocabulary.has(name)
+        if name in weights or name in backbone.shapes or not is_table:
             continue
         if not vocabulary.tied and not source.endswith("shared.weight"):
             continue  # one of its own
@@ -235,8 +238,11 @@ def _rest(
     for name, shape in backbone.shapes.items():
         if FINAL_BIAS.search(name) and shape[-1:] == vocabulary.shape[:1]:
             weights[name] = Weight(backbone.stored[name], (*shape[:-1], rows))
+    found = [placed.whole[name] for name in vocabulary.biases if name in placed.whole]
     for name in vocabulary.biases:
-        tensor = placed.whole.get(name)
+        tensor = placed.whole.get(name, *found[:1]) if found else None
+        if tensor is not None:  # stored under two names, it is one
+            weights[name] = Weight((adapter.file, tensor), tensor.shape)
         if tensor is None or tensor.shape != (rows,):
             raise InputError(
                 f"{adapter.file}: the embeddings were resized to {rows} tokens, and {name!r} of "
@@ -244,6 +250,24 @@ def _rest(
                 hint=SAVE_BOTH,
             )
     return weights
+
+
+def _bias_of_its_own(
+    head: str,
+    backbone: Backbone,
+    adapter: TrainedAdapter,
+    placed: Placed,
+    vocabulary: Vocabulary,
+) -> dict[str, Weight]:
+    """The bias of ``head`` under the name beside it: transformers ties that to another name only
+    where it ties the embeddings."""
+    own = f"{head.removesuffix('weight')}bias"
+    if own in backbone.shapes or not vocabulary.biases or not vocabulary.is_bias(own):
+        return {}
+    tensor = placed.whole.get(vocabulary.biases[0])
+    if tensor is None:
+        return {own: backbone.weight(vocabulary.biases[0])}
+    return {own: Weight((adapter.file, tensor), tensor.shape)}
 
 
 def _refuse_other_backbone(

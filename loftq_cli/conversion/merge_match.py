@@ -10,7 +10,7 @@ from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.conversion.merge_backbone import Backbone
 from loftq_cli.conversion.merge_names import Names
-from loftq_cli.conversion.merge_vocabulary import Vocabulary
+from loftq_cli.conversion.merge_vocabulary import Vocabulary, same_bytes
 from loftq_cli.errors import InputError
 from loftq_cli.layouts.adapter import PREFIX
 from loftq_cli.layouts.base import turned_shape
@@ -101,13 +101,15 @@ def _whole(
         name = names.find(trained, backbone.shapes)
         if name not in backbone.shapes and vocabulary.is_bias(name) and len(vocabulary.biases) == 1:
             name = vocabulary.biases[0]  # tied: the same under another name
-        if name in placed:
+        if name in placed and not _is_same_bias(adapter, name, (tensor, placed[name]), vocabulary):
             raise InputError(f"{adapter.file}: tensor {tensor.name!r}: {name!r} is there twice")
         placed[name] = tensor
         own = backbone.shapes.get(name)
         if vocabulary.may_have(name, tensor.shape, own):
             continue
-        if own is None and not adapter.saves(trained):
+        # A second output embedding would leave the one that the model uses as it was.
+        second = bool(vocabulary.outputs) and vocabulary.is_output(name)
+        if own is None and (second or not adapter.saves(trained)):
             homeless.append(tensor.name)
         elif own is not None and own != tensor.shape:
             raise InputError(
@@ -117,6 +119,18 @@ def _whole(
             )
     _refuse_homeless(adapter, homeless)
     return placed
+
+
+def _is_same_bias(
+    adapter: TrainedAdapter,
+    name: str,
+    both: tuple[StoredTensor, StoredTensor],
+    vocabulary: Vocabulary,
+) -> bool:
+    """Whether two tensors of ``adapter`` are the bias ``name`` of the output embedding, which some
+    models have under two names."""
+    first, second = ((adapter.file, tensor) for tensor in both)
+    return vocabulary.is_bias(name) and same_bytes(first, second)
 
 
 def _refuse_homeless(adapter: TrainedAdapter, names: Sequence[str]) -> None:

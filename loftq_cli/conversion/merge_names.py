@@ -69,9 +69,9 @@ def match_names(
     they are, or as they are ``in_memory``; either with one prefix taken off or put on, as between a
     bare model and one with a task's head. Raises InputError if two ways do equally well and
     disagree."""
-    candidates = _votes(adapter, tensors, Names())
-    if in_memory:
-        candidates += _votes(adapter, tensors, Names(in_memory=in_memory))
+    # What is in memory comes first: of equal ways, it knows the names outside of the pairs.
+    candidates = _votes(adapter, tensors, Names(in_memory=in_memory)) if in_memory else []
+    candidates += _votes(adapter, tensors, Names())
     most = max(count for _, count in candidates)
     equals = [names for names, count in candidates if count == most]
     # Names that need no prefix are right whatever a prefix would make of them.
@@ -86,8 +86,10 @@ def match_names(
 
 
 def places_all(adapter: TrainedAdapter, tensors: Collection[str], names: Names) -> bool:
-    """Whether every pair has a place among ``tensors``."""
-    return all(name in tensors for name in _places(adapter, names))
+    """Whether every part of ``adapter`` has a place among ``tensors``, which it need not have."""
+    trained = [f"{module}.weight" for module in (*adapter.pairs, *adapter.tokens)]
+    trained += [*adapter.whole, *adapter.frozen]
+    return all(names.find(name, tensors) in tensors for name in trained)
 
 
 def _places(adapter: TrainedAdapter, names: Names) -> list[str]:

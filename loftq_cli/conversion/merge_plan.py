@@ -17,8 +17,9 @@ from loftq_cli.conversion.merge_embeddings import Embeddings, settle_embeddings
 from loftq_cli.conversion.merge_match import place, refuse_incomplete
 from loftq_cli.conversion.merge_names import Names, match_names, places_all, recorded
 from loftq_cli.conversion.merge_tokenizer import merged_companions
-from loftq_cli.conversion.merge_vocabulary import vocabulary_of
+from loftq_cli.conversion.merge_vocabulary import Vocabulary, vocabulary_of
 from loftq_cli.integrations.anatomy import anatomy
+from loftq_cli.integrations.token_tables import token_tables
 from loftq_cli.integrations.trained_beside import refuse_other_conversion
 from loftq_cli.layouts.trained import TrainedAdapter
 
@@ -92,8 +93,7 @@ def make_merge_plan(
     """
     refuse_other_conversion(output, adapter.file, adapter.config)
     backbone = open_backbone(output, source)
-    vocabulary = vocabulary_of(backbone)
-    names = _names(backbone, adapter)
+    names, vocabulary = _names(backbone, adapter)
     placed = place(adapter, names, backbone, vocabulary)
     refuse_incomplete(adapter, names, backbone.matrices, placed)
     embeddings = settle_embeddings(backbone, adapter, placed, vocabulary)
@@ -134,15 +134,22 @@ def make_merge_plan(
     )
 
 
-def _names(backbone: Backbone, adapter: TrainedAdapter) -> Names:
-    """How the adapter names what the backbone's files hold. transformers is asked where the
-    manifest does not say, and the names do not fit as they are."""
-    known = recorded(backbone.output)
+def _names(backbone: Backbone, adapter: TrainedAdapter) -> tuple[Names, Vocabulary]:
+    """How the adapter names what the backbone's files hold, and what of that has an entry per
+    token. transformers is asked where the manifest does not say all, and about embeddings if the
+    adapter holds more than pairs."""
+    known: Mapping[str, str] = recorded(backbone.output)
     names = match_names(adapter, backbone.shapes, known)
-    if known or places_all(adapter, backbone.shapes, names):
-        return names
+    places = places_all(adapter, {**backbone.stored, **backbone.shapes}, names)
+    if places and not (adapter.whole or adapter.frozen or adapter.tokens):
+        return names, vocabulary_of(backbone, None)
     config = {k: v for k, v in backbone.config.items() if k != "quantization_config"}
-    return match_names(adapter, backbone.shapes, anatomy(config, backbone.shapes).names)
+    if not places:
+        known = {**anatomy(config, backbone.shapes, shortcut=False).names, **known}
+        names = match_names(adapter, backbone.shapes, known)
+    tables = token_tables(config)
+    on_disk = Names(in_memory=known).of_backbone
+    return names, vocabulary_of(backbone, tables and tables.renamed(on_disk))
 
 
 def _in_order(shard: Shard, backbone: Backbone) -> list[str]:

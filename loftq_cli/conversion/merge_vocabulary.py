@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.conversion.architecture import has_output_embedding, shared_with
 from loftq_cli.conversion.merge_backbone import Backbone, Place
+from loftq_cli.integrations.token_tables import TokenTables
 
 _HEAD_BIAS = re.compile(
     r"(?:^|\.)(?:lm_head|embed_out|output_projection|predictions|proj_out)(?:\.decoder)?\.bias$"
@@ -21,13 +22,15 @@ FINAL_BIAS = re.compile(r"(?:^|\.)final_logits_bias$")
 class Vocabulary:
     """``inputs`` and ``outputs``: names of the input and output embeddings (tokens, dim) in the
     backbone; ``biases`` of the outputs, (tokens,); ``shape`` is that of the first input. ``tied``:
-    the model uses its input embedding for its output, under a name that the files may lack."""
+    the model uses its input embedding for its output, under a name that the files may lack.
+    ``tables``: what the class calls them; where that is not known, names decide."""
 
     inputs: Sequence[str]
     outputs: Sequence[str]
     biases: Sequence[str]
     shape: tuple[int, ...]
     tied: bool
+    tables: TokenTables = TokenTables()
 
     def has(self, name: str) -> bool:
         """Whether ``name`` is an embedding, perhaps one that is stored under another name only."""
@@ -35,11 +38,15 @@ class Vocabulary:
 
     def is_absent_head(self, name: str) -> bool:
         """Whether ``name`` is the output embedding that the files have as the input's only."""
-        return self.tied and not self.outputs and has_output_embedding([name])
+        return self.tied and not self.outputs and self.is_output(name)
+
+    def is_output(self, name: str) -> bool:
+        """Whether ``name`` is an output embedding, in the backbone or not."""
+        return name in self.tables.outputs or has_output_embedding([name])
 
     def is_bias(self, name: str) -> bool:
         """Whether ``name`` is a bias of an output embedding, in the backbone or not."""
-        return bool(self.shape and _HEAD_BIAS.search(name))
+        return bool(self.shape and (name in self.tables.biases or _HEAD_BIAS.search(name)))
 
     def may_have(self, name: str, shape: tuple[int, ...], own: tuple[int, ...] | None) -> bool:
         """Whether the tensor ``name`` may come in ``shape`` where the backbone has ``own``, or
@@ -49,20 +56,26 @@ class Vocabulary:
         return name in self.biases and len(shape) == 1
 
 
-def vocabulary_of(backbone: Backbone) -> Vocabulary:
-    """What of ``backbone`` has an entry per token."""
+def vocabulary_of(backbone: Backbone, tables: TokenTables | None) -> Vocabulary:
+    """What of ``backbone`` has an entry per token; ``tables`` of its class, named as on disk, None
+    if they are not known."""
     shapes: Mapping[str, tuple[int, ...]] = backbone.shapes
-    inputs = [name for name, kind in backbone.kinds.items() if kind == "embedding"]
+    known = tables or TokenTables()
+    inputs = [name for name in known.inputs if name in shapes]
+    inputs += [n for n, kind in backbone.kinds.items() if kind == "embedding" and n not in inputs]
     if not inputs:
         return Vocabulary((), (), (), (), False)
     shape = shapes[inputs[0]]
-    outputs = [n for n, s in shapes.items() if has_output_embedding([n]) and s[:1] == shape[:1]]
-    biases = [n for n, s in shapes.items() if _HEAD_BIAS.search(n) and s == shape[:1]]
-    tied = shared_with("", backbone.config, shapes) is not None
+    found = Vocabulary(inputs, (), (), shape, False, known)
+    outputs = [n for n, s in shapes.items() if found.is_output(n) and s[:1] == shape[:1]]
+    outputs.sort(key=lambda name: name not in known.outputs)
+    biases = [n for n, s in shapes.items() if found.is_bias(n) and s == shape[:1]]
+    named = shared_with("", backbone.config, shapes) is not None
+    tied = tables.tied if tables and tables.outputs else named
     if tied and outputs:  # stored twice; transformers ties what is the same
         first, second = (backbone.stored.get(name) for name in (inputs[0], outputs[0]))
         tied = first is not None and second is not None and same_bytes(first, second)
-    return Vocabulary(inputs, outputs, biases, shape, tied)
+    return replace(found, outputs=outputs, biases=biases, tied=tied)
 
 
 def same_bytes(first: Place, second: Place) -> bool:

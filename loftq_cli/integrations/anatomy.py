@@ -71,10 +71,13 @@ class Anatomy:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def anatomy(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -> Anatomy:
+def anatomy(
+    config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], *, shortcut: bool = True
+) -> Anatomy:
     """The anatomy of a checkpoint: ``config`` is the content of its config.json, ``tensors`` its
-    names and shapes. Experts are left to those who know them (conversion.experts)."""
-    if _is_plain(config, tensors):
+    names and shapes. Experts are left to those who know them (conversion.experts). Without the
+    ``shortcut`` transformers is asked about plain classes as well."""
+    if shortcut and _is_plain(config, tensors):
         return Anatomy()
     model = skeleton(config)
     if isinstance(model, str):
