@@ -217,7 +217,8 @@ def show_inspection(found: Mapping[str, Any], *, as_json: bool) -> None:
         ("residual", f"{totals['relative_residual']:.4f} of the weights"),
     ]
     if "trained_adapter" in found:
-        pairs.append(("trained adapter", f"{found['trained_adapter']}, not the conversion's own"))
+        taken = "not the conversion's own: load(DIR, adapter=…) and merge --adapter take it"
+        pairs.append(("trained adapter", f"{found['trained_adapter']}, {taken}"))
     if found["verified_files"] is not None:
         pairs.append(("verified", f"{found['verified_files']} files match the manifest"))
     pairs.append(("needs", _needs(found["needs"])))

@@ -17,7 +17,7 @@ from loftq_cli.checkpoint.companions import copy_files
 from loftq_cli.checkpoint.dtypes import TAGS
 from loftq_cli.checkpoint.durable import explained, pretty_json, write_file
 from loftq_cli.checkpoint.header import StoredTensor
-from loftq_cli.checkpoint.output import Output, open_output
+from loftq_cli.checkpoint.output import open_output
 from loftq_cli.checkpoint.reader import TORCH_DTYPES, TensorFile
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
 from loftq_cli.checkpoint.stored import read
@@ -33,7 +33,8 @@ from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.resources import check_memory, check_space, memory_explained
 from loftq_cli.conversion.workspace import Workspace, check_output_path
 from loftq_cli.errors import NonFiniteWeightError, UsageError
-from loftq_cli.integrations.trained_beside import trained_beside
+from loftq_cli.integrations.intact import check_start
+from loftq_cli.integrations.trained_beside import beside_the_start
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.base import turned
 from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
@@ -64,18 +65,22 @@ def merge(
 
     ``dtype`` is that of the merged matrices, None the one they had before the conversion. Returns
     what ``--json`` prints. Raises InputError where backbone or adapter are damaged or do not belong
-    together, UsageError for an output inside the input or a dtype that cannot hold a value,
+    together, VerificationError where ``adapter`` is None and training replaced the conversion's,
+    UsageError for an output inside the input or a dtype that cannot hold a value,
     OutputConflictError, EnvironmentFailure.
     """
     started = time.monotonic()
     found = open_output(directory)
-    trained = open_adapter(directory / adapters.DIRECTORY if adapter is None else adapter)
+    own = directory / adapters.DIRECTORY
+    trained = open_adapter(own if adapter is None else adapter)
+    if adapter is None:
+        check_start(found, f"merged with --adapter {own}")
     final = check_output_path(output, directory)
     _keep_adapter(output, final, trained)
     plan = make_merge_plan(found, open_source(directory), trained, dtype and TAGS[dtype])
     _remark(plan, observer)
     if adapter is None:
-        _remark_on_trained(found, observer)
+        _remark_on_trained(directory, observer)
     workspace = MergeWorkspace(final)
     if overwrite or not workspace.is_taken():
         with explained(directory):
@@ -126,15 +131,13 @@ def _remark(plan: MergePlan, observer: Observer) -> None:
         observer.note(f"the adapter brings {', '.join(_added(plan))}")
 
 
-def _remark_on_trained(output: Output, observer: Observer) -> None:
-    left = trained_beside(output)
-    if left == output.directory:
+def _remark_on_trained(directory: Path, observer: Observer) -> None:
+    left = beside_the_start(directory)
+    if left is not None:
         observer.note(
             f"{left} holds a trained adapter, and the start in {adapters.DIRECTORY} is merged: "
             f"--adapter {left} takes the trained one"
         )
-    elif left is not None:
-        observer.note(f"{left} holds another adapter than the conversion made: it is merged")
 
 
 def _without_adapter(plan: MergePlan) -> list[str]:

@@ -16,12 +16,7 @@ from loftq_cli.conversion.merge_backbone import Backbone, Place, Weight
 from loftq_cli.conversion.merge_match import OTHER, Placed
 from loftq_cli.conversion.merge_vocabulary import FINAL_BIAS, Vocabulary, same_bytes
 from loftq_cli.errors import InputError, UnsupportedInputError
-from loftq_cli.layouts.trained import Pair, TrainedAdapter
-
-SAVE_BOTH = (
-    "save the adapter again with save_pretrained(DIR, save_embedding_layers=True), or train with "
-    "both embeddings in modules_to_save"
-)
+from loftq_cli.layouts.trained import SAVE_BOTH, Pair, TrainedAdapter
 
 
 @dataclass(frozen=True)

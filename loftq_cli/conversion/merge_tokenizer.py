@@ -11,9 +11,9 @@ from loftq_cli.checkpoint.companions import companions, is_of_tokenizer
 from loftq_cli.checkpoint.durable import file_sha256
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.source import read_json
-from loftq_cli.conversion.merge_embeddings import SAVE_BOTH, Embeddings
+from loftq_cli.conversion.merge_embeddings import Embeddings
 from loftq_cli.errors import InputError
-from loftq_cli.layouts.trained import TrainedAdapter
+from loftq_cli.layouts.trained import SAVE_BOTH, TrainedAdapter
 
 _TOKENIZERS = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),

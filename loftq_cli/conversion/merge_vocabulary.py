@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.conversion.architecture import has_output_embedding, shared_with
@@ -30,7 +30,7 @@ class Vocabulary:
     biases: Sequence[str]
     shape: tuple[int, ...]
     tied: bool
-    tables: TokenTables = TokenTables()
+    tables: TokenTables = field(default_factory=TokenTables)
 
     def has(self, name: str) -> bool:
         """Whether ``name`` is an embedding, perhaps one that is stored under another name only."""

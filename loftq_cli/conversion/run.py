@@ -13,7 +13,7 @@ import torch
 from loftq_cli import maps
 from loftq_cli.checkpoint.companions import companion_bytes
 from loftq_cli.checkpoint.locate import is_path, locate
-from loftq_cli.checkpoint.output import Output, verify
+from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.source import source_identity
 from loftq_cli.checkpoint.statistics import statistics_for
 from loftq_cli.conversion import calibrate_first, experts, target
@@ -44,6 +44,7 @@ from loftq_cli.errors import (
     SourceChangedError,
     UsageError,
 )
+from loftq_cli.integrations.intact import verified
 from loftq_cli.numerics import native
 from loftq_cli.recipe import Options, Settings
 
@@ -165,7 +166,7 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
         accepted = {each.fingerprint: _identity(each) for each in plans}
         existing = workspace.complete_output()
         if existing is not None and not overwrite and _is_of(existing, plan, accepted):
-            verify(existing)
+            verified(existing)
             workspace.discard_unless_other(accepted)
             return Outcome(existing.manifest, nothing_to_do=True)
         workspace.refuse_other_output(_identity(plan), overwrite)

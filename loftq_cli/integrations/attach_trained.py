@@ -15,11 +15,14 @@ from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import read_json
 from loftq_cli.errors import CorruptFileError, InputError, SourceNotFoundError
 from loftq_cli.integrations.names import key_mapping, places, prefix_of
+from loftq_cli.integrations.token_tables import input_embeddings
 from loftq_cli.integrations.trained_beside import refuse_other_conversion
 from loftq_cli.layouts import adapter
-from loftq_cli.layouts.trained import WRAPPERS
+from loftq_cli.layouts.trained import SAVE_BOTH, WRAPPERS, refuse_pickled
+from loftq_cli.layouts.trained_config import check_tokens, token_indices
 
-_INSIDE = (".lora_", ".token_adapter.", ".base_layer.", *WRAPPERS)
+_TOKENS = ".token_adapter."
+_INSIDE = (".lora_", _TOKENS, ".base_layer.", *WRAPPERS)
 _TABLE = re.compile(r"(?:\.token_adapter)?(?:\.base_layer)?\.weight")
 _MOST_SHOWN = 3
 _OTHER = "load the class that was trained, on the conversion that it was trained on"
@@ -33,18 +36,23 @@ def attach_trained(peft: Any, backbone: Any, output: Output, place: Path, traina
     conversion, or holds a tensor that the model has no place for, or lacks one.
     """
     file = place / adapter.WEIGHTS
+    refuse_pickled(place)
     if not file.is_file() or not (place / adapter.CONFIG).is_file():
         raise SourceNotFoundError(
             f"{place}: no {adapter.CONFIG} with {adapter.WEIGHTS}",
             hint="give the directory that PEFT's save_pretrained wrote",
         )
-    refuse_other_conversion(output, file, read_json(place / adapter.CONFIG).content)
+    stated = read_json(place / adapter.CONFIG).content
+    refuse_other_conversion(output, file, stated)
+    check_tokens(place / adapter.CONFIG, stated.get("trainable_token_indices"))
     try:
         stored = {tensor.name: tensor for tensor in read_header(file).tensors}
     except HeaderError as error:
         raise CorruptFileError(f"{file}: {error}") from error
     names = _names(backbone, file, stored)
     _resize(backbone, stored, names)
+    trained = {_module_of(name) for name in stored if _TOKENS in name}
+    _refuse_tokens_beyond(backbone, file, stated, {name: names[name] for name in trained})
     config = peft.PeftConfig.from_pretrained(place)
     _rename(config, names)
     config.base_model_name_or_path = str(output.directory.absolute())
@@ -82,7 +90,7 @@ def _module_of(name: str) -> str:
 
 def _resize(backbone: Any, stored: Mapping[str, StoredTensor], names: Mapping[str, str]) -> None:
     """As many rows for ``backbone``'s embeddings as the adapter has of them."""
-    own: Any = getattr(backbone, "get_input_embeddings", lambda: None)()
+    own = input_embeddings(backbone)
     for name, tensor in stored.items():
         module = _module_of(name)
         part = name.removeprefix(adapter.PREFIX).removeprefix(module)
@@ -91,6 +99,21 @@ def _resize(backbone: Any, stored: Mapping[str, StoredTensor], names: Mapping[st
             if tensor.shape[0] != own.num_embeddings:
                 backbone.resize_token_embeddings(tensor.shape[0], mean_resizing=False)
             return
+
+
+def _refuse_tokens_beyond(
+    backbone: Any, file: Path, config: Mapping[str, Any], names: Mapping[str, str]
+) -> None:
+    """Raise InputError if a row that was trained lies beyond one of the embeddings ``names``."""
+    for module, name in names.items():
+        rows = getattr(backbone.get_submodule(name), "num_embeddings", None)
+        last = max(token_indices(config, module) or (), default=-1)
+        if rows is not None and last >= rows:
+            raise InputError(
+                f"{file}: {adapter.CONFIG} lists token {last} of {module!r}, which has {rows}, and "
+                "the embedding that was resized is not in the adapter",
+                hint=SAVE_BOTH,
+            )
 
 
 def _rename(config: Any, names: Mapping[str, str]) -> None:

@@ -6,9 +6,10 @@ names and shapes, and makes up for other errors. ``loftq inspect --verify`` hash
 
 from __future__ import annotations
 
-from loftq_cli.checkpoint.output import Output
+from loftq_cli.checkpoint.output import Output, verify
 from loftq_cli.errors import VerificationError
-from loftq_cli.integrations.trained_beside import START, start_is_replaced
+from loftq_cli.integrations.trained_beside import START, start_is_replaced, trained_beside
+from loftq_cli.layouts import adapter
 
 
 def check_files(output: Output, *, start: bool = True) -> None:
@@ -25,10 +26,29 @@ def check_files(output: Output, *, start: bool = True) -> None:
         if size != entry["size"]:
             raise VerificationError(f"{file}: {size} bytes, the manifest says {entry['size']}")
     if start:
-        _check_start(output)
+        taken = f"loaded with adapter={str(output.directory / adapter.DIRECTORY)!r}"
+        check_start(output, taken)
 
 
-def _check_start(output: Output) -> None:
+def verified(output: Output) -> int:
+    """What ``checkpoint.output.verify`` returns and raises, without the advice to convert over an
+    adapter that training left in the directory."""
+    try:
+        return verify(output)
+    except VerificationError as error:
+        left = trained_beside(output)
+        if left is None:
+            raise
+        raise VerificationError(
+            error.message,
+            hint=f"{left} holds another adapter than the conversion made, perhaps a trained one, "
+            "and --overwrite would delete it: move it elsewhere first",
+        ) from error
+
+
+def check_start(output: Output, taken: str) -> None:
+    """Raises VerificationError if ``loftq_init`` does not hold the adapter that the conversion
+    made; ``taken``: how to take one that training put there."""
     file = output.directory / START
     try:
         replaced, size = start_is_replaced(output), file.stat().st_size
@@ -39,6 +59,6 @@ def _check_start(output: Output) -> None:
         sizes = "" if size == stated else f"{size} bytes, the manifest says {stated}: "
         raise VerificationError(
             f"{file}: {sizes}not the adapter that this backbone was converted with",
-            hint="put back the loftq_init of this conversion, or convert again; an adapter that "
-            f"training saved here is loaded with adapter={str(file.parent)!r}",
+            hint=f"an adapter that training saved here is {taken}; move it elsewhere before you "
+            f"put back the {adapter.DIRECTORY} of this conversion, or convert again",
         )

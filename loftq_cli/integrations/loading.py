@@ -27,7 +27,7 @@ from loftq_cli.integrations.attach_trained import attach_trained
 from loftq_cli.integrations.classes import model_class, takes_text
 from loftq_cli.integrations.intact import check_files
 from loftq_cli.integrations.names import key_mapping, places, prefix_of, tied
-from loftq_cli.integrations.trained_beside import NOWHERE, TrainedBeside, lies_beside
+from loftq_cli.integrations.trained_beside import TrainedBeside, leave_beside
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.base import is_expert, matrix_of
 
@@ -63,7 +63,7 @@ def load(
     output = open_output(directory)
     layout = output.manifest["recipe"]["layout"]
     check_files(output, start=adapter is None)
-    beside = _leave_beside(output, adapter)
+    beside = leave_beside(output, adapter)
     peft, transformers = (required(name, "train", "loading") for name in ("peft", "transformers"))
     hook.install()
     remote = bool(from_pretrained.get("trust_remote_code"))
@@ -97,22 +97,6 @@ def load(
             adapter_name=model.active_adapter,
         )
     return model
-
-
-def _leave_beside(output: Output, adapter: object) -> dict[str, Any]:
-    """What keeps transformers from attaching an adapter that lies beside the backbone; with a
-    warning, unless one was asked for."""
-    directory = str(output.directory)
-    if not lies_beside(directory):
-        return {}
-    if adapter is None:
-        warnings.warn(
-            f"{directory} holds a trained adapter, and the start in loftq_init is loaded; "
-            f"load({directory!r}, adapter={directory!r}) takes the trained one",
-            TrainedBeside,
-            stacklevel=4,
-        )
-    return dict(NOWHERE)
 
 
 def _is_saved(model: Any, module: str) -> bool:

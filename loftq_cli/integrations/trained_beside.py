@@ -1,11 +1,13 @@
 """Trained adapters in the directory of a conversion, where a trainer that writes to it leaves them.
 
 ``save_pretrained("out")`` puts one beside the backbone, ``save_pretrained("out/loftq_init")`` in
-the place of the start. Nothing of ours takes either unless it is asked for.
+the place of the start; checkpoints of a trainer, and adapters that have a name, lie in folders of
+``out``. Nothing of ours takes one of them unless it is asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Mapping
@@ -35,14 +37,41 @@ def lies_beside(directory: str | os.PathLike[str]) -> bool:
 
 
 def trained_beside(output: Output) -> Path | None:
-    """The directory of the adapter that training left: beside the backbone of ``output``, or in the
-    place of its start; None if there is none."""
+    """The directory of the adapter that training left: beside the backbone of ``output``, in the
+    place of its start, or in another folder; None if there is none."""
     if lies_beside(output.directory):
         return output.directory
-    try:
-        return output.directory / adapter.DIRECTORY if start_is_replaced(output) else None
-    except OSError:
-        return None
+    with contextlib.suppress(OSError):
+        if start_is_replaced(output):
+            return output.directory / adapter.DIRECTORY
+    return beside_the_start(output.directory)
+
+
+def beside_the_start(directory: Path) -> Path | None:
+    """The directory of the adapter beside the backbone in ``directory``, or of the newest one in a
+    folder of it other than the start's; None if there is none."""
+    if lies_beside(directory):
+        return directory
+    found = {}
+    with contextlib.suppress(OSError):
+        for folder in sorted(directory.iterdir()):
+            if folder.name != adapter.DIRECTORY and lies_beside(folder):
+                found[folder] = (folder / adapter.CONFIG).stat().st_mtime_ns
+    return max(found, key=found.__getitem__, default=None)
+
+
+def leave_beside(output: Output, wanted: object) -> dict[str, Any]:
+    """What keeps transformers from attaching an adapter that lies beside the backbone of
+    ``output``; with a warning of one that is there, unless one is ``wanted``."""
+    left = beside_the_start(output.directory)
+    if left is not None and wanted is None:
+        warnings.warn(
+            f"{left} holds a trained adapter, and the start in {adapter.DIRECTORY} is loaded; "
+            f"load({str(output.directory)!r}, adapter={str(left)!r}) takes the trained one",
+            TrainedBeside,
+            stacklevel=4,
+        )
+    return dict(NOWHERE) if left == output.directory else {}
 
 
 def warn_of_attached(directory: str) -> None:

@@ -28,6 +28,12 @@ from loftq_cli.errors import (
 from loftq_cli.layouts.adapter import CONFIG, PREFIX, WEIGHTS
 from loftq_cli.layouts.trained_config import check_config, token_indices
 
+SAVE_BOTH = (
+    "save the adapter again with save_pretrained(DIR, save_embedding_layers=True), or train with "
+    "both embeddings in modules_to_save"
+)
+"""What to do if an embedding that was resized is not in an adapter."""
+
 _PAIR = re.compile(r"(.+)\.lora_([AB])\.weight")
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
@@ -136,11 +142,7 @@ def open_adapter(path: Path) -> TrainedAdapter:
 def _weights(path: Path) -> Path:
     if path.is_dir():
         file = path / WEIGHTS
-        if not file.exists() and (path / "adapter_model.bin").exists():
-            raise UnsupportedInputError(
-                f"{path} holds only pickled weights (adapter_model.bin)",
-                hint="save the adapter with safetensors first: save_pretrained(DIR)",
-            )
+        refuse_pickled(path)
     else:
         file = path
     if not file.is_file():
@@ -149,6 +151,15 @@ def _weights(path: Path) -> Path:
             hint=f"give the directory that holds {CONFIG} and {WEIGHTS}",
         )
     return file
+
+
+def refuse_pickled(directory: Path) -> None:
+    """Raise UnsupportedInputError if the adapter in ``directory`` is a pickle."""
+    if not (directory / WEIGHTS).exists() and (directory / "adapter_model.bin").exists():
+        raise UnsupportedInputError(
+            f"{directory} holds only pickled weights (adapter_model.bin)",
+            hint="save the adapter with safetensors first: save_pretrained(DIR)",
+        )
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def check_config(file: Path, config: Mapping[str, Any]) -> None:
     if not _is_number(rank) or not _is_number(alpha):
         raise CorruptFileError(f"{file}: r is {shown(rank)} and lora_alpha {shown(alpha)}")
     _check_patterns(file, config)
-    _check_tokens(file, config.get("trainable_token_indices"))
+    check_tokens(file, config.get("trainable_token_indices"))
 
 
 def _check_patterns(file: Path, config: Mapping[str, Any]) -> None:
@@ -70,7 +70,8 @@ def _check_patterns(file: Path, config: Mapping[str, Any]) -> None:
             _compile(file, name, config[name])
 
 
-def _check_tokens(file: Path, indices: object) -> None:
+def check_tokens(file: Path, indices: object) -> None:
+    """Raise CorruptFileError if ``indices``, a config's trainable_token_indices, are no tokens."""
     lists = list(indices.values()) if isinstance(indices, dict) else [indices or []]
     for numbers in lists:
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):

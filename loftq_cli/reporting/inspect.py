@@ -10,10 +10,10 @@ from loftq_cli.checkpoint import dtypes
 from loftq_cli.checkpoint.header import DTYPE_BITS
 from loftq_cli.checkpoint.locate import Place
 from loftq_cli.checkpoint.output import Output, open_output
-from loftq_cli.checkpoint.output import verify as verify_files
 from loftq_cli.checkpoint.source import CONFIG, read_json
 from loftq_cli.errors import InputError
 from loftq_cli.integrations.classes import AUTO_CLASSES, own_class
+from loftq_cli.integrations.intact import verified
 from loftq_cli.integrations.trained_beside import trained_beside
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import matrix_of
@@ -26,8 +26,8 @@ def inspect(place: Place, *, verify: bool = False) -> dict[str, Any]:
     ``verify`` re-hashes every file. Raises InputError or VerificationError.
     """
     output, repository = open_output(place.directory), place.repository
-    verified = verify_files(output) if verify else None
     left = trained_beside(output)
+    hashed = verified(output) if verify else None
     manifest = output.manifest
     layers = [_layer(record, manifest["recipe"]) for record in output.records]
     elements = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
@@ -47,7 +47,7 @@ def inspect(place: Place, *, verify: bool = False) -> dict[str, Any]:
         "layers": layers,
         "passed_through": len(manifest["passed_through"]),
         **({} if left is None else {"trained_adapter": str(left)}),
-        "verified_files": verified,
+        "verified_files": hashed,
         "needs": needs(layers[0]["layout"]),
         "loading": snippet(
             output, None if repository is None else repository.repo_id, place.revision

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.durable import explained
-from loftq_cli.checkpoint.output import MANIFEST, Output, open_output, verify
+from loftq_cli.checkpoint.output import MANIFEST, Output, open_output
 from loftq_cli.errors import UsageError
+from loftq_cli.integrations.intact import verified
 from loftq_cli.reporting.card import body, metadata
 
 _CARD = "README.md"
@@ -38,7 +39,7 @@ def push(
     if not looks_like_hub_id(repo_id):
         raise UsageError(f"{repo_id!r} is not a hub id", hint="a hub id is NAME or OWNER/NAME")
     output = open_output(directory)
-    verify(output)
+    verified(output)
     fields = metadata(output)
     if fields["base_model"] is None:
         say(f"{output.manifest['source']['id']} is no hub id: the card names no base model")
