@@ -16,7 +16,11 @@ from tests import models
 from tests.conversion.contents import FAST
 from tests.conversion.training import begun, load, logits
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
+    # Adapters of one's own leave quantized layers without theirs.
+    pytest.mark.filterwarnings("ignore::loftq_cli.integrations.hook.DetachedAdapter"),
+]
 
 CAUSAL = transformers.AutoModelForCausalLM
 CONFIG: dict[str, Any] = {
@@ -40,7 +44,11 @@ EXPECTED = {
     "model.layers.1.mlp.down_proj": (4, 3),
     "model.layers.1.mlp.gate_proj": (4, 6),
 }
-LAYOUTS = {"loftq": {"bits": 2}, "dense": {"bits": 2}, "bnb": {"bits": 4}}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "loftq": {"bits": 2},
+    "dense": {"bits": 2},
+    "bnb": {"bits": 4},
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
