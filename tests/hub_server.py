@@ -69,7 +69,7 @@ class Repository:
     """The one token that may read it; without one it is public."""
     fault: Fault | None = None
     private: bool = False
-    after_listing: Callable[[], None] | None = None
+    after_listing: Callable[[], object] | None = None
     """Called between listing the files and answering: the moment when somebody else pushes."""
 
     def commit_of(self, revision: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -47,7 +48,7 @@ def save_tokenizer(directory: Path) -> None:
 def workplace(tmp_path_factory) -> Path:
     """A directory with what the document takes for granted: out/, encoder/ and train.txt."""
     directory = tmp_path_factory.mktemp("fine-tuning")
-    settings = {"bits": 2, "rank": 4, "iters": 1, "threads": 1, "layout": "loftq"}
+    settings: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 1, "threads": 1, "layout": "loftq"}
     for model, output in ((models.llama(), "out"), (models.bert(), "encoder")):
         source = models.save(model, directory / f"{output}-source")
         save_tokenizer(source)

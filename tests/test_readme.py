@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -36,7 +37,7 @@ def test_there_is_python_to_run():
 @pytest.mark.parametrize("code", BLOCKS)
 def test_the_python_runs(code, converted, monkeypatch):
     monkeypatch.chdir(converted)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     if "model" in names:
         trainable = [n for n, p in names["model"].named_parameters() if p.requires_grad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from bitsandbytes import functional
@@ -43,7 +44,8 @@ def _ours(side: int, bits: int, dtype: torch.dtype, zeros: bool) -> float:
         if zeros
         else (scales, None, torch.randn(2**bits))
     )
-    return seconds(lambda: decode_packed((side, side), bits, 64, weight, *parameters, dtype), _RUNS)
+    arguments: tuple[Any, ...] = ((side, side), bits, 64, weight, *parameters, dtype)
+    return seconds(lambda: decode_packed(*arguments), _RUNS)
 
 
 def _random_bytes(count: int, bits: int) -> torch.Tensor:

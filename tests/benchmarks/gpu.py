@@ -8,6 +8,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -15,10 +17,14 @@ import loftq_cli
 from tests.benchmarks.tools import table
 from tests.synthetic import llm_like
 
-_SETTINGS = {"bits": 2, "method": "nf", "rank": 64, "iters": 5}
+_SETTINGS: dict[str, Any] = {"bits": 2, "method": "nf", "rank": 64, "iters": 5}
 # Shape, and how many of it Llama-2-7b has: 4 + 2 + 1 in each of 32 layers.
 _SHAPES = (((4096, 4096), 128), ((11008, 4096), 64), ((4096, 11008), 32))
 _RUNS = 5
+
+
+def _half_product(weight: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
+    return weight.bfloat16() @ thin.bfloat16()
 
 
 def main() -> None:
@@ -36,11 +42,11 @@ def measure(device: torch.device, shapes: tuple[tuple[tuple[int, int], int], ...
     total = 0.0
     for shape, count in shapes:
         weight = llm_like(*shape).to(device)
-        ours = _seconds(lambda w=weight: loftq_cli.decompose(w, **_SETTINGS), device)
-        exact = _seconds(lambda w=weight: loftq_cli.decompose(w, svd="exact", **_SETTINGS), device)
+        ours = _seconds(partial(loftq_cli.decompose, weight, **_SETTINGS), device)
+        exact = _seconds(partial(loftq_cli.decompose, weight, svd="exact", **_SETTINGS), device)
         copy = _seconds(weight.clone, device)
         thin = torch.randn(shape[1], 96, device=device)
-        product = _seconds(lambda w=weight, v=thin: w.bfloat16() @ v.bfloat16(), device)
+        product = _seconds(partial(_half_product, weight, thin), device)
         total += count * ours
         passes = 2 * (_SETTINGS["iters"] + 1)
         rows.append(

@@ -59,7 +59,8 @@ def llama(directory: Path) -> Path:
         for number, (name, parameter) in enumerate(model.named_parameters()):
             if parameter.ndim == 2 and (block := re.search(r"\.(\d+)\.", name)):
                 scale = 1 + int(block[1]) / 8
-                parameter.copy_(llm_like(*parameter.shape, seed=number) * scale)
+                rows, columns = parameter.shape
+                parameter.copy_(llm_like(rows, columns, seed=number) * scale)
     return models.save(model, directory)
 
 

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import loftq_cli
 from loftq_cli.checkpoint.header import TensorSpec, read_header
@@ -20,7 +21,7 @@ from loftq_cli.checkpoint.writer import GrowingShard
 from tests.benchmarks.memory import write_model
 from tests.benchmarks.tools import convert, table
 
-_SETTINGS = {"bits": 2, "rank": 64, "iters": 5}
+_SETTINGS: dict[str, Any] = {"bits": 2, "rank": 64, "iters": 5}
 _LAYERS = (1, 2, 4)
 
 

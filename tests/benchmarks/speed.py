@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -41,9 +43,9 @@ def main() -> None:
     rows = []
     for out_features, in_features, bits, rank in _CASES:
         weight = llm_like(out_features, in_features)
-        settings = {"bits": bits, "method": "nf", "rank": rank, "iters": _ITERS}
+        settings: dict[str, Any] = {"bits": bits, "method": "nf", "rank": rank, "iters": _ITERS}
         result = loftq_cli.decompose(weight, **settings)
-        ours = seconds(lambda w=weight, s=settings: loftq_cli.decompose(w, **s))
+        ours = seconds(partial(loftq_cli.decompose, weight, **settings))
         residual = result.final / result.weight_norm
         started = time.perf_counter()
         if bits == 3:

@@ -3,6 +3,8 @@ latter with momentum."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from loftq_cli.numerics import lowrank
@@ -40,7 +42,7 @@ def main() -> None:
 
 
 def _residuals(
-    weight: torch.Tensor, bits: int, rank: int, scale: str, svd: str, products: torch.dtype
+    weight: torch.Tensor, bits: int, rank: int, scale: Any, svd: Any, products: torch.dtype
 ) -> list[float]:
     quantizer = make_quantizer("nf", bits, 64, scale)
     settings = Settings(

@@ -44,15 +44,16 @@ def test_residuals_are_of_the_matrix_with_its_adapter() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 4, generator=generator)
     inputs = torch.randn(50, 4, generator=generator) * torch.tensor([5.0, 1.0, 1.0, 0.1])
-    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 3, bias=False)})
+    layer = torch.nn.Linear(4, 3, bias=False)
+    model = torch.nn.ModuleDict({"layer": layer})
     with torch.no_grad():
-        model["layer"].weight.copy_(weight + 0.1 * torch.randn(3, 4, generator=generator))
+        layer.weight.copy_(weight + 0.1 * torch.randn(3, 4, generator=generator))
 
     plain, weighted = Originals(
         {"layer": weight}, {"layer": inputs.T @ inputs / len(inputs)}
     ).residuals(model)
 
-    error = model["layer"].weight.detach() - weight
+    error = layer.weight.detach() - weight
     assert plain == pytest.approx(float(error.norm() / weight.norm()), rel=1e-5)
     outputs, wrong = inputs @ weight.T, inputs @ error.T
     assert weighted == pytest.approx(float(wrong.norm() / outputs.norm()), rel=1e-4)

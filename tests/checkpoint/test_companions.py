@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def model(directory: Path, files: dict[str, bytes]) -> Path:
     return directory
 
 
-def opened(model: str | Path, **options: bool) -> Source:
+def opened(model: str | Path, **options: Any) -> Source:
     return locate(str(model), say=lambda line: None, **options)
 
 

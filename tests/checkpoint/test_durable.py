@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -110,7 +111,7 @@ def test_files_that_happen_to_be_called_like_temporary_ones_stay(tmp_path):
 
 
 def test_a_new_directory_is_durable_with_all_that_is_above_it(tmp_path, monkeypatch):
-    synced = []
+    synced: list[Path] = []
     monkeypatch.setattr(durable, "sync_directory", synced.append)
     make_directory(tmp_path / "a/b/c")
     assert (tmp_path / "a/b/c").is_dir()
@@ -137,7 +138,7 @@ def test_a_tree_is_synced_with_every_file_and_directory(tmp_path, monkeypatch):
     (tmp_path / "a/b").mkdir(parents=True)
     for name in ("f", "a/g", "a/b/h"):
         (tmp_path / name).touch()
-    synced = []
+    synced: list[str] = []
     monkeypatch.setattr(
         os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}"))
     )

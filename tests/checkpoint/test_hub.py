@@ -576,9 +576,9 @@ def test_a_disk_that_refuses(
     server: HubServer, monkeypatch: pytest.MonkeyPatch, number: int, expected: str
 ) -> None:
     server.publish("org/model", {**SMALL, SINGLE: weights(0)})
-    download = hub_transfer.hf_hub_download
+    download = huggingface_hub.hf_hub_download
 
-    def full(repo_id: str, name: str, **kwargs: str) -> str:
+    def full(repo_id: str, name: str, **kwargs: Any) -> str:
         if name == SINGLE:
             raise OSError(number, os.strerror(number), "/a/file")
         return download(repo_id, name, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -22,7 +23,7 @@ __all__ = ["cache", "server"]
 CONFIG = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 4}
 
 
-def refusal(model: str | Path, **options: bool) -> UnsupportedInputError:
+def refusal(model: str | Path, **options: Any) -> UnsupportedInputError:
     with pytest.raises(UnsupportedInputError) as caught:
         locate(str(model), say=lambda line: None, **options)
     assert caught.value.exit_code == 3

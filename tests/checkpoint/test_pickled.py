@@ -46,7 +46,8 @@ def pickled(directory: Path, tensors: dict[str, torch.Tensor], shards: int = 1) 
     if shards == 1:
         torch.save(tensors, directory / "pytorch_model.bin")
         return directory
-    names, weight_map = list(tensors), {}
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         part = names[number::shards]
         file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
@@ -87,7 +88,7 @@ def test_a_real_architecture_becomes_what_it_becomes_from_safetensors(tmp_path: 
 def test_tensors_are_read_from_their_places(shards: int, tmp_path: Path) -> None:
     tensors = checkpoints.llama(layers=1)
     source = open_source(pickled(tmp_path / "model", tensors, shards), allow_pickle=True)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for shard in source.shards:
         with ShardReader(shard) as reader:
             found |= {tensor.name: reader.read(tensor) for tensor in shard.header.tensors}

@@ -274,9 +274,9 @@ def test_matrices_without_an_entry_or_of_another_width_are_named(file):
             ask("c.weight")
     with pytest.raises(MissingStatisticsError, match="'c', 'd', 'e' and 2 more"):
         found.require(dict.fromkeys(("c", "d", "b.weight", "e", "f", "g"), 3))
-    for ask in (lambda: found.require({"b.weight": 4}), lambda: found.moments("b.weight", 4)):
+    for request in (lambda: found.require({"b.weight": 4}), lambda: found.moments("b.weight", 4)):
         with pytest.raises(StatisticsError, match=r"'b\.weight' has 4 inputs, 3 were measured"):
-            ask()
+            request()
 
 
 def test_a_file_that_shrinks_is_an_error_and_not_a_crash(file):

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_pieces_and_hashes(tmp_path):
     path = tmp_path / "f"
     with GrowingShard(path, [spec_of("whole", tensor), spec_of("pieces", tensor)]) as shard:
         assert shard.write("whole", tensor) == digest
-        pieces = [content[:1], bytearray(content[1:17]), memoryview(content)[17:]]
+        pieces: list[Any] = [content[:1], bytearray(content[1:17]), memoryview(content)[17:]]
         assert shard.write_pieces("pieces", pieces) == digest
         assert shard.sha256_of("whole") == shard.sha256_of("pieces") == digest
     assert_same(load_file(path), {"whole": tensor, "pieces": tensor})

@@ -39,7 +39,7 @@ def real(place: Path) -> None:
 def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """What was measured, in turn."""
     made: list[Path] = []
-    real = calibrate_first.measure
+    real = calibrating.measure
 
     def counting(source: Source, output: Path, *rest: Any, **settings: Any) -> dict[str, Any]:
         made.append(output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ pytestmark = [
 ]
 
 REPO = "me/small"
-LAYOUT = {"layout": "loftq", "bits": 3, "rank": 4, "iters": 1, "threads": 1}
+LAYOUT: dict[str, Any] = {"layout": "loftq", "bits": 3, "rank": 4, "iters": 1, "threads": 1}
 
 
 @pytest.fixture(scope="module")

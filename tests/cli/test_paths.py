@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -19,7 +20,7 @@ from tests.cli.common import QUICK, Command
 
 # Expanded where they are read: a model or a conversion may be a hub id, statistics a hash.
 TEXTS = {"model", "directory", "adapter", "source", "stats"}
-SETTINGS = {"rank": 4, "iters": 1, "threads": 1}
+SETTINGS: dict[str, Any] = {"rank": 4, "iters": 1, "threads": 1}
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-FAST = {"threads": 1, "rank": 4, "iters": 2}
+FAST: dict[str, Any] = {"threads": 1, "rank": 4, "iters": 2}
 
 Converter = Callable[..., Path]
 """The output of a conversion of these tensors; the source is beside it, in ``model``."""

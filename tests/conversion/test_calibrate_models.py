@@ -100,6 +100,7 @@ def test_text_goes_through_its_part_of_a_model_as_in_the_plain_model(kind, tmp_p
     expected = plain_hooks(model, model.text_model if kind == "CLIP" else model, LENGTH)
     stored = load_file(directory / "model.safetensors")
     for matrix in reached:
+        wanted: Any
         ((wanted, tokens),) = (
             moments for weight, *moments in expected if torch.equal(weight, stored[matrix])
         )

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import loftq_cli
+from loftq_cli.checkpoint.reader import ShardReader
 from loftq_cli.conversion import engine
 from loftq_cli.conversion import run as runs
 from loftq_cli.conversion.merge import merge
@@ -21,6 +22,7 @@ from loftq_cli.errors import (
     EnvironmentFailure,
     InputError,
 )
+from loftq_cli.layouts import adapter
 from tests import checkpoints
 from tests.conversion.bench import KEY, OUT, SECOND_SHARD, Bench, Recorder
 
@@ -127,9 +129,9 @@ def test_running_out_of_memory_beside_the_computation_names_the_tensor(
         bytearray(1 << 50)
 
     if where == "writing":
-        monkeypatch.setattr(engine.adapter, "tensors", allocate)
+        monkeypatch.setattr(adapter, "tensors", allocate)
     else:
-        monkeypatch.setattr(engine.ShardReader, "read", allocate)
+        monkeypatch.setattr(ShardReader, "read", allocate)
     with pytest.raises(EnvironmentFailure, match=r"tensor 'model.*k_proj.*': out of memory"):
         bench.convert()
 

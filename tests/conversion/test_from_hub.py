@@ -49,7 +49,9 @@ def commit(server: HubServer, files: dict[str, bytes]) -> str:
 
 
 def plan_of(output: Path, recorder: Recorder | None = None, **options: Any) -> Any:
-    chosen = {name: options.pop(name) for name in ("bits", "target_bpw") if name in options}
+    chosen: dict[str, Any] = {
+        name: options.pop(name) for name in ("bits", "target_bpw") if name in options
+    }
     settings = Options.from_settings({"threads": 1, "rank": 4, "iters": 2, **chosen})
     return prepare(MODEL, output, settings, observer=recorder or Recorder(), **options)
 

@@ -22,7 +22,7 @@ SCALES = [0.5, 2.0, 1.0]  # a row is a block
 EXACT = {"bits": 2, "block_size": 32, "scale": "absmax", "iters": 0}
 SETTINGS: dict[str, Any] = {**EXACT, "rank": 2, "layout": "loftq", "threads": 1}
 NF2 = [-1.0, 0.0, 0.33791524171829224, 1.0]  # QLoRA's construction, as bitsandbytes has it
-EXPECTED = {
+EXPECTED: dict[str, tuple[list[list[float]], dict[str, list[float]]]] = {
     "nf": (
         [[NF2[code] * scale for code in row] for row, scale in zip(CODES, SCALES)],
         {"weight_levels": NF2},

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.conversion import merge as merging
-from loftq_cli.conversion import workspace
 from loftq_cli.conversion.merge import MARKER, merge
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.errors import (
@@ -297,9 +296,7 @@ def test_a_failed_overwrite_keeps_the_old_output(out: Path, adapter: Path, tmp_p
 
 
 def test_a_full_disk(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        workspace.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1))
     assert refused(EnvironmentFailure, "MB needed", out).exit_code == 5
 
 

@@ -46,15 +46,15 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     @functools.cache
     def output(kind: str, **settings: Any) -> Path:
         bert = functools.partial(models.bert, **STEADY["bert"])
-        maker = {
+        makers: dict[str, Any] = {
             "llama": models.llama,
             "bart": functools.partial(models.bart, **STEADY["bart"]),
             "bert": bert,
             "classifier": functools.partial(bert, task="ForSequenceClassification"),
             "two-labels": functools.partial(bert, num_labels=2),
-        }[kind]
+        }
         directory = tmp_path_factory.mktemp(kind)
-        model = models.save(maker(), directory / "model")
+        model = models.save(makers[kind](), directory / "model")
         loftq_cli.convert(model, directory / "out", **{**FAST, **settings})
         return directory / "out"
 

@@ -233,7 +233,7 @@ def test_a_resize_that_the_adapter_does_not_hold_is_noticed_by_the_tokenizer(
     trained = begun(base, target_modules=["q_proj"])
     trained.save_pretrained(tmp_path / place, save_embedding_layers=False)
     tokenizer.save_pretrained(tmp_path / place)
-    options = {"adapter": tmp_path / place, "observer": Observer()}
+    options: dict[str, Any] = {"adapter": tmp_path / place, "observer": Observer()}
     with pytest.raises(InputError, match=r"99 tokens, .* 96 rows") as caught:
         merge(output, tmp_path / "merged", **options)
     assert "save_embedding_layers=True" in caught.value.hint

@@ -48,7 +48,8 @@ def test_an_error_in_reading_comes_in_its_turn():
 
 
 def test_tasks_run_in_order_beside_the_caller():
-    gate, done = threading.Event(), []
+    gate = threading.Event()
+    done: list[object] = []
     with WriteBehind() as behind:
         behind.submit(lambda: done.append(gate.wait(_PATIENCE)))
         assert done == []  # the caller was not held up

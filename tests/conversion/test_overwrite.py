@@ -117,7 +117,7 @@ def test_a_crash_while_the_output_is_replaced_loses_neither(
         os.replace(source, target)
 
     with monkeypatch.context() as patches:
-        patches.setattr(workspace.os, "rename", rename)
+        patches.setattr(os, "rename", rename)
         if crash_at == "removal":
             patches.setattr(workspace.Workspace, "discard", crash)
         with pytest.raises(KeyboardInterrupt):

@@ -276,7 +276,7 @@ def test_every_resolved_setting_is_part_of_the_fingerprint(planned: Planner) -> 
 
 
 def test_the_fingerprint_depends_on_the_headers_and_not_on_the_path(tmp_path: Path) -> None:
-    def fingerprint(directory: str, **sizes: int) -> str:
+    def fingerprint(directory: str, **sizes: Any) -> str:
         source = checkpoints.write(tmp_path / directory, checkpoints.llama(**sizes))
         return make_plan(open_source(source), Options().resolve()).fingerprint
 

@@ -25,6 +25,7 @@ from loftq_cli.errors import (
     StatisticsError,
     VerificationError,
 )
+from loftq_cli.numerics.alternation import decompose
 from tests import checkpoints
 from tests.conversion.contents import manifest, product
 from tests.numerics.helpers import gaussian
@@ -183,7 +184,7 @@ def test_statistics_that_change_while_they_are_used_are_refused_and_the_work_kep
     width = widths(source)
     path = tmp_path / "stats"
     measure(path, source, list(width), False, width)
-    mtime, original = path.stat().st_mtime_ns, engine.decompose
+    mtime, original = path.stat().st_mtime_ns, decompose
 
     def meddling(*arguments):
         os.utime(path, (1, 1))

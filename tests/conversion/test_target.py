@@ -14,7 +14,7 @@ import torch
 
 import loftq_cli
 from loftq_cli.checkpoint.source import open_source
-from loftq_cli.conversion import estimate, run, target
+from loftq_cli.conversion import engine, estimate, run, target
 from loftq_cli.conversion.describe import describe
 from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.plan import make_plan
@@ -35,12 +35,12 @@ class Listener(Observer):
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self.passes: list[str | None] = []
+        self.passes: list[str] = []
         self.total = self.done = 0
 
-    def begin(self, total_bytes: int, doing: str | None = None) -> None:
+    def begin(self, total: int, doing: str = "converting", unit: str = "B") -> None:
         self.passes.append(doing)
-        self.total, self.done = total_bytes, 0
+        self.total, self.done = total, 0
 
     def advance(self, nbytes: int) -> None:
         self.done += nbytes
@@ -188,22 +188,22 @@ def test_the_same_command_makes_no_second_pass(
         return listener, run.run(plan, path, overwrite=False, observer=listener)
 
     listener, first = convert("out")
-    assert listener.passes == ["settling widths", None]
+    assert listener.passes == ["settling widths", "converting"]
     assert listener.done == listener.total
     assert any(note.startswith("settled: ") for note in listener.notes)
     listener, again = convert("out")
     assert (listener.passes, again.nothing_to_do) == ([], True)
     # Resumed, with the widths of the journal, whatever a pass would say now.
     writes = []
-    original = run.Conversion._config
+    original = engine.Conversion._config
 
-    def interrupted(self: run.Conversion) -> dict[str, Any]:
+    def interrupted(self: engine.Conversion) -> dict[str, Any]:
         writes.append(self)
         if len(writes) == 1:
             raise KeyboardInterrupt
         return original(self)
 
-    monkeypatch.setattr(run.Conversion, "_config", interrupted)
+    monkeypatch.setattr(engine.Conversion, "_config", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert("other")
     monkeypatch.setattr(target, "settle", lambda plan, observer: pytest.fail("a second pass"))
@@ -242,7 +242,7 @@ def test_a_target_above_the_most_takes_the_widest_and_says_so(model: Path, tmp_p
     plan, path = prepare(str(model), tmp_path / "out", options, observer=listener)
     manifest = run.run(plan, path, overwrite=False, observer=listener).manifest
     assert {record["bits"] for record in manifest["matrices"]} == {8}
-    assert listener.passes == [None]
+    assert listener.passes == ["converting"]
     assert any("all matrices get 8 bits" in note for note in listener.notes)
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from tests.crash.stress import STRESS, tell
 from tests.hub_server import Fault, HubServer
 
 HIDDEN, INTERMEDIATE, LAYERS = (1024, 2816, 6) if STRESS else (256, 1024, 6)
-SETTINGS = {"bits": 2, "rank": 4, "iters": 2, "threads": 1}
+SETTINGS: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 2, "threads": 1}
 OPTIONS = ("--bits", "2", "--rank", "4", "--iters", "2", "-t", "1", "--discard-shards")
 MATRICES = 7 * LAYERS
 

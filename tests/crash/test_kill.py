@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,11 @@ from tests import checkpoints
 from tests.crash import processes
 
 QUICK = ["--rank", "4", "--iters", "2", "-t", "1"]
-QUICK_SETTINGS = {"rank": 4, "iters": 2, "threads": 1}
+QUICK_SETTINGS: dict[str, Any] = {"rank": 4, "iters": 2, "threads": 1}
 
 # Slow enough to be caught in the middle: full SVDs of fourteen matrices of 256 x 256.
 SLOW = ["--svd", "exact", "--iters", "14", "--bits", "4", "-t", "1"]
-SLOW_SETTINGS = {"svd": "exact", "iters": 14, "bits": 4, "threads": 1}
+SLOW_SETTINGS: dict[str, Any] = {"svd": "exact", "iters": 14, "bits": 4, "threads": 1}
 
 
 def journal_entries(output: Path) -> list[dict[str, object]]:
@@ -179,7 +180,7 @@ def test_killed_at_any_call_that_changes_a_file_it_ends_with_the_same_bytes(
         output = work / "out"
         if over_an_old_output:
             shutil.copytree(old, output)
-        arguments = ["convert", model, "-o", output, *QUICK, *flags]
+        arguments: list[str | Path] = ["convert", model, "-o", output, *QUICK, *flags]
         ended = processes.loftq(arguments, scratch, processes.killed_at(call))
         if ended.code == 0:
             break
@@ -197,7 +198,7 @@ def killed(tmp_path: Path) -> tuple[Path, Path]:
     """(model, output) of a conversion that was killed in the second of two shards."""
     model = checkpoints.write(tmp_path / "model", checkpoints.llama(), cuts=(5,))
     output = tmp_path / "out"
-    arguments = ["convert", model, "-o", output, *QUICK]
+    arguments: list[str | Path] = ["convert", model, "-o", output, *QUICK]
     for call in itertools.count(60, 4):
         ended = processes.loftq(arguments, tmp_path, processes.killed_at(call))
         assert ended.code == -signal.SIGKILL
@@ -235,7 +236,7 @@ def test_another_setting_since_the_kill_is_refused_and_named(
 def test_a_file_that_cannot_grow_leaves_no_output_and_can_be_resumed(tmp_path: Path) -> None:
     model = checkpoints.write(tmp_path / "model", checkpoints.llama(), cuts=(5,))
     output = tmp_path / "out"
-    arguments = ["convert", model, "-o", output, *QUICK]
+    arguments: list[str | Path] = ["convert", model, "-o", output, *QUICK]
     # Room for the journal's first entries and the adapter, not for the first shard.
     ended = processes.loftq(arguments, tmp_path, processes.limited_to(16_000))
     assert ended.code == 5
@@ -251,7 +252,15 @@ def test_a_file_that_cannot_grow_leaves_no_output_and_can_be_resumed(tmp_path: P
 def test_a_process_that_may_not_have_the_memory_is_told_before_it_writes(scratch: Path) -> None:
     weight = torch.zeros(4096, 2048)
     model = checkpoints.write(scratch / "model", {"model.layers.0.mlp.up_proj.weight": weight})
-    arguments = ["convert", model, "-o", scratch / "new/out", *QUICK, "--layout", "loftq"]
+    arguments: list[str | Path] = [
+        "convert",
+        model,
+        "-o",
+        scratch / "new/out",
+        *QUICK,
+        "--layout",
+        "loftq",
+    ]
     ended = processes.loftq(arguments, scratch, processes.allowed(100 << 20))
     assert ended.code == 5, ended.stderr
     (line,) = ended.stderr.splitlines()

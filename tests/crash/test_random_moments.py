@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,14 @@ from tests.crash import processes
 from tests.crash.stress import STRESS, tell, times
 from tests.crash.test_kill import journal_entries
 
-SETTINGS = {"bits": 2, "rank": 4, "iters": 4, "threads": 1, "svd": "exact", "layout": "loftq"}
+SETTINGS: dict[str, Any] = {
+    "bits": 2,
+    "rank": 4,
+    "iters": 4,
+    "threads": 1,
+    "svd": "exact",
+    "layout": "loftq",
+}
 OPTIONS = ["--bits", "2", "--rank", "4", "--iters", "4", "-t", "1", "--svd", "exact"]
 OPTIONS += ["--layout", "loftq"]
 

@@ -66,7 +66,14 @@ def test_a_disk_that_is_full_is_found_out_before_anything_is_written(
     filler = fill(disk, 1 << 20)
     scenario = learned["convert"]
     assert scenario.model is not None
-    arguments = ["convert", scenario.model, "-o", disk / "a/out", "--layout", "loftq"]
+    arguments: list[str | Path] = [
+        "convert",
+        scenario.model,
+        "-o",
+        disk / "a/out",
+        "--layout",
+        "loftq",
+    ]
     ended = processes.loftq(arguments, tmp_path)
     assert ended.code == 5
     (line,) = ended.stderr.splitlines()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +15,7 @@ from loftq_cli.errors import NonFiniteWeightError, UnsupportedInputError
 from tests import checkpoints
 from tests.makers import container, entry
 
-SETTINGS = {"rank": 4, "iters": 1, "threads": 1}
+SETTINGS: dict[str, Any] = {"rank": 4, "iters": 1, "threads": 1}
 LAYOUTS = [("bnb", 4, "nf"), ("gptq", 2, "uniform"), ("loftq", 3, "nf"), ("dense", 2, "nf")]
 CONVERTED = tuple(FLOATS)
 REFUSED = tuple(tag for tag in DTYPE_BITS if tag.startswith(("F4", "F6_", "F8_")))

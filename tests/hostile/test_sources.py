@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -21,7 +22,7 @@ from tests import checkpoints
 from tests.hostile.corpus import CORPUS
 from tests.makers import container, entry
 
-SETTINGS = {"bits": 4, "rank": 4, "iters": 1, "threads": 1}
+SETTINGS: dict[str, Any] = {"bits": 4, "rank": 4, "iters": 1, "threads": 1}
 OPTIONS = ["--bits", "4", "--rank", "4", "--iters", "1", "-t", "1"]
 
 

@@ -12,7 +12,14 @@ import pytest
 import loftq_cli
 from tests import models
 
-SETTINGS = {"bits": 3, "method": "nf", "rank": 4, "iters": 1, "threads": 1, "layout": "loftq"}
+SETTINGS: dict[str, Any] = {
+    "bits": 3,
+    "method": "nf",
+    "rank": 4,
+    "iters": 1,
+    "threads": 1,
+    "layout": "loftq",
+}
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +29,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     @functools.cache
     def convert(kind: str, **settings: Any) -> Path:
         task = functools.partial(models.bert, task="ForSequenceClassification")
-        maker = {"llama": models.llama, "bert": models.bert, "classifier": task}[kind]
+        makers: dict[str, Any] = {"llama": models.llama, "bert": models.bert, "classifier": task}
         work = tmp_path_factory.mktemp(kind)
-        source = models.save(maker(), work / "source")
+        source = models.save(makers[kind](), work / "source")
         loftq_cli.convert(source, output=work / "out", **SETTINGS | settings)
         return work / "out"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import peft
 import pytest
@@ -47,7 +48,9 @@ TINY_MAMBA = {
 }
 
 
-def described(model: transformers.PreTrainedModel) -> tuple[dict, dict]:
+def described(
+    model: transformers.PreTrainedModel,
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """(config.json, shapes of tensors) of a model."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     config["architectures"] = [type(model).__name__]
@@ -142,7 +145,7 @@ def test_without_transformers_load_finds_the_names_and_the_plain_way_says_that_i
     layout, tmp_path, without_transformers, monkeypatch
 ) -> None:
     source = make(*FAMILIES["ViT"][:3], tmp_path / "source")
-    settings = {"bits": 2, "rank": 4, "iters": 1, "layout": layout, "threads": 1}
+    settings: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 1, "layout": layout, "threads": 1}
     without_transformers()
     plan, _ = prepare(str(source), tmp_path / "out", Options(**settings), observer=Observer())
     loftq_cli.convert(source, output=tmp_path / "out", **settings)
@@ -196,7 +199,7 @@ def test_what_no_model_can_load_is_not_converted_on_request_either(tmp_path) -> 
 
 def test_what_transformers_says_is_part_of_the_recipe(tmp_path) -> None:
     """Another version may say something else: unfinished work is then another conversion's."""
-    settings = {"rank": 4, "iters": 1, "threads": 1, "layout": "loftq"}
+    settings: dict[str, Any] = {"rank": 4, "iters": 1, "threads": 1, "layout": "loftq"}
     renamed = make(*FAMILIES["ViT"][:3], tmp_path / "vit")
     plain = make(*FAMILIES["Llama"][:3], tmp_path / "llama")
     manifest = loftq_cli.convert(renamed, output=tmp_path / "a", **settings)

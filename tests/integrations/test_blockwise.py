@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ class Block(nn.Module):
         self.left, self.right, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.calls = 0
 
-    def forward(self, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> tuple:
+    def forward(
+        self, hidden: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
         self.calls += 1
         bias = hidden.mean(1, keepdim=True) if bias is None else bias
         mixed = self.left(hidden).tanh() * self.right(hidden)
@@ -40,7 +43,7 @@ class TwoStacks(nn.Module):
         torch.manual_seed(0)
         self.embed = nn.Embedding(20, WIDTH)
         self.decoder = nn.ModuleList(Block() for _ in range(blocks))
-        self.encoder = nn.ModuleDict({"block": nn.ModuleList(Block() for _ in range(blocks))})
+        self.encoder: Any = nn.ModuleDict({"block": nn.ModuleList(Block() for _ in range(blocks))})
         self.norm = nn.LayerNorm(WIDTH)
         self.unused = nn.ModuleList([Block()])
 
@@ -62,7 +65,7 @@ class Skipping(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(20, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks: Any = nn.ModuleList(Block() for _ in range(3))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         first, _ = self.blocks[0](self.embed(ids))
@@ -102,7 +105,7 @@ class Nested(Skipping):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleList([Block(), Block()]) for _ in range(2))
+        self.blocks: Any = nn.ModuleList(nn.ModuleList([Block(), Block()]) for _ in range(2))
         self.ends = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -117,7 +120,8 @@ class OnTheSide(Skipping):
     """Blocks leave something for later ones."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden, left = self.embed(ids), {}
+        hidden = self.embed(ids)
+        left: dict[str, torch.Tensor] = {}
         hook = self.blocks[0].left.register_forward_hook(
             lambda module, args, output: left.update(value=output)
         )

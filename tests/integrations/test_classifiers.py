@@ -3,6 +3,8 @@ with the adapter."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -21,7 +23,7 @@ pytestmark = [
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 TOKENS = torch.arange(24).view(2, 12) + 3
 LABELS = torch.tensor([0, 2])
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "loftq": {"layout": "loftq"},
     "dense": {"layout": "dense"},
     "bnb": {"layout": "bnb", "bits": 4},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -19,7 +21,7 @@ class Base(nn.Module):
         self.cast_to, self.asked, self.inherited = (nn.Linear(2, 2) for _ in range(3))
         self.branched, self.indexed = nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)])
         self.table = nn.Sequential(nn.ReLU(), nn.Linear(2, 2), nn.Linear(2, 2))
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)) for _ in range(2)])
+        self.blocks: Any = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)) for _ in range(2)])
         nn.init.zeros_(self.called.weight)
 
     def _init_weights(self) -> None:
@@ -62,7 +64,7 @@ def test_what_is_called_is_told_from_what_is_read(fused, limit) -> None:
 class Rescaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleDict({"mlp": Base()}) for _ in range(2)])
+        self.layers: Any = nn.ModuleList([nn.ModuleDict({"mlp": Base()}) for _ in range(2)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:

@@ -39,7 +39,7 @@ def computed(
         "GLOO_SOCKET_IFNAME": "lo",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, ranks.__file__, work, *directories]
+    command = [sys.executable, ranks.__file__, str(work), *directories]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return lambda number, way, rank: torch.load(work / f"{number}-{way}-{rank}.pt")

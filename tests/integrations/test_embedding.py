@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from tests.layouts.stored import drawn
 # points may begin with a byte (256 columns) or within one.
 ALIGNED = [((70, 64), 32), ((33, 256), 32), ((90, 32), 32)]
 UNALIGNED = [((41, 45), 32), ((70, 40), 64), ((90, 31), 32)]
-IDS = ([[3, 0, 3], [7, 30, 1]], [29, 28, 27], 5, [])
+IDS: tuple[Any, ...] = ([[3, 0, 3], [7, 30, 1]], [29, 28, 27], 5, [])
 
 
 def embedding(

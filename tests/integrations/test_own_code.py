@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -49,7 +50,7 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     }
     (source / "config.json").write_text(json.dumps(config))
     (source / "modeling_own.py").write_text(CODE)
-    settings = {"bits": 2, "rank": 4, "iters": 1, "threads": 1, "layout": "loftq"}
+    settings: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 1, "threads": 1, "layout": "loftq"}
     loftq_cli.convert(source, output=tmp_path / "out", **settings)
     assert not (tmp_path / "out" / "modeling_own.py").exists()
     shutil.copy(source / "modeling_own.py", tmp_path / "out")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -57,11 +58,11 @@ def test_it_is_used_on_cuda(monkeypatch, on_cuda, used) -> None:
     calls = []
     monkeypatch.setattr(packed_weight, "_triton_decode", lambda: lambda *call: calls.append(call))
     monkeypatch.setattr(packed_weight, "decode_packed", lambda *call: None)
-    weight = SimpleNamespace(is_cuda=on_cuda)
+    weight: Any = SimpleNamespace(is_cuda=on_cuda)
     packing = PackedFormat(2, 64, "codebook")
-    scales = torch.ones(1)
-    packed_weight.dense((2, 4), packing, torch.bfloat16, weight, scales, None, None, "levels")
-    expected = ((2, 4), 2, 64, weight, scales, None, "levels", torch.bfloat16)
+    scales, levels = torch.ones(1), torch.ones(4)
+    packed_weight.dense((2, 4), packing, torch.bfloat16, weight, scales, None, None, levels)
+    expected = ((2, 4), 2, 64, weight, scales, None, levels, torch.bfloat16)
     assert calls == [expected] * used
 
 
@@ -70,8 +71,8 @@ def test_it_takes_scales_that_are_unpacked(monkeypatch) -> None:
     monkeypatch.setattr(packed_weight, "_triton_decode", lambda: lambda *call: calls.append(call))
     packing = PackedFormat(2, 64, "codebook", "int8")
     scales, steps = torch.tensor([127, -3], dtype=torch.int8), torch.tensor([0.5]).bfloat16()
-    weight = SimpleNamespace(is_cuda=True)
-    packed_weight.dense((2, 64), packing, torch.float32, weight, scales, steps, None, "levels")
+    weight: Any = SimpleNamespace(is_cuda=True)
+    packed_weight.dense((2, 64), packing, torch.float32, weight, scales, steps, None, None)
     given = calls[0][4]
     assert (given.dtype, given.tolist()) == (torch.float32, [63.5, -1.5])
 

@@ -36,7 +36,7 @@ def batch(config: Any) -> dict[str, torch.Tensor]:
 
 def outputs(model: torch.nn.Module, config: Any) -> torch.Tensor:
     """Everything the model returns, float32, of the tokens that are not padding."""
-    inputs = batch(config)
+    inputs: dict[str, Any] = batch(config)
     if not config.is_encoder_decoder:
         inputs["use_cache"] = False
     returned = model(**inputs).to_tuple()
@@ -48,7 +48,7 @@ def outputs(model: torch.nn.Module, config: Any) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def dequantized(module: torch.nn.Module) -> torch.Tensor | None:
+def dequantized(module: Any) -> torch.Tensor | None:
     """The weight (out, in), float32, as the library decodes it; None where this is no layer."""
     if type(module).__name__ == "Linear4bit":
         from bitsandbytes import functional

@@ -28,8 +28,8 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys.*gate_up_proj"),
 ]
 
-QUICK = {"bits": 2, "rank": 8, "iters": 1, "threads": 1}
-EXPERTS = {"include": ("*.experts.*",)}
+QUICK: dict[str, Any] = {"bits": 2, "rank": 8, "iters": 1, "threads": 1}
+EXPERTS: dict[str, Any] = {"include": ("*.experts.*",)}
 TOKENS = (torch.arange(22).view(2, 11) * 7 + 3) % 90 + 3
 
 
@@ -99,7 +99,9 @@ def test_experts_are_passed_through_and_the_rest_loads_and_trains(kind, saved, t
     assert len(attention) == (10 if kind.startswith("deepseek") else 8)
     model = adapted(output)
     reference = expected(source, output, tmp_path / "reference")
-    torch.testing.assert_close(logits(model), reference, rtol=0, atol=5e-6 * reference.abs().max())
+    torch.testing.assert_close(
+        logits(model), reference, rtol=0, atol=5e-6 * float(reference.abs().max())
+    )
     before, after = train(model)
     assert after < before
 
@@ -115,12 +117,14 @@ def test_experts_that_are_included_load_and_train(kind, way, saved, tmp_path) ->
     assert all(0 < e["frobenius"]["final"] < e["frobenius"]["quantized"] for e in found)
     model = way(output)
     reference = expected(source, output, tmp_path / "reference")
-    torch.testing.assert_close(logits(model), reference, rtol=0, atol=5e-6 * reference.abs().max())
+    torch.testing.assert_close(
+        logits(model), reference, rtol=0, atol=5e-6 * float(reference.abs().max())
+    )
     before, after = train(model)
     assert after < before
     trained = logits(model)
     merged = logits(model.merge_and_unload())
-    torch.testing.assert_close(merged, trained, rtol=0, atol=5e-6 * trained.abs().max())
+    torch.testing.assert_close(merged, trained, rtol=0, atol=5e-6 * float(trained.abs().max()))
 
 
 def test_a_merge_of_the_start_is_the_same_model(saved, tmp_path) -> None:
@@ -129,7 +133,7 @@ def test_a_merge_of_the_start_is_the_same_model(saved, tmp_path) -> None:
     merge(output, merged, observer=Observer())
     reference = expected(source, output, tmp_path / "reference")
     found = logits(model_class(merged).from_pretrained(merged))
-    torch.testing.assert_close(found, reference, rtol=0, atol=5e-6 * reference.abs().max())
+    torch.testing.assert_close(found, reference, rtol=0, atol=5e-6 * float(reference.abs().max()))
 
 
 def test_a_trained_fused_adapter_is_left_to_peft_by_name(saved, tmp_path) -> None:

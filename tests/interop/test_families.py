@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import loftq_cli
 from loftq_cli.errors import LayoutError
 
-QUICK = {"rank": 4, "iters": 1, "threads": 1}
+QUICK: dict[str, Any] = {"rank": 4, "iters": 1, "threads": 1}
 
 
 @pytest.mark.parametrize("bits", [2, 4])

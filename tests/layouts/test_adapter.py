@@ -37,7 +37,7 @@ def matrix(name: str) -> Matrix:
 
 def drawn_tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, rank in RANKS.items():
         rows, columns = SHAPES[name]
         lora_A = torch.randn(rank, columns, generator=generator)

@@ -8,6 +8,7 @@ import torch
 from loftq_cli.layouts.base import Matrix, Surroundings
 from loftq_cli.layouts.packed import PackedLayout
 from loftq_cli.numerics.blocks import Quantized
+from loftq_cli.numerics.scale_storage import ScaleDtype
 from tests.layouts import plain
 from tests.layouts.stored import drawn
 
@@ -163,11 +164,12 @@ def test_one_block_for_the_whole_matrix():
 )
 def test_the_config_says_how_each_module_is_decoded(method, entry):
     matrix = Matrix("h.0.m.weight", (2, 5), "F32", method, 3, 128)
-    for scales, key in (
-        ("float32", {}),
-        ("bfloat16", {"scales": "bfloat16"}),
-        ("int8", {"scales": "int8"}),
-    ):
+    stored: dict[ScaleDtype, dict[str, str]] = {
+        "float32": {},
+        "bfloat16": {"scales": "bfloat16"},
+        "int8": {"scales": "int8"},
+    }
+    for scales, key in stored.items():
         config = PackedLayout(scales).quantization_config([matrix], Surroundings({}, [], ["h"]))
         modules = {"h.0.m": {**entry, **key}}
         assert config == {"quant_method": "loftq", "format_version": 1, "modules": modules}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import settings
@@ -32,8 +34,9 @@ def quantizer_of(
     method: str, bits: int, block_size: int, scale: str, dtype: torch.dtype = torch.float32
 ) -> Quantizer:
     """A quantizer; scale "mse-native" is "mse" searched by the compiled kernels."""
-    scale, _, kernels = scale.partition("-")
-    return make_quantizer(method, bits, block_size, scale, dtype, native=kernels == "native")
+    search: Any
+    search, _, kernels = scale.partition("-")
+    return make_quantizer(method, bits, block_size, search, dtype, native=kernels == "native")
 
 
 def prepared(quantizer: Quantizer, weight: torch.Tensor, step: int | None = None) -> Quantizer:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loftq_cli.numerics.alternation import decompose
-from loftq_cli.numerics.decomposition import Decomposition, Settings
+from loftq_cli.numerics.decomposition import Decomposition, Order, Settings
 from loftq_cli.numerics.quantizers import make_quantizer
 from tests.numerics.helpers import (
     METHODS,
@@ -181,7 +181,8 @@ every_degenerate = pytest.mark.parametrize("weight", DEGENERATE.values(), ids=DE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_direction_of_the_adapter_can_train(weight, svd, iters, dtype):
     rank, bound = 10, weight.shape[1] ** -0.5
-    orders, methods = ("quantize-first", "svd-first"), ("nf", "nf-symmetric", "uniform")
+    orders: tuple[Order, ...] = ("quantize-first", "svd-first")
+    methods = ("nf", "nf-symmetric", "uniform")
     for order, method in itertools.product(orders, methods):
         settings = Settings(rank=rank, iters=iters, svd=svd, order=order, adapter_dtype=dtype)
         d = decompose(weight, make_quantizer(method, 2, 64, "mse"), settings)

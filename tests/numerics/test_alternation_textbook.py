@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_momentum_leaves_less_at_any_number_of_steps(weight, order, method, bits
 
 
 @cache
-def ten_steps(svd: str, bits: int, rank: int, products=torch.float32) -> list[float]:
+def ten_steps(svd: Any, bits: int, rank: int, products=torch.float32) -> list[float]:
     settings = Settings(rank=rank, iters=10, svd=svd, keep="last", products=products)
     return decompose(llm_like(512, 512), QUANTIZERS[f"nf{bits}"][0], settings).residuals
 

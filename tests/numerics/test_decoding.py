@@ -76,11 +76,12 @@ def test_zero_points(way, bits, block_size) -> None:
 def test_other_dtypes_are_float32_rounded_once(way, dtype) -> None:
     weight, scales = random_bytes(7 * 45, 3, seed=0), torch.randn(10)
     zeros, levels = random_bytes(7 * 2, 3, seed=1), torch.randn(8)
-    for size, parameters in ((32, (None, levels)), (32, (zeros, None))):
-        count = 10 if parameters[0] is None else 14
+    for affine in (False, True):
+        count = 14 if affine else 10
+        given = (zeros if affine else None, None if affine else levels)
         scales = torch.randn(count)
-        exact = decode((7, 45), 3, size, weight, scales, *parameters)
-        actual = decode((7, 45), 3, size, weight, scales, *parameters, dtype=dtype)
+        exact = decode((7, 45), 3, 32, weight, scales, *given)
+        actual = decode((7, 45), 3, 32, weight, scales, *given, dtype)
         assert actual.dtype == dtype
         assert torch.equal(actual, exact.to(dtype))
 

@@ -105,7 +105,8 @@ def test_later_calls_keep_up_with_small_changes(name):
 @pytest.mark.parametrize("rank", [1, 8, 33])
 @pytest.mark.parametrize("method", [exact, subspace])
 def test_a_matrix_of_exactly_the_rank_is_recovered(shape, rank, method):
-    matrix = rank_deficient(*shape, rank)
+    rows, columns = shape
+    matrix = rank_deficient(rows, columns, rank)
     low = exact(matrix, rank) if method is exact else subspace(matrix, rank, generator())
     assert distance(matrix, low) < 1e-5 * float(matrix.norm())
 

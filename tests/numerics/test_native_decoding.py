@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -55,9 +56,13 @@ def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(actual.view(kind), expected.view(kind))
 
 
+def complete(arguments, dtype) -> Any:
+    """``arguments`` with the levels that may be left out, and the dtype."""
+    return (*arguments, *[None] * (7 - len(arguments)), dtype)
+
+
 def expected(arguments, dtype) -> torch.Tensor:
-    levels = (None,) if len(arguments) == 6 else ()
-    return decoding._decode_chunks(*arguments, *levels, dtype)
+    return decoding._decode_chunks(*complete(arguments, dtype))
 
 
 def check(arguments, dtype, monkeypatch) -> None:
@@ -65,7 +70,7 @@ def check(arguments, dtype, monkeypatch) -> None:
     exact = expected(arguments, dtype)
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "_decode_chunks", None)
-        assert same_bits(decode(*arguments, dtype=dtype), exact), arguments[:3]
+        assert same_bits(decode(*complete(arguments, dtype)), exact), arguments[:3]
 
 
 @every_width
@@ -159,8 +164,7 @@ def test_another_default_device_does_not_matter():
 
 
 def refused(arguments, dtype=torch.float32) -> bool:
-    levels = (None,) if len(arguments) == 6 else ()
-    return native_decoding.decode(*arguments, *levels, dtype) is None
+    return native_decoding.decode(*complete(arguments, dtype)) is None
 
 
 def test_incomplete_tensors_are_not_read():
@@ -183,7 +187,7 @@ def test_incomplete_tensors_are_not_read():
 def test_tensors_without_memory_and_recordings_are_left_to_tensor_operations():
     arguments = make((8, 64), 4, 64, affine=False)
     with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in arguments]
+        fake: Any = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in arguments]
         assert decode(*fake).shape == (8, 64)
     assert refused(fake)
     wanted = list(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ every_method = pytest.mark.parametrize("method", ["nf", "uniform"])
 
 
 def sweep_of(weight: torch.Tensor, method: str, scale: str, bits: int = 2, **settings) -> Sweep:
-    settings = Settings(rank=1, iters=1, **settings)
-    return make_sweep(weight, quantizer_of(method, bits, 32, scale), settings)
+    chosen = Settings(rank=1, iters=1, **settings)
+    return make_sweep(weight, quantizer_of(method, bits, 32, scale), chosen)
 
 
 def product_of(shape: tuple[int, int], rank: int) -> Product:
@@ -108,7 +109,7 @@ def test_what_the_product_leaves_of_the_previous_residual_is_kept(
     before = sweep.residual.clone()
     sweep.remains = torch.empty_like(sweep.wide)
     delta = product.left.double() @ product.right.double()
-    tolerance = {"rtol": 2e-6, "atol": 1e-7} if products == torch.float32 else {}
+    tolerance: dict[str, Any] = {"rtol": 2e-6, "atol": 1e-7} if products == torch.float32 else {}
     sweep.quantize(None, product)
     expected = (before.double() - delta).to(products)
     torch.testing.assert_close(sweep.remains, expected, **tolerance)

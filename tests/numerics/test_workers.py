@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -15,11 +16,15 @@ _PATIENCE = 30.0  # seconds until a test that hangs is given up
 
 
 def test_tasks_run_in_order_in_one_other_thread():
-    worker, seen = Worker(), []
-    tasks = [
-        worker.submit(Task(lambda n=n: (n, seen.append(threading.get_ident())))) for n in (1, 2)
-    ]
-    assert [task.result()[0] for task in tasks] == [1, 2]
+    worker = Worker()
+    seen: list[int] = []
+
+    def work(number: int) -> int:
+        seen.append(threading.get_ident())
+        return number
+
+    tasks = [worker.submit(Task(functools.partial(work, number))) for number in (1, 2)]
+    assert [task.result() for task in tasks] == [1, 2]
     assert len(set(seen)) == 1
     assert threading.get_ident() not in seen
     worker.end()

@@ -55,7 +55,7 @@ def test_the_decoder_that_it_shows_decodes(case, converted):
     assert {record["module"] for record in manifest["matrices"]} == set(config["modules"])
     for record in manifest["matrices"]:
         name, matrix = record["name"], matrix_of(record)
-        parts = {
+        parts: dict[str, Any] = {
             part: tensors[f"{name}_{part}"].tolist()
             for part in ("scales", "scale_steps", "levels", "zeros")
             if f"{name}_{part}" in tensors

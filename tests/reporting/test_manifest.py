@@ -31,7 +31,7 @@ def manifest_of(directory: Path) -> dict[str, Any]:
 
 
 def tensors_of(directory: Path, pattern: str) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for path in sorted(directory.glob(pattern)):
         found |= load_file(path)
     return found
@@ -122,7 +122,7 @@ def test_totals_are_those_of_the_tensors(case, converted, source):
 @every_case
 def test_residuals_are_consistent(case, converted):
     manifest = manifest_of(converted(case))
-    squares = {"weight": [], "quantized": [], "final": []}
+    squares: dict[str, list[float]] = {"weight": [], "quantized": [], "final": []}
     for record in manifest["matrices"]:
         norms = record["frobenius"]
         assert len(norms["steps"]) == manifest["recipe"]["iters"]

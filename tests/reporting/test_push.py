@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning"
 
 REPO = "me/small"
 BASE = "org/model"
-QUICK = {"bits": 2, "rank": 4, "iters": 2, "threads": 1}
+QUICK: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 2, "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def sent(server: HubServer, revision: str = "main") -> dict[str, bytes]:
     return files
 
 
-def card(server: HubServer) -> huggingface_hub.ModelCard:
+def card(server: HubServer) -> Any:
     return huggingface_hub.ModelCard(sent(server)["README.md"].decode())
 
 

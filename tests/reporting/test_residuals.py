@@ -95,7 +95,7 @@ def test_an_older_manifest_that_names_no_dtype_of_scales_is_read(converted, sour
     ("bits", "method"), [(4, "nf"), (2, "nf"), (3, "nf-symmetric"), (2, "uniform-block")]
 )
 def test_plain_quantization_is_that_of_the_textbook(tmp_path, source, bits, method):
-    fixed = {"scale": "absmax"} if method != "uniform-block" else {}
+    fixed: dict[str, Any] = {"scale": "absmax"} if method != "uniform-block" else {}
     loftq_cli.convert(
         source(""), tmp_path / "out", bits=bits, method=method, rank=4, iters=1, threads=1, **fixed
     )
@@ -297,7 +297,7 @@ def test_weights_of_a_pipelines_module_are_not_taken_for_the_backbones(tmp_path)
     (directory / "modules.json").write_text('[{"path": ""}, {"path": "1_Dense"}]')
     (directory / "1_Dense").mkdir()
     save_file({name: torch.ones(64, 64)}, directory / "1_Dense" / "model.safetensors")
-    settings = {"layout": "dense", "bits": 2, "rank": 4, "iters": 1, "threads": 1}
+    settings: dict[str, Any] = {"layout": "dense", "bits": 2, "rank": 4, "iters": 1, "threads": 1}
     loftq_cli.convert(directory, tmp_path / "out", **settings)
     assert (tmp_path / "out" / "1_Dense" / "model.safetensors").is_file()
     assert loftq_cli.error_report(tmp_path / "out", directory)["recomputed"]

@@ -87,7 +87,7 @@ class _Runs:
             module = "tests.benchmarks.evaluation.training"
             command = [sys.executable, "-m", module, json.dumps(job), str(target)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             subprocess.run(command, check=True, env=environment, **quiet)
         result: dict[str, Any] = json.loads(target.read_text())
         progress = f"{start.name}, rate {rate:g}, seed {seed}: {result['test']:.1%}"

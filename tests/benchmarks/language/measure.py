@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ def log_probabilities(model: Any, window: torch.Tensor) -> torch.Tensor:
 
 
 def distance(
-    model: Any, reference: Sequence[torch.Tensor], windows: Sequence[torch.Tensor]
+    model: Any, reference: Sequence[torch.Tensor], windows: Iterable[torch.Tensor]
 ) -> Distance:
     """Of ``model`` from the one whose :func:`log_probabilities` of each window are given."""
     surprise = divergence = 0.0
