@@ -15,9 +15,10 @@ from tests import checkpoints
 from tests.checkpoints import LLAMA
 from tests.conversion.bench import Bench
 from tests.conversion.contents import FAST, Converter
+from tests.conversion.hub_conversions import commit, files
 from tests.hub_fixtures import cache, server
 
-__all__ = ["cache", "server"]
+__all__ = ["cache", "commit", "files", "server"]
 
 
 @pytest.fixture
