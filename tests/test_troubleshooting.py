@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_the_messages_of_peft_and_transformers_are_theirs() -> None:
     headings = re.findall(r"^### (.*)$", theirs, flags=re.MULTILINE)
     assert len(headings) >= 10
     code = sources("peft", "transformers.quantizers") + "".join(
-        (Path(str(importlib.util.find_spec(name).origin))).read_text("utf-8")  # type: ignore[union-attr]
+        (Path(str(importlib.util.find_spec(name).origin))).read_text("utf-8")
         for name in ("transformers.trainer_utils", "transformers.utils.loading_report")
     )
     code = code.replace("`bitsandbytes` 4-bit", "4-bit")
@@ -99,7 +100,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "empty.txt").write_text("\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        settings = {"bits": 2, "rank": 4, "iters": 5}
+        settings: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 5}
         loftq_cli.convert("./my-model", output="out", **settings)
         arguments = (
             "calibrate ./other-model --text notes.txt --length 16 -o other-model.safetensors"
