@@ -65,6 +65,7 @@ def test_every_warning_of_ours_has_a_section_with_an_example() -> None:
 
 def test_the_texts_of_warnings_are_ours() -> None:
     spoken = re.sub(r'"\s*f?"', "", re.sub(r"'\s*f?\"", "'", sources("loftq_cli")))
+    spoken = spoken.replace("{adapter.DIRECTORY}", "loftq_init")
     for name in ("DetachedAdapter", "TrainedBeside"):
         for shown in re.findall(rf"^{name}: (.*)$", SECTIONS[f"`{name}`"], flags=re.MULTILINE):
             end = re.split("[:;…]", shown)[0].removeprefix("out ").strip()
