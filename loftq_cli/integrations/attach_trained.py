@@ -142,7 +142,8 @@ def _check(
             wanted[name.replace(_module_of(name), names[_module_of(name)], 1)] = tensor
     own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     _refuse(own.keys() - wanted.keys(), "it lacks", file)
-    loaded = own | peft.get_peft_model_state_dict(model, save_embedding_layers=True)
+    tables = input_embeddings(model.get_base_model()) is not None  # PEFT asks for them unguarded
+    loaded = own | peft.get_peft_model_state_dict(model, save_embedding_layers=tables)
     _refuse(wanted.keys() - loaded.keys(), "PEFT found no place for", file)
     with TensorFile(file) as reader:
         lost = {

@@ -3,6 +3,7 @@ directory of the conversion as well."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 
@@ -17,8 +18,15 @@ import loftq_cli
 from loftq_cli.cli import main
 from loftq_cli.conversion.merge import merge
 from loftq_cli.conversion.observer import Observer
-from loftq_cli.errors import InputError, SourceNotFoundError, UsageError, VerificationError
+from loftq_cli.errors import (
+    InputError,
+    SourceNotFoundError,
+    UnsupportedInputError,
+    UsageError,
+    VerificationError,
+)
 from loftq_cli.integrations.trained_beside import TrainedBeside
+from tests import models
 
 # peft asks transformers under a name that transformers is giving up.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
@@ -115,9 +123,35 @@ def test_an_adapter_in_the_place_of_the_start(left, tmp_path) -> None:
     assert f"adapter='{directory / 'loftq_init'}'" in caught.value.hint
     found = loftq_cli.load(directory, adapter=directory / "loftq_init")
     assert torch.equal(logits(found), logits(trained))
+    with pytest.raises(VerificationError, match="not the adapter that") as caught:
+        merge(directory, tmp_path / "merged", observer=Observer())
+    assert f"--adapter {directory / 'loftq_init'}" in caught.value.hint
+    merge(directory, tmp_path / "merged", adapter=directory / "loftq_init", observer=Observer())
+    merged = CAUSAL.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), logits(trained), rtol=0, atol=1e-5)
+    # Converting again would delete the trained adapter.
+    result = CliRunner().invoke(main, ["inspect", "--verify", str(directory)])
+    assert result.exit_code == 3
+    assert "move it elsewhere first" in result.output
+
+
+def test_adapters_in_folders_of_the_conversion_are_named_the_newest_of_them(left, tmp_path) -> None:
+    directory, trained = left("loftq", "checkpoint-5")
+    trained.save_pretrained(directory / "mine")
+    (directory / "runs").mkdir()
+    os.utime(directory / "mine/adapter_config.json", (0, 0))
+    newest = directory / "checkpoint-5"
+    with pytest.warns(TrainedBeside, match=rf"load\(.*adapter='{newest}'\) takes the trained one"):
+        loftq_cli.load(directory)
     remarks = Remarks()
-    merge(directory, tmp_path / "merged", observer=remarks)
-    assert any("another adapter than the conversion made" in line for line in remarks.lines)
+    merge(directory, tmp_path / "start", observer=remarks)
+    assert any(f"--adapter {newest} takes the trained one" in line for line in remarks.lines)
+    assert loftq_cli.inspect(directory)["trained_adapter"] == str(newest)
+    assert torch.equal(logits(loftq_cli.load(directory, adapter=newest)), logits(trained))
+    # A fault of another file does not advise to convert over them either.
+    (directory / "generation_config.json").write_text("{}")
+    with pytest.raises(VerificationError, match=f"{newest} holds another adapter"):
+        loftq_cli.inspect(directory, verify=True)
 
 
 def test_inspect_says_where_a_trained_adapter_lies(left, converted) -> None:
@@ -186,6 +220,41 @@ def test_an_adapter_that_lacks_tensors_is_not_filled_up(converted, tmp_path) -> 
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(InputError, match=f"it lacks {name}"):
         loftq_cli.load(converted("llama"), adapter=tmp_path / "mine")
+
+
+def test_an_adapter_that_is_a_pickle_is_named_as_one(converted, tmp_path) -> None:
+    loftq_cli.load(converted("llama")).save_pretrained(tmp_path / "mine")
+    file = tmp_path / "mine/adapter_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(UnsupportedInputError, match="only pickled weights"):
+        loftq_cli.load(converted("llama"), adapter=tmp_path / "mine")
+
+
+def test_trained_tokens_beyond_the_embedding_are_refused_with_what_to_do(
+    converted, tmp_path
+) -> None:
+    base = CAUSAL.from_pretrained(converted("llama"))
+    base.resize_token_embeddings(100)
+    settings = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 98]}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, **settings))
+    model.save_pretrained(tmp_path / "mine", save_embedding_layers=False)
+    with pytest.raises(InputError, match=r"token 98 of .*embed_tokens', which has 96") as caught:
+        loftq_cli.load(converted("llama"), adapter=tmp_path / "mine")
+    assert "save_embedding_layers=True" in caught.value.hint
+
+
+def test_a_class_that_has_no_input_embedding_of_its_own(tmp_path) -> None:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 64}
+    text = {**sizes, "vocab_size": 96, "intermediate_size": 128, "project_dim": 64}
+    image = {**sizes, "image_size": 16, "patch_size": 8, "intermediate_size": 128}
+    config = transformers.AltCLIPConfig(text_config=text, vision_config=image)
+    source = models.save(transformers.AltCLIPModel(config), tmp_path / "source")
+    loftq_cli.convert(source, tmp_path / "out", bits=2, rank=4, iters=1, threads=1, layout="loftq")
+    trained = changed(loftq_cli.load(tmp_path / "out"))
+    trained.save_pretrained(tmp_path / "mine", save_embedding_layers=False)
+    again = loftq_cli.load(tmp_path / "out", adapter=tmp_path / "mine")
+    state = trained.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
 
 
 def test_an_embedding_that_is_packed_says_that_it_cannot_be_resized_or_trained(converted) -> None:
