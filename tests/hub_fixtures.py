@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,3 +39,11 @@ def server(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         use_endpoint(monkeypatch, running.url)
         yield running
         huggingface_hub.close_session()
+
+
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address at which nobody listens, and nobody else can while it is taken."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"

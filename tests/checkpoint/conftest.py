@@ -1,5 +1,5 @@
 """A hub for the tests of the hub."""
 
-from tests.hub_fixtures import cache, server
+from tests.hub_fixtures import cache, nobody, server
 
-__all__ = ["cache", "server"]
+__all__ = ["cache", "nobody", "server"]

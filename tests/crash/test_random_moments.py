@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import signal
@@ -95,9 +96,10 @@ def test_killed_at_random_moments(conversion: Conversion, scratch: Path) -> None
         running.send(signal.SIGKILL)
         code = running.end().code
         assert code in (0, -signal.SIGKILL)
-        latest *= 0.95 if code == 0 else 1.01  # how fast it is depends on who else is there
         entries = len(journal_entries(work / "out"))
         moment = "after the end" if code == 0 else "before" if not entries else "during"
+        # How fast it is depends on who else is there.
+        latest *= {"after the end": 0.8, "during": 1.0, "before": 1.2}[moment]
         caught[f"killed {moment} the first tensor" if moment == "before" else moment] += 1
         conversion.finish(work / "out")
     tell(", ".join(f"{moment}: {count}" for moment, count in sorted(caught.items())))
@@ -134,7 +136,7 @@ def test_interrupted_at_random_moments(
 ) -> None:
     chance = random.Random(0)
     slowest, interrupted, latest = 0.0, 0, conversion.seconds
-    for _ in range(times(8, 100)):
+    for attempt in itertools.count(1):
         work = scratch / "work"
         work.mkdir()
         running = processes.Running(conversion.arguments(work / "out"), scratch)
@@ -155,10 +157,12 @@ def test_interrupted_at_random_moments(
             # The matrix that was worked on, the one before it, and what is copied with them.
             assert len(journal_entries(work / "out")) <= before + 5
         else:
-            latest *= 0.9
+            latest *= 0.7  # it got through
         conversion.finish(work / "out")
+        if interrupted and attempt >= times(8, 100):
+            break
+        assert attempt < 1000
     tell(f"{number.name}: {interrupted} interrupted, the slowest ended after {slowest:.2f} s")
-    assert interrupted
 
 
 def test_of_several_at_once_one_wins(conversion: Conversion, scratch: Path) -> None:

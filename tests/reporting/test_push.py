@@ -22,10 +22,10 @@ from loftq_cli.errors import (
 )
 from loftq_cli.reporting.push import push
 from tests import checkpoints
-from tests.hub_fixtures import cache, server
+from tests.hub_fixtures import cache, nobody, server
 from tests.hub_server import HubServer
 
-__all__ = ["cache", "server"]
+__all__ = ["cache", "nobody", "server"]
 
 # What the client itself does where it sends files without hf_xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
@@ -269,12 +269,12 @@ def test_a_token_without_the_right(server: HubServer, from_hub: Path) -> None:
 
 
 def test_offline_and_no_network(
-    server: HubServer, from_hub: Path, monkeypatch: pytest.MonkeyPatch
+    server: HubServer, from_hub: Path, monkeypatch: pytest.MonkeyPatch, nobody: str
 ) -> None:
     with monkeypatch.context() as patches:
         patches.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(EnvironmentFailure, match="HF_HUB_OFFLINE"):
             push(from_hub, REPO, say=silent)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
     with pytest.raises(EnvironmentFailure, match="could not be sent to"):
         push(from_hub, REPO, say=silent)
