@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -27,8 +27,26 @@ class Commands(click.Group):
     """The group of all commands, for whatever streams there are."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As click's, but that the exit code is right where what click says cannot be written."""
         streams.prepare()
-        return super().main(*args, **kwargs)
+        standalone = kwargs.get("standalone_mode", True)
+        try:
+            result = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.ClickException as error:
+            if not standalone:
+                raise
+            try:
+                error.show()
+            except OSError:
+                streams.drop(sys.stderr)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            _fail(_interruption(signal.SIGINT), verbose=False)
+        except OSError as error:  # of --help and --version
+            _fail(_unwritten(error), verbose=False)
+        if standalone:
+            sys.exit(result)
+        return result
 
 
 class ExpandedPath(click.Path):
@@ -70,9 +88,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                streams.drop(sys.stdout)
-                where = error.filename or "standard output"
-                _fail(EnvironmentFailure(f"{where}: {error.strerror}"), verbose)
+                _fail(_unwritten(error), verbose)
             if isinstance(error, MemoryError):
                 _fail(EnvironmentFailure("out of memory", hint="free memory"), verbose)
             if verbose:
@@ -107,7 +123,13 @@ def _import_torch() -> None:
             signal.signal(number, before)
 
 
-def _fail(error: LoftqError, verbose: bool) -> None:
+def _unwritten(error: OSError) -> EnvironmentFailure:
+    """What to raise for an ``error`` of writing a file or, where it names none, to stdout."""
+    streams.drop(sys.stdout)
+    return EnvironmentFailure(f"{error.filename or 'standard output'}: {error.strerror}")
+
+
+def _fail(error: LoftqError, verbose: bool) -> NoReturn:
     if verbose:
         traceback.print_exc()
     console.complain(f"error: {error}")

@@ -91,8 +91,25 @@ def test_a_stream_that_is_closed_is_no_error(place: Path, closed: str) -> None:
     assert run("--nonsense", redirections=closed)[0] == 2
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+
+
+@needs_full
 def test_work_goes_on_where_nobody_reads_the_remarks(place: Path) -> None:
     code, shown, _ = run("convert", "model", "--bits", "2", *QUICK, redirections="2>/dev/full")
     assert (code, "wrote out" in shown) == (0, True)
     assert (place / "out/loftq_manifest.json").is_file()
+
+
+@needs_full
+@pytest.mark.parametrize("words", [("--help",), ("--version",), ("inspect", "--help")])
+def test_help_that_cannot_be_written_is_an_error_in_one_line(words: tuple[str, ...]) -> None:
+    code, _, said = run(*words, redirections=">/dev/full")
+    assert code == 5
+    assert said == "loftq: error: standard output: No space left on device\n"
+
+
+@needs_full
+@pytest.mark.parametrize("words", [("nosuch",), ("inspect", "--nosuch"), ()])
+def test_a_usage_error_that_cannot_be_written_is_one_all_the_same(words: tuple[str, ...]) -> None:
+    assert run(*words, redirections="2>/dev/full") == (2, "", "")
