@@ -11,6 +11,9 @@ from hypothesis import settings
 # No deadline: a test must not fail because the machine is busy. The same examples in every run.
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"
+"""What a clone without git-lfs has in the place of a large file."""
+
 
 def container(header: object, data: bytes = b"", length: int | None = None) -> bytes:
     """A safetensors file; ``header`` as bytes is taken as it is, ``length`` belies its length."""

@@ -15,7 +15,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from loftq_cli.checkpoint.durable import explained, write_file
+from loftq_cli.checkpoint.lfs import refuse_pointer
 from loftq_cli.checkpoint.pipeline import MODULES, is_of_module, module_folders
+from loftq_cli.checkpoint.strays import leads_nowhere
 
 _VOCABULARIES = (
     "tokenizer.json",
@@ -23,6 +25,7 @@ _VOCABULARIES = (
     "*vocab*.txt",
     "*vocab*.bpe",
     "*.model",
+    "tokenizer.model.v*",
     "*.spm",
     "*.tiktoken",
     "*.tokenizer",
@@ -56,7 +59,7 @@ _LICENCES = (
     "*agreement*",
     "copying*",
     "copyright*",
-    "terms*",
+    "*terms*",
 )
 _TEXT = ("", ".txt", ".md", ".rst", ".pdf")  # not `LICENSE_model.py`, which an auto_map could name
 _TEMPLATES = "additional_chat_templates"
@@ -97,15 +100,21 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def companions(source: Path) -> list[str]:
-    """The files of ``source`` that are copied as they are, by relative name: not config.json.
-    Raises EnvironmentFailure, and CorruptFileError where modules.json names what lies elsewhere."""
+    """The files of ``source`` that are copied as they are, by relative name: not config.json. Links
+    with nothing at their end are among them, for ``open_source`` to refuse.
+
+    Raises EnvironmentFailure, and CorruptFileError where modules.json is broken or names what lies
+    elsewhere.
+    """
     folders = module_folders(source)
+    places = (_TEMPLATES, *folders)
     with explained(source):
-        return sorted(
+        found = [
             name
-            for name in _files(source, ["", _TEMPLATES, *folders])
+            for name in _files(source, ["", *places])
             if name != "config.json" and is_companion(name, folders)
-        )
+        ]
+        return sorted({*found, *(place for place in places if leads_nowhere(source / place))})
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -114,8 +123,10 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def copy_files(files: Mapping[str, Path], target: Path) -> None:
-    """Copy ``files`` to their names relative to ``target``. Raises EnvironmentFailure."""
+    """Copy ``files`` to their names relative to ``target``. Raises EnvironmentFailure, and
+    CorruptFileError for a pointer of git-lfs."""
     for name, path in files.items():
+        refuse_pointer(path)
         with explained(path):
             content = path.read_bytes()
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -151,10 +162,12 @@ def left_behind(names: Iterable[str], taken: Collection[str]) -> tuple[str, ...]
 
 
 def _files(source: Path, folders: Iterable[str]) -> Iterator[str]:
-    """The files in these folders of ``source``, where they are there. Raises OSError."""
+    """The files in these folders of ``source``, where they are there, and links with nothing at
+    their end. Raises OSError."""
     for folder in folders:
         place = os.path.join(source, folder)
         if os.path.isdir(place):
             for name in os.listdir(place):
-                if os.path.isfile(os.path.join(place, name)):
+                path = os.path.join(place, name)
+                if os.path.isfile(path) or leads_nowhere(path):
                     yield f"{folder}/{name}" if folder else name

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.lfs import refuse_pointer
+
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
@@ -93,7 +95,9 @@ class HeaderError(ValueError):
 
 
 def read_header(path: Path) -> Header:
-    """Parse and check the header of ``path``. Raises HeaderError, or OSError from the file."""
+    """Parse and check the header of ``path``. Raises HeaderError, CorruptFileError for a pointer of
+    git-lfs, or OSError from the file."""
+    refuse_pointer(path)
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
         raise HeaderError("not a regular file")
     with path.open("rb") as file:

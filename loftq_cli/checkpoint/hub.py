@@ -28,8 +28,8 @@ from loftq_cli.checkpoint.hub_errors import explained
 from loftq_cli.checkpoint.hub_patience import patiently
 from loftq_cli.checkpoint.hub_transfer import download
 from loftq_cli.checkpoint.names import is_plain_name
-from loftq_cli.checkpoint.not_a_model import MARKERS, refuse_marked
-from loftq_cli.checkpoint.pipeline import MODULES, module_folders
+from loftq_cli.checkpoint.not_a_model import MARKERS, refuse_bare_adapter, refuse_marked
+from loftq_cli.checkpoint.pipeline import MODULES, module_folders, refuse_parent
 from loftq_cli.checkpoint.source import CONFIG, INDEX, SINGLE
 from loftq_cli.checkpoint.strays import too_much
 from loftq_cli.checkpoint.supply import Commit
@@ -149,6 +149,7 @@ def _download_small(
         if name in listing.files:
             found = download(listing.repo_id, listing.commit, name)
             refuse_marked(found.parent, listing.repo_id, listing.files)
+    refuse_bare_adapter(listing.repo_id, listing.files)
     entry = _entry_to_weights(listing)
     if CONFIG not in listing.files:
         raise SourceNotFoundError(
@@ -181,12 +182,16 @@ def _companions(listing: Listing, directory: Path) -> list[str]:
     """The files to copy as they are. modules.json is brought into ``directory`` first, to see what
     it names. Raises CorruptFileError where they are too large or too many."""
     if MODULES in listing.files:
-        _check_amount(listing, [MODULES])
-        download(listing.repo_id, listing.commit, MODULES)
+        _modules_file(listing)
     folders = module_folders(directory)
     small = sorted(n for n in listing.files if n != CONFIG and is_companion(n, folders))
     _check_amount(listing, small)
     return small
+
+
+def _modules_file(listing: Listing) -> Path:
+    _check_amount(listing, [MODULES])
+    return download(listing.repo_id, listing.commit, MODULES)
 
 
 def _check_amount(listing: Listing, names: Collection[str]) -> None:
@@ -293,6 +298,8 @@ def _entry_to_weights(listing: Listing) -> str:
             f"{listing.repo_id} has only pickled weights (pytorch_model*.bin) at this revision",
             hint=hint,
         )
+    if MODULES in listing.files:
+        refuse_parent(_modules_file(listing).parent, listing.repo_id)
     raise SourceNotFoundError(
         f"{listing.repo_id} has neither {SINGLE} nor {INDEX} at this revision",
         hint="give the id of a repository with a transformers model in safetensors format",

@@ -10,6 +10,8 @@ from loftq_cli.errors import CorruptFileError
 _FIRST_LINE = b"version https://git-lfs.github.com/spec/v1"
 _LARGEST = 1024  # bytes, by git-lfs's own specification
 _MOST_SHOWN = 3
+_WHAT = "of git-lfs, not the contents"
+_HINT = "run `git lfs pull` in the directory, or get its files with `hf download`"
 
 
 def is_pointer(path: Path) -> bool:
@@ -23,6 +25,12 @@ def is_pointer(path: Path) -> bool:
         return False
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise CorruptFileError where the file at ``path`` is a pointer."""
+    if is_pointer(path):
+        raise CorruptFileError(f"{path} is a pointer {_WHAT}", hint=_HINT)
+
+
 def refuse_pointers(directory: Path, names: Iterable[str]) -> None:
     """Raise CorruptFileError, which lists them, where files of these ``names`` in ``directory`` are
     pointers."""
@@ -31,7 +39,5 @@ def refuse_pointers(directory: Path, names: Iterable[str]) -> None:
         more = f" and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
         what = "are pointers" if len(found) > 1 else "is a pointer"
         raise CorruptFileError(
-            f"{directory}: {', '.join(found[:_MOST_SHOWN])}{more} {what} of git-lfs, not the "
-            "contents",
-            hint="run `git lfs pull` in the directory, or get the model with `hf download`",
+            f"{directory}: {', '.join(found[:_MOST_SHOWN])}{more} {what} {_WHAT}", hint=_HINT
         )

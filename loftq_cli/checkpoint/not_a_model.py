@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.header import shown
+from loftq_cli.checkpoint.lfs import refuse_pointers
 from loftq_cli.checkpoint.output import MANIFEST, read_manifest
 from loftq_cli.checkpoint.source import WEIGHTS, Source, read_json
 from loftq_cli.errors import InputError, UnsupportedInputError
@@ -16,6 +17,7 @@ from loftq_cli.errors import InputError, UnsupportedInputError
 ADAPTER_CONFIG = "adapter_config.json"
 MARKERS = (ADAPTER_CONFIG, MANIFEST)
 """Files that say that a directory is no model."""
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 _OF_ADAPTER = re.compile(
     r".*\.(?:base_layer|lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save"
@@ -27,13 +29,19 @@ _MERGE = "merge it first: PEFT's merge_and_unload(), then save_pretrained(DIR), 
 def refuse_marked(directory: Path, name: str, files: Collection[str] = ()) -> None:
     """Raise UnsupportedInputError where a file in ``directory``, that of the model ``name``, says
     that it is the output of a conversion, an adapter, or a model with an adapter attached.
-    ``files`` are further ones of the model, which are not there yet."""
+    ``files`` are further ones of the model, which are not there yet. Raises CorruptFileError where
+    such a file is a pointer of git-lfs."""
+    refuse_pointers(directory, MARKERS)
     if os.path.exists(directory / MANIFEST):
         raise UnsupportedInputError(
             f"{name} is the output of a conversion{_of(directory / MANIFEST)}, quantized already",
             hint="convert what it was made from; `loftq merge` makes an ordinary checkpoint of it",
         )
     if not os.path.exists(directory / ADAPTER_CONFIG):
+        names = (*WEIGHTS, *_ADAPTER_WEIGHTS)
+        refuse_bare_adapter(
+            name, [n for n in names if n in files or os.path.lexists(directory / n)]
+        )
         return
     kind, base = _adapter(directory / ADAPTER_CONFIG)
     if any(each in files or os.path.exists(directory / each) for each in WEIGHTS):
@@ -46,6 +54,17 @@ def refuse_marked(directory: Path, name: str, files: Collection[str] = ()) -> No
         f"{name} is a {kind} adapter{base} ({ADAPTER_CONFIG}), not a model",
         hint=f"{_MERGE}; or convert its base model, without it",
     )
+
+
+def refuse_bare_adapter(name: str, files: Collection[str]) -> None:
+    """Raise UnsupportedInputError where of the ``files`` of the model ``name`` some are the weights
+    of an adapter, and none those of a model."""
+    found = [each for each in _ADAPTER_WEIGHTS if each in files]
+    if found and not any(each in files for each in WEIGHTS):
+        raise UnsupportedInputError(
+            f"{name} is an adapter ({found[0]}) without its {ADAPTER_CONFIG}, not a model",
+            hint=f"put its {ADAPTER_CONFIG} back and {_MERGE}; or convert its base model",
+        )
 
 
 def refuse_unmerged(source: Source) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.durable import file_sha256
 from loftq_cli.checkpoint.header import shown, strict_json
+from loftq_cli.checkpoint.lfs import refuse_pointer, refuse_pointers
 from loftq_cli.checkpoint.names import is_plain_name
 from loftq_cli.checkpoint.schema import faults, manifest_schema
 from loftq_cli.errors import InputError, SourceNotFoundError, VerificationError
@@ -40,8 +41,8 @@ class Output:
 def open_output(directory: Path) -> Output:
     """Read the manifest of ``directory``.
 
-    Raises SourceNotFoundError where there is none (an unfinished conversion is named),
-    VerificationError where it is broken, InputError where it is of a newer format.
+    Raises SourceNotFoundError where there is none (an unfinished conversion is named), and what
+    :func:`read_manifest` raises.
     """
     path = directory / MANIFEST
     if not os.path.isfile(path):  # Path.is_file raises where a name is too long
@@ -64,8 +65,9 @@ def open_output(directory: Path) -> Output:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest at ``path``. Raises VerificationError where it is broken, InputError where it
-    is of a newer format."""
+    """The manifest at ``path``. Raises VerificationError where it is broken, CorruptFileError where
+    it is a pointer of git-lfs, InputError where it is of a newer format."""
+    refuse_pointer(path)
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise VerificationError(f"{path}: larger than 256 MiB")
@@ -89,9 +91,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def verify(output: Output) -> int:
     """Re-hash every file of ``output``; the number of files. Raises VerificationError with every
-    file that is missing or altered."""
+    file that is missing or altered, CorruptFileError where there are pointers of git-lfs."""
     faults = []
     entries = output.manifest["outputs"]
+    refuse_pointers(output.directory, (entry["name"] for entry in entries))
     for entry in entries:
         path = output.directory / entry["name"]
         try:

@@ -1,8 +1,9 @@
 """A pipeline of sentence-transformers: modules.json lists modules, each with a folder.
 
-The first module is the model itself, in the directory; the folders of the others hold a config and,
-of some (Dense), small weights, which belong to what the pipeline computes. sentence-transformers
-reads ``path`` of every entry, relative to the directory (base/model.py, _load_config_modules).
+The first module is the model itself, in the directory or, of old pipelines, in a folder of its own;
+the folders of the others hold a config and, of some (Dense), small weights, which belong to what
+the pipeline computes. sentence-transformers reads ``path`` of every entry, relative to the
+directory (base/model.py, _load_config_modules).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loftq_cli.checkpoint.header import shown, strict_json
+from loftq_cli.checkpoint.lfs import refuse_pointer
 from loftq_cli.checkpoint.names import ADAPTER_FOLDER, is_plain_name
-from loftq_cli.errors import CorruptFileError
+from loftq_cli.errors import CorruptFileError, SourceNotFoundError
 
 MODULES = "modules.json"
 _LARGEST = 1_000_000
@@ -30,7 +32,7 @@ def module_folders(directory: Path) -> tuple[str, ...]:
     such file, or it is of something else.
 
     Raises CorruptFileError where one is not a folder below the directory, or has a name that the
-    output needs.
+    output needs, and what :func:`modules` raises.
     """
     return tuple(
         sorted({path for entry in modules(directory) if (path := _path(directory, entry))})
@@ -38,17 +40,42 @@ def module_folders(directory: Path) -> tuple[str, ...]:
 
 
 def modules(directory: Path) -> list[dict[str, Any]]:
-    """The entries of modules.json; empty where there are none."""
+    """The entries of modules.json; empty where there are none. Raises CorruptFileError where it
+    cannot be read, is not JSON, or is a pointer of git-lfs: sentence-transformers would fail."""
     path = directory / MODULES
     try:
         if not path.is_file() or os.path.getsize(path) > _LARGEST:
             return []
+        refuse_pointer(path)
         content = strict_json(path.read_bytes())
-    except (OSError, ValueError):
-        return []
+    except OSError as error:
+        raise CorruptFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CorruptFileError(
+            f"{path}: not valid JSON: {error}", hint="download it again, or take the file away"
+        ) from error
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
         return []
     return content
+
+
+def refuse_parent(directory: Path, repo_id: str | None = None) -> None:
+    """Raise SourceNotFoundError where ``directory``, of the hub's ``repo_id`` or a user's own, is a
+    pipeline that has its model in a folder below. Raises as :func:`module_folders` does."""
+    entries = modules(directory)
+    folder = _path(directory, entries[0]) if entries else None
+    if folder is None:
+        return
+    give = f"give {directory / folder}"
+    if repo_id is not None:
+        give = f"download it (hf download {repo_id} --local-dir DIR) and give DIR/{folder}"
+    others = len(entries) - 1
+    without = f"without {MODULES}" + (f" and the {others} other modules" if others else "")
+    raise SourceNotFoundError(
+        f"{repo_id or directory} is a pipeline of sentence-transformers, and its model lies in "
+        f"{folder}",
+        hint=f"{give}; the output is then the model alone, {without}",
+    )
 
 
 def _path(directory: Path, entry: dict[str, Any]) -> str | None:

@@ -18,9 +18,10 @@ from loftq_cli.checkpoint.header import (
     shown,
     strict_json,
 )
-from loftq_cli.checkpoint.lfs import refuse_pointers
+from loftq_cli.checkpoint.lfs import refuse_pointer, refuse_pointers
 from loftq_cli.checkpoint.names import is_plain_name
-from loftq_cli.checkpoint.strays import strays
+from loftq_cli.checkpoint.pipeline import refuse_parent
+from loftq_cli.checkpoint.strays import refuse_links_to_nothing, strays
 from loftq_cli.checkpoint.supply import PICKLED, Supply
 from loftq_cli.errors import CorruptFileError, SourceNotFoundError, UnsupportedInputError
 
@@ -114,10 +115,13 @@ def open_source(
             hint="give the directory that holds config.json and model.safetensors",
         )
     supply = supply or Supply(directory)
-    refuse_pointers(directory, (CONFIG, *WEIGHTS))
+    if not revision:
+        refuse_links_to_nothing(directory, (CONFIG, SINGLE, INDEX))
     names, index = _shard_names(directory, supply, allow_pickle)
     copied = companions(directory)
-    refuse_pointers(directory, (*names, *copied))
+    # Of the hub's cache, shards that lead nowhere are downloaded.
+    refuse_links_to_nothing(directory, copied if revision else (*names, *copied))
+    refuse_pointers(directory, (CONFIG, *names, *copied))
     config = read_json(directory / CONFIG)
     _check_config(directory / CONFIG, config.content)
     read = [CONFIG, *([index.name] if index else []), *names]
@@ -167,6 +171,9 @@ def _shard_names(
             for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf")
             for path in directory.glob(pattern)
         )
+        refuse_links_to_nothing(directory, (*WEIGHTS, *others))
+        refuse_pointers(directory, others)
+        refuse_parent(directory)
         if others and all(name.endswith((".bin", ".pth", ".pt")) for name in others):
             raise UnsupportedInputError(
                 f"{directory} holds only pickled weights ({', '.join(others[:3])})",
@@ -243,6 +250,7 @@ def _can_be_written(value: object, levels: int) -> bool:
 
 def read_json(path: Path) -> SmallFile:
     """A JSON object from a file. Raises SourceNotFoundError and CorruptFileError."""
+    refuse_pointer(path)
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

@@ -1,10 +1,12 @@
-"""Files of a source that lead elsewhere, or are too large or too many to be copied."""
+"""Files of a source that lead elsewhere or nowhere, or are too large or too many to be copied."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
+
+from loftq_cli.errors import CorruptFileError
 
 _MAX_COPIED_BYTES = 256_000_000  # the largest tokenizers take a tenth of it
 _MOST_COPIED = 1000
@@ -17,6 +19,23 @@ def too_much(sizes: Iterable[tuple[str, int]]) -> list[str]:
     if len(sizes) > _MOST_COPIED:
         found.append(f"{len(sizes)} files beside the weights to copy, more than {_MOST_COPIED}")
     return found
+
+
+def leads_nowhere(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a link at ``path``, and nothing at its end."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def refuse_links_to_nothing(directory: Path, names: Iterable[str]) -> None:
+    """Raise CorruptFileError, which lists them with their targets, where there are links of these
+    ``names`` in ``directory`` with nothing at their end."""
+    found = sorted({name for name in names if leads_nowhere(directory / name)})
+    if found:
+        listed = [f"{name}: a link to nothing, {os.readlink(directory / name)}" for name in found]
+        raise CorruptFileError(
+            f"{directory}: {'; '.join(listed)}",
+            hint="put back what it leads to, or download the file again; or remove the link",
+        )
 
 
 def strays(

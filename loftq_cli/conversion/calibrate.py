@@ -16,6 +16,7 @@ import torch
 from loftq_cli.checkpoint.dtypes import computed
 from loftq_cli.checkpoint.durable import explained
 from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.checkpoint.lfs import refuse_pointer
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.reader import TORCH_DTYPES
 from loftq_cli.checkpoint.source import Source
@@ -228,7 +229,8 @@ def _write(
 
 def read_text(option: str, path: Path) -> Text:
     """The text file that ``option`` names. Raises SourceNotFoundError, or InputError where it is
-    empty or no UTF-8."""
+    empty, no UTF-8, or a pointer of git-lfs."""
+    refuse_pointer(path)
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

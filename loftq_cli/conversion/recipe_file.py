@@ -14,6 +14,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.durable import write_file
 from loftq_cli.checkpoint.header import strict_json
+from loftq_cli.checkpoint.lfs import refuse_pointer
 from loftq_cli.checkpoint.output import MANIFEST, MAX_MANIFEST_BYTES, read_manifest
 from loftq_cli.conversion.resources import check_permissions
 from loftq_cli.errors import EnvironmentFailure, InputError, SourceNotFoundError, UsageError
@@ -62,6 +63,7 @@ def read(path: Path) -> dict[str, Any]:
         raise SourceNotFoundError(
             f"{path}: no such file", hint=f"give a TOML or JSON file, or a {MANIFEST}"
         )
+    refuse_pointer(path)
     held = _json(path) if path.suffix.lower() == ".json" else _toml(path)
     try:
         Options.from_settings(held).resolve()

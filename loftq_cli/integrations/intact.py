@@ -6,6 +6,8 @@ names and shapes, and makes up for other errors. ``loftq inspect --verify`` hash
 
 from __future__ import annotations
 
+from loftq_cli.checkpoint.lfs import refuse_pointers
+from loftq_cli.checkpoint.names import ADAPTER_FOLDER
 from loftq_cli.checkpoint.output import Output, verify
 from loftq_cli.errors import VerificationError
 from loftq_cli.integrations.trained_beside import START, start_is_replaced, trained_beside
@@ -14,7 +16,13 @@ from loftq_cli.layouts import adapter
 
 def check_files(output: Output, *, start: bool = True) -> None:
     """Raises VerificationError, naming the file, if a weight file is missing or of another size,
-    or, unless ``start`` is not to be used, if the adapter is another one."""
+    or, unless ``start`` is not to be used, if the adapter is another one; CorruptFileError if files
+    to be used are pointers of git-lfs."""
+    names = [entry["name"] for entry in output.manifest["outputs"]]
+    refuse_pointers(
+        output.directory,
+        (name for name in names if start or not name.startswith(f"{ADAPTER_FOLDER}/")),
+    )
     for entry in output.manifest["outputs"]:
         if not entry["name"].endswith(".safetensors") or entry["name"] == START:
             continue

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from loftq_cli.checkpoint.companions import companions, copy_companions, is_companion
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.source import Source
-from loftq_cli.errors import CorruptFileError
+from loftq_cli.errors import CorruptFileError, SourceNotFoundError
 from loftq_cli.layouts import adapter
 from tests import checkpoints
 from tests.hub_fixtures import cache, server
+from tests.makers import POINTER
 
 __all__ = ["cache", "server"]
 
@@ -46,10 +47,12 @@ COPIED = {
     "LICENSE": b"a licence",
     "Notice.txt": b"a notice",
     "USE_POLICY.md": b"a policy",
+    "gemma_terms_of_use.md": b"terms",
     "qwen.tiktoken": b"YQ== 0",
     "source.spm": b"a model",
     "target.spm": b"a model",
     "tekken.json": b"{}",
+    "tokenizer.model.v3": b"a model",
     "video_preprocessor_config.json": b"{}",
     "config_sentence_transformers.json": b"{}",
     "sentence_bert_config.json": b"{}",
@@ -198,9 +201,33 @@ def test_the_name_that_a_module_may_not_have_is_the_adapter_s():
     assert adapter.DIRECTORY in HOSTILE
 
 
-@pytest.mark.parametrize("content", [b"{}", b"[1]", b"{", b'[{"path": 3}]', b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"{}", b"[1]", b'[{"path": 3}]'])
 def test_a_modules_json_of_something_else_is_a_file_like_others(tmp_path, content):
     assert companions(model(tmp_path / "m", {"modules.json": content})) == ["modules.json"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000])
+def test_a_modules_json_that_is_no_json_is_an_error(tmp_path, content):
+    error = failure(model(tmp_path / "m", {"modules.json": content}))
+    assert "modules.json: not valid JSON" in error.message
+
+
+@pytest.mark.parametrize(("entries", "others"), [(4, " and the 3 other modules"), (1, "")])
+def test_a_pipeline_whose_model_lies_in_a_folder_says_which(tmp_path, server, entries, others):
+    listed = [{**ROOT, "path": "0_Transformer"}, *PIPELINE[1:]][:entries]
+    directory = tmp_path / "m"
+    model(directory / "0_Transformer", {})
+    (directory / "modules.json").write_text(json.dumps(listed))
+    server.publish("org/model", checkpoints.files(directory))
+    folder = directory / "0_Transformer"
+    there = "download it (hf download org/model --local-dir DIR) and give DIR/0_Transformer"
+    for place, give in ((str(directory), f"give {folder}"), ("org/model", there)):
+        with pytest.raises(SourceNotFoundError) as caught:
+            opened(place)
+        assert caught.value.message.endswith("and its model lies in 0_Transformer")
+        assert caught.value.hint.startswith(f"{give}; ")
+        assert caught.value.hint.endswith(f"without modules.json{others}")
+    assert opened(folder)
 
 
 def test_a_module_may_lack_its_folder(tmp_path):
@@ -260,10 +287,47 @@ def test_links_to_several_places_are_to_be_copied(tmp_path):
     assert "where all of them lead" not in failure(directory).hint
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "config.json",
+        "tokenizer.json",
+        "modules.json",
+        "1_Pooling",
+        "1_Pooling/config.json",
+    ],
+)
+def test_a_link_to_nothing_is_named_with_its_target(tmp_path, name):
+    directory = model(tmp_path / "m", COPIED)
+    if name.startswith(("model", "pytorch")):
+        (directory / "model.safetensors").unlink()
+    if (directory / name).exists():
+        (directory / name).rename(tmp_path / "moved")
+    (directory / name).symlink_to("../gone")
+    error = failure(directory)
+    assert error.message == f"{directory}: {name}: a link to nothing, ../gone"
+    assert "put back" in error.hint
+
+
+def test_a_shard_that_is_a_link_to_nothing_is_named_once(tmp_path):
+    directory = checkpoints.write(tmp_path / "m", checkpoints.llama(), cuts=(5,))
+    shard = directory / "model-00002-of-00002.safetensors"
+    shard.unlink()
+    shard.symlink_to("gone")
+    assert failure(directory).message == f"{directory}: {shard.name}: a link to nothing, gone"
+
+
+def test_a_link_to_nothing_that_nobody_reads_is_no_fault(tmp_path):
+    directory = model(tmp_path / "m", {})
+    for name in ("pytorch_model.bin", "README.md"):
+        (directory / name).symlink_to("gone")
+    assert opened(directory)
+
+
 # Pointers of git-lfs
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"
 
 
 @pytest.mark.parametrize(
@@ -272,6 +336,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
         ["model.safetensors"],
         ["config.json"],
         ["tokenizer.json"],
+        ["modules.json"],
         ["2_Dense/model.safetensors"],
         ["model.safetensors", "tokenizer.json"],
     ],
@@ -293,6 +358,13 @@ def test_so_are_those_of_an_index_and_its_shards(tmp_path, name):
     (directory / name).write_bytes(POINTER)
     error = failure(directory)
     assert f"{name} is a pointer of git-lfs" in error.message
+
+
+def test_pickled_weights_that_are_pointers_are_no_pickles_yet(tmp_path):
+    directory = model(tmp_path / "m", {"pytorch_model.bin": POINTER})
+    assert opened(directory)  # nobody reads them
+    (directory / "model.safetensors").unlink()
+    assert "pytorch_model.bin is a pointer of git-lfs" in failure(directory).message
 
 
 def test_many_pointers_are_counted(tmp_path):

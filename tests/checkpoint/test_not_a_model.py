@@ -13,10 +13,11 @@ import torch
 
 import loftq_cli
 from loftq_cli.checkpoint.locate import locate
-from loftq_cli.errors import UnsupportedInputError
+from loftq_cli.errors import CorruptFileError, UnsupportedInputError
 from tests import checkpoints
 from tests.conversion.contents import FAST
 from tests.hub_fixtures import cache, server
+from tests.makers import POINTER
 
 __all__ = ["cache", "server"]
 
@@ -50,6 +51,29 @@ def test_an_adapter_alone_is_named_with_its_base_model(tmp_path):
 @pytest.mark.parametrize("content", [b"{}", b"{", b"[]", b'{"peft_type": 3}'])
 def test_an_adapter_that_says_little_of_itself_is_one_all_the_same(tmp_path, content):
     assert "is a PEFT adapter (adapter_config.json)" in refusal(adapter(tmp_path, content)).message
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_without_its_config_is_one_all_the_same(server, tmp_path, weights):
+    directory = tmp_path / "a"
+    directory.mkdir()
+    (directory / weights).write_bytes(b"not looked at")
+    server.publish("org/adapter", checkpoints.files(directory))
+    for name in (str(directory), "org/adapter"):
+        error = refusal(name)
+        assert error.message == (
+            f"{name} is an adapter ({weights}) without its adapter_config.json, not a model"
+        )
+        assert "merge_and_unload" in error.hint
+    checkpoints.write(directory, checkpoints.llama())
+    assert locate(str(directory), say=lambda line: None)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "loftq_manifest.json"])
+def test_a_pointer_of_git_lfs_is_neither(tmp_path, name):
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(CorruptFileError, match=f"{name} is a pointer of git-lfs"):
+        locate(str(tmp_path), say=lambda line: None)
 
 
 @pytest.mark.parametrize("cuts", [(), (5,)])

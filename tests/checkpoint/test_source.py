@@ -309,7 +309,6 @@ def test_a_directory_without_weights(tmp_path):
         (["consolidated.00.pth", "consolidated.01.pth"], UnsupportedInputError),
         (["model.pt", "training_args.bin"], UnsupportedInputError),
         (["model.gguf"], SourceNotFoundError),
-        (["adapter_model.safetensors", "training_args.bin"], SourceNotFoundError),
     ],
 )
 def test_weights_of_another_kind_are_named(tmp_path, files, kind):
