@@ -60,7 +60,7 @@ def test_a_cache_that_shares_its_blobs_with_others(server: HubServer) -> None:
     assert fetch("org/model", offline=True, say=silent) == found
 
 
-@pytest.mark.parametrize("others", [{}, {"adapter_model.safetensors": b"", "model.gguf": b""}])
+@pytest.mark.parametrize("others", [{}, {"other.safetensors": b"", "model.gguf": b""}])
 def test_no_weights(server: HubServer, others: dict[str, bytes]) -> None:
     server.publish("org/model", {**SMALL, **others})
     error = failure()
