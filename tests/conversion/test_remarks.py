@@ -26,11 +26,12 @@ def remarked(tmp_path: Path, config: object = LLAMA, **files: object) -> list[st
         path = directory / name.replace("__", ".")
         path.parent.mkdir(exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-    recorder = Recorder()
     options = Options.from_settings({"threads": 1})
-    plan, path = prepare(str(directory), tmp_path / "out", options, observer=recorder)
+    plan, path = prepare(str(directory), tmp_path / "out", options, observer=Recorder())
     assert describe(plan, path)["left_behind"] == list(plan.source.left_behind)
-    return recorder.notes
+    found = remarks.source_remarks(plan)
+    assert set(found) <= set(plan.remarks)
+    return found
 
 
 def test_a_checkpoint_with_nothing_else_in_it_needs_no_remark(tmp_path):
@@ -65,7 +66,8 @@ def test_code_that_transformers_can_do_without(tmp_path):
 
 def test_code_that_the_output_needs(tmp_path):
     config = {"architectures": ["XForCausalLM"], "auto_map": LOCAL}
-    (line,) = remarked(tmp_path, config)
+    by_names, line = remarked(tmp_path, config)
+    assert by_names.endswith("names alone, for transformers has no class for XForCausalLM")
     assert line.endswith(f"transformers has no XForCausalLM, so {COPY}")
 
 

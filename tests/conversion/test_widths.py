@@ -105,10 +105,15 @@ def test_whole_numbers_are_widths(bits: float) -> None:
     assert (resolved, type(resolved)) == (bits, int)
 
 
-@pytest.mark.parametrize("bits", [1.5, 4.5, 5.0, 1.99, float("nan"), float("inf"), "2.5"])
+@pytest.mark.parametrize("bits", [1.5, 4.5, 5.0, 1.99, float("nan"), float("inf")])
 def test_other_numbers_are_not(bits: Any) -> None:
     with pytest.raises(UsageError, match="not one of 2, 3, 4, 8, nor a fraction between 2 and 4"):
         Options(bits=bits).resolve()
+
+
+def test_a_width_in_quotes_is_text() -> None:
+    with pytest.raises(UsageError, match=r"--bits '2\.5': must be a number, not text"):
+        Options.from_settings({"bits": "2.5"}).resolve()
 
 
 @pytest.mark.parametrize("entry", ["*=0", "*=1", "*=5", "*=16"])
