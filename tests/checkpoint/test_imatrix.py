@@ -212,7 +212,7 @@ def test_it_is_for_a_model_of_a_known_architecture(tmp_path, source):
     path = write_gguf(tmp_path / "imatrix.gguf", sums())
     with pytest.raises(UsageError, match="read for a model"):
         open_statistics(path)
-    for model_type in ("unheard-of", "plamo", ["llama"], None):
+    for model_type in ("unheard-of", "plamo", None):
         config = {"model_type": model_type}
         other = open_source(checkpoints.write(tmp_path / "other", checkpoints.llama(), config))
         with pytest.raises(UnsupportedInputError, match=r"config\.json: importance matrices"):
