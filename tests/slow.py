@@ -1,7 +1,7 @@
 """Which modules of tests are slow: `make quick` leaves them out.
 
-A rule, and no list of tests: what needs whole models or processes of its own takes seconds, and so
-do the folders where everything is tried.
+What needs whole models or processes of its own takes seconds, and so do the folders where
+everything is tried, and a few modules that repeat whole conversions or decompositions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 FOLDERS = {"benchmarks", "crash", "hostile", "integrations", "interop"}
+MODULES = {
+    *("conversion/test_from_hub.py", "conversion/test_from_hub_resumed.py"),
+    *("numerics/test_alternation_textbook.py", "numerics/test_fitted.py"),
+    "numerics/test_feedback.py",
+}
 # Wherever they are imported, also within a function.
 _WHOLE_MODELS = r"(?:import|from) (?:transformers|peft|bitsandbytes|tests\.(?:models|interop))\b"
 _PROCESSES = r"(?:import|from) subprocess\b"
@@ -24,6 +29,7 @@ def is_slow(path: Path) -> bool:
     """Whether the tests in this file or folder are."""
     if not path.is_relative_to(TESTS) or path == TESTS:
         return False
-    if path.relative_to(TESTS).parts[0] in FOLDERS:
+    inside = path.relative_to(TESTS)
+    if inside.parts[0] in FOLDERS or inside.as_posix() in MODULES:
         return True
     return path.name.startswith("test_") and bool(_IMPORTS.search(path.read_text("utf-8")))

@@ -12,7 +12,7 @@ import subprocess
 import pytest
 import torch
 
-from tests.slow import FOLDERS, TESTS, is_slow
+from tests.slow import FOLDERS, MODULES, TESTS, is_slow
 from tests.state import restored, seen
 
 ROOT = TESTS.parent
@@ -41,6 +41,7 @@ def test_the_quick_ones_are_of_every_folder_but_the_slow_ones() -> None:
     quick = {path.relative_to(TESTS).parts[0] for path in modules if not is_slow(path)}
     assert folders & quick == folders - FOLDERS
     assert folders >= FOLDERS
+    assert all((TESTS / name).is_file() for name in MODULES)
 
 
 @pytest.mark.parametrize(
