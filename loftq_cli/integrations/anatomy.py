@@ -190,14 +190,17 @@ def _is_plain(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -
     count = config.get("num_hidden_layers")
     for kind, name, stack, modules in PLAIN:
         if (kind, name) == known:
+            if not isinstance(count, int):
+                return True  # it describes no model that could be asked
             matrix = re.compile(rf"{re.escape(stack)}\.(\d+)\.({modules})\.weight")
             matrices = [n for n in _numbered(tensors) if len(tensors[n]) > 1]
             found = [match for n in matrices if (match := matrix.fullmatch(n))]
-            whole = True
-            if isinstance(count, int):
-                each = len({match[2] for match in found})
-                whole = len(found) == count * each and all(int(m[1]) < count for m in found)
-            return whole and len(found) == len(matrices) and not any(map(_RENAMED.search, tensors))
+            each = len({match[2] for match in found})
+            return (
+                len(found) == len(matrices) == count * each
+                and all(int(match[1]) < count for match in found)
+                and not any(map(_RENAMED.search, tensors))
+            )
     return False
 
 

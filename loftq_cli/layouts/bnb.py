@@ -113,7 +113,7 @@ class BnbLayout:
         self, matrices: Sequence[Matrix], surroundings: Surroundings
     ) -> dict[str, Any]:
         compute = surroundings.config.get("dtype") or surroundings.config.get("torch_dtype")
-        kept = surroundings.kept_modules
+        kept = [_as_pattern(name) for name in surroundings.kept_modules]
         bare = [name.partition(".")[2] for name in kept if "." in name]
         added = [
             key
@@ -140,6 +140,15 @@ class BnbLayout:
             "shape": list(matrix.shape),
         }
         return json.dumps(state).encode()
+
+
+def _as_pattern(name: str) -> str:
+    """``name`` for the skip list, whose entries transformers takes for patterns."""
+    try:
+        re.compile(name)
+    except re.error:
+        return re.escape(name)
+    return name
 
 
 def _skips(key: str, module: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -93,3 +94,13 @@ def test_the_config_skips_what_is_kept_and_the_heads_that_a_task_may_add():
     assert {"lm_head", "h.0.gate", "classifier"} <= set(skipped)
     assert "score" not in skipped  # it would skip the quantized module as well
     assert skipped == sorted(skipped)
+
+
+def test_a_kept_module_whose_name_is_no_pattern_is_escaped() -> None:
+    surroundings = Surroundings({}, ["a.[b", "a.c"], ["a"])
+    config = BnbLayout().quantization_config(
+        [Matrix("a.d.weight", SHAPE, "F32", "nf", 4, 64)], surroundings
+    )
+    skipped = config["llm_int8_skip_modules"]
+    assert {re.escape("a.[b"), "a.c"} <= set(skipped)
+    assert all(re.compile(name) for name in skipped)

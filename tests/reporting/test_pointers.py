@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,8 @@ def test_in_a_trained_adapter(name: str, output: Path, tmp_path: Path) -> None:
     adapter = Path(shutil.copytree(output / "loftq_init", tmp_path / "trained"))
     (adapter / name).write_bytes(POINTER)
     for place in (adapter, adapter / "adapter_model.safetensors"):
-        named(
-            adapter / name,
-            lambda place=place: merge(output, tmp_path / "m", adapter=place, observer=Observer()),
-        )
+        run = partial(merge, output, tmp_path / "m", adapter=place, observer=Observer())
+        named(adapter / name, run)
 
 
 def test_of_the_tokenizer_beside_a_trained_adapter(output: Path, tmp_path: Path) -> None:
