@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +26,7 @@ from tests.checkpoint.hub_models import (
     silent,
     weights,
 )
+from tests.hub_fixtures import hurry
 from tests.hub_server import Fault, HubServer
 
 
@@ -70,7 +70,7 @@ def test_a_rate_limit_that_ends(
     limit = Fault(on, status=429, headers=headers, file=file, times=2)
     server.repositories["org/model"].fault = limit
     waited: list[float] = []
-    monkeypatch.setattr(time, "sleep", waited.append)
+    hurry(monkeypatch, waited.append)
     said: list[str] = []
     assert contents(fetch("org/model", say=said.append))[SINGLE] == weights(0)
     assert waited.count(seconds) == 2 or (on == "resolve" and waited.count(seconds) == 1)
