@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import sleep as pause  # itself, whatever tests put in its place
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from tests.hub_server import HubServer, pause
+from tests.hub_server import HubServer
 
 
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
