@@ -59,7 +59,8 @@ _SIGNS = (
     _Sign(re.compile(r"(.+\.q_weight)"), r"\1", "EXL2"),
     _Sign(re.compile(r"(.+\.trellis)"), r"\1", "EXL3"),
 )
-# Whatever it is, if nothing else gives it away: no layer takes integers for its weight.
+# Whatever it is, if nothing else gives it away: one tensor of integers may be a table of a model's
+# own, which is passed through, but several layers of blocks do not take integers for their weights.
 _ANY = _Sign(re.compile(r"(.+\.\d+\..+\.weight)"), r"\1", "codes in the place of a weight")
 
 
@@ -82,8 +83,14 @@ def refuse_quantized(source: Source) -> None:
                     "is quantized already",
                     hint=_HINT,
                 )
-    for signs in (_SIGNS, (_ANY,)):
-        _refuse_signs(source, signs)
+    _refuse_signs(source, _SIGNS)
+    codes = [
+        tensor
+        for tensor in source.tensors
+        if _ANY.pattern.fullmatch(tensor.name) and tensor.dtype not in _NOT_PACKED
+    ]
+    if len(codes) > 1:
+        _refuse_signs(source, (_ANY,))
 
 
 def _refuse_signs(source: Source, signs: Sequence[_Sign]) -> None:

@@ -142,8 +142,11 @@ SIGNS: dict[str, tuple[dict[str, torch.Tensor], str, str]] = {
         ".trellis",
         "EXL3",
     ),
-    "integers for a weight": (
-        {f"{BLOCK}.weight": zeros(64, 64, dtype=torch.int8)},
+    "integers for weights": (
+        {
+            f"{BLOCK}.weight": zeros(64, 64, dtype=torch.int8),
+            f"{BLOCK}_too.weight": zeros(64, 64, dtype=torch.int8),
+        },
         f"{BLOCK}.weight",
         "codes in the place of a weight",
     ),
