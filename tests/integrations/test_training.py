@@ -213,6 +213,7 @@ def test_on_the_meta_device_only_shapes_are_computed(method) -> None:
     assert (output.shape, output.dtype) == ((2, 5, 24), torch.bfloat16)
 
 
+@pytest.mark.filterwarnings("ignore::loftq_cli.integrations.hook.DetachedAdapter")
 def test_a_model_is_filled_from_the_meta_device(converted) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(converted("llama"))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
