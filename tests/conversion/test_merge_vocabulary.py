@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     # Adapters of one's own leave quantized layers without theirs.
     pytest.mark.filterwarnings("ignore::loftq_cli.integrations.hook.DetachedAdapter"),
+    pytest.mark.filterwarnings("ignore::loftq_cli.integrations.hook.UnsavedEmbeddings"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning"),
     pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning"),

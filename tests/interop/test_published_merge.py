@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     # Adapters of one's own leave quantized layers without theirs.
     pytest.mark.filterwarnings("ignore::loftq_cli.integrations.hook.DetachedAdapter"),
+    pytest.mark.filterwarnings("ignore::loftq_cli.integrations.hook.UnsavedEmbeddings"),
 ]
 
 PACKED = ("Qwen2-VL", "Llava", "ViT with a head")
