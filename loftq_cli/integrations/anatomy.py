@@ -83,14 +83,14 @@ def anatomy(
     if isinstance(model, str):
         return _by_names(model)
     naming = Naming(model, model.state_dict().keys())
-    if all(naming.place(name) is None for name in _numbered(tensors)):
+    places = {name: naming.place(name) for name in tensors}
+    if all(places[name] is None for name in _numbered(tensors)):
         return _by_names(f"{type(model).__name__} loads none of the blocks in it")
     modules = dict(model.named_modules())
     reads, shared = weights_read(model), _shared(model)
-    names, reasons, found = {}, {}, set()
+    names, reasons = {}, {}
     for name, shape in tensors.items():
-        place = naming.place(name)
-        found.add(place.name if place else None)
+        place = places[name]
         if place is not None and not place.computed and place.name != name:
             names[name] = place.name
         if len(shape) == 2 and name.endswith(".weight"):
@@ -103,7 +103,7 @@ def anatomy(
         reasons,
         takes_text(model),
         None if stated else type(model).__name__,
-        tuple(_remarks(model, naming, tensors, found, shared, stated=stated)),
+        tuple(_remarks(model, places, shared, stated=stated)),
     )
 
 
@@ -114,9 +114,7 @@ def _by_names(why: str) -> Anatomy:
 
 def _remarks(
     model: nn.Module,
-    naming: Naming,
-    tensors: Iterable[str],
-    found: Collection[str | None],
+    places: Mapping[str, Place | None],
     shared: Collection[str],
     *,
     stated: bool,
@@ -128,14 +126,15 @@ def _remarks(
         for name, module in model.named_modules()
         if kind_of(module) == "linear" and _numbered([name]) and name not in shared
     ]
+    found = {place.name for place in places.values() if place is not None}
     lacking = [name for name in lacking if name not in found]
-    computed = any((place := naming.place(name)) and place.computed for name in tensors)
+    computed = any(place is not None and place.computed for place in places.values())
     if lacking and not computed:
         yield (
             f"{type(model).__name__} has {_listed(lacking)}, which the checkpoint lacks: it will "
             "not load"
         )
-    homeless = [name for name in tensors if naming.place(name) is None and not _numbered([name])]
+    homeless = [name for name in places if places[name] is None and not _numbered([name])]
     if homeless and not stated:
         yield (
             f"config.json names no architecture: it will load as {type(model).__name__}, which has "
