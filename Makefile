@@ -26,19 +26,19 @@ test: $(VENV)/dev
 	$(BIN)/python -m pytest
 
 ## The inner loop, under 90 seconds on two cores: every test but those of the folders and modules that
-## tests/slow.py calls slow: whole models, other processes, accidents.
+## tests/support/slow.py calls slow: whole models, other processes, accidents.
 quick: $(VENV)/dev
 	$(BIN)/python -m pytest -m "not slow"
 
-## The accidents of tests/crash, each many times more often than in `make test` (about 6 minutes).
+## The accidents of tests/whole/crash, each many times more often than in `make test` (about 6 minutes).
 ## What they came to is printed; docs/reliability.md has the figures of one run.
 stress: $(VENV)/dev
-	LOFTQ_STRESS=1 $(BIN)/python -m pytest -s tests/crash
+	LOFTQ_STRESS=1 $(BIN)/python -m pytest -s tests/whole/crash
 
 ## Random files, guided by coverage, into whatever reads what others wrote: header, index, journal,
 ## pickle, manifest. MINUTES=30 in all.
 fuzz: $(VENV)/fuzz
-	MINUTES=$(MINUTES) $(BIN)/python -m tests.hostile.fuzz
+	MINUTES=$(MINUTES) $(BIN)/python -m tests.whole.hostile.fuzz
 
 ## Format, lint and types, the tests' included.
 check: $(VENV)/dev

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.integrations import hook as _hook
-from loftq_cli.paths import expanded as _expanded
+from loftq_cli.loading import hook as _hook
+from loftq_cli.machine.paths import expanded as _expanded
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def decompose(
     NonFiniteWeightError for NaN or Inf.
     """
     from loftq_cli.conversion.single import decompose as run
-    from loftq_cli.recipe import Options
+    from loftq_cli.settings.recipe import Options
 
     options = Options(
         bits=bits,
@@ -99,10 +99,10 @@ def convert(
     "diagonal" or "full") and kept beside the output. Resumes
     an unfinished conversion with the same settings. Raises the classes of ``loftq_cli.errors``.
     """
-    from loftq_cli.conversion import calibrate_first
-    from loftq_cli.conversion.observer import Observer
-    from loftq_cli.conversion.recipe_file import options as combined
+    from loftq_cli.calibration import first as calibrate_first
     from loftq_cli.conversion.run import prepare, run
+    from loftq_cli.machine.observer import Observer
+    from loftq_cli.settings.file import options as combined
 
     observer = Observer()
     texts = [calibrate_text] if isinstance(calibrate_text, (str, Path)) else calibrate_text
@@ -137,7 +137,7 @@ def inspect(
     hub cache. Raises InputError where it is no finished conversion or was altered.
     """
     from loftq_cli.checkpoint.locate import locate_output
-    from loftq_cli.conversion.observer import Observer
+    from loftq_cli.machine.observer import Observer
     from loftq_cli.reporting.inspect import inspect as run
 
     place = locate_output(
@@ -162,7 +162,7 @@ def error_report(
     weighted ones too; VerificationError where the manifest disagrees.
     """
     from loftq_cli.checkpoint.locate import locate_output
-    from loftq_cli.conversion.observer import Observer
+    from loftq_cli.machine.observer import Observer
     from loftq_cli.reporting.residuals import error_report as run
 
     place = locate_output(
@@ -193,8 +193,8 @@ def load(
     one that the conversion made.
     """
     from loftq_cli.checkpoint.locate import locate_adapter, locate_output
-    from loftq_cli.conversion.observer import Observer
-    from loftq_cli.integrations.loading import load as run
+    from loftq_cli.loading.load import load as run
+    from loftq_cli.machine.observer import Observer
 
     offline = offline or bool(from_pretrained.get("local_files_only"))
     place = locate_output(
@@ -227,7 +227,7 @@ def save_statistics(
     model it is of. Raises UsageError for names or widths that are not the model's and for moments
     of nothing, OutputConflictError where ``path`` exists (``overwrite`` replaces statistics).
     """
-    from loftq_cli.conversion.statistics import save_statistics as run
+    from loftq_cli.statistics.save import save_statistics as run
 
     checked = None if model is None else _expanded(model)
     run(_expanded(path), moments, model=checked, overwrite=overwrite)

@@ -1,5 +1,5 @@
 """``python -m loftq_cli``."""
 
-from loftq_cli.cli import main
+from loftq_cli.cli.commands import main
 
 main(prog_name="loftq")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slow import is_slow
-from tests.state import restored
+from tests.support.slow import is_slow
+from tests.support.state import restored
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from loftq_cli.checkpoint.durable import explained, write_file
 from loftq_cli.checkpoint.lfs import refuse_pointer
 from loftq_cli.checkpoint.pipeline import MODULES, is_of_module, module_folders
 from loftq_cli.checkpoint.strays import leads_nowhere
+from loftq_cli.machine.durable import explained, write_file
 
 _VOCABULARIES = (
     "tokenizer.json",

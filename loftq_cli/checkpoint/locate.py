@@ -13,10 +13,10 @@ from loftq_cli.checkpoint.quantized import refuse_quantized
 from loftq_cli.checkpoint.source import Source, open_source
 from loftq_cli.checkpoint.supply import Commit
 from loftq_cli.errors import EnvironmentFailure, SourceNotFoundError, UsageError
-from loftq_cli.paths import expanded
+from loftq_cli.machine.paths import expanded
 
 if TYPE_CHECKING:
-    from loftq_cli.checkpoint.hub_output import Listener
+    from loftq_cli.checkpoint.hub.output import Listener
 
 
 def locate(
@@ -43,7 +43,8 @@ def locate(
         refuse_marked(path, model)
         return _in_full_precision(open_source(path, source_id=model, allow_pickle=allow_pickle))
     # Imported here: a local conversion needs no hub client.
-    from loftq_cli.checkpoint import hub, hub_shards
+    from loftq_cli.checkpoint.hub import repository as hub
+    from loftq_cli.checkpoint.hub import shards as hub_shards
 
     if not hub.looks_like_hub_id(model):
         raise SourceNotFoundError(f"{model}: no such directory, and not a hub id")
@@ -101,7 +102,7 @@ def locate_output(
     if not _is_on_hub(place):
         _refuse_revision(place, revision)
         return Place(expanded(place))
-    from loftq_cli.checkpoint.hub_output import fetch_output
+    from loftq_cli.checkpoint.hub.output import fetch_output
 
     repo_id = str(place)
     try:
@@ -119,7 +120,7 @@ def locate_adapter(
     """Where the adapter ``place`` lies, as :func:`locate_output`; raises the same."""
     if not _is_on_hub(place):
         return expanded(place)
-    from loftq_cli.checkpoint.hub_output import fetch_adapter
+    from loftq_cli.checkpoint.hub.output import fetch_adapter
 
     try:
         return fetch_adapter(str(place), offline=offline, listener=listener)
@@ -132,7 +133,7 @@ def _is_on_hub(place: str | os.PathLike[str]) -> bool:
     unfinished work. A Path object is a path."""
     if not isinstance(place, str) or is_path(place) or place.count("/") != 1:
         return False
-    from loftq_cli.checkpoint.hub import looks_like_hub_id
+    from loftq_cli.checkpoint.hub.repository import looks_like_hub_id
 
     owner, name = place.split("/")
     return not os.path.exists(f"{owner}/.{name}.loftq-partial") and looks_like_hub_id(place)

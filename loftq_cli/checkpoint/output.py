@@ -8,12 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.durable import file_sha256
 from loftq_cli.checkpoint.header import shown, strict_json
 from loftq_cli.checkpoint.lfs import refuse_pointer, refuse_pointers
 from loftq_cli.checkpoint.names import is_plain_name
 from loftq_cli.checkpoint.schema import faults, manifest_schema
 from loftq_cli.errors import InputError, SourceNotFoundError, VerificationError
+from loftq_cli.machine.durable import file_sha256
 
 MANIFEST = "loftq_manifest.json"
 FORMAT_VERSION = 1

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 import torch
 
-from loftq_cli.checkpoint.durable import utc
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.source import Shard
 from loftq_cli.errors import CorruptFileError, EnvironmentFailure, SourceChangedError
+from loftq_cli.machine.durable import utc
 
 PIECE = 16 << 20
 """Bytes read at a time where a tensor is only copied or hashed."""

@@ -45,7 +45,7 @@ class Supply:
     def header(self, name: str) -> Header:
         """The checked header of a shard. Raises HeaderError, and OSError where it is missing."""
         if name.endswith(PICKLED):
-            from loftq_cli.checkpoint import pickled  # imports torch
+            from loftq_cli.checkpoint.pickles import reader as pickled  # imports torch
 
             return pickled.read_header(self.path(name))
         return read_header(self.path(name))

@@ -17,9 +17,9 @@ from types import TracebackType
 
 import torch
 
-from loftq_cli.checkpoint.durable import explained, sync_directory, write_all
 from loftq_cli.checkpoint.header import DTYPE_BITS, StoredTensor, TensorSpec
 from loftq_cli.checkpoint.reader import PIECE, TORCH_DTYPES, TensorFile
+from loftq_cli.machine.durable import explained, sync_directory, write_all
 
 DTYPE_TAGS = {dtype: tag for tag, dtype in TORCH_DTYPES.items()}
 """Torch dtypes that can be written, to the format's tags."""

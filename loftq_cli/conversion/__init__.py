@@ -1,0 +1,1 @@
+"""Carrying a plan out, durably: what is finished survives whatever happens."""

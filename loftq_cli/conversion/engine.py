@@ -12,33 +12,33 @@ from typing import Any, cast
 import torch
 
 from loftq_cli.checkpoint.companions import copy_companions
-from loftq_cli.checkpoint.durable import explained, pretty_json, write_file
-from loftq_cli.checkpoint.finite import computable
+from loftq_cli.checkpoint.deliveries import Deliveries
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.output import MANIFEST
 from loftq_cli.checkpoint.reader import TORCH_DTYPES, ShardReader
 from loftq_cli.checkpoint.source import CONFIG, INDEX
 from loftq_cli.checkpoint.writer import GrowingShard
-from loftq_cli.conversion import manifest as manifests
+from loftq_cli.conversion import record as manifests
 from loftq_cli.conversion.journal import Identity, Journal, ReadShard, Unit
-from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
-from loftq_cli.conversion.plan import Plan, PlannedMatrix, PlannedShard
 from loftq_cli.conversion.reread import check_contents, check_prefix
-from loftq_cli.conversion.resources import memory_explained
 from loftq_cli.conversion.shard_output import ShardOutput
-from loftq_cli.conversion.shard_supply import Deliveries
-from loftq_cli.conversion.usage import peak_host_bytes
-from loftq_cli.conversion.workspace import Workspace
+from loftq_cli.conversion.workspace import ConversionWorkspace
 from loftq_cli.errors import InputError, ScaleRangeError
+from loftq_cli.families.kinds import turned
 from loftq_cli.layouts import adapter
-from loftq_cli.layouts.base import turned
+from loftq_cli.machine.durable import explained, pretty_json, write_file
+from loftq_cli.machine.observer import Observer
+from loftq_cli.machine.peak_memory import peak_host_bytes
+from loftq_cli.machine.resources import memory_explained
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Decomposition, Settings
-from loftq_cli.numerics.quantizers import Scale, make_quantizer
-from loftq_cli.numerics.scale_storage import ScaleDtype
+from loftq_cli.numerics.finite import computable
+from loftq_cli.numerics.quantizers.methods import Scale, make_quantizer
+from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 from loftq_cli.numerics.variant import Variant
 from loftq_cli.numerics.weighting import Weighting, make_weighting
+from loftq_cli.planning.plan import Plan, PlannedMatrix, PlannedShard
 
 _ADAPTER_FILE = f"{adapter.DIRECTORY}/{adapter.WEIGHTS}"
 
@@ -60,7 +60,7 @@ class Conversion:
     """One conversion of ``plan`` into ``workspace``, resuming what its journal holds."""
 
     plan: Plan
-    workspace: Workspace
+    workspace: ConversionWorkspace
     observer: Observer
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     source_hashes: dict[str, str] = field(default_factory=dict)

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from loftq_cli.checkpoint.durable import explained, sync_directory, write_all
 from loftq_cli.checkpoint.header import strict_json
+from loftq_cli.machine.durable import explained, sync_directory, write_all
 
 VERSION = 2
 _CHECK = b', "check": "'  # the last key of every line: the hash of the line without it

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar, cast
 
-from loftq_cli.numerics.workers import Task, Worker
+from loftq_cli.machine.threads import Task, Worker
 
 _Item = TypeVar("_Item")
 _END = object()

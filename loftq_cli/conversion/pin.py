@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-from loftq_cli.checkpoint.durable import explained, pretty_json, write_file
 from loftq_cli.checkpoint.header import strict_json
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.supply import Commit
-from loftq_cli.conversion.workspace import Workspace
+from loftq_cli.conversion.workspace import ConversionWorkspace
+from loftq_cli.machine.durable import explained, pretty_json, write_file
 
 
-def pin(workspace: Workspace, source: Source) -> None:
+def pin(workspace: ConversionWorkspace, source: Source) -> None:
     """Record the commit that the work in ``workspace`` reads, where it is from a hub."""
     if source.revision is None:
         return
@@ -24,7 +24,7 @@ def pin(workspace: Workspace, source: Source) -> None:
     write_file(workspace.pin, pretty_json(record))
 
 
-def pinned(workspace: Workspace, model: str, revision: str | None) -> Commit | None:
+def pinned(workspace: ConversionWorkspace, model: str, revision: str | None) -> Commit | None:
     """The commit that unfinished work on ``model`` at ``revision`` reads; None where there is no
     such work."""
     path = workspace.pin

@@ -5,37 +5,23 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loftq_cli import maps
+from loftq_cli.calibration import first as calibrate_first
+from loftq_cli.calibration.first import Texts
 from loftq_cli.checkpoint.companions import companion_bytes
 from loftq_cli.checkpoint.locate import is_path, locate
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.source import source_identity
-from loftq_cli.checkpoint.statistics import statistics_for
-from loftq_cli.conversion import calibrate_first, experts, target
-from loftq_cli.conversion.calibrate_first import Texts
-from loftq_cli.conversion.choices import searches_scales
-from loftq_cli.conversion.download import check_disks
+from loftq_cli.conversion.differences import differences, differing_settings
 from loftq_cli.conversion.engine import Conversion
 from loftq_cli.conversion.journal import Identity, is_damaged
-from loftq_cli.conversion.observer import Observer
 from loftq_cli.conversion.pin import pin, pinned
-from loftq_cli.conversion.plan import Plan, make_plan
-from loftq_cli.conversion.remarks import source_remarks
-from loftq_cli.conversion.resources import check_memory
-from loftq_cli.conversion.statistics import statistics_note
-from loftq_cli.conversion.unused import unused_notes
-from loftq_cli.conversion.workspace import (
-    Workspace,
-    check_output_path,
-    differences,
-    differing_settings,
-    real_path,
-)
+from loftq_cli.conversion.workspace import ConversionWorkspace
 from loftq_cli.errors import (
     CorruptFileError,
     InputError,
@@ -44,9 +30,21 @@ from loftq_cli.errors import (
     SourceChangedError,
     UsageError,
 )
-from loftq_cli.integrations.intact import verified
-from loftq_cli.numerics import native
-from loftq_cli.recipe import Options, Settings
+from loftq_cli.families import experts
+from loftq_cli.kernels import native
+from loftq_cli.loading.intact import verified
+from loftq_cli.machine.observer import Observer
+from loftq_cli.machine.paths import check_output_path, real_path
+from loftq_cli.machine.resources import check_memory
+from loftq_cli.planning import target
+from loftq_cli.planning.choices import searches_scales
+from loftq_cli.planning.download import check_disks
+from loftq_cli.planning.plan import Plan, make_plan
+from loftq_cli.planning.remarks import source_remarks, statistics_note
+from loftq_cli.planning.unused import unused_notes
+from loftq_cli.settings import maps
+from loftq_cli.settings.recipe import Options, Settings
+from loftq_cli.statistics.file import statistics_for
 
 _MARGIN = 4 << 20  # room for config, manifest and journal
 _SETTLED = ("widths", "layout", "layout_fallback")
@@ -96,7 +94,7 @@ def prepare(
             f"--discard-shards is for models from the hub; the files of {model} are never deleted",
             hint="leave the option out",
         )
-    workspace = Workspace(real_path(Path(output)))
+    workspace = ConversionWorkspace(real_path(Path(output)))
     source = locate(
         model,
         revision=revision,
@@ -156,7 +154,7 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
     Raises OutputConflictError, EnvironmentFailure (disk, device), InputError (non-finite weights,
     a source that changed), VerificationError (a complete output that was altered).
     """
-    workspace, planned = Workspace(path), plan
+    workspace, planned = ConversionWorkspace(path), plan
     if overwrite or not workspace.is_taken():
         _check_resources(plan, workspace)
     with workspace.locked():
@@ -169,7 +167,7 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
             verified(existing)
             workspace.discard_unless_other(accepted)
             return Outcome(existing.manifest, nothing_to_do=True)
-        workspace.refuse_other_output(_identity(plan), overwrite)
+        workspace.refuse_other_output(overwrite, partial(workspace.described, _identity(plan)))
         say_remarks(planned, observer)
         if is_damaged(workspace.journal):
             observer.note(f"{workspace.journal} is damaged, or of another version: starting again")
@@ -200,7 +198,7 @@ def _is_of(output: Output, plan: Plan, accepted: Collection[str]) -> bool:
     )
 
 
-def _with_earlier_threads(plan: Plan, workspace: Workspace, overwrite: bool) -> Plan:
+def _with_earlier_threads(plan: Plan, workspace: ConversionWorkspace, overwrite: bool) -> Plan:
     wanted = plan.recipe.as_dict()
     for held, _ in workspace.held(finished=not overwrite):
         differing = differing_settings(held, wanted)
@@ -224,13 +222,13 @@ def _check_texts(settings: Settings, *, discard_shards: bool, allow_pickle: bool
             )
 
 
-def _refuse_beforehand(plan: Plan, workspace: Workspace, overwrite: bool) -> None:
+def _refuse_beforehand(plan: Plan, workspace: ConversionWorkspace, overwrite: bool) -> None:
     """Raise OutputConflictError where what is there cannot be of this conversion, whatever the
     statistics will be: measuring them takes long."""
     if overwrite:
         return
     if workspace.complete_output() is None:
-        workspace.refuse_other_output(None, overwrite)
+        workspace.refuse_other_output(overwrite)
     wanted = {**plan.recipe.as_dict(), "stats": "to be measured"}
     for held, _ in workspace.held():
         differing = differing_settings(held, wanted)
@@ -244,7 +242,7 @@ def _refuse_beforehand(plan: Plan, workspace: Workspace, overwrite: bool) -> Non
             )
 
 
-def _check_resources(plan: Plan, workspace: Workspace) -> None:
+def _check_resources(plan: Plan, workspace: ConversionWorkspace) -> None:
     """Raise EnvironmentFailure where disk, memory or permissions are not enough; writes nothing."""
     copied = companion_bytes(plan.source.directory)
     needed = plan.disk_bytes + target.headroom(plan) + copied + _MARGIN
@@ -254,7 +252,9 @@ def _check_resources(plan: Plan, workspace: Workspace) -> None:
     check_memory(plan.memory_bytes, f"tensor {largest!r}", plan.device)
 
 
-def _settled(plan: Plan, workspace: Workspace, overwrite: bool, observer: Observer) -> Plan:
+def _settled(
+    plan: Plan, workspace: ConversionWorkspace, overwrite: bool, observer: Observer
+) -> Plan:
     """The plan with the widths that its own earlier work or output has, or else settled anew.
 
     Under ``overwrite`` always anew: the source may be another now. Raises OutputConflictError
@@ -267,7 +267,7 @@ def _settled(plan: Plan, workspace: Workspace, overwrite: bool, observer: Observ
                     earlier = plan.with_widths(maps.parse("widths", recipe["widths"]))
                     if earlier.fingerprint == fingerprint:
                         return earlier
-        workspace.refuse_other_output(_identity(plan), overwrite)
+        workspace.refuse_other_output(overwrite, partial(workspace.described, _identity(plan)))
         workspace.refuse_other_partial({plan.fingerprint: _identity(plan)}, overwrite)
     with _threads(plan.recipe.threads):
         return target.settle(plan, observer)
@@ -279,7 +279,7 @@ class _Work:
 
     plan: Plan
     fallback: Plan
-    workspace: Workspace
+    workspace: ConversionWorkspace
     overwrite: bool
     observer: Observer
 
@@ -290,7 +290,7 @@ class _Work:
             with _threads(self.plan.recipe.threads):
                 conversion = Conversion(self.plan, self.workspace, self.observer)
                 manifest = conversion.run(identity)
-            self.workspace.publish(identity, self.overwrite)
+            self.workspace.publish(self.overwrite, partial(self.workspace.described, identity))
             return Outcome(manifest)
         except ScaleRangeError as error:
             self.workspace.discard_work()

@@ -6,13 +6,13 @@ from typing import Any, cast
 
 import torch
 
-from loftq_cli.conversion.choices import choose_variant, resolve_method
 from loftq_cli.errors import NonFiniteWeightError, UsageError
 from loftq_cli.numerics.alternation import decompose as alternate
 from loftq_cli.numerics.decomposition import Decomposition, Settings
 from loftq_cli.numerics.metrics import first_non_finite
-from loftq_cli.numerics.quantizers import make_quantizer
-from loftq_cli.recipe import Options
+from loftq_cli.numerics.quantizers.methods import make_quantizer
+from loftq_cli.planning.choices import choose_variant, resolve_method
+from loftq_cli.settings.recipe import Options
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

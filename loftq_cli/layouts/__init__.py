@@ -9,8 +9,8 @@ from loftq_cli.layouts.base import Layout
 from loftq_cli.layouts.bnb import BnbLayout
 from loftq_cli.layouts.dense import DenseLayout
 from loftq_cli.layouts.gptq import GptqLayout
-from loftq_cli.layouts.packed import PackedLayout
-from loftq_cli.numerics.scale_storage import ScaleDtype
+from loftq_cli.layouts.loftq import PackedLayout
+from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 
 
 def make_layout(

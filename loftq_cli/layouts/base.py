@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
-from loftq_cli.numerics.quantizers import Quantized
-
-Kind = Literal["linear", "embedding", "conv1d"]
-"""What a matrix is the weight of: y = x W^T + b, stored as W (out, in); a table of rows, which are
-looked up, stored as (num_embeddings, dim), which stand for out and in; a linear layer stored as
-W^T (in, out), transformers' Conv1D."""
+from loftq_cli.families.kinds import Kind, turned_shape
+from loftq_cli.numerics.quantizers.methods import Quantized
 
 
 @dataclass(frozen=True)
@@ -70,16 +66,6 @@ def matrix_of(record: Mapping[str, Any]) -> Matrix:
     )
 
 
-def turned(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """A matrix as the source stores it to (out, in), or back; a view."""
-    return weight.T if kind == "conv1d" else weight
-
-
-def turned_shape(shape: tuple[int, int], kind: Kind) -> tuple[int, int]:
-    """What :func:`turned` makes of a shape."""
-    return (shape[1], shape[0]) if kind == "conv1d" else shape
-
-
 @dataclass(frozen=True)
 class Surroundings:
     """What else a consumer's config needs to know: the backbone's config.json so far, modules with
@@ -89,19 +75,6 @@ class Surroundings:
     config: Mapping[str, Any]
     kept_modules: Sequence[str]
     stacks: Sequence[str]
-
-
-def is_expert(name: str) -> bool:
-    """Whether a tensor or module is of one of the experts that a layer chooses from."""
-    return ".experts." in f".{name}"
-
-
-def unreplaceable(config: Mapping[str, Any]) -> str | None:
-    """Why libraries that replace exactly ``nn.Linear`` cannot load this model, or None. They would
-    leave such layers as they are, some with random weights and no error."""
-    if config.get("model_type") == "falcon":
-        return "falcon has a linear layer class of its own, which consumers do not replace"
-    return None
 
 
 class Layout(Protocol):

@@ -17,8 +17,9 @@ import torch
 
 from loftq_cli.checkpoint.dtypes import FLOATS, computed
 from loftq_cli.checkpoint.header import TensorSpec
-from loftq_cli.layouts.base import Matrix, Surroundings, unreplaceable
-from loftq_cli.numerics.quantizers import Quantized
+from loftq_cli.families.architecture import unreplaceable
+from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.numerics.quantizers.methods import Quantized
 
 # Heads that the model class has and the checkpoint may not: those that a task adds to a bare model,
 # and those tied to the embeddings. bitsandbytes would quantize them.

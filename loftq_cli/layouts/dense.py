@@ -10,8 +10,9 @@ import torch
 from loftq_cli.checkpoint import dtypes
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.checkpoint.reader import TORCH_DTYPES
-from loftq_cli.layouts.base import Matrix, Surroundings, turned
-from loftq_cli.numerics.quantizers import Quantized
+from loftq_cli.families.kinds import turned
+from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.numerics.quantizers.methods import Quantized
 
 
 class DenseLayout:

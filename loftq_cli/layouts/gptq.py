@@ -3,7 +3,8 @@
 ``X.qweight`` int32 (in*bits/32, out), packed along in_features; ``X.qzeros`` int32
 (groups, out*bits/32) holding zero - 1, packed along out_features; ``X.scales`` float16
 (groups, out); ``X.g_idx`` int32 (in,). ``w[o, i] = scales[g, o] * (code - zero)``, g = g_idx[i].
-The words hold the little-endian bit stream of :mod:`loftq_cli.numerics.packing` at every width.
+The words hold, at every width, the little-endian bit stream of
+:mod:`loftq_cli.numerics.quantizers.packing`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.errors import CorruptFileError
-from loftq_cli.layouts.base import Matrix, Surroundings, unreplaceable
-from loftq_cli.numerics.packing import pack, unpack
-from loftq_cli.numerics.quantizers import Quantized, block_count
+from loftq_cli.families.architecture import unreplaceable
+from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.numerics.quantizers.methods import Quantized, block_count
+from loftq_cli.numerics.quantizers.packing import pack, unpack
 
 GROUP_SIZES = (32, 64, 128)
 

@@ -39,7 +39,7 @@ from loftq_cli.numerics.feedback import make_feedback, requantize
 from loftq_cli.numerics.lora import drawn_adapter, fit_adapter, too_large
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.native_sweep import NativeSweep
-from loftq_cli.numerics.quantizers import Parameters, Quantized, Quantizer
+from loftq_cli.numerics.quantizers.methods import Parameters, Quantized, Quantizer
 from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep
 from loftq_cli.numerics.weighting import Weighting
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from loftq_cli.numerics.quantizers import Quantized
-from loftq_cli.numerics.scale_storage import ScaleDtype
+from loftq_cli.numerics.quantizers.methods import Quantized
+from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 from loftq_cli.numerics.sweep import as_stored
 
 Order = Literal["quantize-first", "svd-first"]

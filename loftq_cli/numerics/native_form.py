@@ -10,7 +10,7 @@ import ctypes
 
 import torch
 
-from loftq_cli.numerics import native
+from loftq_cli.kernels import native
 
 _TILE = 64  # columns; TILE in kernels/form.c
 _GROUP = 516  # rows, a multiple of TILE_ROWS there; more would not stay in the cache

@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 
 from loftq_cli.errors import ScaleRangeError
-from loftq_cli.numerics import native
-from loftq_cli.numerics.blocks import Fitted, Parameters, block_count
-from loftq_cli.numerics.quantizers import Quantizer
-from loftq_cli.numerics.scale_storage import ScaleDtype
-from loftq_cli.numerics.search import REFINEMENTS, grid
+from loftq_cli.kernels import native
+from loftq_cli.numerics.quantizers.blocks import Fitted, Parameters, block_count
+from loftq_cli.numerics.quantizers.grid import REFINEMENTS, grid
+from loftq_cli.numerics.quantizers.methods import Quantizer
+from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 from loftq_cli.numerics.sweep import Product, Swept, stored_parameters, target_of
 
 _TILE = 64  # columns; TILE in kernels/product.h

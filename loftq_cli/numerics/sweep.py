@@ -12,10 +12,10 @@ from typing import Protocol
 
 import torch
 
-from loftq_cli.numerics.blocks import Fitted, Parameters, Quantized
 from loftq_cli.numerics.metrics import squares
-from loftq_cli.numerics.quantizers import Quantizer
-from loftq_cli.numerics.scale_storage import ScaleDtype, round_scales
+from loftq_cli.numerics.quantizers.blocks import Fitted, Parameters, Quantized
+from loftq_cli.numerics.quantizers.methods import Quantizer
+from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype, round_scales
 
 _CHUNK_ELEMENTS = 1 << 19  # a few float32 copies of it stay in a CPU's caches
 _GPU_CHUNK_ELEMENTS = 1 << 26

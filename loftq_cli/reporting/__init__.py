@@ -1,1 +1,1 @@
-"""Reading finished conversions: inspect, verify, error report."""
+"""What a finished output says: of itself, of its residuals, and on the hub."""

@@ -12,12 +12,12 @@ from loftq_cli.checkpoint.locate import Place
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.source import CONFIG, read_json
 from loftq_cli.errors import InputError
-from loftq_cli.integrations.classes import AUTO_CLASSES, own_class
-from loftq_cli.integrations.intact import verified
-from loftq_cli.integrations.trained_beside import trained_beside
+from loftq_cli.families.classes import AUTO_CLASSES, own_class
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.layouts.needs import needs
+from loftq_cli.loading.intact import verified
+from loftq_cli.loading.trained_beside import trained_beside
 
 
 def inspect(place: Place, *, verify: bool = False) -> dict[str, Any]:

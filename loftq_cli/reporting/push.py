@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.durable import explained
 from loftq_cli.checkpoint.output import MANIFEST, Output, open_output
 from loftq_cli.errors import UsageError
-from loftq_cli.integrations.intact import verified
+from loftq_cli.loading.intact import verified
+from loftq_cli.machine.durable import explained
 from loftq_cli.reporting.card import body, metadata
 
 _CARD = "README.md"
@@ -33,8 +33,8 @@ def push(
     EnvironmentFailure (no token, access, network).
     """
     # Imported here: the other reports need no hub client.
-    from loftq_cli.checkpoint.hub import looks_like_hub_id
-    from loftq_cli.checkpoint.hub_upload import front_matter, push_folder
+    from loftq_cli.checkpoint.hub.repository import looks_like_hub_id
+    from loftq_cli.checkpoint.hub.upload import front_matter, push_folder
 
     if not looks_like_hub_id(repo_id):
         raise UsageError(f"{repo_id!r} is not a hub id", hint="a hub id is NAME or OWNER/NAME")

@@ -10,24 +10,25 @@ from typing import Any, cast
 import torch
 
 from loftq_cli.checkpoint.dtypes import FLOATS, resolve
-from loftq_cli.checkpoint.finite import computable
 from loftq_cli.checkpoint.header import HeaderError, read_header
 from loftq_cli.checkpoint.locate import is_path, locate
-from loftq_cli.checkpoint.measured import Kind, Statistics
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
-from loftq_cli.checkpoint.statistics import statistics_for
 from loftq_cli.checkpoint.stored import Stored, read
 from loftq_cli.errors import InputError, LoftqError, VerificationError
+from loftq_cli.families.kinds import turned
+from loftq_cli.kernels import native
 from loftq_cli.layouts import adapter, layout_of
-from loftq_cli.layouts.base import Matrix, matrix_of, turned
-from loftq_cli.numerics import native
+from loftq_cli.layouts.base import Matrix, matrix_of
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.finite import computable
 from loftq_cli.numerics.metrics import squared_norm
-from loftq_cli.numerics.quantizers import Scale, make_quantizer
+from loftq_cli.numerics.quantizers.methods import Scale, make_quantizer
 from loftq_cli.numerics.variant import Variant
 from loftq_cli.numerics.weighting import Weighting, make_weighting
+from loftq_cli.statistics.file import statistics_for
+from loftq_cli.statistics.statistics import Kind, Statistics
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from loftq_cli.checkpoint.locate import Place
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.errors import UsageError, VerificationError
-from loftq_cli.paths import expanded
+from loftq_cli.machine.paths import expanded
 from loftq_cli.reporting.recompute import Norms, Weighted, recompute
 
 WORST = 5

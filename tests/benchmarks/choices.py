@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.benchmarks.tools import table
-from tests.synthetic import llm_like
+from tests.support.synthetic import llm_like
 
 _STEPS = (1, 2, 3, 5, 10)
 _CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -29,7 +29,7 @@ _CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 def main() -> None:
     from loftq_cli.conversion.single import decompose
-    from loftq_cli.recipe import Options
+    from loftq_cli.settings.recipe import Options
 
     weight = llm_like(1024, 1024)
     rows = []

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from bitsandbytes import functional
 
-from loftq_cli.layouts.packed import decode_packed
-from loftq_cli.numerics.packing import packed_length
+from loftq_cli.layouts.loftq import decode_packed
+from loftq_cli.numerics.quantizers.packing import packed_length
 from tests.benchmarks.tools import seconds, table
 
 _SIDES = (1024, 2048, 4096)

@@ -15,7 +15,7 @@ import torch
 
 import loftq_cli
 from tests.benchmarks.tools import table
-from tests.synthetic import llm_like
+from tests.support.synthetic import llm_like
 
 _SETTINGS: dict[str, Any] = {"bits": 2, "method": "nf", "rank": 64, "iters": 5}
 # Shape, and how many of it Llama-2-7b has: 4 + 2 + 1 in each of 32 layers.

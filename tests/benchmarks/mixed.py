@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from tests import models
 from tests.benchmarks.tools import convert, minilm, table
-from tests.synthetic import llm_like
+from tests.support import models
+from tests.support.synthetic import llm_like
 
 _COMMON = ("--rank", "16", "--layout", "loftq")
 _SPARED = (

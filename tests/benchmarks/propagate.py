@@ -19,7 +19,7 @@ import torch
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.lowrank import fastest_products
-from loftq_cli.numerics.quantizers import make_quantizer
+from loftq_cli.numerics.quantizers.methods import make_quantizer
 from loftq_cli.numerics.weighting import make_weighting
 from tests.benchmarks import hidden
 from tests.benchmarks.packaged import rated_texts

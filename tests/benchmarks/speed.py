@@ -22,7 +22,7 @@ import torch
 import loftq_cli
 from tests.benchmarks import reference
 from tests.benchmarks.tools import seconds, table
-from tests.synthetic import llm_like
+from tests.support.synthetic import llm_like
 
 _ITERS = 5
 _CASES = (

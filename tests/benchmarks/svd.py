@@ -10,9 +10,9 @@ import torch
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Settings
-from loftq_cli.numerics.quantizers import make_quantizer
+from loftq_cli.numerics.quantizers.methods import make_quantizer
 from tests.benchmarks.tools import table
-from tests.synthetic import llm_like
+from tests.support.synthetic import llm_like
 
 _ITERS = 10
 

@@ -1,5 +1,5 @@
 """A hub for the tests of the hub."""
 
-from tests.hub_fixtures import cache, nobody, server
+from tests.support.hub_fixtures import cache, nobody, server
 
 __all__ = ["cache", "nobody", "server"]

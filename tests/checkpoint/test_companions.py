@@ -19,9 +19,9 @@ from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import CorruptFileError, SourceNotFoundError
 from loftq_cli.layouts import adapter
-from tests import checkpoints
-from tests.hub_fixtures import cache, server
-from tests.makers import POINTER
+from tests.support import checkpoints
+from tests.support.hub_fixtures import cache, server
+from tests.support.makers import POINTER
 
 __all__ = ["cache", "server"]
 

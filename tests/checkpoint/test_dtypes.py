@@ -8,7 +8,7 @@ import torch
 from loftq_cli.checkpoint.dtypes import FLOATS, TAGS, computed, resolve
 from loftq_cli.checkpoint.header import DTYPE_BITS
 from loftq_cli.checkpoint.reader import TORCH_DTYPES
-from loftq_cli.recipe import ADAPTER_DTYPES, DENSE_DTYPES
+from loftq_cli.settings.recipe import ADAPTER_DTYPES, DENSE_DTYPES
 
 
 @pytest.mark.parametrize("tag", FLOATS)

@@ -20,7 +20,7 @@ from loftq_cli.checkpoint.header import (
     read_header,
     strict_json,
 )
-from tests.makers import PROPERTY, container, entry
+from tests.support.makers import PROPERTY, container, entry
 
 ONE = {"a": entry("F32", [2], 0, 8)}
 BYTES = bytes(range(8))

@@ -14,10 +14,10 @@ import torch
 import loftq_cli
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
-from tests import checkpoints
-from tests.conversion.contents import FAST
-from tests.hub_fixtures import cache, server
-from tests.makers import POINTER
+from tests.support import checkpoints
+from tests.support.contents import FAST
+from tests.support.hub_fixtures import cache, server
+from tests.support.makers import POINTER
 
 __all__ = ["cache", "server"]
 
@@ -148,8 +148,8 @@ def test_on_the_hub_they_are_told_before_weights_are_looked_at(server, tmp_path)
 
 
 def test_a_merged_checkpoint_is_an_ordinary_model(tmp_path):
-    from loftq_cli.conversion.merge import merge
-    from loftq_cli.conversion.observer import Observer
+    from loftq_cli.machine.observer import Observer
+    from loftq_cli.merging.merge import merge
 
     source = checkpoints.write(tmp_path / "m", checkpoints.llama())
     loftq_cli.convert(source, tmp_path / "out", **FAST)

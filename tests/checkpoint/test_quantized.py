@@ -14,8 +14,8 @@ import loftq_cli
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import UnsupportedInputError
-from tests import checkpoints
-from tests.conversion.contents import FAST
+from tests.support import checkpoints
+from tests.support.contents import FAST
 
 BLOCK = "model.layers.0.self_attn.q_proj"
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"

@@ -14,7 +14,7 @@ from loftq_cli.checkpoint.header import TensorSpec, read_header
 from loftq_cli.checkpoint.reader import TORCH_DTYPES, ShardReader, TensorFile, as_tensor
 from loftq_cli.checkpoint.source import Shard
 from loftq_cli.errors import CorruptFileError, EnvironmentFailure, SourceChangedError
-from tests.makers import flip_bit, shorten
+from tests.support.makers import flip_bit, shorten
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from loftq_cli.errors import (
     SourceNotFoundError,
     UnsupportedInputError,
 )
-from tests.makers import container, entry, shorten
+from tests.support.makers import container, entry, shorten
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.header import DTYPE_BITS, read_header
 from loftq_cli.checkpoint.reader import TORCH_DTYPES
 from loftq_cli.checkpoint.writer import GrowingShard, place, spec_of
 from loftq_cli.errors import EnvironmentFailure
-from tests.makers import PROPERTY
+from tests.support.makers import PROPERTY
 
 DTYPES = tuple(TORCH_DTYPES.values())
 

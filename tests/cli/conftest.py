@@ -1,51 +1,5 @@
-"""Commands as a user types them, in a directory of their own that holds ``model``."""
+"""Commands as a user types them."""
 
-from __future__ import annotations
+from tests.support.terminal import converted_once, loftq, out, place
 
-import shutil
-import signal
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-from click.testing import CliRunner, Result
-
-from loftq_cli.cli import main
-from tests import checkpoints
-from tests.cli.common import QUICK, Command
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working directory, with a small Llama in ``model``; signal handlers are put back."""
-    checkpoints.write(tmp_path / "model", checkpoints.llama())
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    yield tmp_path
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.fixture
-def loftq() -> Command:
-    """Run ``loftq WORDS…`` in this process."""
-
-    def run(*words: str) -> Result:
-        return CliRunner().invoke(main, words, prog_name="loftq")
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def _converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("converted")
-    model = checkpoints.write(directory / "model", checkpoints.llama())
-    words = ["convert", str(model), "-o", str(directory / "out"), *QUICK]
-    assert CliRunner().invoke(main, words).exit_code == 0
-    return directory / "out"
-
-
-@pytest.fixture
-def out(place: Path, _converted: Path) -> Path:
-    """A conversion of ``model`` in ``out``."""
-    shutil.copytree(_converted, place / "out")
-    return place / "out"
+__all__ = ["converted_once", "loftq", "out", "place"]

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from loftq_cli.checkpoint.statistics import open_statistics
-from loftq_cli.conversion import calibrate as calibrating
-from tests import models
-from tests.cli.common import Command
+from loftq_cli.calibration import calibrate as calibrating
+from loftq_cli.statistics.file import open_statistics
+from tests.support import models
+from tests.support.commands import Command
 
 KEYS = {
     *("bytes", "device", "dtype", "entries", "length", "matrices", "missing", "model"),

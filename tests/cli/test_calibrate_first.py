@@ -13,14 +13,15 @@ import torch
 from click.testing import CliRunner
 
 import loftq_cli
+from loftq_cli.calibration import calibrate as calibrating
+from loftq_cli.calibration import first as calibrate_first
 from loftq_cli.checkpoint.source import Source
-from loftq_cli.checkpoint.statistics import open_statistics
-from loftq_cli.cli import main
-from loftq_cli.conversion import calibrate as calibrating
-from loftq_cli.conversion import calibrate_first, engine
+from loftq_cli.cli.commands import main
+from loftq_cli.conversion import engine
 from loftq_cli.errors import UsageError
-from tests import models
-from tests.cli.common import QUICK, Command
+from loftq_cli.statistics.file import open_statistics
+from tests.support import models
+from tests.support.commands import QUICK, Command
 
 STATS = Path("out.stats.safetensors")
 CONVERT = ("convert", "real", *QUICK, "--bits", "2", "--device", "cpu")

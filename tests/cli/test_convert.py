@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loftq_cli.checkpoint import hub
-from loftq_cli.checkpoint.hub import HubSnapshot
+from loftq_cli.checkpoint.hub import repository as hub
+from loftq_cli.checkpoint.hub.repository import HubSnapshot
+from loftq_cli.cli.narrator import Narrator
 from loftq_cli.conversion.run import prepare, run
-from loftq_cli.narrator import Narrator
-from loftq_cli.recipe import Options
-from tests import checkpoints
-from tests.cli.common import QUICK, Command, snapshot_of
+from loftq_cli.settings.recipe import Options
+from tests.support import checkpoints
+from tests.support.commands import QUICK, Command, snapshot_of
 
 MANIFEST_KEYS = {
     *("environment", "fingerprint", "format_version", "matrices", "outputs"),

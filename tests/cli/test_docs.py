@@ -14,13 +14,14 @@ import click
 import pytest
 
 from loftq_cli import errors
-from loftq_cli.checkpoint import hub, hub_upload
-from loftq_cli.checkpoint.hub import HubSnapshot
-from loftq_cli.checkpoint.hub_upload import Pushed
-from loftq_cli.cli import main
+from loftq_cli.checkpoint.hub import repository as hub
+from loftq_cli.checkpoint.hub import upload as hub_upload
+from loftq_cli.checkpoint.hub.repository import HubSnapshot
+from loftq_cli.checkpoint.hub.upload import Pushed
+from loftq_cli.cli.commands import main
 from loftq_cli.version import VERSION
-from tests import models
-from tests.cli.common import Command, snapshot_of
+from tests.support import models
+from tests.support.commands import Command, snapshot_of
 
 HERE = Path(__file__).parent
 MANUAL = (HERE.parents[1] / "docs/cli.md").read_text("utf-8")

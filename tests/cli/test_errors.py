@@ -16,8 +16,8 @@ import torch
 
 import loftq_cli.conversion.run
 import loftq_cli.reporting.inspect
-from tests import checkpoints
-from tests.cli.common import QUICK, Command
+from tests.support import checkpoints
+from tests.support.commands import QUICK, Command
 
 ROOT = Path(loftq_cli.__file__).parents[1]
 

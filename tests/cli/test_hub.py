@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import checkpoints, models
-from tests.cli.common import Command
-from tests.hub_fixtures import cache, server
-from tests.hub_server import HubServer
+from tests.support import checkpoints, models
+from tests.support.commands import Command
+from tests.support.hub_fixtures import cache, server
+from tests.support.hub_server import HubServer
 
 __all__ = ["cache", "server"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loftq_cli.conversion import merge as merging
-from tests import checkpoints, models
-from tests.cli.common import QUICK, Command
+from loftq_cli.merging import merge as merging
+from tests.support import checkpoints, models
+from tests.support.commands import QUICK, Command
 
 KEYS = {
     *("adapter", "added", "bytes", "directory", "dtype", "loading"),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from loftq_cli.cli import main
-from loftq_cli.conversion.observer import Observer
+from loftq_cli.cli.commands import main
 from loftq_cli.conversion.run import prepare
-from loftq_cli.recipe import Options
-from tests.cli.common import QUICK, Command
+from loftq_cli.machine.observer import Observer
+from loftq_cli.settings.recipe import Options
+from tests.support.commands import QUICK, Command
 
 
 def line(text: str, label: str) -> str:

@@ -9,7 +9,7 @@ from io import StringIO
 
 import pytest
 
-from loftq_cli.narrator import Narrator
+from loftq_cli.cli.narrator import Narrator
 
 
 class Terminal(StringIO):

@@ -10,13 +10,13 @@ import click
 import pytest
 
 import loftq_cli
-from loftq_cli.cli import main
-from loftq_cli.command import ExpandedPath
-from loftq_cli.conversion import recipe_file
+from loftq_cli.cli.commands import main
+from loftq_cli.cli.guard import ExpandedPath
 from loftq_cli.errors import UsageError
-from loftq_cli.paths import expanded
-from tests import checkpoints
-from tests.cli.common import QUICK, Command
+from loftq_cli.machine.paths import expanded
+from loftq_cli.settings import file as recipe_file
+from tests.support import checkpoints
+from tests.support.commands import QUICK, Command
 
 # Expanded where they are read: a model or a conversion may be a hub id, statistics a hash.
 TEXTS = {"model", "directory", "adapter", "source", "stats"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.common import QUICK, Command
+from tests.support.commands import QUICK, Command
 
 NARROW = "without activation statistics"
 

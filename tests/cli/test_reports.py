@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import loftq_cli
-from tests import checkpoints
-from tests.cli.common import Command
+from tests.support import checkpoints
+from tests.support.commands import Command
 
 INSPECT_KEYS = {
     *("directory", "fingerprint", "format_version", "layers", "loading"),

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import loftq_cli
-from loftq_cli.narrator import Narrator
-from tests import checkpoints
-from tests.cli.common import QUICK
+from loftq_cli.cli.narrator import Narrator
+from tests.support import checkpoints
+from tests.support.commands import QUICK
 
 ROOT = Path(loftq_cli.__file__).parents[1]
 TENSOR = "model.layers.0.mlp.größe.weight"

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 import loftq_cli
-from loftq_cli.checkpoint import pickled
-from loftq_cli.conversion.calibrate import Settings, calibrate
-from loftq_cli.conversion.merge import merge
-from loftq_cli.conversion.observer import Observer
+from loftq_cli.calibration.calibrate import Settings, calibrate
+from loftq_cli.checkpoint.pickles import reader as pickled
 from loftq_cli.errors import NonFiniteWeightError
-from tests import checkpoints, models
-from tests.checkpoints import LLAMA
-from tests.conversion.bench import Bench, Recorder
-from tests.conversion.calibrated import LENGTH
-from tests.conversion.contents import FAST, manifest, stored
+from loftq_cli.machine.observer import Observer
+from loftq_cli.merging.merge import merge
+from tests.support import checkpoints, models
+from tests.support.bench import Bench, Recorder
+from tests.support.calibrated import LENGTH
+from tests.support.checkpoints import LLAMA
+from tests.support.contents import FAST, manifest, stored
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
 

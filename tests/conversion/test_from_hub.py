@@ -12,12 +12,12 @@ import huggingface_hub
 import pytest
 
 import loftq_cli
-from loftq_cli.conversion.describe import describe
 from loftq_cli.conversion.run import run
 from loftq_cli.errors import CorruptFileError, EnvironmentFailure, UsageError
-from tests import checkpoints
-from tests.conversion.bench import MANIFEST, Recorder
-from tests.conversion.hub_conversions import (
+from loftq_cli.planning.describe import describe
+from tests.support import checkpoints
+from tests.support.bench import MANIFEST, Recorder
+from tests.support.hub_conversions import (
     LAST,
     MODEL,
     Watcher,
@@ -28,7 +28,7 @@ from tests.conversion.hub_conversions import (
     shard,
     weights_in,
 )
-from tests.hub_server import Fault, HubServer
+from tests.support.hub_server import Fault, HubServer
 
 # Planning
 

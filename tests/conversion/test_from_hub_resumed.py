@@ -10,9 +10,9 @@ import huggingface_hub
 import pytest
 
 from loftq_cli.errors import EnvironmentFailure, OutputConflictError, SourceChangedError
-from tests.conversion.bench import Recorder
-from tests.conversion.hub_conversions import LAST, MODEL, but_the_manifest, convert, expected, shard
-from tests.hub_server import Fault, HubServer
+from tests.support.bench import Recorder
+from tests.support.hub_conversions import LAST, MODEL, but_the_manifest, convert, expected, shard
+from tests.support.hub_server import Fault, HubServer
 
 
 @pytest.mark.parametrize("discard", [False, True])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import loftq_cli
-from tests import checkpoints
+from tests.support import checkpoints
 
 GPT2 = {"architectures": ["GPT2Model"], "model_type": "gpt2"}
 # Three rows of 32 codes of 2 bits, which are repetitions of four: eight bytes of one value each.

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
-from loftq_cli.numerics.workers import Worker
+from loftq_cli.machine.threads import Worker
 
 _PATIENCE = 30.0  # seconds until a test that hangs is given up
 

@@ -11,13 +11,10 @@ from typing import Any
 import pytest
 
 from loftq_cli.conversion import workspace
-from loftq_cli.errors import (
-    NonFiniteWeightError,
-    OutputConflictError,
-)
-from tests import checkpoints
-from tests.conversion.bench import FIRST_SHARD, KEY, MANIFEST, OUT, QUERY, Bench, Recorder, times
-from tests.makers import flip_bit
+from loftq_cli.errors import NonFiniteWeightError, OutputConflictError
+from tests.support import checkpoints
+from tests.support.bench import FIRST_SHARD, KEY, MANIFEST, OUT, QUERY, Bench, Recorder, times
+from tests.support.makers import flip_bit
 
 
 def test_an_output_with_other_settings_is_refused_and_they_are_named(bench: Bench) -> None:
@@ -119,7 +116,7 @@ def test_a_crash_while_the_output_is_replaced_loses_neither(
     with monkeypatch.context() as patches:
         patches.setattr(os, "rename", rename)
         if crash_at == "removal":
-            patches.setattr(workspace.Workspace, "discard", crash)
+            patches.setattr(workspace.ConversionWorkspace, "discard", crash)
         with pytest.raises(KeyboardInterrupt):
             bench.convert(rank=3, overwrite=True)
 
@@ -145,7 +142,7 @@ def test_an_old_output_that_a_crash_left_behind_is_in_nobodys_way(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patches:
-        patches.setattr(workspace.Workspace, "discard", crash)
+        patches.setattr(workspace.ConversionWorkspace, "discard", crash)
         with pytest.raises(KeyboardInterrupt):
             bench.convert(rank=3, overwrite=True)
     assert (bench.partial / "replaced" / MANIFEST).is_file()

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import pytest
 
 from loftq_cli.checkpoint.header import read_header
-from loftq_cli.conversion import plan
 from loftq_cli.errors import CorruptFileError, OutputConflictError, SourceChangedError
-from tests import checkpoints
-from tests.conversion.bench import DOWN, FIRST_SHARD, KEY, OUT, QUERY, SECOND_SHARD, Bench, Recorder
-from tests.makers import flip_bit
+from loftq_cli.planning import plan
+from tests.support import checkpoints
+from tests.support.bench import DOWN, FIRST_SHARD, KEY, OUT, QUERY, SECOND_SHARD, Bench, Recorder
+from tests.support.makers import flip_bit
 
 
 def test_unfinished_work_is_resumed_and_ends_with_the_same_bytes(bench: Bench) -> None:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 import loftq_cli
 from loftq_cli.errors import InputError, NonFiniteWeightError, ScaleRangeError
-from tests import checkpoints
-from tests.conversion.bench import QUERY, Bench, Recorder
-from tests.conversion.contents import FAST, Converter, manifest, product, stored
+from tests.support import checkpoints
+from tests.support.bench import QUERY, Bench, Recorder
+from tests.support.contents import FAST, Converter, manifest, product, stored
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from loftq_cli.conversion.workspace import Workspace
+from loftq_cli.conversion.workspace import ConversionWorkspace
 from loftq_cli.errors import EnvironmentFailure, OutputConflictError
 
 
 def test_nothing_is_left_of_a_lock_that_was_held_for_nothing(tmp_path: Path) -> None:
-    with Workspace(tmp_path / "out").locked():
+    with ConversionWorkspace(tmp_path / "out").locked():
         assert (tmp_path / ".out.loftq-partial/lock").exists()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_that_is_held_is_refused_and_stays(tmp_path: Path) -> None:
-    first, second = Workspace(tmp_path / "out"), Workspace(tmp_path / "out")
+    first, second = ConversionWorkspace(tmp_path / "out"), ConversionWorkspace(tmp_path / "out")
     with first.locked():
         with pytest.raises(OutputConflictError, match="another process"), second.locked():
             pass
@@ -32,7 +32,7 @@ def test_a_lock_that_is_held_is_refused_and_stays(tmp_path: Path) -> None:
 
 
 def test_whoever_comes_after_publishing_keeps_his_lock(tmp_path: Path) -> None:
-    first, second = Workspace(tmp_path / "out"), Workspace(tmp_path / "out")
+    first, second = ConversionWorkspace(tmp_path / "out"), ConversionWorkspace(tmp_path / "out")
     lock = tmp_path / ".out.loftq-partial/lock"
     holder = first.locked()
     holder.__enter__()
@@ -57,7 +57,7 @@ def test_a_directory_that_vanishes_under_the_lock_is_made_again(
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", vanishing)
-    with Workspace(tmp_path / "out").locked():
+    with ConversionWorkspace(tmp_path / "out").locked():
         assert lock.exists()
     assert len(opened) == 2
 
@@ -67,7 +67,7 @@ def test_files_that_are_not_ours_stay(tmp_path: Path) -> None:
     partial.mkdir()
     (partial / "notes.txt").write_text("mine")
     (tmp_path / ".other.loftq-partial").mkdir()
-    with Workspace(tmp_path / "out").locked():
+    with ConversionWorkspace(tmp_path / "out").locked():
         pass
     assert [path.name for path in partial.iterdir()] == ["notes.txt"]
     assert (tmp_path / ".other.loftq-partial").exists()
@@ -83,7 +83,7 @@ def test_a_lock_that_cannot_be_had_is_named(
     before = len(os.listdir("/proc/self/fd"))
     with (
         pytest.raises(EnvironmentFailure, match=r"lock: No locks available"),
-        Workspace(tmp_path / "out").locked(),
+        ConversionWorkspace(tmp_path / "out").locked(),
     ):
         pass
     assert len(os.listdir("/proc/self/fd")) == before
@@ -93,7 +93,7 @@ def test_an_output_that_comes_into_being_at_the_last_moment_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A merge and a conversion have locks of their own, so that both may get this far."""
-    workspace, real = Workspace(tmp_path / "out"), os.rename
+    workspace, real = ConversionWorkspace(tmp_path / "out"), os.rename
 
     def rename(source: Path, target: Path) -> None:
         if source == workspace.output:
@@ -105,5 +105,5 @@ def test_an_output_that_comes_into_being_at_the_last_moment_is_kept(
         workspace.output.mkdir()
         monkeypatch.setattr(os, "rename", rename)
         with pytest.raises(OutputConflictError, match="by another process meanwhile"):
-            workspace.publish(None, overwrite=False)
+            workspace.publish(overwrite=False)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]

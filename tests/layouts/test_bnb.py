@@ -11,8 +11,8 @@ from bitsandbytes import functional
 
 from loftq_cli.layouts.base import Matrix, Surroundings
 from loftq_cli.layouts.bnb import BnbLayout
-from tests.layouts.stored import drawn
-from tests.synthetic import llm_like
+from tests.support.stored import drawn
+from tests.support.synthetic import llm_like
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHAPE = (24, 192)

@@ -10,8 +10,8 @@ import torch
 from loftq_cli.errors import CorruptFileError
 from loftq_cli.layouts.base import Matrix, Surroundings
 from loftq_cli.layouts.gptq import GptqLayout
-from tests.layouts import plain
-from tests.layouts.stored import BITS, drawn
+from tests.support import plain_layouts as plain
+from tests.support.stored import BITS, drawn
 
 CASES = [
     (bits, group, shape)

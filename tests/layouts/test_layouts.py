@@ -14,9 +14,9 @@ from loftq_cli.checkpoint.reader import TORCH_DTYPES
 from loftq_cli.checkpoint.writer import spec_of
 from loftq_cli.layouts import make_layout
 from loftq_cli.layouts.base import Matrix, Surroundings
-from loftq_cli.numerics.scale_storage import round_scales
-from tests.layouts.stored import drawn, matrices
-from tests.makers import PROPERTY
+from loftq_cli.numerics.quantizers.scale_storage import round_scales
+from tests.support.makers import PROPERTY
+from tests.support.stored import drawn, matrices
 
 LAYOUTS = ("bnb", "gptq", "loftq", "dense")
 STORAGES = [(name, "float32") for name in LAYOUTS] + [("loftq", "bfloat16"), ("loftq", "int8")]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from loftq_cli.layouts.base import Matrix, Surroundings
-from loftq_cli.layouts.packed import PackedLayout
-from loftq_cli.numerics.blocks import Quantized
-from loftq_cli.numerics.scale_storage import ScaleDtype
-from tests.layouts import plain
-from tests.layouts.stored import drawn
+from loftq_cli.layouts.loftq import PackedLayout
+from loftq_cli.numerics.quantizers.blocks import Quantized
+from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
+from tests.support import plain_layouts as plain
+from tests.support.stored import drawn
 
 # Ten codes of a 2 x 5 matrix in blocks of 4, and their bytes: code k takes bits k*N to k*N + N - 1.
 CODES = {

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Decomposition, Order, Settings
-from loftq_cli.numerics.quantizers import make_quantizer
-from tests.numerics.helpers import (
+from loftq_cli.numerics.quantizers.methods import make_quantizer
+from tests.support.quantizing import (
     METHODS,
     PROPERTY,
     SCALES_HERE,
@@ -23,7 +23,7 @@ from tests.numerics.helpers import (
     quantizer_of,
     recomputed,
 )
-from tests.synthetic import llm_like
+from tests.support.synthetic import llm_like
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_svd = pytest.mark.parametrize("svd", ["fast", "exact"])

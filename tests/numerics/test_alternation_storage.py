@@ -10,9 +10,9 @@ import torch
 from loftq_cli.errors import InputError, ScaleRangeError
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Decomposition, Settings
-from loftq_cli.numerics.quantizers import make_quantizer
-from tests.numerics.helpers import METHODS, effective, fit, gaussian, recomputed
-from tests.synthetic import llm_like
+from loftq_cli.numerics.quantizers.methods import make_quantizer
+from tests.support.quantizing import METHODS, effective, fit, gaussian, recomputed
+from tests.support.synthetic import llm_like
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_svd = pytest.mark.parametrize("svd", ["fast", "exact"])

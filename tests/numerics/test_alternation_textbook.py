@@ -11,10 +11,10 @@ import torch
 
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Settings
-from loftq_cli.numerics.quantizers import make_quantizer
-from tests import textbook
-from tests.numerics.helpers import effective, gaussian
-from tests.synthetic import llm_like
+from loftq_cli.numerics.quantizers.methods import make_quantizer
+from tests.support import textbook
+from tests.support.quantizing import effective, gaussian
+from tests.support.synthetic import llm_like
 
 BLOCK_SIZE = 64
 WEIGHTS = {

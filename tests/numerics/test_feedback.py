@@ -13,13 +13,13 @@ from loftq_cli.numerics import alternation
 from loftq_cli.numerics.alternation import decompose, make_sweep
 from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.feedback import make_feedback, requantize
-from loftq_cli.numerics.quantizers import Parameters, Quantized, make_quantizer
+from loftq_cli.numerics.quantizers.methods import Parameters, Quantized, make_quantizer
 from loftq_cli.numerics.sweep import Product
 from loftq_cli.numerics.weighting import make_weighting
-from tests import textbook
-from tests.numerics.helpers import SEARCHES, effective, gaussian, quantizer_of, recomputed
 from tests.numerics.test_weighting import moments, norm
-from tests.synthetic import llm_like
+from tests.support import textbook
+from tests.support.quantizing import SEARCHES, effective, gaussian, quantizer_of, recomputed
+from tests.support.synthetic import llm_like
 
 OUT, IN, RANK = 48, 150, 8  # neither whole blocks nor whole panels
 METHODS = ("nf", "uniform", "fitted", "uniform-block", "uniform-tensor")

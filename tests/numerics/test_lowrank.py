@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.lowrank import Basis, LowRank, exact
-from loftq_cli.numerics.quantizers import make_quantizer
-from tests.numerics.helpers import fit, gaussian
-from tests.synthetic import llm_like
+from loftq_cli.numerics.quantizers.methods import make_quantizer
+from tests.support.quantizing import fit, gaussian
+from tests.support.synthetic import llm_like
 
 MATRICES = {
     "llm-like": llm_like(384, 320),

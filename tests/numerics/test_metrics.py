@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loftq_cli.numerics.metrics import first_non_finite, squared_norm
-from tests.numerics.helpers import PROPERTY, gaussian
+from tests.support.quantizing import PROPERTY, gaussian
 
 SHAPES = [(1, 1), (1, 255), (255, 1), (3, 257), (64, 4096), (4096, 64)]
 

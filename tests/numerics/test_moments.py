@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loftq_cli.errors import NonFiniteActivationError, UsageError
 from loftq_cli.numerics.moments import Moments
-from tests.makers import PROPERTY
+from tests.support.makers import PROPERTY
 
 
 def inputs(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loftq_cli.numerics import native_form
-from tests.numerics.helpers import gaussian
+from tests.support.quantizing import gaussian
 
 
 def moments(width: int) -> torch.Tensor:

@@ -10,12 +10,12 @@ import torch
 
 from loftq_cli.errors import ScaleRangeError
 from loftq_cli.numerics.alternation import make_sweep
-from loftq_cli.numerics.blocks import Parameters
 from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.native_sweep import NativeSweep
+from loftq_cli.numerics.quantizers.blocks import Parameters
 from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep
-from tests.numerics.helpers import SEARCHES, gaussian, needs_kernels, quantizer_of
-from tests.synthetic import llm_like
+from tests.support.quantizing import SEARCHES, gaussian, needs_kernels, quantizer_of
+from tests.support.synthetic import llm_like
 
 every_search = pytest.mark.parametrize("scale", SEARCHES)
 # Rows and columns that fill no tile (4 x 64), columns that no block divides, a single row, one that

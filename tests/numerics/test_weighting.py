@@ -10,10 +10,10 @@ import torch
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Settings
-from loftq_cli.numerics.quantizers import make_quantizer
+from loftq_cli.numerics.quantizers.methods import make_quantizer
 from loftq_cli.numerics.weighting import make_weighting
-from tests.numerics.helpers import effective, gaussian, recomputed
-from tests.synthetic import llm_like
+from tests.support.quantizing import effective, gaussian, recomputed
+from tests.support.synthetic import llm_like
 
 KINDS = ("diagonal", "full")
 every_kind = pytest.mark.parametrize("kind", KINDS)

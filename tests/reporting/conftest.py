@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import loftq_cli
-from tests import checkpoints
+from tests.support import checkpoints
 
 CASES: dict[str, dict[str, Any]] = {
     "bnb": {"bits": 4, "layout": "bnb"},

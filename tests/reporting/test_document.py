@@ -17,9 +17,9 @@ from loftq_cli.checkpoint.output import FORMAT_VERSION as MANIFEST_VERSION
 from loftq_cli.checkpoint.schema import manifest_schema
 from loftq_cli.layouts import layout_of
 from loftq_cli.layouts.base import matrix_of
-from loftq_cli.layouts.packed import FORMAT_VERSION
-from loftq_cli.numerics.packing import pack, unpack
-from loftq_cli.recipe import BITS, BLOCK_SIZES, fingerprint
+from loftq_cli.layouts.loftq import FORMAT_VERSION
+from loftq_cli.numerics.quantizers.packing import pack, unpack
+from loftq_cli.settings.recipe import BITS, BLOCK_SIZES, fingerprint
 from tests.reporting.conftest import CASES
 
 LOFTQ = ("loftq", "loftq-affine", "loftq-bfloat16", "loftq-int8", "loftq-affine-int8")

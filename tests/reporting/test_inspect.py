@@ -105,7 +105,7 @@ def test_only_layout_loftq_needs_our_import(case, converted):
 
 @pytest.mark.parametrize("settings", [{"layout": "dense"}, {"layout": "loftq", "bits": 2}])
 def test_the_code_it_shows_runs(tmp_path, settings):
-    from tests import models
+    from tests.support import models
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers, while it saves and loads

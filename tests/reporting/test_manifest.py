@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import loftq_cli
 from loftq_cli.checkpoint.schema import faults, manifest_schema
-from tests.makers import PROPERTY
 from tests.reporting.conftest import CASES
+from tests.support.makers import PROPERTY
 
 SCHEMA = json.loads((Path(loftq_cli.__file__).parent / "manifest.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

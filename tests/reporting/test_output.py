@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import loftq_cli
 from loftq_cli.checkpoint.output import open_output, verify
 from loftq_cli.errors import InputError, LoftqError, SourceNotFoundError, VerificationError
-from tests.makers import PROPERTY, flip_bit, shorten
 from tests.reporting.test_manifest import mutate
+from tests.support.makers import PROPERTY, flip_bit, shorten
 
 MANIFEST = "loftq_manifest.json"
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 import loftq_cli
-from loftq_cli.checkpoint.statistics import open_statistics
-from loftq_cli.conversion import recipe_file
-from loftq_cli.conversion.calibrate import read_text
-from loftq_cli.conversion.merge import merge
-from loftq_cli.conversion.observer import Observer
+from loftq_cli.calibration.calibrate import read_text
 from loftq_cli.errors import CorruptFileError
+from loftq_cli.machine.observer import Observer
+from loftq_cli.merging.merge import merge
 from loftq_cli.reporting.push import push
-from tests.makers import POINTER
+from loftq_cli.settings import file as recipe_file
+from loftq_cli.statistics.file import open_statistics
+from tests.support.makers import POINTER
 
 MANIFEST = "loftq_manifest.json"
 WEIGHTS = "model.safetensors"

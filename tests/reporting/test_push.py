@@ -21,9 +21,9 @@ from loftq_cli.errors import (
     VerificationError,
 )
 from loftq_cli.reporting.push import push
-from tests import checkpoints
-from tests.hub_fixtures import cache, nobody, server
-from tests.hub_server import HubServer
+from tests.support import checkpoints
+from tests.support.hub_fixtures import cache, nobody, server
+from tests.support.hub_server import HubServer
 
 __all__ = ["cache", "nobody", "server"]
 

@@ -15,13 +15,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import loftq_cli
-from loftq_cli.cli import main
-from loftq_cli.conversion.merge import merge
-from loftq_cli.conversion.observer import Observer
+from loftq_cli.cli.commands import main
 from loftq_cli.errors import InputError, SourceNotFoundError, VerificationError
-from tests import checkpoints, textbook
-from tests.layouts import plain
+from loftq_cli.machine.observer import Observer
+from loftq_cli.merging.merge import merge
 from tests.reporting.conftest import CASES
+from tests.support import checkpoints, textbook
+from tests.support import plain_layouts as plain
 
 every_case = pytest.mark.parametrize("case", CASES)
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from loftq_cli.conversion.usage import peak_host_bytes
+from loftq_cli.machine.peak_memory import peak_host_bytes
 from tests.benchmarks.evaluation import sentences, starts
 from tests.benchmarks.tools import save_result, warmed_cosine
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from loftq_cli.checkpoint.statistics import open_statistics
+from loftq_cli.statistics.file import open_statistics
 from tests.benchmarks.language.text import LENGTH
 from tests.benchmarks.moments import calibrate, diagonals
 

@@ -1,0 +1,1 @@
+"""The source model, run on text, to activation statistics."""

@@ -1,0 +1,258 @@
+"""``loftq calibrate``: the original model, run on text, to a file of activation statistics."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq_cli.calibration.layer_inputs import OWN_LOOP
+from loftq_cli.calibration.measure import Calibration, class_to_run, prepare
+from loftq_cli.checkpoint.deliveries import deliver_all
+from loftq_cli.checkpoint.dtypes import computed
+from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.checkpoint.lfs import refuse_pointer
+from loftq_cli.checkpoint.locate import locate
+from loftq_cli.checkpoint.reader import TORCH_DTYPES
+from loftq_cli.checkpoint.source import Source
+from loftq_cli.errors import (
+    CorruptFileError,
+    InputError,
+    SourceNotFoundError,
+    UnsupportedInputError,
+    UsageError,
+)
+from loftq_cli.families.kinds import turned_shape
+from loftq_cli.machine.durable import explained
+from loftq_cli.machine.observer import Observer
+from loftq_cli.machine.resources import check_space, memory_explained
+from loftq_cli.machine.workspace import Workspace
+from loftq_cli.planning.choices import choose_device
+from loftq_cli.planning.plan import anatomy_of
+from loftq_cli.planning.selection import select
+from loftq_cli.statistics.save import contents_sha256, identity_of, write_entry
+from loftq_cli.statistics.writer import StatisticsWriter, refuse_taken
+
+MOMENTS = ("diagonal", "full")
+_MOST_SHOWN = 3
+_LESS_MEMORY = "use --moments diagonal, a smaller --length or fewer --samples"
+
+
+class _Workspace(Workspace):
+    """Keeps two processes from measuring for the same file; ``output`` is where parts of a model
+    lie that does not fit in memory."""
+
+    suffix = "loftq-calibrate"
+    doing = "writing"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text file: ``content`` decoded, ``sha256`` of its bytes."""
+
+    path: Path
+    content: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. ``samples`` None: up to 128; ``length`` None: 512, or what the model takes.
+    Raises UsageError for a value out of range."""
+
+    samples: int | None = None
+    length: int | None = None
+    moments: str = "diagonal"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, low in (
+            ("samples", self.samples, 1),
+            ("length", self.length, 2),
+            ("seed", self.seed, 0),
+        ):
+            if value is not None and not low <= value < 1 << 31:
+                raise UsageError(f"--{name} {value}: must be a whole number from {low}")
+        if self.moments not in MOMENTS:
+            raise UsageError(f"--moments {self.moments}: not one of {', '.join(MOMENTS)}")
+
+
+def calibrate(
+    model: str,
+    output: Path,
+    texts: Sequence[Path],
+    settings: Settings,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Measure ``model`` on ``texts`` and write ``output``; what ``--json`` prints.
+
+    Raises UsageError, InputError for the model or the texts, OutputConflictError,
+    EnvironmentFailure for a missing extra, memory, the disk or the device.
+    """
+    choose_device(settings.device)
+    read = [read_text("--text", path) for path in texts]
+    source = locate(model, revision=revision, offline=offline, say=observer.note)
+    if source.directory.resolve() in output.resolve().parents:
+        raise UsageError(
+            f"--output {output} is inside the input {source.directory}", hint="write it elsewhere"
+        )
+    return measure(source, output, read, settings, overwrite=overwrite, observer=observer)
+
+
+def measure(
+    source: Source,
+    output: Path,
+    texts: Sequence[Text],
+    settings: Settings,
+    *,
+    overwrite: bool,
+    observer: Observer,
+) -> dict[str, Any]:
+    """As :func:`calibrate`, of a source and texts that were read; raises the same."""
+    started = time.monotonic()
+    device = choose_device(settings.device)
+    refuse_taken(output, overwrite)
+    selection = select(source.tensors, source.config.content, anatomy=anatomy_of(source))
+    matrices = selection.matrices
+    dtype = _dtype(matrices, device)
+    nbytes = sum(tensor.elements for tensor in source.tensors) * dtype.itemsize
+    shapes = {tensor.name: (tensor.shape[0], tensor.shape[1]) for tensor in matrices}
+    kinds = selection.kinds
+    widths = {name: turned_shape(shape, kinds[name])[1] for name, shape in shapes.items()}
+    loaded_as = class_to_run(source.directory, source.config.content)
+    deliver_all(source, observer)
+    sides = max(widths.values()), max(widths.values()) if settings.moments == "full" else 1
+    check_space(output.absolute().parent, math.prod(sides) * 4)
+    workspace = _Workspace(output)
+    with memory_explained("calibrating", hint=_LESS_MEMORY), workspace.locked():
+        workspace.discard_work()  # what a crash left
+        with explained(workspace.output):
+            workspace.output.mkdir()
+        calibration = prepare(
+            source.directory,
+            loaded_as,
+            source.config.content,
+            widths,
+            [text.content for text in texts],
+            samples=settings.samples,
+            length=settings.length,
+            seed=settings.seed,
+            dtype=dtype,
+            nbytes=nbytes,
+            device=device,
+            offload_folder=workspace.output,
+        )
+        samples, length = calibration.windows.shape
+        name = str(dtype).removeprefix("torch.")
+        text = {
+            **provenance(texts, settings, contents_sha256(source)),
+            "samples": samples,
+            "length": length,
+            "dtype": name,
+        }
+        with StatisticsWriter(
+            output, widths, model=identity_of(source), text=text, overwrite=overwrite
+        ) as writer:
+            written, entries = _write(writer, calibration, settings.moments == "full", observer)
+            missing = [name for name in widths if name not in written]
+            if not written:
+                raise UnsupportedInputError(
+                    f"{source.directory}: text goes through none of its {len(widths)} matrices",
+                    hint=OWN_LOOP,
+                )
+            nbytes = writer.publish()
+    if missing:
+        more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
+        observer.note(f"nothing was measured for {', '.join(missing[:_MOST_SHOWN])}{more}")
+    return {
+        "output": str(output),
+        "model": source.id,
+        "matrices": len(written),
+        "entries": entries,
+        "missing": missing,
+        "moments": settings.moments,
+        "samples": samples,
+        "length": length,
+        "tokens": samples * length,
+        "dtype": name,
+        "device": str(device),
+        "bytes": nbytes,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def provenance(texts: Sequence[Text], settings: Settings, contents: str | None) -> dict[str, Any]:
+    """What a file of statistics says of the text and the ``contents`` of the model, as far as it is
+    known beforehand."""
+    return {
+        "contents": contents,
+        "files": [text.sha256 for text in texts],
+        "seed": settings.seed,
+        "asked": {"samples": settings.samples, "length": settings.length},
+    }
+
+
+def _write(
+    writer: StatisticsWriter, calibration: Calibration, full: bool, observer: Observer
+) -> tuple[set[str], int]:
+    """Write every entry as soon as it is measured; (matrices, number of entries)."""
+
+    def begin(windows: int) -> None:
+        observer.begin(windows, "calibrating", " windows")
+
+    def advance(name: str) -> None:
+        observer.working_on(name)
+        observer.advance(1)
+
+    written, entries = set[str](), 0
+    try:
+        for names, moments in calibration.measure(full=full, begin=begin, advance=advance):
+            write_entry(writer, names, moments)
+            written.update(names)
+            entries += 1
+    finally:
+        observer.end()
+    return written, entries
+
+
+def read_text(option: str, path: Path) -> Text:
+    """The text file that ``option`` names. Raises SourceNotFoundError, or InputError where it is
+    empty, no UTF-8, or a pointer of git-lfs."""
+    refuse_pointer(path)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise SourceNotFoundError(
+            f"{option} {path}: no such file", hint="give a text file"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{option} {path}: {error.strerror or error}") from error
+    try:
+        content = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(
+            f"{option} {path}: not UTF-8 at byte {error.start}", hint="save it as UTF-8"
+        ) from error
+    if not content.strip():
+        raise InputError(f"{option} {path}: no text in it", hint="give a text file")
+    return Text(path, content, hashlib.sha256(raw).hexdigest())
+
+
+def _dtype(matrices: Sequence[StoredTensor], device: torch.device) -> torch.dtype:
+    """What most of the matrices are stored in; float32 for float64, and for float16 on a CPU, where
+    many models overflow in it and few processors compute in it."""
+    tag, _ = Counter(tensor.dtype for tensor in matrices).most_common(1)[0]
+    dtype = TORCH_DTYPES[computed(tag)]
+    return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype

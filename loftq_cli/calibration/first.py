@@ -1,0 +1,103 @@
+"""``convert --calibrate-text``: statistics are measured first, and kept beside the output.
+
+The file is taken again where it is what would be measured, so that a conversion that was
+interrupted, or is repeated with other settings, does not measure twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loftq_cli.calibration.calibrate import Settings, Text, measure, provenance, read_text
+from loftq_cli.checkpoint.source import Source
+from loftq_cli.errors import OutputConflictError, UsageError
+from loftq_cli.machine.observer import Observer
+from loftq_cli.statistics.file import model_sha256, open_statistics, statistics_for
+from loftq_cli.statistics.save import contents_sha256
+from loftq_cli.statistics.statistics import Statistics
+from loftq_cli.statistics.writer import refuse_taken
+
+OPTION = "--calibrate-text"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What to measure before a conversion: ``paths`` of text files and the kind of moments.
+    ``dry_run``: nothing is measured."""
+
+    paths: tuple[Path, ...]
+    moments: str
+    dry_run: bool
+
+    @functools.cached_property
+    def texts(self) -> list[Text]:
+        """Read when they are first asked for. Raises InputError."""
+        return [read_text(OPTION, path) for path in self.paths]
+
+
+def asked(paths: Sequence[Path], moments: str | None, *, dry_run: bool = False) -> Texts | None:
+    """What the two options ask for; None where it is nothing. Raises UsageError."""
+    if not paths:
+        if moments is not None:
+            raise UsageError(f"--moments {moments} is for {OPTION}", hint="name a text file")
+        return None
+    settings = Settings() if moments is None else Settings(moments=moments)
+    return Texts(tuple(paths), settings.moments, dry_run)
+
+
+def beside(output: Path) -> Path:
+    """Where the statistics of a conversion to ``output`` lie."""
+    return output.with_name(f"{output.name}.stats.safetensors")
+
+
+def found(source: Source, output: Path, texts: Texts, *, overwrite: bool) -> Statistics | None:
+    """The statistics beside ``output``, where they are of this model and these texts; None where
+    they have to be measured.
+
+    Raises InputError for the texts, OutputConflictError where there is something else and
+    ``overwrite`` does not allow to replace it.
+    """
+    read, path = texts.texts, beside(output)
+    refuse_taken(path, overwrite=True)  # what is not ours
+    if not path.exists():
+        return None
+    differing = _differing(path, source, read, texts.moments)
+    if differing is None:
+        return statistics_for(source, str(path))
+    if not overwrite:
+        raise OutputConflictError(
+            f"{path}: statistics {differing}",
+            hint=f"--overwrite measures again; --stats {path} takes them as they are",
+        )
+    return None
+
+
+def measured(
+    source: Source, output: Path, texts: Texts, *, device: str, observer: Observer
+) -> Statistics:
+    """Measure, and open what was written. Raises what :func:`measure` does."""
+    path = beside(output)
+    settings = Settings(moments=texts.moments, device=device)
+    result = measure(source, path, texts.texts, settings, overwrite=True, observer=observer)
+    observer.note(f"measured {result['tokens']:,} tokens ({texts.moments} moments): {path}")
+    return statistics_for(source, str(path))
+
+
+def _differing(path: Path, source: Source, read: Sequence[Text], moments: str) -> str | None:
+    """What the statistics at ``path`` are, where they are not what would be measured now."""
+    held = open_statistics(path)
+    kinds = {entry.kind for entry in held.entries.values()}
+    if held.model is None or held.model.sha256 != model_sha256(source):
+        return "of another model"
+    if kinds != {moments}:
+        return f"with {' and '.join(sorted(kinds))} moments, not {moments}"
+    contents = contents_sha256(source)
+    if contents is None or held.text.get("contents") != contents:
+        return f"of a model with other values, or another tokenizer, than {source.id} has now"
+    wanted = provenance(read, Settings(moments=moments), contents)
+    if {name: held.text.get(name) for name in wanted} != wanted:
+        return "of other text, or of other windows of it"
+    return None

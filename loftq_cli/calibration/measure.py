@@ -1,0 +1,158 @@
+"""Activation statistics of a model, measured on text with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loftq_cli.calibration.blockwise import BlockRunner
+from loftq_cli.calibration.course import course_of
+from loftq_cli.calibration.layer_inputs import LayerInputs
+from loftq_cli.calibration.pretrained import class_of, load_model, load_tokenizer
+from loftq_cli.calibration.text_input import (
+    Call,
+    entry_of,
+    is_limit,
+    limits,
+    refuse_without_text,
+    runs_on_text,
+)
+from loftq_cli.calibration.windows import cut
+from loftq_cli.errors import UsageError
+from loftq_cli.families.names import places
+from loftq_cli.numerics.moments import Moments
+
+DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model that is ready to be measured. ``call`` runs it on token ids; ``windows``, int64
+    (samples, length); ``layers``: names of weight tensors to modules of the model; ``widths``:
+    in_features by weight tensor; ``directory``: of the checkpoint, for messages."""
+
+    model: nn.Module
+    call: Call
+    windows: torch.Tensor
+    layers: Mapping[str, str]
+    widths: Mapping[str, int]
+    directory: Path
+
+    def measure(
+        self, *, full: bool, begin: Callable[[int], None], advance: Callable[[str], None]
+    ) -> Iterator[tuple[list[str], Moments]]:
+        """(weight tensors that share an input, its moments): block by block, and then at once those
+        that are not called in blocks that can be run in turn.
+
+        ``begin`` is told how many steps there will be, ``advance`` the name of what each step was
+        spent on. Layers that text does not go through are left out. Raises UnsupportedInputError
+        where the model cannot be run on text alone or uses a layer differently from window to
+        window, NonFiniteActivationError naming the tensor.
+        """
+        model, count = self.model, len(self.windows)
+        course = course_of(model, self._run_first, self.layers)
+        begin((len(course.blocks) + bool(course.others)) * count)
+
+        def watched(layers: Collection[str]) -> LayerInputs:
+            return LayerInputs({layer: self.widths[layer] for layer in layers}, full=full)
+
+        with BlockRunner(model, self.run, count) as runner:
+            for block, layers in course.blocks.items():
+                inputs = watched(layers)
+                with inputs.watched(model, self.layers):
+                    for _ in runner.windows(block):
+                        inputs.end_window()
+                        advance(block)
+                yield from _in_order(inputs)
+        if course.others:
+            inputs = watched(course.others)
+            with inputs.watched(model, self.layers):
+                for window in range(count):
+                    self.run(window)
+                    inputs.end_window()
+                    advance("the whole model")
+            yield from _in_order(inputs)
+
+    def run(self, window: int) -> None:
+        """Call the model on a window."""
+        self.call(self.windows[window : window + 1])
+
+    def _run_first(self, window: int) -> None:
+        """As :meth:`run`, where it is not known yet whether the model takes such a window."""
+        with runs_on_text(self.model, self.directory, self.windows.shape[1]):
+            self.run(window)
+
+
+def class_to_run(directory: Path, config: Mapping[str, Any]) -> Any:
+    """The class of transformers for the model in ``directory``. Raises UnsupportedInputError where
+    there is none or it does not take text, EnvironmentFailure where the extra [train] is missing.
+    """
+    found = class_of(directory, config)
+    refuse_without_text(found, directory)
+    return found
+
+
+def prepare(
+    directory: Path,
+    loaded_as: Any,
+    config: Mapping[str, Any],
+    widths: Mapping[str, int],
+    texts: Sequence[str],
+    *,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    dtype: torch.dtype,
+    nbytes: int,
+    device: torch.device,
+    offload_folder: Path,
+) -> Calibration:
+    """Load the model in ``directory``, of the class ``loaded_as``, and cut ``texts`` into windows.
+
+    ``widths``: the matrices to measure, names of weight tensors to in_features. ``samples`` and
+    ``length`` None: as many windows as there are up to 128, and 512 tokens or as many as the model
+    takes. Raises InputError for a model, tokenizer or text that cannot be used, UsageError for a
+    length above what the model takes, EnvironmentFailure where the extra [train] is missing.
+    """
+    tokenizer = load_tokenizer(directory)
+    told = [*limits(config), int(tokenizer.model_max_length)]
+    size = _length(length, told)
+    windows = cut(tokenizer, texts, length=size, samples=samples, seed=seed)
+    model: Any = load_model(
+        directory,
+        loaded_as,
+        dtype=dtype,
+        nbytes=nbytes,
+        device=device,
+        offload_folder=offload_folder,
+    )
+    entry = entry_of(model, windows, device, directory)
+    size = _length(length, [*told, *limits(model.config.to_dict()), *entry.limits])
+    if size < windows.shape[1]:
+        windows = cut(tokenizer, texts, length=size, samples=samples, seed=seed)
+    return Calibration(model, entry.call, windows, _layers(model, widths), widths, directory)
+
+
+def _length(asked: int | None, told: Iterable[int]) -> int:
+    """Tokens a window, given the most that the model is told to take. Raises UsageError."""
+    limit = min(filter(is_limit, told), default=None)
+    if asked is not None and limit is not None and asked > limit:
+        raise UsageError(
+            f"--length {asked}: the model takes {limit} tokens at most", hint="lower --length"
+        )
+    return asked or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+
+
+def _layers(model: nn.Module, weights: Iterable[str]) -> dict[str, str]:
+    """The module of ``model`` that has each of ``weights``, for those that have a place there."""
+    names = {weight.removesuffix(".weight"): weight for weight in weights}
+    return {names[old]: new for old, new in places(model, names).items()}
+
+
+def _in_order(inputs: LayerInputs) -> Iterator[tuple[list[str], Moments]]:
+    return ((sorted(names), moments) for names, moments in inputs.groups())

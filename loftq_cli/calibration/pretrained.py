@@ -1,0 +1,147 @@
+"""The original model and its tokenizer, as transformers loads them, wherever they fit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loftq_cli.calibration.layer_inputs import OWN_LOOP
+from loftq_cli.checkpoint.companions import is_vocabulary
+from loftq_cli.errors import InputError, SourceNotFoundError, UnsupportedInputError
+from loftq_cli.families.classes import model_class
+from loftq_cli.machine.packages import missing_extra, required
+
+_DOING = "calibrating"
+# Shares of the free memory that weights may take; the rest is for activations and moments.
+_WHOLE, _PART = 0.7, 0.5
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in ``directory``. Raises SourceNotFoundError where there is none, InputError
+    where it cannot be read, EnvironmentFailure where a package is missing."""
+    transformers = required("transformers", "train", _DOING)
+    if not any(is_vocabulary(path.name) and path.is_file() for path in directory.iterdir()):
+        raise SourceNotFoundError(
+            f"{directory}: no tokenizer in it",
+            hint=f"add the model's tokenizer files, or {OWN_LOOP}",
+        )
+    try:
+        with _quiet(transformers):
+            return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except ImportError as error:
+        raise missing_extra(error, "train", _DOING) from error
+    except Exception as error:  # of any kind
+        raise InputError(f"{directory}: the tokenizer cannot be read: {_line(error)}") from error
+
+
+def class_of(directory: Path, config: Mapping[str, Any]) -> Any:
+    """The class of transformers for the model in ``directory``. Raises UnsupportedInputError if
+    there is none, EnvironmentFailure if the extra [train] is missing."""
+    transformers = required("transformers", "train", _DOING)
+    found = model_class(config, transformers)
+    if found is None:
+        named = config.get("architectures") or config.get("model_type")
+        raise UnsupportedInputError(
+            f"{directory / 'config.json'}: transformers has no class for architectures {named}",
+            hint=OWN_LOOP,
+        )
+    return found
+
+
+def load_model(
+    directory: Path,
+    loaded_as: Any,
+    *,
+    dtype: torch.dtype,
+    nbytes: int,
+    device: torch.device,
+    offload_folder: Path,
+) -> nn.Module:
+    """The model of ``directory``, of the class ``loaded_as``, in ``dtype``, for evaluation.
+
+    ``nbytes`` is what its weights take. Where they do not fit on ``device``, blocks are left in
+    host memory, and where they do not fit there, on disk (``offload_folder``, where the files of
+    the checkpoint cannot be read directly). Raises InputError where transformers cannot load it
+    or finds no weights for a block.
+    """
+    transformers = required("transformers", "train", _DOING)
+    required("accelerate", "train", _DOING)
+    try:
+        with _quiet(transformers):
+            model, report = loaded_as.from_pretrained(
+                directory,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                **_placement(nbytes, device, offload_folder),
+            )
+    except ImportError as error:
+        raise missing_extra(error, "train", _DOING) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{directory}: transformers cannot load it: {_line(error)}") from error
+    _check_complete(model, report, directory)
+    for part in model.modules():
+        if getattr(getattr(part, "config", None), "use_cache", False):
+            part.config.use_cache = False
+    result: nn.Module = model.eval()
+    return result
+
+
+def _check_complete(model: Any, report: Mapping[str, Any], directory: Path) -> None:
+    """Raise InputError where a weight in or before the blocks was drawn at random."""
+    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    for name in sorted(absent):
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Embedding) or any(part.isdecimal() for part in name.split(".")):
+            raise InputError(f"{directory}: {type(model).__name__} does not find {name} in it")
+
+
+def _placement(nbytes: int, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Arguments of from_pretrained that put the weights where there is room."""
+    host = free_host_memory()
+    if device.type == "cpu":
+        if nbytes <= _WHOLE * host:
+            return {}
+        limits: dict[int | str, int] = {"cpu": int(_PART * host)}
+    else:
+        free = torch.cuda.mem_get_info(device)[0]
+        if nbytes <= _WHOLE * free:
+            return {"device_map": {"": device}}
+        limits = {device.index or 0: int(_PART * free), "cpu": int(_PART * host)}
+    return {"device_map": "auto", "max_memory": limits, "offload_folder": str(folder)}
+
+
+def free_host_memory() -> int:
+    """Bytes that this process may still take, in its container where it is in one."""
+    psutil = required("psutil", "train", _DOING)
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        free = min(free, limit - used)
+    return free
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """transformers' remarks and bars off; errors are raised."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

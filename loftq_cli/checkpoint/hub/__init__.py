@@ -1,0 +1,1 @@
+"""Repositories on the hub, read and written."""

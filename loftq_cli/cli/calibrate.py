@@ -1,0 +1,96 @@
+"""The command ``loftq calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loftq_cli.cli import console
+from loftq_cli.cli.guard import CONTEXT, ExpandedPath, choice, guarded, json_option
+from loftq_cli.cli.narrator import Narrator
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("model", type=str)
+@click.option(
+    "--text",
+    "texts",
+    required=True,
+    multiple=True,
+    type=ExpandedPath(),
+    metavar="FILE",
+    help="Text to run the model on, UTF-8 (repeatable).",
+)
+@click.option(
+    "-o",
+    "--output",
+    default="stats.safetensors",
+    show_default=True,
+    type=ExpandedPath(),
+    metavar="FILE",
+    help="File to write.",
+)
+@click.option(
+    "--moments",
+    type=choice("diagonal", "full"),
+    default="diagonal",
+    show_default=True,
+    help="Mean squares of the inputs, or the whole matrix of their products.",
+)
+@click.option("--samples", type=int, help="Windows of text.  [default: all, up to 128]")
+@click.option(
+    "--length",
+    type=int,
+    help="Tokens a window.  [default: 512, or as many as the model takes]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the choice of windows."
+)
+@click.option("--revision", type=str, help="Branch, tag or commit on the hub.")
+@click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier file of statistics once done.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+@guarded
+def calibrate(
+    model: str,
+    texts: tuple[Path, ...],
+    output: Path,
+    moments: str,
+    samples: int | None,
+    length: int | None,
+    device: str,
+    seed: int,
+    revision: str | None,
+    offline: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Measure what the linear layers of MODEL take in when it reads text.
+
+    MODEL is a checkpoint directory or a hub id, as for convert. The file weights the error that
+    convert makes small. Needs the extra [train].
+
+    \b
+    loftq calibrate ./my-model --text notes.txt -o stats.safetensors
+    loftq calibrate ./my-model --text a.txt --text b.txt --moments full --samples 64
+    """
+    from loftq_cli.calibration.calibrate import Settings
+    from loftq_cli.calibration.calibrate import calibrate as run
+
+    narrator = Narrator(quiet=quiet, verbose=verbose)
+    result = run(
+        model,
+        output,
+        texts,
+        Settings(samples, length, moments, device, seed),
+        revision=revision,
+        offline=offline,
+        overwrite=overwrite,
+        observer=narrator,
+    )
+    console.show_calibration(result, as_json=as_json)

@@ -1,0 +1,118 @@
+"""The manifest: what was converted, how, and how close it came (docs/output-format.md)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.machine.durable import file_sha256
+from loftq_cli.numerics.decomposition import Decomposition
+from loftq_cli.planning.plan import Plan, PlannedMatrix
+from loftq_cli.version import VERSION
+
+FORMAT_VERSION = 1
+
+
+def matrix_record(
+    item: PlannedMatrix, layout: str, result: Decomposition, kind: str | None
+) -> dict[str, Any]:
+    """The manifest's entry for one matrix; ``kind`` of its statistics, where it has any."""
+    matrix = item.matrix
+    weighted = {}
+    if result.weighted is not None:
+        weighted["weighted"] = {"kind": kind, **asdict(result.weighted)}
+    return {
+        "name": matrix.name,
+        "module": matrix.module,
+        "shape": list(matrix.shape),
+        "dtype": matrix.dtype,
+        "method": matrix.method,
+        "bits": matrix.bits,
+        "block_size": matrix.block_size,
+        "rank": item.rank,
+        "layout": layout,
+        "bits_per_weight": item.bits_per_weight,
+        "step": result.step,
+        "frobenius": asdict(result.frobenius),
+        **weighted,
+        **({} if matrix.kind == "linear" else {"kind": matrix.kind}),
+        **({} if matrix.in_memory is None else {"in_memory": matrix.in_memory}),
+    }
+
+
+def build(
+    plan: Plan,
+    records: Sequence[Mapping[str, Any]],
+    source_hashes: Mapping[str, str],
+    output: Path,
+    environment: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The manifest of the finished files in ``output``."""
+    source = plan.source
+    small = [source.config] + ([source.index] if source.index else [])
+    files = [
+        {"name": shard.name, "size": shard.header.size, "sha256": source_hashes[shard.name]}
+        for shard in source.shards
+    ] + [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in small]
+    origin: dict[str, Any] = {"id": source.id, "revision": source.revision}
+    if source.resolved_from is not None:
+        origin["resolved_from"] = source.resolved_from
+    return {
+        "format_version": FORMAT_VERSION,
+        "tool": {"name": "loftq-cli", "version": VERSION},
+        "source": {**origin, "files": sorted(files, key=lambda file: str(file["name"]))},
+        "recipe": plan.recipe.as_dict(),
+        "fingerprint": plan.fingerprint,
+        "matrices": list(records),
+        "passed_through": [
+            {
+                "name": tensor.name,
+                "shape": list(tensor.shape),
+                "dtype": tensor.dtype,
+                "reason": reason,
+                **_renamed(plan.anatomy.names, tensor.name),
+            }
+            for tensor, reason in plan.selection.kept
+        ],
+        "totals": {
+            "parameters": plan.parameters,
+            "source_bytes": plan.source_bytes,
+            "backbone_bytes": plan.backbone_bytes,
+            "adapter_bytes": plan.adapter_bytes,
+            "bits_per_weight": plan.bits_per_weight,
+            "relative_residual": relative(records, "final"),
+            "relative_residual_quantized": relative(records, "quantized"),
+        },
+        "outputs": _outputs(output),
+        "environment": dict(environment),
+    }
+
+
+def _renamed(names: Mapping[str, str], name: str) -> dict[str, str]:
+    return {"in_memory": names[name]} if name in names else {}
+
+
+def relative(records: Sequence[Mapping[str, Any]], which: str) -> float:
+    """sqrt(sum of squared residuals / sum of squared weights); 0 where all weights are zero."""
+    residual = math.fsum(record["frobenius"][which] ** 2 for record in records)
+    weight = math.fsum(record["frobenius"]["weight"] ** 2 for record in records)
+    return math.sqrt(residual / weight) if weight else 0.0
+
+
+def _outputs(output: Path) -> list[dict[str, Any]]:
+    entries = []
+    for directory, _, names in os.walk(output):
+        for name in names:
+            path = Path(directory) / name
+            entries.append(
+                {
+                    "name": path.relative_to(output).as_posix(),
+                    "size": path.stat().st_size,
+                    "sha256": file_sha256(path),
+                }
+            )
+    return sorted(entries, key=lambda entry: str(entry["name"]))

@@ -1,0 +1,1 @@
+"""C for the CPU, built when it is first needed; Triton for the GPU."""

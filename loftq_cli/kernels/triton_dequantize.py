@@ -1,0 +1,87 @@
+"""Decodes layout ``loftq`` in one Triton kernel: packed bytes in, the weight out.
+
+Each element finds its code in the bit stream, its block and, with zero points, the block's zero
+point by itself: nothing is stored between the packed codes and the result. The arithmetic is that
+of docs/output-format.md, one product in float32 rounded once, so the bits are those of
+:func:`loftq_cli.layouts.loftq.decode_packed`. Importing this module imports triton.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+_ELEMENTS = 1024  # per program
+
+
+def decode(
+    shape: tuple[int, int],
+    bits: int,
+    block_size: int,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    levels: torch.Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Q (out, in) in ``dtype``; arguments as for
+    :func:`loftq_cli.layouts.loftq.decode_packed`, on a CUDA device."""
+    out = torch.empty(shape, dtype=dtype, device=weight.device)
+    count = out.numel()
+    affine = levels is None
+    width = shape[1] if affine else count  # that blocks run along
+    # triton launches on the current device
+    with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
+        _kernel[(triton.cdiv(count, _ELEMENTS),)](
+            weight,
+            scales,
+            zeros if affine else levels,
+            out,
+            count,
+            width,
+            triton.cdiv(width, block_size) if block_size else 1,
+            block_size or count,
+            BITS=bits,
+            AFFINE=affine,
+            ELEMENTS=_ELEMENTS,
+        )
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _code(packed, index, mask, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Code number ``index`` of a bit stream."""
+    bit = index * BITS
+    shift = (bit % 8).to(tl.int32)
+    word = tl.load(packed + bit // 8, mask=mask, other=0).to(tl.int32)
+    if 8 % BITS != 0:  # the code may end in the next byte
+        ends_later = mask & (shift + BITS > 8)
+        word |= tl.load(packed + bit // 8 + 1, mask=ends_later, other=0).to(tl.int32) << 8
+    return (word >> shift) & ((1 << BITS) - 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _kernel(  # type: ignore[no-untyped-def]
+    packed,
+    scales,
+    table,  # the packed zero points, or the levels
+    out,
+    count,
+    columns,
+    groups,  # per row of ``columns``
+    block_size,
+    BITS: tl.constexpr,
+    AFFINE: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    mask = index < count
+    code = _code(packed, index, mask, BITS)
+    block = index // columns * groups + index % columns // block_size
+    scale = tl.load(scales + block, mask=mask, other=0.0)
+    if AFFINE:
+        value = (code - _code(table, block, mask, BITS)).to(tl.float32)
+    else:
+        value = tl.load(table + code, mask=mask, other=0.0)
+    tl.store(out + index, (value * scale).to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,150 @@
+"""Layout ``loftq``: any codebook and width, packed. Normative text: docs/output-format.md.
+
+``X.weight`` uint8 (ceil(out*in*bits/8),), the bit stream of
+:mod:`loftq_cli.numerics.quantizers.packing` over the row-major codes; ``X.weight_scales``
+(blocks,), float32, bfloat16, or int8 with ``X.weight_scale_steps`` bfloat16 (ceil(blocks/64),).
+With a codebook: ``X.weight_levels`` float32 (2**bits,), blocks run over the flattened matrix. With
+zero points: ``X.weight_zeros`` uint8, the packed zero points, one per scale; groups run along
+in_features, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.numerics.quantizers.decoding import decode
+from loftq_cli.numerics.quantizers.methods import Quantized, block_count
+from loftq_cli.numerics.quantizers.packing import pack, packed_length
+from loftq_cli.numerics.quantizers.scale_storage import (
+    STEP_GROUP,
+    ScaleDtype,
+    pack_scales,
+    unpack_scales,
+)
+
+FORMAT_VERSION = 1
+
+_SCALE_TAGS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
+
+
+class PackedLayout:
+    """Everything the quantizers can produce, at its own width. ``scales``: how scales are stored;
+    those that :meth:`encode` is given must be rounded to it already."""
+
+    name = "loftq"
+    scale_dtype = torch.float32
+    mixes = True
+    imports: tuple[str, ...] = ("transformers", "peft", "loftq_cli")
+    extra = "train"
+
+    def __init__(self, scales: ScaleDtype = "float32") -> None:
+        self._scales: ScaleDtype = scales
+
+    def cannot_hold(self, matrix: Matrix) -> str | None:
+        return None
+
+    def cannot_describe(self, surroundings: Surroundings) -> str | None:
+        return None
+
+    def rounding(self, matrix: Matrix) -> torch.dtype | None:
+        return None
+
+    def specs(self, matrix: Matrix) -> list[TensorSpec]:
+        scales = scale_count(matrix.shape, stored_block_size(matrix), decoding(matrix.method))
+        specs = [
+            TensorSpec(matrix.name, "U8", (packed_length(matrix.elements, matrix.bits),)),
+            TensorSpec(f"{matrix.name}_scales", _SCALE_TAGS[self._scales], (scales,)),
+        ]
+        if self._scales == "int8":
+            shape = (block_count(scales, STEP_GROUP),)
+            specs.append(TensorSpec(f"{matrix.name}_scale_steps", "BF16", shape))
+        if decoding(matrix.method) == "affine":
+            length = packed_length(scales, matrix.bits)
+            return [*specs, TensorSpec(f"{matrix.name}_zeros", "U8", (length,))]
+        return [*specs, TensorSpec(f"{matrix.name}_levels", "F32", (2**matrix.bits,))]
+
+    def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
+        scales, steps = pack_scales(quantized.scales, self._scales)
+        tensors = {
+            matrix.name: pack(quantized.codes, quantized.bits),
+            f"{matrix.name}_scales": scales,
+        }
+        if steps is not None:
+            tensors[f"{matrix.name}_scale_steps"] = steps
+        if quantized.zeros is not None:
+            tensors[f"{matrix.name}_zeros"] = pack(quantized.zeros, quantized.bits)
+        if quantized.levels is not None:
+            tensors[f"{matrix.name}_levels"] = quantized.levels
+        return tensors
+
+    def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        steps = tensors.get(f"{matrix.name}_scale_steps")
+        return decode_packed(
+            matrix.shape,
+            matrix.bits,
+            stored_block_size(matrix),
+            tensors[matrix.name],
+            unpack_scales(tensors[f"{matrix.name}_scales"], steps),
+            tensors.get(f"{matrix.name}_zeros"),
+            tensors.get(f"{matrix.name}_levels"),
+        )
+
+    def quantization_config(
+        self, matrices: Sequence[Matrix], surroundings: Surroundings
+    ) -> dict[str, Any]:
+        stored = {} if self._scales == "float32" else {"scales": self._scales}
+
+        def kind(matrix: Matrix) -> dict[str, str]:
+            return {} if matrix.kind == "linear" else {"kind": matrix.kind}
+
+        return {
+            "quant_method": "loftq",
+            "format_version": FORMAT_VERSION,
+            "modules": {
+                matrix.module: {
+                    "bits": matrix.bits,
+                    "block_size": stored_block_size(matrix),
+                    "decoding": decoding(matrix.method),
+                    **stored,
+                    **kind(matrix),
+                }
+                for matrix in matrices
+            },
+        }
+
+
+def decoding(method: str) -> str:
+    """ "affine" (scale and zero point) or "codebook" (scale and level table)."""
+    return "affine" if method == "uniform" else "codebook"
+
+
+def stored_block_size(matrix: Matrix) -> int:
+    """The block size that decoding uses: 0, one block for everything, for uniform-tensor."""
+    return 0 if matrix.method == "uniform-tensor" else matrix.block_size
+
+
+def scale_count(shape: tuple[int, int], block_size: int, kind: str) -> int:
+    """Number of scales of a matrix (out, in)."""
+    if kind == "affine":
+        return shape[0] * block_count(shape[1], block_size)
+    return block_count(shape[0] * shape[1], block_size)
+
+
+def decode_packed(
+    shape: tuple[int, int],
+    bits: int,
+    block_size: int,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    levels: torch.Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Q (out, in) from the stored tensors of one matrix, its scales unpacked, computed in float32
+    and rounded to ``dtype``."""
+    return decode(shape, bits, block_size, weight, scales, zeros, levels, dtype)

@@ -1,0 +1,251 @@
+"""``load()``: an output directory of ``loftq convert`` as a PeftModel that is ready to train."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header
+from loftq_cli.checkpoint.output import Output, open_output
+from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.checkpoint.source import read_json
+from loftq_cli.errors import (
+    CorruptFileError,
+    InputError,
+    SourceNotFoundError,
+    UnsupportedInputError,
+)
+from loftq_cli.families.classes import model_class, takes_text
+from loftq_cli.families.experts import is_expert
+from loftq_cli.families.names import key_mapping, places, prefix_of, tied
+from loftq_cli.layouts import adapter as adapters
+from loftq_cli.layouts.base import matrix_of
+from loftq_cli.loading import guard, hook
+from loftq_cli.loading.attach_trained import attach_trained
+from loftq_cli.loading.intact import check_files
+from loftq_cli.loading.trained_beside import TrainedBeside, leave_beside
+from loftq_cli.loading.warned import DetachedAdapter
+from loftq_cli.machine.packages import missing_extra, required
+
+
+def load(
+    path: str | os.PathLike[str] = "out",
+    auto_class: Any = None,
+    trainable: bool = True,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    **from_pretrained: Any,
+) -> Any:
+    """The backbone in ``path`` with the adapter in its ``loftq_init`` attached, or with a trained
+    one, that PEFT saved in the directory ``adapter``.
+
+    ``auto_class`` is the class to load the backbone with (``AutoModelForSequenceClassification``);
+    without it, the one that config.json names, or that its model_type stands for. If that is a task
+    model and the checkpoint is of the bare model, or the other way round, the adapter follows its
+    modules. ``trainable`` makes the adapter's parameters trainable, and the modules that the
+    checkpoint does not hold, such as a new classifier: PEFT saves those with the adapter
+    (``modules_to_save``). Everything else is handed to the class's ``from_pretrained``; code that
+    the model brings along is run with ``trust_remote_code=True`` only.
+
+    An adapter that training left in ``path`` itself is attached if it is asked for (``adapter`` is
+    ``path``); otherwise a TrainedBeside warning names it.
+
+    Returns a ``peft.PeftModel``. Raises EnvironmentFailure where the extra [train] or [gptq] is not
+    installed, and InputError where ``path`` is not the complete output of a conversion, is of a
+    newer format, holds another conversion's adapter, or adapter tensors that the model has no place
+    for, or lacks a part of a module, or where the class ties another module to an adapted one.
+    """
+    directory = Path(path)
+    output = open_output(directory)
+    layout = output.manifest["recipe"]["layout"]
+    check_files(output, start=adapter is None)
+    beside = leave_beside(output, adapter)
+    peft, transformers = (required(name, "train", "loading") for name in ("peft", "transformers"))
+    hook.install()
+    remote = bool(from_pretrained.get("trust_remote_code"))
+    chosen = auto_class or _model_class(directory, transformers, remote=remote)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DetachedAdapter)
+            warnings.simplefilter("ignore", TrainedBeside)
+            backbone, report = chosen.from_pretrained(
+                directory, output_loading_info=True, **{**beside, **from_pretrained}
+            )
+    except ImportError as error:
+        raise missing_extra(error, "gptq" if layout == "gptq" else "train", "loading") from error
+    guard.tell_of_resizing(backbone)
+    if adapter is None:
+        names = _names(backbone, output)
+        _refuse_tied(backbone, names, directory)
+        new = _new_modules(backbone, report, names, output)
+        model = _attach(peft, backbone, names, directory, trainable)
+    else:
+        new = _new_modules(backbone, report, {}, output)
+        model = attach_trained(peft, backbone, output, Path(adapter), trainable)
+        new = [module for module in new if not _is_saved(model, module)]
+    if new and trainable:
+        config = model.active_peft_config
+        config.modules_to_save = [*(config.modules_to_save or ()), *new]
+        peft.utils.set_additional_trainable_modules(
+            model=backbone,
+            peft_config=config,
+            model_config=backbone.config.to_dict(),
+            adapter_name=model.active_adapter,
+        )
+    return model
+
+
+def _is_saved(model: Any, module: str) -> bool:
+    """Whether the adapter has ``module`` of the backbone in full."""
+    return hasattr(model.get_base_model().get_submodule(module), "modules_to_save")
+
+
+def _names(backbone: Any, output: Output) -> dict[str, str]:
+    """Every module that has an adapter: its name in the file, and in ``backbone``. Experts, which
+    are no modules there, are left to PEFT."""
+    file = output.directory / adapters.DIRECTORY / adapters.WEIGHTS
+    stored = {name for name in _tensors(file) if not is_expert(name)}
+    on_disk = {matrix.adapted: matrix.module for matrix in map(matrix_of, output.records)}
+    present = places(backbone, on_disk.values())
+    names = {name: present[module] for name, module in on_disk.items() if module in present}
+    # PEFT passes over tensors that it finds no module for, with a warning at most.
+    homeless = {name for name in stored if adapters.module_of(name) not in names}
+    _refuse(homeless, f"{type(backbone).__name__} has no place for", file)
+    return {adapters.module_of(name): names[adapters.module_of(name)] for name in stored}
+
+
+def _refuse_tied(backbone: Any, names: Mapping[str, str], directory: Path) -> None:
+    """Raise InputError where a module without an adapter has the weight of one with: it would get Q
+    alone, and nothing would say so."""
+    if pair := tied(backbone, names.values()):
+        raise InputError(
+            f"{directory}: {type(backbone).__name__} ties {pair[0]} to {pair[1]}, and only one of "
+            "them has the adapter",
+            hint="load a class without that head, or convert without --embeddings",
+        )
+
+
+def _attach(
+    peft: Any, backbone: Any, names: Mapping[str, str], directory: Path, trainable: bool
+) -> Any:
+    """The PeftModel of ``backbone``, every tensor of the adapter in its place."""
+    config = peft.PeftConfig.from_pretrained(directory, subfolder=adapters.DIRECTORY)
+    file = directory / adapters.DIRECTORY / adapters.WEIGHTS
+    stored = _tensors(file)
+    experts = {adapters.module_of(name) for name in stored if is_expert(name)}
+    config.target_modules = {*names.values(), *experts}
+    patterns = {re.escape(old): re.escape(new) for old, new in names.items()}
+    config.rank_pattern = _renamed(config.rank_pattern, patterns)
+    config.alpha_pattern = _renamed(config.alpha_pattern, patterns)
+    config.task_type = adapters.task_type(
+        [type(backbone).__name__], takes_text=takes_text(backbone)
+    )
+    model = peft.PeftModel.from_pretrained(
+        backbone,
+        directory,
+        subfolder=adapters.DIRECTORY,
+        is_trainable=trainable,
+        config=config,
+        key_mapping=key_mapping(names, prefix_of(backbone)),
+    )
+    expected = {}
+    for name, tensor in stored.items():
+        if not is_expert(name):
+            module = adapters.module_of(name)
+            expected[name.replace(module, names[module], 1)] = tensor
+    # PEFT counts a head that has an adapter among the adapter's own tensors, unless told not to.
+    loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    fused = {name for name in loaded if is_expert(name)}
+    _refuse((loaded.keys() - fused) ^ expected.keys(), "PEFT and the file disagree about", file)
+    # A fused B that PEFT found nothing for is zero, as it draws a new one.
+    empty = {name for name in fused if ".lora_B." in name and not loaded[name].any()}
+    _refuse(empty or (experts if not fused else set()), "PEFT did not fuse", file)
+    with TensorFile(file) as reader:
+        lost = {name for name in expected if _differ(loaded[name], reader.read(expected[name]))}
+    _refuse(lost, "PEFT did not load", file)
+    return model
+
+
+def _differ(loaded: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether PEFT has something else than the file, dtypes apart. What is on disk is trusted."""
+    return not loaded.is_meta and not torch.equal(loaded.cpu(), stored.to(loaded.dtype))
+
+
+def _renamed(patterns: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(pattern, pattern): value for pattern, value in patterns.items()}
+
+
+def _new_modules(
+    backbone: Any, report: Mapping[str, Any], names: Mapping[str, str], output: Output
+) -> list[str]:
+    """The modules that the checkpoint did not hold, which transformers drew at random.
+
+    Raises InputError for a module that it did hold, in part or quantized, and for one of a block.
+    """
+    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    directory = output.directory
+    quantized = places(backbone, (matrix_of(record).module for record in output.records))
+    stacks = {stack for name in quantized.values() if (stack := _stack_of(name))}
+    new = sorted({name.rpartition(".")[0] for name in missing})
+    for module in new:
+        own = {f"{module}.{key}" for key, _ in backbone.get_submodule(module).named_parameters()}
+        if own - missing or module in names.values():
+            lacking = sorted(name for name in missing if name.rpartition(".")[0] == module)
+            raise InputError(
+                f"{directory}: {type(backbone).__name__} does not find {', '.join(lacking)} in it",
+                hint="load the class that config.json names, without auto_class; "
+                "--layout loftq converts for other classes too",
+            )
+        if _stack_of(f"{module}.") in stacks:
+            raise InputError(
+                f"{directory}: {type(backbone).__name__} does not find {', '.join(sorted(own))} in "
+                "it, a part of a block",
+                hint="the checkpoint that was converted is not whole, or the class is another",
+            )
+    return new
+
+
+def _stack_of(name: str) -> str | None:
+    """What precedes the first number in a name."""
+    match = re.match(r"(.*?)\.?\d+\.", name)
+    return match and match[1]
+
+
+def _model_class(directory: Path, transformers: Any, *, remote: bool) -> Any:
+    file = directory / "config.json"
+    if not file.is_file():
+        raise SourceNotFoundError(f"{directory}: no config.json in it", hint="convert again")
+    config = read_json(file).content
+    found = model_class(config, transformers, remote=remote)
+    if found is None:
+        runs = "; trust_remote_code=True runs the code that auto_map names" * ("auto_map" in config)
+        raise UnsupportedInputError(
+            f"{file}: transformers has no class for architectures {config.get('architectures')}, "
+            f"nor for model_type {config.get('model_type')!r}",
+            hint=f"say which to load with auto_class=, for example transformers.AutoModel{runs}",
+        )
+    return found
+
+
+def _tensors(file: Path) -> dict[str, StoredTensor]:
+    try:
+        return {tensor.name: tensor for tensor in read_header(file).tensors}
+    except FileNotFoundError:
+        raise SourceNotFoundError(f"{file}: no such file", hint="convert again") from None
+    except HeaderError as error:
+        raise CorruptFileError(f"{file}: {error}", hint="convert again") from error
+
+
+def _refuse(names: set[str], what: str, file: Path) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InputError(
+            f"{file}: {what} {', '.join(sorted(names)[:3])}{more}",
+            hint="load the class that config.json names, without auto_class",
+        )

@@ -1,0 +1,1 @@
+"""What the machine gives: durable files, disk, memory, threads, terminals, packages."""

@@ -1,0 +1,1 @@
+"""A backbone and an adapter to an ordinary checkpoint."""

@@ -1,0 +1,229 @@
+"""``loftq merge``: a backbone and an adapter, trained or not, to an ordinary checkpoint.
+
+Every quantized matrix becomes one tensor, Q + scaling * B A, computed in float32 as PEFT does and
+rounded once; all other tensors are copied. One matrix is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.companions import copy_files
+from loftq_cli.checkpoint.dtypes import TAGS
+from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.checkpoint.output import open_output
+from loftq_cli.checkpoint.reader import TORCH_DTYPES, TensorFile
+from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
+from loftq_cli.checkpoint.stored import read
+from loftq_cli.checkpoint.writer import GrowingShard
+from loftq_cli.errors import NonFiniteWeightError, UsageError
+from loftq_cli.families.kinds import turned
+from loftq_cli.layouts import adapter as adapters
+from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
+from loftq_cli.loading.intact import check_start
+from loftq_cli.loading.trained_beside import beside_the_start
+from loftq_cli.machine.durable import explained, pretty_json, write_file
+from loftq_cli.machine.observer import Observer
+from loftq_cli.machine.paths import check_output_path
+from loftq_cli.machine.resources import check_memory, check_space, memory_explained
+from loftq_cli.machine.workspace import Workspace
+from loftq_cli.merging.config import dtype_name, merged_config, provenance, snippet
+from loftq_cli.merging.plan import Copied, Merged, MergePlan, make_merge_plan
+from loftq_cli.numerics.metrics import first_non_finite
+
+MARKER = "loftq_merge.json"
+_MARGIN = 4 << 20  # room for config and the marker
+
+
+class MergeWorkspace(Workspace):
+    """The life of a merged checkpoint; there is no journal, what is interrupted is begun anew."""
+
+    suffix = "loftq-merge"
+    marker = MARKER
+    kind = "a merged checkpoint"
+    doing = "converting to"
+
+
+def merge(
+    directory: Path,
+    output: Path,
+    *,
+    adapter: Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Merge the conversion in ``directory`` with ``adapter`` (None: its own) into ``output``.
+
+    ``dtype`` is that of the merged matrices, None the one they had before the conversion. Returns
+    what ``--json`` prints. Raises InputError where backbone or adapter are damaged or do not belong
+    together, VerificationError where ``adapter`` is None and training replaced the conversion's,
+    UsageError for an output inside the input or a dtype that cannot hold a value,
+    OutputConflictError, EnvironmentFailure.
+    """
+    started = time.monotonic()
+    found = open_output(directory)
+    own = directory / adapters.DIRECTORY
+    trained = open_adapter(own if adapter is None else adapter)
+    if adapter is None:
+        check_start(found, f"merged with --adapter {own}")
+    final = check_output_path(output, directory)
+    _keep_adapter(output, final, trained)
+    plan = make_merge_plan(found, open_source(directory), trained, dtype and TAGS[dtype])
+    _remark(plan, observer)
+    if adapter is None:
+        _remark_on_trained(directory, observer)
+    workspace = MergeWorkspace(final)
+    if overwrite or not workspace.is_taken():
+        with explained(directory):
+            copied = sum(path.stat().st_size for path in plan.companions.values())
+        check_space(final.parent, plan.disk_bytes + copied + _MARGIN - workspace.written())
+        workspace.check_permissions()
+        largest = max(plan.merged, key=lambda item: item.spec.elements)
+        needed = 2 * 4 * largest.spec.elements  # the matrix and the product, in float32
+        check_memory(needed, f"tensor {largest.spec.name!r}", torch.device("cpu"))
+    with workspace.locked():
+        workspace.refuse_other_output(overwrite)
+        workspace.discard_work()  # what a crash left
+        try:
+            _write(plan, workspace.output, observer)
+        finally:
+            observer.end()
+        workspace.publish(overwrite)
+    return {
+        "adapter": str(trained.file),
+        "added": _added(plan),
+        "bytes": plan.tensor_bytes,
+        "directory": str(directory),
+        "dtype": dtype_name(plan.dtype),
+        "loading": snippet(plan, output, final),
+        "matrices": len(plan.merged),
+        "output": str(output),
+        "replaced": sorted(plan.replaced),
+        "seconds": round(time.monotonic() - started, 3),
+        "without_adapter": _without_adapter(plan),
+    }
+
+
+def _keep_adapter(output: Path, final: Path, trained: TrainedAdapter) -> None:
+    """Raise UsageError where --overwrite would delete the adapter with the old output."""
+    home = trained.file.resolve().parent
+    if final == home or final in home.parents:
+        raise UsageError(
+            f"--output {output} holds the adapter {trained.file}", hint="choose another directory"
+        )
+
+
+def _remark(plan: MergePlan, observer: Observer) -> None:
+    bare = _without_adapter(plan)
+    if bare:
+        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
+        observer.note(f"the adapter has nothing for {bare[0]}{more}: merged as quantized")
+    if plan.added:
+        observer.note(f"the adapter brings {', '.join(_added(plan))}")
+
+
+def _remark_on_trained(directory: Path, observer: Observer) -> None:
+    left = beside_the_start(directory)
+    if left is not None:
+        observer.note(
+            f"{left} holds a trained adapter, and the start in {adapters.DIRECTORY} is merged: "
+            f"--adapter {left} takes the trained one"
+        )
+
+
+def _without_adapter(plan: MergePlan) -> list[str]:
+    return sorted(
+        item.spec.name
+        for item in plan.merged
+        if item.weight.pair is None and item.weight.is_quantized
+    )
+
+
+def _added(plan: MergePlan) -> list[str]:
+    return sorted(spec.name for spec in plan.added)
+
+
+def _write(plan: MergePlan, target: Path, observer: Observer) -> None:
+    """Write every file of the result to ``target``."""
+    with explained(target):
+        target.mkdir()
+    observer.begin(plan.tensor_bytes, "merging")
+    for name, items in plan.shards:
+        with GrowingShard(target / name, [item.spec for item in items]) as shard:
+            for item in items:
+                observer.working_on(item.spec.name)
+                if isinstance(item, Copied):
+                    with TensorFile(item.file) as file:
+                        shard.write_pieces(item.spec.name, file.pieces(item.tensor))
+                else:
+                    hint = "free memory for several float32 copies of this matrix"
+                    with memory_explained(f"tensor {item.spec.name!r}", hint=hint):
+                        shard.write(item.spec.name, _value(plan, item))
+                observer.advance(item.spec.nbytes)
+            shard.sync()
+    if len(plan.shards) > 1:
+        write_file(target / INDEX, pretty_json(_index(plan)))
+    copy_files(plan.companions, target)
+    text = (
+        json.dumps(merged_config(plan), indent=2, ensure_ascii=False) + "\n"
+    )  # in the source's order
+    write_file(target / CONFIG, text.encode())
+    write_file(target / MARKER, pretty_json(provenance(plan)))
+
+
+def _value(plan: MergePlan, item: Merged) -> torch.Tensor:
+    """A merged matrix, as the source stores it, in its final dtype."""
+    name, directory = item.spec.name, plan.output.directory
+    value = _base(plan, item)
+    pair, tokens = item.weight.pair, item.weight.tokens
+    with TensorFile(plan.adapter.file) as file:
+        if pair is not None:
+            # Product, scaling and sum are rounded one by one, as PEFT does.
+            product = file.read(pair.lora_B).float() @ file.read(pair.lora_A).float()
+            value += (product.T if item.transposed else product).mul_(pair.scaling)
+        if tokens is not None:
+            value[list(tokens.indices)] = file.read(tokens.values).float()
+    bad = first_non_finite(value)
+    if bad is not None:
+        raise NonFiniteWeightError(
+            f"{directory} and {plan.adapter.file}: tensor {name!r} becomes {bad[1]} "
+            f"at {list(bad[0])}",
+            hint="the backbone or the adapter is damaged, or its training diverged",
+        )
+    result = value.to(TORCH_DTYPES[item.spec.dtype])
+    bad = first_non_finite(result)
+    if bad is not None:
+        raise UsageError(
+            f"tensor {name!r}: {float(value[bad[0]]):.6g} at {list(bad[0])} does not fit "
+            f"{dtype_name(item.spec.dtype)}",
+            hint="use --dtype float32, or for values up to 3e38 --dtype bfloat16",
+        )
+    return result
+
+
+def _base(plan: MergePlan, item: Merged) -> torch.Tensor:
+    """What a merged matrix is without the adapter's pair, float32, zero where nothing is stored."""
+    first, second = item.weight.base
+    if isinstance(second, StoredTensor):
+        assert isinstance(first, Path)
+        with TensorFile(first) as file:
+            value = file.read(second).float()
+        missing = item.spec.shape[-1] - value.shape[-1]
+        return torch.nn.functional.pad(value, (0, missing)) if missing else value
+    assert not isinstance(first, Path)
+    specs = first.specs(second)
+    parts = {spec.name: read(plan.output.directory, plan.stored, spec) for spec in specs}
+    return turned(first.decode(second, parts), second.kind).contiguous()
+
+
+def _index(plan: MergePlan) -> dict[str, Any]:
+    return {
+        "metadata": {"total_size": plan.tensor_bytes},
+        "weight_map": {item.spec.name: name for name, items in plan.shards for item in items},
+    }

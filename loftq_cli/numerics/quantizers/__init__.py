@@ -1,0 +1,1 @@
+"""From weights to codes and back: codebooks, scales, packing and decoding."""

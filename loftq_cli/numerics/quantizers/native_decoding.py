@@ -1,0 +1,103 @@
+"""Decoding in C (kernels/dequantize.c), for plain tensors on the CPU: each block's values are
+tabulated and looked up in one pass. The bits are those of decoding.py's tensor operations."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from loftq_cli.kernels import native
+from loftq_cli.numerics.quantizers.blocks import block_count
+from loftq_cli.numerics.quantizers.packing import packed_length
+
+_STORES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PIECE = 4096  # elements; what one block for the whole matrix is divided into
+_ONE_THREAD = 1 << 17  # elements: below, a second thread costs what it saves
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("columns", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("scale_step", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("store", ctypes.c_int32),
+        ("packed", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    )
+
+
+def decode(
+    shape: tuple[int, int],
+    bits: int,
+    block_size: int,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    levels: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor | None:
+    """As :func:`loftq_cli.numerics.quantizers.decoding.decode`; None if the kernels cannot do it,
+    or must not: they read memory, which a tensor that is traced or only described does not have."""
+    tensors = [tensor for tensor in (weight, scales, zeros, levels) if tensor is not None]
+    if dtype not in _STORES or not all(map(_plain, tensors)):
+        return None
+    if _traced() or not native.available():
+        return None
+    count = shape[0] * shape[1]
+    size = block_size or _PIECE
+    columns = count if zeros is None else shape[1]
+    blocks = block_count(count, size) if zeros is None else shape[0] * block_count(columns, size)
+    complete = (
+        count > 0
+        and bits in (2, 3, 4, 8)
+        and _holds(weight, torch.uint8, packed_length(count, bits))
+        and scales.numel() == (blocks if block_size else 1)
+        and (zeros is None) != (levels is None)
+        and (zeros is None or block_size > 0)
+        and (zeros is None or _holds(zeros, torch.uint8, packed_length(blocks, bits)))
+        and (levels is None or _holds(levels, torch.float32, 2**bits))
+    )
+    if not complete:
+        return None
+    scales = scales.float().contiguous()
+    out = torch.empty(shape, dtype=dtype, device="cpu")
+    call = _Call(
+        columns=columns,
+        size=size,
+        scale_step=1 if block_size else 0,
+        bits=bits,
+        store=_STORES[dtype],
+        packed=weight.data_ptr(),
+        scales=scales.data_ptr(),
+        levels=None if levels is None else levels.data_ptr(),
+        zeros=None if zeros is None else zeros.data_ptr(),
+        out=out.data_ptr(),
+    )
+    threads = 1 if count < _ONE_THREAD else native.team(blocks)
+    native.function("loftq_dequantize")(
+        ctypes.byref(call), ctypes.c_int64(blocks), ctypes.c_int32(threads)
+    )
+    return out
+
+
+def _traced() -> bool:
+    """Whether operations are recorded or replaced: what the kernels do would be missed."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return is_in_torch_dispatch_mode() or bool(tracing)
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether it is memory of this process, and nothing waits for its gradient."""
+    kind = type(tensor)
+    known = kind is torch.Tensor or kind is torch.nn.Parameter
+    return known and tensor.device.type == "cpu" and not tensor.requires_grad
+
+
+def _holds(tensor: torch.Tensor, dtype: torch.dtype, count: int) -> bool:
+    return tensor.dtype == dtype and tensor.numel() >= count and tensor.is_contiguous()

@@ -1,0 +1,1 @@
+"""Everything that is settled from headers, before anything is computed."""

@@ -1,0 +1,165 @@
+"""How far quantization alone would be from every matrix at every width, from a sample of its rows.
+
+This is what a target of stored bits is allocated by (target.py): not the residual that a conversion
+ends with, which is lower by the adapter's part, but cheap, and in about the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+
+from loftq_cli.checkpoint.deliveries import Deliveries
+from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
+from loftq_cli.checkpoint.reader import TensorFile, as_tensor
+from loftq_cli.checkpoint.source import Shard
+from loftq_cli.errors import InputError
+from loftq_cli.families.kinds import turned
+from loftq_cli.layouts.base import Matrix
+from loftq_cli.machine.observer import Observer
+from loftq_cli.numerics.alternation import make_sweep
+from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.finite import computable
+from loftq_cli.numerics.quantizers.methods import Scale, make_quantizer
+from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
+from loftq_cli.numerics.variant import Variant
+from loftq_cli.numerics.weighting import Weighting, make_weighting
+from loftq_cli.planning.plan import Plan
+
+_RUNS, _RUN = 32, 8
+"""Rows are sampled in this many runs of this many, from the middles of equal parts."""
+
+
+def estimate(
+    plan: Plan, widths: Mapping[str, Sequence[Matrix]], observer: Observer
+) -> dict[str, list[float]]:
+    """||W - quantize(W)||^2 of each matrix, by name, in each of the forms that ``widths`` gives it.
+
+    With statistics it is ||W - quantize(W)||_H^2; what they hold nothing for counts as if all its
+    inputs were as large as those of the others are on average. Reads sampled rows of these matrices
+    only, but has whole shards brought for that. Raises what their supply raises, what
+    ``Statistics.moments`` raises, NonFiniteWeightError for NaN or Inf among the rows, InputError
+    where values are too large for float32 arithmetic.
+    """
+    tensors = {
+        shard.name: [tensor for tensor in shard.header.tensors if tensor.name in widths]
+        for shard in plan.source.shards
+    }
+    names = [name for name, found in tensors.items() if found]
+    sizes = {
+        tensor.name: _sampled_bytes(tensor, widths[tensor.name][0])
+        for found in tensors.values()
+        for tensor in found
+    }
+    observer.begin(sum(sizes.values()), "settling widths")
+    errors, units = {}, {}
+    try:
+        with Deliveries(plan.source, names, observer) as deliveries:
+            for shard in plan.source.shards:
+                if tensors[shard.name]:
+                    deliveries.take(shard.name)
+                for tensor in tensors[shard.name]:
+                    observer.working_on(tensor.name)
+                    weighting = _weighting(plan, tensor.name)
+                    forms = widths[tensor.name]
+                    errors[tensor.name] = _errors(shard, tensor, plan, forms, weighting)
+                    if weighting is not None:
+                        units[tensor.name] = weighting.unit
+                    observer.advance(sizes[tensor.name])
+                deliveries.done(shard.name)
+    finally:
+        observer.end()
+    if units:
+        average = math.fsum(units.values()) / len(units)
+        for name in errors.keys() - units.keys():
+            errors[name] = [value * average for value in errors[name]]
+    return errors
+
+
+def _weighting(plan: Plan, name: str) -> Weighting | None:
+    statistics = plan.statistics
+    if statistics is None or name not in statistics.matrices:
+        return None
+    moments = statistics.moments(name).to(plan.device)
+    return make_weighting(moments, Variant.parse(plan.recipe.kernels).products)
+
+
+def _errors(
+    shard: Shard,
+    tensor: StoredTensor,
+    plan: Plan,
+    forms: Sequence[Matrix],
+    weighting: Weighting | None,
+) -> list[float]:
+    matrix = forms[0]  # all have its shape
+    rows = _sample(shard, tensor, matrix).to(plan.device)
+    scaling = matrix.shape[0] / rows.shape[0]
+    squared = [squared_residual(rows, plan, form, weighting) for form in forms]
+    if not all(math.isfinite(value) for value in squared):
+        raise InputError(
+            f"{shard.path}: tensor {tensor.name!r}: values are too large for float32",
+            hint="pass the tensor through with --exclude",
+        )
+    return [value * scaling for value in squared]
+
+
+def squared_residual(
+    rows: torch.Tensor, plan: Plan, matrix: Matrix, weighting: Weighting | None = None
+) -> float:
+    """||W - quantize(W)||^2, or with a ``weighting`` ||.||_H^2, of float32 ``rows`` (some, in) of
+    ``matrix``, at its width and with its method, quantized and stored as the conversion would."""
+    recipe = plan.recipe
+    quantizer = make_quantizer(
+        matrix.method,
+        matrix.bits,
+        matrix.block_size,
+        cast(Scale, recipe.scale),
+        plan.layout.scale_dtype,
+        native=Variant.parse(recipe.kernels).native,
+    )
+    settings = Settings(
+        rank=1,
+        iters=0,
+        backbone_dtype=plan.layout.rounding(matrix),
+        scale_dtype=cast(ScaleDtype, recipe.scale_dtype),
+    )
+    sweep = make_sweep(rows, quantizer, settings)
+    squared = sweep.quantize(None, None).squared
+    return squared if weighting is None else weighting.norm(sweep.residual) ** 2
+
+
+def _runs(rows: int) -> list[tuple[int, int]]:
+    """(first row, number of rows) of the runs that are sampled of so many rows."""
+    if rows <= _RUNS * _RUN:
+        return [(0, rows)]
+    middles = [(2 * number + 1) * rows // (2 * _RUNS) for number in range(_RUNS)]
+    return [(middle - _RUN // 2, _RUN) for middle in middles]
+
+
+def _sampled_bytes(tensor: StoredTensor, matrix: Matrix) -> int:
+    if matrix.kind == "conv1d":
+        return tensor.nbytes  # its rows are not together in the file
+    rows = tensor.shape[0]
+    return tensor.nbytes // rows * sum(count for _, count in _runs(rows))
+
+
+def _sample(shard: Shard, tensor: StoredTensor, matrix: Matrix) -> torch.Tensor:
+    """The sampled rows of ``matrix``, float32 (some, in)."""
+    rows, columns = matrix.shape
+    runs = _runs(rows)
+    with TensorFile(shard.path) as file:
+        if matrix.kind == "conv1d":
+            whole = turned(file.read(tensor), matrix.kind)
+            parts = [whole[first : first + count] for first, count in runs]
+            sample = torch.cat(parts)
+        else:
+            row_bytes = tensor.nbytes // rows
+            buffer = bytearray()
+            for first, count in runs:
+                buffer += file.read_range(tensor.start + first * row_bytes, count * row_bytes)
+            shape = (sum(count for _, count in runs), columns)
+            sample = as_tensor(TensorSpec(tensor.name, tensor.dtype, shape), buffer)
+    return computable(sample, f"{shard.path}: tensor {tensor.name!r}", sampled=True).float()

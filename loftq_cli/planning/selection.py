@@ -1,0 +1,178 @@
+"""Which tensors are weight matrices to quantize, from their names, shapes and dtypes alone.
+
+By default: two-dimensional floating-point ``….weight`` tensors inside the repeated blocks (a path
+with a number in it), which are the linear layers of attention and MLP. On request: word embeddings,
+and what patterns name. Everything else is passed through. Every tensor has a reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loftq_cli.checkpoint.dtypes import FLOATS
+from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.errors import PatternError, UnsupportedInputError, UsageError, printable
+from loftq_cli.families.anatomy import Anatomy
+from loftq_cli.families.architecture import EMBEDDING, kind_of, left_alone, shared_with
+from loftq_cli.families.experts import check, is_expert
+from loftq_cli.families.kinds import Kind
+
+_BLOCK = re.compile(r"(?:^|\.)\d+\.")
+_NORM = re.compile(r"(?:norm|(?:^|\.)ln_?\w*)\.weight$", re.IGNORECASE)
+_HEAD = re.compile(
+    r"(?:^|\.)(?:lm_head|embed_out|classifier|classification_heads?|pooler|score|qa_outputs|heads?)\."
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``matrices`` to quantize, in file order, with what each is (``kinds``) and why it is
+    selected (``reasons``), by name; ``kept``: (tensor, reason) for all others."""
+
+    matrices: list[StoredTensor]
+    kept: list[tuple[StoredTensor, str]]
+    kinds: Mapping[str, Kind]
+    reasons: Mapping[str, str]
+
+
+def select(
+    tensors: Sequence[StoredTensor],
+    config: Mapping[str, Any],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    embeddings: bool = False,
+    anatomy: Anatomy = Anatomy(),  # noqa: B008  (frozen)
+) -> Selection:
+    """Split ``tensors`` by the default rule, plus word ``embeddings``, plus ``include``, less
+    ``exclude`` (globs on names), less what ``anatomy`` or config.json rules out.
+
+    Raises PatternError if a pattern matches nothing it could apply to, UsageError if a matrix is
+    asked for that cannot be quantized, UnsupportedInputError if no matrix is selected.
+    """
+    names = [tensor.name for tensor in tensors]
+    quantizable = {tensor.name for tensor in tensors if _not_a_matrix(tensor) is None}
+    included = {
+        name for pattern in include for name in _matches("--include", pattern, names, quantizable)
+    }
+    excluded = {
+        name for pattern in exclude for name in _matches("--exclude", pattern, names, set(names))
+    }
+    ruled_out = {**anatomy.reasons, **left_alone(tensors, config)}
+    matrices, kept = [], []
+    kinds: dict[str, Kind] = {}
+    reasons: dict[str, str] = {}
+    emptied = False
+    for tensor in tensors:
+        reason = _not_a_matrix(tensor) or _outside_rule(tensor.name)
+        kind = kind_of(tensor.name, config)
+        why = "linear layer of a block"
+        if reason is None:
+            reason = ruled_out.get(tensor.name)
+        if embeddings and kind == "embedding" and tensor.name in quantizable:
+            why, reason = "asked for by --embeddings", None
+        if tensor.name in excluded:
+            emptied = emptied or reason is None
+            reason = "excluded by --exclude"
+        elif tensor.name in included and tensor.name in quantizable:
+            if EMBEDDING.search(tensor.name) and kind != "embedding":
+                raise UsageError(
+                    f"--include: {tensor.name} is an embedding, but not of words",
+                    hint="narrow the pattern",
+                )
+            if reason is not None:
+                why, reason = "asked for by --include", None
+        if reason is None:
+            matrices.append(tensor)
+            kinds[tensor.name], reasons[tensor.name] = kind, why
+        else:
+            kept.append((tensor, reason))
+    if not matrices:
+        if emptied:
+            raise UsageError("--exclude leaves no matrix to quantize", hint="narrow the patterns")
+        counts = Counter(reason for _, reason in kept)
+        listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        raise UnsupportedInputError(
+            f"no weight matrix is selected; the tensors are: {listed}",
+            hint="--include selects what the default rule leaves out",
+        )
+    _refuse_shared(kinds, config, names)
+    _refuse_ruled_out(kinds, ruled_out)
+    check(kinds, [tensor for tensor, _ in kept], config)
+    if embeddings and "embedding" not in kinds.values():
+        raise UsageError("--embeddings: the checkpoint has no word embedding to quantize")
+    return Selection(matrices, kept, kinds, reasons)
+
+
+def _refuse_ruled_out(selected: Iterable[str], ruled_out: Mapping[str, str]) -> None:
+    """What somebody asked for, and no model could load."""
+    for name in selected:
+        if name in ruled_out and not is_expert(name):
+            raise UsageError(
+                f"{name} cannot be quantized: {ruled_out[name]}", hint="narrow the patterns"
+            )
+
+
+def _refuse_shared(
+    kinds: Mapping[str, Kind], config: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """A matrix has one adapter: what else uses the weight would get Q without it."""
+    for name, kind in kinds.items():
+        other = shared_with(name, config, names) if kind == "embedding" else None
+        if other is not None:
+            raise UsageError(
+                f"{name} is {other} too, and only one of them would have the adapter",
+                hint="leave it in floating point, or untie the model first",
+            )
+
+
+def stacks(names: Iterable[str]) -> list[str]:
+    """The paths of the stacks of blocks that ``names`` lie in: what precedes the first number."""
+    return sorted({place[0] for name in names if (place := block_of(name))})
+
+
+def block_of(name: str) -> tuple[str, int] | None:
+    """(path of the stack of blocks, number of the block) of a tensor, None outside of stacks."""
+    match = re.match(r"(.*?)\.?(\d+)\.", name)
+    return (match.group(1), int(match.group(2))) if match else None
+
+
+def _not_a_matrix(tensor: StoredTensor) -> str | None:
+    if not tensor.name.endswith(".weight"):
+        return "not a weight"
+    if tensor.dtype not in FLOATS:
+        return f"dtype {tensor.dtype}"
+    if len(tensor.shape) != 2:
+        return f"{len(tensor.shape)}-dimensional"
+    if tensor.elements == 0:
+        return "empty"
+    return None
+
+
+def _outside_rule(name: str) -> str | None:
+    for pattern, reason in (
+        (EMBEDDING, "embedding"),
+        (_NORM, "normalisation"),
+        (_HEAD, "head"),
+    ):
+        if pattern.search(name):
+            return reason
+    if is_expert(name):
+        return "expert: consumers fuse these in memory"
+    return None if _BLOCK.search(name) else "outside the repeated blocks"
+
+
+def _matches(option: str, pattern: str, names: Sequence[str], eligible: set[str]) -> list[str]:
+    matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not matched:
+        near = difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.3)
+        near_text = f"; near names: {', '.join(printable(name) for name in near)}" if near else ""
+        raise PatternError(f"{option} {pattern!r} matches no tensor{near_text}")
+    if not eligible.intersection(matched):
+        raise PatternError(f"{option} {pattern!r} matches no weight matrix, only {matched[0]!r}")
+    return matched

@@ -1,0 +1,105 @@
+"""``--target-bpw``: widths such that the residual is least at a given average of stored bits.
+
+The budget is counted as the manifest counts ``totals.bits_per_weight``: codes, scales, zero points
+and tables of all quantized matrices, those whose width a map fixes among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+
+from loftq_cli.errors import UsageError
+from loftq_cli.layouts.base import Matrix
+from loftq_cli.machine.observer import Observer
+from loftq_cli.planning.allocation import Choice, allocate
+from loftq_cli.planning.choices import resolve_method
+from loftq_cli.planning.estimate import estimate
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.widths import candidates
+
+
+def check(plan: Plan) -> None:
+    """Raise UsageError for a target that the plan cannot meet, whatever the weights are."""
+    target = plan.recipe.target_bpw
+    if target is None:
+        return
+    if not plan.unsettled and not plan.recipe.widths:
+        raise UsageError(f"--bits-map leaves no matrix to --target-bpw {target}")
+    # As planned, those that are not settled have the least.
+    if _stored(plan) > _budget(plan):
+        least = math.ceil(Fraction(_stored(plan) * 8, _elements(plan)) * 10_000) / 10_000
+        raise UsageError(
+            f"--target-bpw {target}: layout {plan.layout.name} takes at least {least} bits per "
+            "weight here, scales, zero points and tables included",
+            hint=f"ask for {least} or more, or for larger blocks or narrower scales",
+        )
+
+
+def headroom(plan: Plan) -> int:
+    """Bytes that settling the widths can add to what the plan counts, at most."""
+    if not plan.unsettled:
+        return 0
+    widest = sum(_bytes(plan, forms[-1]) for forms in _forms(plan).values())
+    narrowest = sum(_bytes(plan, forms[0]) for forms in _forms(plan).values())
+    return min(_budget(plan) - _stored(plan), widest - narrowest)
+
+
+def settle(plan: Plan, observer: Observer) -> Plan:
+    """The plan with every width settled, by a pass over the weights where the target leaves a
+    choice. Raises what :func:`loftq_cli.planning.estimate.estimate` raises."""
+    forms = _forms(plan)
+    budget = _budget(plan) - _stored(plan)
+    costs = {name: [_bytes(plan, form) for form in each] for name, each in forms.items()}
+    if budget >= sum(cost[-1] - cost[0] for cost in costs.values()):
+        widths = {name: each[-1].bits for name, each in forms.items()}
+        observer.note(
+            f"--target-bpw {plan.recipe.target_bpw} is more than the widest codes take: all "
+            f"matrices get {max(widths.values())} bits"
+        )
+        return plan.with_widths(widths)
+    errors = estimate(plan, forms, observer)
+    groups = [
+        [Choice(cost - costs[name][0], error) for cost, error in zip(costs[name], errors[name])]
+        for name in forms
+    ]
+    chosen = allocate(groups, budget)
+    widths = {name: forms[name][number].bits for name, number in zip(forms, chosen, strict=True)}
+    counts = sorted(Counter(widths.values()).items())
+    listed = ", ".join(f"{count} matrices at {bits} bits" for bits, count in counts)
+    settled = plan.with_widths(widths)
+    observer.note(f"settled: {listed}; {settled.bits_per_weight:.4f} stored bits per weight")
+    return settled
+
+
+def _forms(plan: Plan) -> dict[str, list[Matrix]]:
+    """Each unsettled matrix in all its widths, ascending; in the plan's order."""
+    recipe = plan.recipe
+    return {
+        name: [
+            replace(item.matrix, bits=bits, method=resolve_method(recipe, bits))
+            for bits in candidates(recipe.method)
+        ]
+        for name, item in plan.matrices.items()
+        if name in plan.unsettled
+    }
+
+
+def _bytes(plan: Plan, matrix: Matrix) -> int:
+    return sum(spec.nbytes for spec in plan.layout.specs(matrix))
+
+
+def _stored(plan: Plan) -> int:
+    return sum(spec.nbytes for item in plan.matrices.values() for spec in item.specs)
+
+
+def _elements(plan: Plan) -> int:
+    return sum(item.matrix.elements for item in plan.matrices.values())
+
+
+def _budget(plan: Plan) -> int:
+    """Bytes that all quantized matrices may take together."""
+    assert plan.recipe.target_bpw is not None
+    return math.floor(Fraction(plan.recipe.target_bpw) * _elements(plan) / 8)

@@ -1,0 +1,1 @@
+"""What was asked for: options, recipes, and the files that hold them."""

@@ -1,0 +1,54 @@
+"""Quantized matrices made of drawn codes, and every kind of matrix that there is."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+from loftq_cli.layouts.base import Matrix
+from loftq_cli.numerics.quantizers.blocks import Quantized
+from loftq_cli.numerics.quantizers.codebooks import evenly_spaced, normal_float
+
+BITS = (2, 3, 4, 8)
+CODEBOOKS = ("nf", "nf-symmetric", "uniform-block")
+
+
+def drawn(matrix: Matrix, scale_dtype: torch.dtype = torch.float32, seed: int = 0) -> Quantized:
+    """Random codes, scales and zero points for ``matrix``, every value of them possible."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = matrix.shape
+    top = 2**matrix.bits
+
+    def codes(lowest: int, *shape: int) -> torch.Tensor:
+        return torch.randint(lowest, top, shape, generator=generator).to(torch.uint8)
+
+    def scales(count: int) -> torch.Tensor:
+        return torch.randn(count, generator=generator).to(scale_dtype)
+
+    size = matrix.block_size
+    body = codes(0, rows, columns)
+    if matrix.method == "uniform":
+        count = rows * -(-columns // size)
+        return Quantized(matrix.bits, size, body, scales(count), codes(1, count))
+    if matrix.method == "uniform-tensor":
+        levels = torch.linspace(-0.3, 0.4, top)
+        return Quantized(matrix.bits, 0, body, scales(1), None, levels)
+    levels = evenly_spaced(matrix.bits)
+    if matrix.method != "uniform-block":
+        levels = normal_float(matrix.bits, symmetric=matrix.method == "nf-symmetric")
+    return Quantized(matrix.bits, size, body, scales(-(-rows * columns // size)), None, levels)
+
+
+@st.composite
+def matrices(draw: st.DrawFn, layout: str) -> Matrix:
+    """Any matrix that ``layout`` can hold."""
+    method = draw(st.sampled_from([*CODEBOOKS, "uniform", "uniform-tensor"]))
+    bits, size = draw(st.sampled_from(BITS)), draw(st.sampled_from([32, 64, 128, 256]))
+    rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 300))
+    if layout == "bnb":
+        method, bits, size, columns = "nf", 4, 64, 64 * draw(st.integers(1, 4))
+    if layout == "gptq":
+        method, size = "uniform", min(size, 128)
+        rows, columns = 32 * draw(st.integers(1, 3)), 32 * draw(st.integers(1, 9))
+    dtype = draw(st.sampled_from(["F32", "F16", "BF16"]))
+    return Matrix("model.layers.0.proj.weight", (rows, columns), dtype, method, bits, size)

@@ -1,0 +1,197 @@
+"""Mixture-of-experts models: what is converted loads in transformers and PEFT, and trains."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import loftq_cli
+from loftq_cli.checkpoint.source import open_source
+from loftq_cli.errors import LayoutError, UnsupportedInputError, UsageError
+from loftq_cli.families import experts
+from loftq_cli.machine.observer import Observer
+from loftq_cli.merging.merge import merge
+from loftq_cli.planning.selection import select
+from tests.support import models, moe
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
+    # PEFT looks for its own entry of the fused parameter's rank among modules only.
+    pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys.*gate_up_proj"),
+]
+
+QUICK: dict[str, Any] = {"bits": 2, "rank": 8, "iters": 1, "threads": 1}
+EXPERTS: dict[str, Any] = {"include": ("*.experts.*",)}
+TOKENS = (torch.arange(22).view(2, 11) * 7 + 3) % 90 + 3
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Path] = {}
+
+    def source(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = models.save(moe.make(kind), tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return source
+
+
+def model_class(directory: Path) -> Any:
+    config = json.loads((directory / "config.json").read_text())
+    return getattr(transformers, config["architectures"][0])
+
+
+def adapted(directory: Path) -> Any:
+    """The output as PEFT's documentation says to load it."""
+    backbone = model_class(directory).from_pretrained(directory)
+    return peft.PeftModel.from_pretrained(
+        backbone, directory, subfolder="loftq_init", is_trainable=True
+    )
+
+
+def expected(source: Path, output: Path, work: Path) -> torch.Tensor:
+    """Logits of the source with Q + BA, read from a dense output, in the place of every matrix."""
+    tensors = load_file(source / "model.safetensors")
+    tensors |= load_file(output / "model.safetensors")
+    pairs = load_file(output / "loftq_init" / "adapter_model.safetensors")
+    for name in [name for name in pairs if name.endswith(".lora_A.weight")]:
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        product = pairs[name.replace(".lora_A.", ".lora_B.")] @ pairs[name]
+        tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + product
+    work.mkdir()
+    save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(source / "config.json", work)
+    return logits(model_class(source).from_pretrained(work))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS, use_cache=False).logits
+
+
+def train(model: Any) -> tuple[float, float]:
+    """The losses before and after one step; every adapter must get a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-2)
+    before = model(TOKENS, labels=TOKENS, use_cache=False).loss
+    before.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    optimizer.step()
+    return before.item(), model(TOKENS, labels=TOKENS, use_cache=False).loss.item()
+
+
+@pytest.mark.parametrize("kind", moe.KINDS)
+def test_experts_are_passed_through_and_the_rest_loads_and_trains(kind, saved, tmp_path) -> None:
+    source, output = saved(kind), tmp_path / "out"
+    manifest = loftq_cli.convert(source, output=output, layout="dense", **QUICK)
+    names = {entry["name"] for entry in manifest["matrices"]}
+    assert not any(".experts." in name for name in names)
+    attention = [n for n in names if ".self_attn." in n]
+    assert len(attention) == (10 if kind.startswith("deepseek") else 8)
+    model = adapted(output)
+    reference = expected(source, output, tmp_path / "reference")
+    torch.testing.assert_close(
+        logits(model), reference, rtol=0, atol=5e-6 * float(reference.abs().max())
+    )
+    before, after = train(model)
+    assert after < before
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "qwen3_moe_mixed"])
+@pytest.mark.parametrize("way", [adapted, loftq_cli.load])
+def test_experts_that_are_included_load_and_train(kind, way, saved, tmp_path) -> None:
+    source, output = saved(kind), tmp_path / "out"
+    manifest = loftq_cli.convert(source, output=output, **EXPERTS, **QUICK)
+    assert manifest["recipe"]["layout"] == "dense"
+    found = [e for e in manifest["matrices"] if ".experts." in e["name"]]
+    assert len(found) == 4 * 3 * (1 if kind == "qwen3_moe_mixed" else 2)
+    assert all(0 < e["frobenius"]["final"] < e["frobenius"]["quantized"] for e in found)
+    model = way(output)
+    reference = expected(source, output, tmp_path / "reference")
+    torch.testing.assert_close(
+        logits(model), reference, rtol=0, atol=5e-6 * float(reference.abs().max())
+    )
+    before, after = train(model)
+    assert after < before
+    trained = logits(model)
+    merged = logits(model.merge_and_unload())
+    torch.testing.assert_close(merged, trained, rtol=0, atol=5e-6 * float(trained.abs().max()))
+
+
+def test_a_merge_of_the_start_is_the_same_model(saved, tmp_path) -> None:
+    source, output, merged = saved("mixtral"), tmp_path / "out", tmp_path / "merged"
+    loftq_cli.convert(source, output=output, **EXPERTS, **QUICK)
+    merge(output, merged, observer=Observer())
+    reference = expected(source, output, tmp_path / "reference")
+    found = logits(model_class(merged).from_pretrained(merged))
+    torch.testing.assert_close(found, reference, rtol=0, atol=5e-6 * float(reference.abs().max()))
+
+
+def test_a_trained_fused_adapter_is_left_to_peft_by_name(saved, tmp_path) -> None:
+    output, trained = tmp_path / "out", tmp_path / "trained"
+    loftq_cli.convert(saved("mixtral"), output=output, **EXPERTS, **QUICK)
+    adapted(output).save_pretrained(trained)
+    with pytest.raises(UnsupportedInputError, match="target_parameters"):
+        merge(output, tmp_path / "merged", adapter=trained, observer=Observer())
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (
+            "mixtral",
+            "24 tensors of experts with 196,608 weights are passed through: no consumer "
+            "adapts them packed; --include '*.experts.*' converts them, in layout dense",
+        ),
+        (
+            "deepseek_v3",
+            "12 tensors of experts with 24,576 weights, and 6 layers that PEFT takes "
+            "for experts are passed through: no consumer adapts them packed",
+        ),
+        # A layer's two fused weights, and its two biases.
+        (
+            "gpt_oss",
+            "8 tensors of experts with 199,168 weights are passed through: no consumer "
+            "adapts them packed",
+        ),
+        ("llama", None),
+    ],
+)
+def test_one_line_counts_what_is_passed_through(kind, line, saved, tmp_path) -> None:
+    source = models.save(models.llama(), tmp_path / kind) if kind == "llama" else saved(kind)
+    opened = open_source(source)
+    config = opened.config.content
+    assert experts.note(select(opened.tensors, config).kept, config) == line
+
+
+def test_layers_that_peft_mistakes_for_experts_say_so(saved, tmp_path) -> None:
+    manifest = loftq_cli.convert(saved("deepseek_v3"), output=tmp_path / "out", **QUICK)
+    reasons = {entry["name"]: entry["reason"] for entry in manifest["passed_through"]}
+    for name in ("0.mlp.up_proj", "1.mlp.shared_experts.gate_proj"):
+        assert reasons[f"model.layers.{name}.weight"] == "PEFT takes it for an expert"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "error", "words"),
+    [
+        ("mixtral", {**EXPERTS, "layout": "gptq"}, LayoutError, "PEFT adapts them in floating"),
+        ("mixtral", {**EXPERTS, "layout": "loftq"}, LayoutError, "PEFT adapts them in floating"),
+        ("mixtral", {"include": ("*.experts.0.*",)}, UsageError, "all experts or none"),
+        ("qwen3_moe", {**EXPERTS, "rank": 48}, UsageError, "has rank 32"),
+        ("mixtral", {**EXPERTS, "rank_map": "*.w1.*=4"}, UsageError, "has rank 4"),
+        ("qwen2_moe", EXPERTS, UsageError, "mixtral and qwen3_moe only"),
+        ("deepseek_v3", {"include": ("*.0.mlp.*",)}, UsageError, "takes it for an expert"),
+    ],
+)
+def test_what_would_not_load_is_refused(kind, settings, error, words, saved, tmp_path) -> None:
+    with pytest.raises(error, match=words):
+        loftq_cli.convert(saved(kind), output=tmp_path / "out", **{**QUICK, **settings})

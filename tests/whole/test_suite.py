@@ -1,0 +1,93 @@
+"""The suite itself: the targets of make, which tests are slow, and that none disturbs another."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import shutil
+import signal
+import subprocess
+
+import pytest
+import torch
+
+from tests.support.slow import FOLDERS, MODULES, TESTS, is_slow
+from tests.support.state import restored, seen
+
+ROOT = TESTS.parent
+TARGETS = re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_help_says_what_every_target_is_for() -> None:
+    said = subprocess.run(
+        ["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    explained = dict(re.findall(r"(?m)^make ([a-z-]+)\n((?:  .+\n)+)", said))
+    assert list(explained) == TARGETS
+    assert {"help", "test", "quick", "check"} <= set(TARGETS)
+    assert all(len(text.split()) > 1 for text in explained.values())
+
+
+def test_every_target_that_is_no_file_is_phony() -> None:
+    (phony,) = re.findall(r"(?m)^\.PHONY: (.+)$", (ROOT / "Makefile").read_text("utf-8"))
+    assert set(phony.split()) == set(TARGETS)
+
+
+def test_the_quick_ones_are_of_every_folder_but_the_slow_ones() -> None:
+    modules = list(TESTS.rglob("test_*.py"))
+    folders = {path.parent.relative_to(TESTS).as_posix() for path in modules}
+    quick = {path.parent.relative_to(TESTS).as_posix() for path in modules if not is_slow(path)}
+    # Of families and kernels every test needs transformers or a process of its own.
+    assert folders - quick == {*FOLDERS, "families", "kernels", "whole"} & folders
+    assert all((TESTS / name).is_dir() for name in FOLDERS)
+    assert all((TESTS / name).is_file() for name in MODULES)
+
+
+@pytest.mark.parametrize(
+    ("line", "slow"),
+    [
+        ("import subprocess", True),
+        ("    import transformers", True),
+        ("from tests.support import checkpoints, models, moe", True),
+        ("from tests.support.models import bert", True),
+        ("from tests.support import checkpoints", False),
+        ("# transformers", False),
+    ],
+)
+def test_a_module_is_slow_by_what_it_imports(line: str, slow: bool, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("tests.support.slow.TESTS", tmp_path)
+    path = tmp_path / "test_it.py"
+    path.write_text(f"import json\n{line}\n")
+    assert is_slow(path) == slow
+
+
+def test_no_module_of_tests_is_longer_than_400_lines() -> None:
+    long = {path for path in TESTS.rglob("*.py") if path.read_text("utf-8").count("\n") > 400}
+    assert long == set()
+
+
+def test_what_a_test_changes_is_as_it_was_for_the_next() -> None:
+    before = seen()
+    with restored():
+        os.environ["LOFTQ_OF_A_TEST"] = "1"
+        os.environ.pop("PATH", None)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        gc.disable()
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        torch.set_float32_matmul_precision("medium")
+        os.umask(before["umask"] ^ 0o077)
+        assert not [name for name, value in seen().items() if value == before[name]]
+    assert seen() == before
+
+
+def test_random_numbers_do_not_depend_on_what_ran_before() -> None:
+    drawn = []
+    for count in (1, 2):
+        with restored():
+            drawn.append(torch.rand(3))
+            torch.rand(count)
+    assert torch.equal(*drawn)
