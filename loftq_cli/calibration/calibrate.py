@@ -35,7 +35,7 @@ from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.resources import check_space, memory_explained
 from loftq_cli.machine.workspace import Workspace
 from loftq_cli.planning.choices import choose_device
-from loftq_cli.planning.plan import anatomy_of
+from loftq_cli.planning.make import anatomy_of
 from loftq_cli.planning.selection import select
 from loftq_cli.statistics.save import contents_sha256, identity_of, write_entry
 from loftq_cli.statistics.writer import StatisticsWriter, refuse_taken

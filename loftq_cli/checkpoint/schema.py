@@ -28,6 +28,19 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+_REGISTERED: dict[str, set[str]] = {"layout": set(), "method": set()}
+
+
+def allow(field: str, name: str) -> None:
+    """Let manifests have ``name``, which is registered from outside, as "layout" or "method"."""
+    _REGISTERED[field].add(name)
+
+
+def disallow(field: str, name: str) -> None:
+    """Undo :func:`allow`."""
+    _REGISTERED[field].discard(name)
+
+
 @cache
 def manifest_schema() -> dict[str, Any]:
     """The schema that comes with the package."""
@@ -54,6 +67,9 @@ def _type(value: Any, names: Any, schema: Mapping[str, Any], path: str) -> Itera
 
 
 def _choice(value: Any, choices: Any, schema: Mapping[str, Any], path: str) -> Iterator[str]:
+    registered = _REGISTERED.get(path.rpartition(".")[2], set())
+    if isinstance(value, str) and value in registered:
+        return
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         yield f"{path}: {shown(value)} is not one of {', '.join(map(str, choices))}"
 

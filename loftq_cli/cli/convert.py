@@ -45,7 +45,7 @@ from loftq_cli.settings import recipe
 )
 @click.option(
     "--method",
-    type=choice(*recipe.METHODS),
+    type=choice(*recipe.method_choices()),
     help="Quantizer.  [default: auto, which is nf at 4 bits and uniform at 2, 3 and 8]",
 )
 @click.option("--rank", type=int, help="Rank of the adapter.  [default: 16]")
@@ -61,7 +61,7 @@ from loftq_cli.settings import recipe
 )
 @click.option(
     "--layout",
-    type=choice(*recipe.LAYOUTS),
+    type=choice(*recipe.layout_choices()),
     help="How the backbone is stored.  [default: auto, which is what stock transformers loads "
     "(bnb, gptq) where that holds every matrix, else loftq]",
 )

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from loftq_cli.checkpoint.companions import copy_companions
 from loftq_cli.checkpoint.deliveries import Deliveries
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.output import MANIFEST
-from loftq_cli.checkpoint.reader import TORCH_DTYPES, ShardReader
+from loftq_cli.checkpoint.reader import ShardReader
 from loftq_cli.checkpoint.source import CONFIG, INDEX
 from loftq_cli.checkpoint.writer import GrowingShard
 from loftq_cli.conversion import record as manifests
@@ -31,13 +32,9 @@ from loftq_cli.machine.durable import explained, pretty_json, write_file
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.peak_memory import peak_host_bytes
 from loftq_cli.machine.resources import memory_explained
-from loftq_cli.numerics.alternation import decompose
-from loftq_cli.numerics.decomposition import Decomposition, Settings
+from loftq_cli.numerics.decomposition import Decomposition
 from loftq_cli.numerics.finite import computable
-from loftq_cli.numerics.quantizers.methods import Scale, make_quantizer
-from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
-from loftq_cli.numerics.variant import Variant
-from loftq_cli.numerics.weighting import Weighting, make_weighting
+from loftq_cli.planning.decomposer import Decomposer
 from loftq_cli.planning.plan import Plan, PlannedMatrix, PlannedShard
 
 _ADAPTER_FILE = f"{adapter.DIRECTORY}/{adapter.WEIGHTS}"
@@ -64,7 +61,11 @@ class Conversion:
     observer: Observer
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     source_hashes: dict[str, str] = field(default_factory=dict)
-    _weighting: tuple[str, Weighting] | None = None  # of the entry used last, which others share
+
+    @cached_property
+    def decomposer(self) -> Decomposer:
+        plan = self.plan
+        return Decomposer(plan.recipe, plan.layout, plan.device, plan.statistics)
 
     def run(self, identity: Identity) -> dict[str, Any]:
         """Convert every shard, write the rest of the output, and return the manifest."""
@@ -194,10 +195,7 @@ class Conversion:
             planned = self.plan.matrices[tensor.name]
             with self._memory_for(tensor):
                 result = self._convert_matrix(shard, tensor, item, planned)
-            statistics = self.plan.statistics
-            kind = None
-            if result.weighted is not None and statistics is not None:
-                kind = statistics.kind(tensor.name)
+            kind = None if result.weighted is None else self.decomposer.kind(planned.matrix)
             record = manifests.matrix_record(planned, self.plan.layout.name, result, kind)
             self.records[tensor.name] = record
             self.observer.detail(_described(record))
@@ -232,54 +230,14 @@ class Conversion:
         item.weight = None  # on the host it is not needed any more
         weight = computable(weight, f"{shard.source.path}: tensor {tensor.name!r}")
         try:
-            return self._decompose(turned(weight, planned.matrix.kind).contiguous(), planned)
+            return self.decomposer.decompose(
+                turned(weight, planned.matrix.kind).contiguous(), planned
+            )
         except ScaleRangeError as error:
             raise ScaleRangeError(f"tensor {tensor.name!r}: {error.message}") from error
         except InputError as error:
             message = f"{shard.source.path}: tensor {tensor.name!r}: {error.message}"
             raise type(error)(message, hint=error.hint) from error
-
-    def _decompose(self, weight: torch.Tensor, item: PlannedMatrix) -> Decomposition:
-        recipe, layout, matrix = self.plan.recipe, self.plan.layout, item.matrix
-        scale = cast(Scale, recipe.scale)
-        variant = Variant.parse(recipe.kernels)
-        quantizer = make_quantizer(
-            matrix.method,
-            matrix.bits,
-            matrix.block_size,
-            scale,
-            layout.scale_dtype,
-            native=variant.native,
-        )
-        settings = Settings(
-            rank=item.rank,
-            iters=recipe.iters,
-            order=cast(Any, recipe.order),
-            svd=cast(Any, recipe.svd),
-            keep=cast(Any, recipe.keep),
-            momentum=recipe.momentum,
-            feedback=recipe.feedback,
-            scaling=item.scaling,
-            products=variant.products,
-            adapter_dtype=TORCH_DTYPES[item.adapter_dtype],
-            backbone_dtype=layout.rounding(matrix),
-            scale_dtype=cast(ScaleDtype, recipe.scale_dtype),
-            seed=recipe.seed,
-            name=matrix.name,
-        )
-        return decompose(weight, quantizer, settings, self._weighting_of(item, variant))
-
-    def _weighting_of(self, item: PlannedMatrix, variant: Variant) -> Weighting | None:
-        statistics, name = self.plan.statistics, item.matrix.name
-        if statistics is None or name not in statistics.matrices:
-            return None
-        entry = statistics.matrices[name]
-        if self._weighting is None or self._weighting[0] != entry:
-            self._weighting = None  # one in memory at a time
-            moments = statistics.moments(name).to(self.plan.device)
-            statistics.check_unchanged()
-            self._weighting = entry, make_weighting(moments, variant.products)
-        return self._weighting[1]
 
     def _config(self) -> dict[str, Any]:
         plan = self.plan
@@ -299,8 +257,8 @@ class Conversion:
             plan.recipe.lora_alpha,
             task,
             architecture=architecture,
-            # Layout loftq and bnb load transposed matrices as ordinary linear layers.
-            transposed=plan.layout.name == "dense"
+            # Other layouts load transposed matrices as ordinary linear layers.
+            transposed=plan.layout.keeps_conv1d
             and any(item.matrix.kind == "conv1d" for item in plan.matrices.values()),
         )
 

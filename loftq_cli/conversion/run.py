@@ -36,10 +36,12 @@ from loftq_cli.loading.intact import verified
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.paths import check_output_path, real_path
 from loftq_cli.machine.resources import check_memory
+from loftq_cli.numerics.quantizers.methods import searches_scales
 from loftq_cli.planning import target
-from loftq_cli.planning.choices import searches_scales
 from loftq_cli.planning.download import check_disks
-from loftq_cli.planning.plan import Plan, make_plan
+from loftq_cli.planning.make import make_plan, with_fallback, with_widths
+from loftq_cli.planning.memory import memory_bytes
+from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.remarks import source_remarks, statistics_note
 from loftq_cli.planning.unused import unused_notes
 from loftq_cli.settings import maps
@@ -160,7 +162,7 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
     with workspace.locked():
         if plan.unsettled:
             plan = _settled(plan, workspace, overwrite, observer)
-        plans = [plan] + ([plan.with_fallback()] if plan.auto_layout else [])
+        plans = [plan] + ([with_fallback(plan)] if plan.auto_layout else [])
         accepted = {each.fingerprint: _identity(each) for each in plans}
         existing = workspace.complete_output()
         if existing is not None and not overwrite and _is_of(existing, plan, accepted):
@@ -249,7 +251,7 @@ def _check_resources(plan: Plan, workspace: ConversionWorkspace) -> None:
     check_disks(plan.source, workspace.final.parent, needed - workspace.written())
     workspace.check_permissions()
     largest = max(plan.matrices, key=lambda name: plan.matrices[name].matrix.elements)
-    check_memory(plan.memory_bytes, f"tensor {largest!r}", plan.device)
+    check_memory(memory_bytes(plan), f"tensor {largest!r}", plan.device)
 
 
 def _settled(
@@ -264,7 +266,7 @@ def _settled(
         for recipe, fingerprint in workspace.held():
             if {**recipe, "widths": []} == plan.recipe.as_dict():
                 with suppress(UsageError):  # of other matrices, so of another source
-                    earlier = plan.with_widths(maps.parse("widths", recipe["widths"]))
+                    earlier = with_widths(plan, maps.parse("widths", recipe["widths"]))
                     if earlier.fingerprint == fingerprint:
                         return earlier
         workspace.refuse_other_output(overwrite, partial(workspace.described, _identity(plan)))

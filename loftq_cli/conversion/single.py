@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 
+from loftq_cli.checkpoint.writer import DTYPE_TAGS
 from loftq_cli.errors import NonFiniteWeightError, UsageError
-from loftq_cli.numerics.alternation import decompose as alternate
-from loftq_cli.numerics.decomposition import Decomposition, Settings
+from loftq_cli.layouts import registry
+from loftq_cli.layouts.base import Matrix
+from loftq_cli.numerics.decomposition import Decomposition
 from loftq_cli.numerics.metrics import first_non_finite
-from loftq_cli.numerics.quantizers.methods import make_quantizer
-from loftq_cli.planning.choices import choose_variant, resolve_method
+from loftq_cli.planning.choices import resolve_method
+from loftq_cli.planning.decomposer import Decomposer
+from loftq_cli.planning.make import settled
+from loftq_cli.planning.plan import PlannedMatrix
 from loftq_cli.settings.recipe import Options
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,33 +27,18 @@ def decompose(weight: torch.Tensor, options: Options) -> Decomposition:
             "two-dimensional float32, float16 or bfloat16 tensor is needed",
             hint="",
         )
-    resolved = options.resolve()
+    settings = options.resolve()
     bad = first_non_finite(weight)
     if bad is not None:
         raise NonFiniteWeightError(f"weight holds {bad[1]} at {list(bad[0])}", hint="")
-    bits = resolved.bits
+    bits = settings.bits
     if not isinstance(bits, int):
         raise UsageError(f"bits {bits}: one matrix has one width, a whole number", hint="")
-    method = resolve_method(resolved, bits)
-    scale = cast(Any, resolved.scale)
-    variant = choose_variant(weight.device, method, scale, resolved.svd)
-    quantizer = make_quantizer(
-        method,
-        bits,
-        resolved.block_size,
-        scale,
-        native=variant.native,
-    )
-    settings = Settings(
-        rank=resolved.rank,
-        iters=resolved.iters,
-        order=cast(Any, resolved.order),
-        svd=cast(Any, resolved.svd),
-        keep=cast(Any, resolved.keep),
-        momentum=resolved.momentum,
-        products=variant.products,
-        adapter_dtype=weight.dtype,
-        scale_dtype=cast(Any, resolved.scale_dtype),
-        seed=resolved.seed,
-    )
-    return alternate(weight.detach(), quantizer, settings)
+    tag, (rows, columns) = DTYPE_TAGS[weight.dtype], weight.shape
+    method = resolve_method(settings, bits)
+    matrix = Matrix("", (rows, columns), tag, method, bits, settings.block_size)
+    layout = registry.holding_everything()
+    recipe = settled(settings, layout.name, method, weight.device)
+    decomposer = Decomposer(recipe, layout.of(recipe.as_dict()), weight.device)
+    item = PlannedMatrix(matrix, settings.rank, 1.0, tag, ())
+    return decomposer.decompose(weight.detach(), item)

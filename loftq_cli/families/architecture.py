@@ -201,3 +201,11 @@ def unreplaceable(config: Mapping[str, Any]) -> str | None:
     if config.get("model_type") == "falcon":
         return "falcon has a linear layer class of its own, which consumers do not replace"
     return None
+
+
+def is_decoder_only(config: Mapping[str, Any], stacks: Collection[str]) -> bool:
+    """Whether config.json names a causal language model with one of ``stacks`` of blocks."""
+    architectures = config.get("architectures") or []
+    name = architectures[0] if architectures and isinstance(architectures[0], str) else ""
+    causal = name.endswith(("ForCausalLM", "LMHeadModel"))
+    return causal and not config.get("is_encoder_decoder") and len(stacks) == 1

@@ -14,10 +14,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loftq_cli.checkpoint.header import StoredTensor
-from loftq_cli.errors import LayoutError, UsageError
+from loftq_cli.errors import UsageError
 
-LAYOUT = "dense"
-"""The only layout whose experts PEFT can add an adapter to."""
 MISTAKEN = "PEFT takes it for an expert"
 
 _PROJECTION = re.compile(r"\.(?:gate|up|down)_proj\.weight$")
@@ -65,16 +63,6 @@ def check(matrices: Iterable[str], kept: Iterable[StoredTensor], config: Mapping
         raise UsageError(
             f"{left[0]} is left out, but PEFT adapts all experts or none",
             hint="--include '*.experts.*' selects all of them",
-        )
-
-
-def check_layout(layout: str) -> None:
-    """Raise LayoutError where ``layout`` keeps packed what PEFT adds experts' adapters to."""
-    if layout != LAYOUT:
-        raise LayoutError(
-            f"--layout {layout} cannot hold experts: transformers fuses them, and PEFT adapts them "
-            "in floating point only",
-            hint=f"use --layout {LAYOUT}, or leave the experts out",
         )
 
 

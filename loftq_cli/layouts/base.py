@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.families.kinds import Kind, turned_shape
-from loftq_cli.numerics.quantizers.methods import Quantized
+from loftq_cli.numerics.quantizers.blocks import Quantized
+from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 
 
 @dataclass(frozen=True)
@@ -77,40 +79,75 @@ class Surroundings:
     stacks: Sequence[str]
 
 
-class Layout(Protocol):
-    """One way to store quantized matrices. Stateless."""
+class Layout(ABC):
+    """One way to store quantized matrices. Stateless. Whatever is not said here, or by a subclass
+    in its own file, no other module knows of a layout."""
 
-    name: str
-    scale_dtype: torch.dtype
-    """What a quantizer rounds each scale to as it fits it."""
-    mixes: bool
-    """Whether matrices of several widths and methods can be in one output."""
-    imports: tuple[str, ...]
-    """The packages that have to be importable where an output is loaded and trained."""
-    extra: str
+    name: ClassVar[str]
+    imports: ClassVar[tuple[str, ...]]
+    """The packages that have to be importable if an output is to be loaded and trained."""
+    extra: ClassVar[str] = "train"
     """Our extra that installs them."""
+    scale_dtype: ClassVar[torch.dtype] = torch.float32
+    """What a quantizer rounds each scale to as it fits it."""
+    scale_dtypes: ClassVar[tuple[ScaleDtype, ...]] = ("float32",)
+    """What scales can be stored in, if somebody asks for less than the layout has."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Settings that concern this layout and not every other."""
+    mixes: ClassVar[bool] = True
+    """Whether matrices of several widths and methods can be in one output."""
+    holds_everything: ClassVar[bool] = False
+    """Whether it is what layout "auto" takes if no other layout can hold a matrix."""
+    holds_experts: ClassVar[bool] = False
+    """Whether PEFT can put adapters on experts that are stored so."""
+    keeps_conv1d: ClassVar[bool] = False
+    """Whether a transposed linear layer stays one for whoever loads the output; else it is an
+    ordinary one."""
+    auto_rank: ClassVar[int | None] = None
+    """When layout "auto" asks this one, the least first; None: never."""
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any]) -> Layout:
+        """The layout as the settings of ``recipe`` want it, which may be an old manifest's."""
+        return cls()
+
+    @classmethod
+    def method_at(cls, bits: int) -> str | None:
+        """What method "auto" means at that width, None if the layout does not mind."""
+        return None
+
+    def suits(self, method: str, bits: int, surroundings: Surroundings) -> bool:
+        """Whether layout "auto" should try this one for a model that is quantized so."""
+        return False
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         """Why this layout cannot hold ``matrix``, or None."""
+        return None
 
     def cannot_describe(self, surroundings: Surroundings) -> str | None:
         """Why this layout's config cannot name the quantized modules of this model, or None."""
+        return None
 
     def rounding(self, matrix: Matrix) -> torch.dtype | None:
-        """The dtype that Q itself is rounded to, None where codes and scales are stored."""
+        """The dtype that Q itself is rounded to, None if codes and scales are stored."""
+        return None
 
+    @abstractmethod
     def specs(self, matrix: Matrix) -> list[TensorSpec]:
         """The tensors that :meth:`encode` will return, known before anything is computed."""
 
+    @abstractmethod
     def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
         """The stored tensors of a quantized matrix, by name."""
 
+    @abstractmethod
     def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Q, float32 (out, in), from stored tensors of the dtypes and shapes of :meth:`specs`.
 
-        Raises CorruptFileError where their values make no sense."""
+        Raises CorruptFileError if their values make no sense."""
 
     def quantization_config(
         self, matrices: Sequence[Matrix], surroundings: Surroundings
     ) -> dict[str, Any] | None:
-        """The entry for config.json, or None where the output is an ordinary checkpoint."""
+        """The entry for config.json, or None if the output is an ordinary checkpoint."""
+        return None

@@ -18,8 +18,10 @@ import torch
 from loftq_cli.checkpoint.dtypes import FLOATS, computed
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.families.architecture import unreplaceable
-from loftq_cli.layouts.base import Matrix, Surroundings
-from loftq_cli.numerics.quantizers.methods import Quantized
+from loftq_cli.layouts.base import Layout, Matrix, Surroundings
+from loftq_cli.numerics.quantizers.blocks import Quantized
+
+_METHOD = "nf"
 
 # Heads that the model class has and the checkpoint may not: those that a task adds to a bare model,
 # and those tied to the embeddings. bitsandbytes would quantize them.
@@ -51,19 +53,25 @@ _HEADS = (
 )
 
 
-class BnbLayout:
+class BnbLayout(Layout):
     """bitsandbytes NF4, blocks of 64."""
 
     name = "bnb"
-    scale_dtype = torch.float32
+    imports = ("transformers", "peft", "accelerate", "bitsandbytes")
     mixes = False
-    imports: tuple[str, ...] = ("transformers", "peft", "accelerate", "bitsandbytes")
-    extra = "train"
+    auto_rank = 1
+
+    @classmethod
+    def method_at(cls, bits: int) -> str | None:
+        return _METHOD
+
+    def suits(self, method: str, bits: int, surroundings: Surroundings) -> bool:
+        return method == _METHOD and bits == 4
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         if matrix.kind == "embedding":
             return "bnb holds linear layers, not embeddings"
-        if matrix.method != "nf" or matrix.bits != 4:
+        if matrix.method != _METHOD or matrix.bits != 4:
             return f"bnb holds 4-bit nf, not {matrix.bits}-bit {matrix.method}"
         if matrix.block_size != 64:
             return f"bnb holds blocks of 64, not {matrix.block_size}"
@@ -73,9 +81,6 @@ class BnbLayout:
 
     def cannot_describe(self, surroundings: Surroundings) -> str | None:
         return unreplaceable(surroundings.config)
-
-    def rounding(self, matrix: Matrix) -> torch.dtype | None:
-        return None
 
     def specs(self, matrix: Matrix) -> list[TensorSpec]:
         blocks = matrix.elements // 64
@@ -155,3 +160,6 @@ def _as_pattern(name: str) -> str:
 def _skips(key: str, module: str) -> bool:
     """Whether transformers would skip ``module`` for the entry ``key`` of the skip list."""
     return module.endswith(key) or re.match(rf"{key}(?:(?<=\.)|(?=\.|$))", module) is not None
+
+
+LAYOUT = BnbLayout

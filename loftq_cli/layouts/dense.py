@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,30 +11,28 @@ from loftq_cli.checkpoint import dtypes
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.checkpoint.reader import TORCH_DTYPES
 from loftq_cli.families.kinds import turned
-from loftq_cli.layouts.base import Matrix, Surroundings
-from loftq_cli.numerics.quantizers.methods import Quantized
+from loftq_cli.layouts.base import Layout, Matrix
+from loftq_cli.numerics.quantizers.blocks import Quantized
 
 
-class DenseLayout:
+class DenseLayout(Layout):
     """Q in ``dtype`` ("source": the dtype the matrix had, float32 where that was float64)."""
 
     name = "dense"
-    scale_dtype = torch.float32
-    mixes = True
-    imports: tuple[str, ...] = ("transformers", "peft")
-    extra = "train"
+    imports = ("transformers", "peft")
+    settings = ("dense_dtype",)
+    holds_experts = True
+    keeps_conv1d = True
 
     def __init__(self, dtype: str) -> None:
         self._dtype = dtype
 
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any]) -> DenseLayout:
+        return cls(recipe["dense_dtype"])
+
     def _tag(self, matrix: Matrix) -> str:
         return dtypes.resolve(self._dtype, matrix.dtype)
-
-    def cannot_hold(self, matrix: Matrix) -> str | None:
-        return None
-
-    def cannot_describe(self, surroundings: Surroundings) -> str | None:
-        return None
 
     def rounding(self, matrix: Matrix) -> torch.dtype | None:
         return TORCH_DTYPES[self._tag(matrix)]
@@ -49,7 +47,5 @@ class DenseLayout:
     def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return turned(tensors[matrix.name].float(), matrix.kind).contiguous()
 
-    def quantization_config(
-        self, matrices: Sequence[Matrix], surroundings: Surroundings
-    ) -> dict[str, Any] | None:
-        return None
+
+LAYOUT = DenseLayout

@@ -16,11 +16,12 @@ import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.errors import CorruptFileError
-from loftq_cli.families.architecture import unreplaceable
-from loftq_cli.layouts.base import Matrix, Surroundings
-from loftq_cli.numerics.quantizers.methods import Quantized, block_count
+from loftq_cli.families.architecture import is_decoder_only, unreplaceable
+from loftq_cli.layouts.base import Layout, Matrix, Surroundings
+from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
 from loftq_cli.numerics.quantizers.packing import pack, unpack
 
+_METHOD = "uniform"
 GROUP_SIZES = (32, 64, 128)
 
 # The stacks that optimum recognises by itself (optimum.gptq.constants.BLOCK_PATTERNS).
@@ -35,14 +36,22 @@ _KNOWN_STACKS = (
 )
 
 
-class GptqLayout:
+class GptqLayout(Layout):
     """Asymmetric GPTQ at 2, 3, 4 and 8 bits."""
 
     name = "gptq"
+    imports = ("transformers", "peft", "accelerate", "optimum", "gptqmodel")
+    extra = "gptq"
     scale_dtype = torch.float16
     mixes = False  # optimum builds every layer in the config's one width
-    imports: tuple[str, ...] = ("transformers", "peft", "accelerate", "optimum", "gptqmodel")
-    extra = "gptq"
+    auto_rank = 2
+
+    @classmethod
+    def method_at(cls, bits: int) -> str | None:
+        return _METHOD
+
+    def suits(self, method: str, bits: int, surroundings: Surroundings) -> bool:
+        return method == _METHOD and is_decoder_only(surroundings.config, surroundings.stacks)
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         if matrix.kind == "embedding":
@@ -50,7 +59,7 @@ class GptqLayout:
         if matrix.kind == "conv1d":
             return "gptq is not written for Conv1D layers, GPT-2's cannot be loaded"
         out_features, in_features = matrix.shape
-        if matrix.method != "uniform":
+        if matrix.method != _METHOD:
             return f"gptq holds uniform codes, not {matrix.method}"
         if matrix.block_size not in GROUP_SIZES:
             return f"gptq holds groups of 32, 64 or 128, not {matrix.block_size}"
@@ -66,9 +75,6 @@ class GptqLayout:
         if surroundings.config.get("model_type") == "gpt_bigcode":
             return "transformers initialises gpt_bigcode through weights that gptqmodel hides"
         return unreplaceable(surroundings.config)
-
-    def rounding(self, matrix: Matrix) -> torch.dtype | None:
-        return None
 
     def specs(self, matrix: Matrix) -> list[TensorSpec]:
         out_features, in_features = matrix.shape
@@ -140,3 +146,6 @@ def _codes(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _group_index(matrix: Matrix) -> torch.Tensor:
     return torch.arange(matrix.shape[1]) // matrix.block_size
+
+
+LAYOUT = GptqLayout

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
-from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.layouts.base import Layout, Matrix, Surroundings
+from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
 from loftq_cli.numerics.quantizers.decoding import decode
-from loftq_cli.numerics.quantizers.methods import Quantized, block_count
+from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.numerics.quantizers.packing import pack, packed_length
 from loftq_cli.numerics.quantizers.scale_storage import (
     STEP_GROUP,
@@ -32,30 +33,27 @@ FORMAT_VERSION = 1
 _SCALE_TAGS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 
 
-class PackedLayout:
+class PackedLayout(Layout):
     """Everything the quantizers can produce, at its own width. ``scales``: how scales are stored;
     those that :meth:`encode` is given must be rounded to it already."""
 
     name = "loftq"
-    scale_dtype = torch.float32
-    mixes = True
-    imports: tuple[str, ...] = ("transformers", "peft", "loftq_cli")
-    extra = "train"
+    imports = ("transformers", "peft", "loftq_cli")
+    scale_dtypes = ("float32", "bfloat16", "int8")
+    settings = ("scale_dtype",)
+    holds_everything = True
 
     def __init__(self, scales: ScaleDtype = "float32") -> None:
         self._scales: ScaleDtype = scales
 
-    def cannot_hold(self, matrix: Matrix) -> str | None:
-        return None
-
-    def cannot_describe(self, surroundings: Surroundings) -> str | None:
-        return None
-
-    def rounding(self, matrix: Matrix) -> torch.dtype | None:
-        return None
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any]) -> PackedLayout:
+        # A manifest from before there was the choice does not name it.
+        return cls(recipe.get("scale_dtype", "float32"))
 
     def specs(self, matrix: Matrix) -> list[TensorSpec]:
-        scales = scale_count(matrix.shape, stored_block_size(matrix), decoding(matrix.method))
+        decoding = method(matrix.method).decoding
+        scales = scale_count(matrix.shape, stored_block_size(matrix), decoding)
         specs = [
             TensorSpec(matrix.name, "U8", (packed_length(matrix.elements, matrix.bits),)),
             TensorSpec(f"{matrix.name}_scales", _SCALE_TAGS[self._scales], (scales,)),
@@ -63,7 +61,7 @@ class PackedLayout:
         if self._scales == "int8":
             shape = (block_count(scales, STEP_GROUP),)
             specs.append(TensorSpec(f"{matrix.name}_scale_steps", "BF16", shape))
-        if decoding(matrix.method) == "affine":
+        if decoding == "affine":
             length = packed_length(scales, matrix.bits)
             return [*specs, TensorSpec(f"{matrix.name}_zeros", "U8", (length,))]
         return [*specs, TensorSpec(f"{matrix.name}_levels", "F32", (2**matrix.bits,))]
@@ -109,7 +107,7 @@ class PackedLayout:
                 matrix.module: {
                     "bits": matrix.bits,
                     "block_size": stored_block_size(matrix),
-                    "decoding": decoding(matrix.method),
+                    "decoding": method(matrix.method).decoding,
                     **stored,
                     **kind(matrix),
                 }
@@ -118,14 +116,10 @@ class PackedLayout:
         }
 
 
-def decoding(method: str) -> str:
-    """ "affine" (scale and zero point) or "codebook" (scale and level table)."""
-    return "affine" if method == "uniform" else "codebook"
-
-
 def stored_block_size(matrix: Matrix) -> int:
-    """The block size that decoding uses: 0, one block for everything, for uniform-tensor."""
-    return 0 if matrix.method == "uniform-tensor" else matrix.block_size
+    """The block size that decoding uses: 0, one block for
+    everything, if the method has one scale."""
+    return 0 if method(matrix.method).one_scale else matrix.block_size
 
 
 def scale_count(shape: tuple[int, int], block_size: int, kind: str) -> int:
@@ -148,3 +142,6 @@ def decode_packed(
     """Q (out, in) from the stored tensors of one matrix, its scales unpacked, computed in float32
     and rounded to ``dtype``."""
     return decode(shape, bits, block_size, weight, scales, zeros, levels, dtype)
+
+
+LAYOUT = PackedLayout

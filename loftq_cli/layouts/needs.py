@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from loftq_cli.layouts import make_layout
+from loftq_cli.layouts.registry import layout_class
 
 
 def needs(layout: str) -> dict[str, Any]:
     """The ``imports`` that an output of ``layout`` needs, which of them are ``missing`` here, and
     the command to ``install`` them with."""
-    made = make_layout(layout)
+    made = layout_class(layout)
     return {
         "imports": list(made.imports),
         "missing": [name for name in made.imports if find_spec(name) is None],

@@ -26,6 +26,7 @@ from loftq_cli.families.experts import is_expert
 from loftq_cli.families.names import key_mapping, places, prefix_of, tied
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.base import matrix_of
+from loftq_cli.layouts.registry import layout_class
 from loftq_cli.loading import guard, hook
 from loftq_cli.loading.attach_trained import attach_trained
 from loftq_cli.loading.intact import check_files
@@ -78,7 +79,7 @@ def load(
                 directory, output_loading_info=True, **{**beside, **from_pretrained}
             )
     except ImportError as error:
-        raise missing_extra(error, "gptq" if layout == "gptq" else "train", "loading") from error
+        raise missing_extra(error, layout_class(layout).extra, "loading") from error
     guard.tell_of_resizing(backbone)
     if adapter is None:
         names = _names(backbone, output)

@@ -13,8 +13,8 @@ from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.stored import Stored, find
 from loftq_cli.families.architecture import kind_of
 from loftq_cli.families.kinds import Kind
-from loftq_cli.layouts import Layout, layout_of
-from loftq_cli.layouts.base import Matrix, matrix_of
+from loftq_cli.layouts.base import Layout, Matrix, matrix_of
+from loftq_cli.layouts.registry import layout_of
 from loftq_cli.layouts.trained import Pair, TokenRows
 
 Place = tuple[Path, StoredTensor]

@@ -34,12 +34,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from loftq_cli.numerics import lowrank
-from loftq_cli.numerics.decomposition import Decomposition, Keep, Norms, Settings
+from loftq_cli.numerics.decomposition import Decomposition, Keep, Norms, Procedure
 from loftq_cli.numerics.feedback import make_feedback, requantize
 from loftq_cli.numerics.lora import drawn_adapter, fit_adapter, too_large
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.native_sweep import NativeSweep
-from loftq_cli.numerics.quantizers.methods import Parameters, Quantized, Quantizer
+from loftq_cli.numerics.quantizers.base import Quantizer
+from loftq_cli.numerics.quantizers.blocks import Parameters, Quantized
 from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep
 from loftq_cli.numerics.weighting import Weighting
 
@@ -108,7 +109,7 @@ class _Best:
 def decompose(
     weight: torch.Tensor,
     quantizer: Quantizer,
-    settings: Settings,
+    procedure: Procedure,
     weighting: Weighting | None = None,
 ) -> Decomposition:
     """Split ``weight`` (out, in), of any 16- or 32-bit dtype, into a quantized backbone and a LoRA
@@ -118,54 +119,54 @@ def decompose(
     ScaleRangeError where a scale does not fit float16, InputError where values are too large for
     float32 arithmetic or for the dtype they are to be stored in.
     """
-    sweep = make_sweep(weight, quantizer, settings)
-    if weighting is not None and settings.iters:
+    sweep = make_sweep(weight, quantizer, procedure)
+    if weighting is not None and procedure.iters:
         sweep.remains = torch.empty_like(sweep.wide)
     plain = _Trace(math.sqrt(squared_norm(weight)))
     weighted = None if weighting is None else _WeightedTrace(weighting, weight)
     deciding = weighted or plain
-    if settings.iters == 0:
-        quantized, plain.quantized, _ = _quantize(sweep, None, settings)
+    if procedure.iters == 0:
+        quantized, plain.quantized, _ = _quantize(sweep, None, procedure)
         if weighted is not None:
             weighted.see_quantized(sweep.residual)
-        drawn = _Iterate(quantized, *drawn_adapter(quantized.shape, weight.device, settings))
-        return _finish(settings, drawn, 0, plain, weighted)
+        drawn = _Iterate(quantized, *drawn_adapter(quantized.shape, weight.device, procedure))
+        return _finish(procedure, drawn, 0, plain, weighted)
 
     previous: _Iterate | None = None
     earlier: _Iterate | None = None
-    if settings.order == "svd-first":
-        _, plain.quantized, _ = _quantize(sweep, None, settings)
+    if procedure.order == "svd-first":
+        _, plain.quantized, _ = _quantize(sweep, None, procedure)
         if weighted is not None:
             weighted.see_quantized(sweep.residual)
-        wide = weight.to(settings.products)
-        A, B, _ = fit_adapter(weight.float(), wide, plain.weight, None, settings, weighting)
+        wide = weight.to(procedure.products)
+        A, B, _ = fit_adapter(weight.float(), wide, plain.weight, None, procedure, weighting)
         previous = _Iterate(None, A, B)
         del wide
     basis: lowrank.Basis | None = None
     best: _Best | None = None
-    for step in range(1, settings.iters + 1):
-        quantized, norm, adapted = _quantize(sweep, previous, settings, earlier, step)
+    for step in range(1, procedure.iters + 1):
+        quantized, norm, adapted = _quantize(sweep, previous, procedure, earlier, step)
         if step > 1:
             assert previous is not None
             plain.steps.append(adapted)
             if weighted is not None:
-                weighted.see_step(sweep.remains, _product(previous, settings))
-            best = _better(best, deciding.steps[-1], step - 1, previous, settings.keep)
-        elif settings.order == "quantize-first":
+                weighted.see_step(sweep.remains, _product(previous, procedure))
+            best = _better(best, deciding.steps[-1], step - 1, previous, procedure.keep)
+        elif procedure.order == "quantize-first":
             plain.quantized = norm
-        A, B, basis = fit_adapter(sweep.residual, sweep.wide, norm, basis, settings, weighting)
+        A, B, basis = fit_adapter(sweep.residual, sweep.wide, norm, basis, procedure, weighting)
         earlier, previous = previous, _Iterate(quantized, A, B)
     assert previous is not None
-    product = _product(previous, settings)
+    product = _product(previous, procedure)
     plain.steps.append(math.sqrt(sweep.remainder(product)))
     if weighted is not None:
         weighted.see_step(sweep.remains, product)
-        if settings.feedback and weighting is not None and weighting.is_full:
-            fed = _fed_back(sweep, weight, previous, basis, settings, weighting)
+        if procedure.feedback and weighting is not None and weighting.is_full:
+            fed = _fed_back(sweep, weight, previous, basis, procedure, weighting)
             if fed is not None and fed.weighted < weighted.steps[-1]:
                 previous, plain.steps[-1], weighted.steps[-1] = fed.iterate, fed.plain, fed.weighted
-    best = _better(best, deciding.steps[-1], settings.iters, previous, settings.keep)
-    return _finish(settings, best.iterate, best.step, plain, weighted)
+    best = _better(best, deciding.steps[-1], procedure.iters, previous, procedure.keep)
+    return _finish(procedure, best.iterate, best.step, plain, weighted)
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _fed_back(
     weight: torch.Tensor,
     iterate: _Iterate,
     basis: lowrank.Basis | None,
-    settings: Settings,
+    procedure: Procedure,
     weighting: Weighting,
 ) -> _Fed | None:
     """What becomes of ``iterate`` where the quantizer follows its adapter once more, with feedback;
@@ -191,37 +192,38 @@ def _fed_back(
     assert parameters is not None
     feedback = make_feedback(weighting, iterate.lora_A.float())
     quantized, squared = requantize(
-        sweep, weight, parameters, _product(iterate, settings), feedback, settings.backbone_dtype
+        sweep, weight, parameters, _product(iterate, procedure), feedback, procedure.backbone_dtype
     )
     if not math.isfinite(squared):
         return None
     warm = None if basis is None else replace(basis, calls=1)  # nearly every code has changed
-    A, B, _ = fit_adapter(sweep.residual, sweep.wide, math.sqrt(squared), warm, settings, weighting)
+    norm = math.sqrt(squared)
+    A, B, _ = fit_adapter(sweep.residual, sweep.wide, norm, warm, procedure, weighting)
     fed = _Iterate(quantized, A, B)
-    left = math.sqrt(sweep.remainder(_product(fed, settings)))
+    left = math.sqrt(sweep.remainder(_product(fed, procedure)))
     assert sweep.remains is not None
     return _Fed(fed, left, weighting.norm(sweep.remains))
 
 
-def make_sweep(weight: torch.Tensor, quantizer: Quantizer, settings: Settings) -> Sweep:
+def make_sweep(weight: torch.Tensor, quantizer: Quantizer, procedure: Procedure) -> Sweep:
     """In the compiled kernels where they can run this quantizer, else in tensor operations."""
     # The exact SVD multiplies nothing but float32.
-    products = torch.float32 if settings.svd == "exact" else settings.products
+    products = torch.float32 if procedure.svd == "exact" else procedure.products
     if quantizer.search() is None or weight.device.type != "cpu":
         kind: type[TensorSweep | NativeSweep] = TensorSweep
     else:
         kind = NativeSweep
-    return kind(weight, quantizer, products, settings.backbone_dtype, settings.scale_dtype)
+    return kind(weight, quantizer, products, procedure.backbone_dtype, procedure.scale_dtype)
 
 
-def _product(iterate: _Iterate, settings: Settings) -> Product:
-    return Product(iterate.lora_B.float() * settings.scaling, iterate.lora_A.float())
+def _product(iterate: _Iterate, procedure: Procedure) -> Product:
+    return Product(iterate.lora_B.float() * procedure.scaling, iterate.lora_A.float())
 
 
 def _quantize(
     sweep: Sweep,
     previous: _Iterate | None,
-    settings: Settings,
+    procedure: Procedure,
     earlier: _Iterate | None = None,
     step: int = 1,
 ) -> tuple[Quantized, float, float]:
@@ -229,14 +231,14 @@ def _quantize(
     if previous is None:
         swept = sweep.quantize(None, None)
     else:
-        product = _product(previous, settings)
-        if settings.momentum and earlier is not None:
-            product = replace(product, beyond=_BEYOND, before=_product(earlier, settings))
-        elif settings.momentum and step > 1:
+        product = _product(previous, procedure)
+        if procedure.momentum and earlier is not None:
+            product = replace(product, beyond=_BEYOND, before=_product(earlier, procedure))
+        elif procedure.momentum and step > 1:
             product = replace(product, beyond=_BEYOND_AT_FIRST)
         swept = sweep.quantize(previous.parameters, product)
     if not math.isfinite(swept.squared):
-        raise too_large("the quantized matrix", settings.backbone_dtype or torch.float32)
+        raise too_large("the quantized matrix", procedure.backbone_dtype or torch.float32)
     return swept.quantized, math.sqrt(swept.squared), math.sqrt(swept.previous)
 
 
@@ -247,7 +249,7 @@ def _better(best: _Best | None, residual: float, step: int, iterate: _Iterate, k
 
 
 def _finish(
-    settings: Settings, iterate: _Iterate, step: int, plain: _Trace, weighted: _Trace | None
+    procedure: Procedure, iterate: _Iterate, step: int, plain: _Trace, weighted: _Trace | None
 ) -> Decomposition:
     assert iterate.quantized is not None
     return Decomposition(
@@ -257,6 +259,6 @@ def _finish(
         step=step,
         frobenius=plain.norms(step),
         weighted=None if weighted is None else weighted.norms(step),
-        scaling=settings.scaling,
-        backbone_dtype=settings.backbone_dtype,
+        scaling=procedure.scaling,
+        backbone_dtype=procedure.backbone_dtype,
     )

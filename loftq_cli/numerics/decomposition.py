@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from loftq_cli.numerics.quantizers.methods import Quantized
+from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 from loftq_cli.numerics.sweep import as_stored
 
@@ -17,7 +17,7 @@ Keep = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Procedure:
     """How one matrix is decomposed.
 
     ``rank`` r, ``iters`` T; ``products`` is the dtype that the fast SVD's passes multiply in;

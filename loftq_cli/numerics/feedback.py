@@ -31,8 +31,8 @@ import torch
 
 from loftq_cli.errors import InputError
 from loftq_cli.numerics.metrics import squares
+from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import TINY, Parameters, Quantized
-from loftq_cli.numerics.quantizers.methods import Quantizer
 from loftq_cli.numerics.sweep import Product, Sweep, as_stored
 from loftq_cli.numerics.weighting import Weighting
 

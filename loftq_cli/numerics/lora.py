@@ -9,7 +9,7 @@ import torch
 
 from loftq_cli.errors import InputError
 from loftq_cli.numerics import lowrank
-from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.weighting import Weighting
 
 
@@ -18,25 +18,25 @@ def fit_adapter(
     wide: torch.Tensor,
     norm: float,
     warm: lowrank.Basis | None,
-    settings: Settings,
+    procedure: Procedure,
     weighting: Weighting | None,
 ) -> tuple[torch.Tensor, torch.Tensor, lowrank.Basis | None]:
     """(A, B) as stored, the rank-r approximation of ``matrix``, and the basis to carry.
 
     ``wide``: the matrix in the products' dtype; ``norm`` its Frobenius norm.
     """
-    rank = min(settings.rank, *matrix.shape)
+    rank = min(procedure.rank, *matrix.shape)
     try:
-        if settings.svd == "exact" or not lowrank.is_thin(rank, matrix.shape):
+        if procedure.svd == "exact" or not lowrank.is_thin(rank, matrix.shape):
             low = lowrank.exact(matrix, rank, weighting)
         else:
-            generator = _generator(settings, "basis")
+            generator = _generator(procedure, "basis")
             low = lowrank.subspace(wide, norm, rank, generator, warm, weighting)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise too_large("a product of the values", torch.float32) from error
     out_features, in_features = matrix.shape
-    B = (low.B / settings.scaling).to(settings.adapter_dtype)
-    A = low.A.to(settings.adapter_dtype)
+    B = (low.B / procedure.scaling).to(procedure.adapter_dtype)
+    A = low.A.to(procedure.adapter_dtype)
     # Rounding noise is no direction: where sigma vanishes B is zero and A is drawn, because an
     # adapter with A = B = 0 cannot train.
     alive = low.sigma > 10 * torch.finfo(torch.float32).eps * low.sigma[:1]
@@ -48,13 +48,13 @@ def fit_adapter(
     if not products_finite:
         raise too_large("a product of the values", torch.float32)
     if not adapter_fits:
-        raise too_large("the adapter", settings.adapter_dtype)
-    if rank == settings.rank and all_alive:
+        raise too_large("the adapter", procedure.adapter_dtype)
+    if rank == procedure.rank and all_alive:
         return A, B, low.basis
     left = torch.zeros(
-        (out_features, settings.rank), dtype=settings.adapter_dtype, device=matrix.device
+        (out_features, procedure.rank), dtype=procedure.adapter_dtype, device=matrix.device
     )
-    right = _kaiming(settings, in_features).to(matrix.device, settings.adapter_dtype)
+    right = _kaiming(procedure, in_features).to(matrix.device, procedure.adapter_dtype)
     left[:, :rank] = torch.where(alive, B, left[:, :rank])
     right[:rank] = torch.where(alive[:, None], A, right[:rank])
     # A basis with dead directions would never find what the next residual has there: go cold.
@@ -70,24 +70,24 @@ def too_large(what: str, dtype: torch.dtype) -> InputError:
 
 
 def drawn_adapter(
-    shape: tuple[int, int], device: torch.device, settings: Settings
+    shape: tuple[int, int], device: torch.device, procedure: Procedure
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(A, B) that LoRA itself starts from, of a matrix of ``shape``: A Kaiming uniform, B = 0."""
     out_features, in_features = shape
-    dtype = settings.adapter_dtype
-    A = _kaiming(settings, in_features).to(device, dtype)
-    return A, torch.zeros((out_features, settings.rank), dtype=dtype, device=device)
+    dtype = procedure.adapter_dtype
+    A = _kaiming(procedure, in_features).to(device, dtype)
+    return A, torch.zeros((out_features, procedure.rank), dtype=dtype, device=device)
 
 
-def _kaiming(settings: Settings, in_features: int) -> torch.Tensor:
+def _kaiming(procedure: Procedure, in_features: int) -> torch.Tensor:
     """A as PEFT draws it, kaiming_uniform_(a=sqrt(5)): uniform in +-1/sqrt(in), (rank, in)."""
     bound = 1 / math.sqrt(in_features)
-    drawn = torch.empty((settings.rank, in_features))
-    return drawn.uniform_(-bound, bound, generator=_generator(settings, "adapter"))
+    drawn = torch.empty((procedure.rank, in_features))
+    return drawn.uniform_(-bound, bound, generator=_generator(procedure, "adapter"))
 
 
-def _generator(settings: Settings, purpose: str) -> torch.Generator:
-    text = f"{settings.seed}\0{settings.name}\0{purpose}"
+def _generator(procedure: Procedure, purpose: str) -> torch.Generator:
+    text = f"{procedure.seed}\0{procedure.name}\0{purpose}"
     digest = hashlib.sha256(text.encode()).digest()
     generator = torch.Generator()
     generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -11,9 +11,9 @@ import torch
 
 from loftq_cli.errors import ScaleRangeError
 from loftq_cli.kernels import native
+from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import Fitted, Parameters, block_count
 from loftq_cli.numerics.quantizers.grid import REFINEMENTS, grid
-from loftq_cli.numerics.quantizers.methods import Quantizer
 from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 from loftq_cli.numerics.sweep import Product, Swept, stored_parameters, target_of
 

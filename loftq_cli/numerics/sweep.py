@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from loftq_cli.numerics.metrics import squares
+from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import Fitted, Parameters, Quantized
-from loftq_cli.numerics.quantizers.methods import Quantizer
 from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype, round_scales
 
 _CHUNK_ELEMENTS = 1 << 19  # a few float32 copies of it stay in a CPU's caches

@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 
 from loftq_cli.errors import EnvironmentFailure, LayoutError, UsageError
-from loftq_cli.families.experts import LAYOUT, check_layout, is_expert
+from loftq_cli.families.experts import is_expert
 from loftq_cli.kernels import native
-from loftq_cli.layouts import Layout, make_layout
-from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.layouts import registry
+from loftq_cli.layouts.base import Layout, Matrix, Surroundings
 from loftq_cli.numerics import lowrank
+from loftq_cli.numerics.quantizers import methods
 from loftq_cli.numerics.variant import Variant
-from loftq_cli.settings.recipe import FIXED_SCALE_METHODS, Settings
+from loftq_cli.settings.recipe import Settings
 
 
 def resolve_method(settings: Settings, bits: int) -> str:
-    """The method of ``settings`` at that width: auto is nf at 4 bits and uniform at 2, 3 and 8, so
-    that a decoder's default output loads in stock transformers (bnb, gptq)."""
-    if settings.method != "auto":
+    """The method of ``settings`` at that width. What auto means is the layout's to say, or else
+    such that a decoder's default output loads in stock transformers (bnb, gptq)."""
+    if settings.method != methods.AUTO:
         return settings.method
-    if settings.layout == "bnb":
-        return "nf"
-    return "nf" if bits == 4 and settings.layout != "gptq" else "uniform"
-
-
-def searches_scales(method: str, scale: str) -> bool:
-    """Whether scales are searched for; ``scale`` is a setting's, or a recipe's "fixed"."""
-    return method == "fitted" or (scale == "mse" and method not in FIXED_SCALE_METHODS)
+    wanted = None
+    if settings.layout != registry.AUTO:
+        wanted = registry.layout_class(settings.layout).method_at(bits)
+    return wanted or methods.auto(bits)
 
 
 def choose_variant(device: torch.device, method: str, scale: str, svd: str) -> Variant:
-    """The compiled search where there is a compiler and something to search for, and the fastest
+    """The compiled search if there is a compiler and something to search for, and the fastest
     products of the device."""
+    searches = methods.searches_scales(method, scale)
     return Variant(
-        native=searches_scales(method, scale) and device.type == "cpu" and native.available(),
+        native=searches and device.type == "cpu" and native.available(),
         products=lowrank.fastest_products(device) if svd == "fast" else torch.float32,
     )
 
@@ -44,37 +43,66 @@ def choose_variant(device: torch.device, method: str, scale: str, svd: str) -> V
 def choose_layout(
     settings: Settings, matrices: Sequence[Matrix], surroundings: Surroundings
 ) -> tuple[str, str | None]:
-    """(layout, remark): auto takes what stock consumers load, where it holds every matrix."""
+    """(layout, remark): auto takes what stock consumers load, if it holds every matrix. Raises
+    LayoutError if the layout that was asked for cannot hold one."""
     kinds = {(matrix.method, matrix.bits) for matrix in matrices}
-    if any(is_expert(matrix.name) for matrix in matrices):
-        if settings.layout == "auto":
-            return LAYOUT, f"layout {LAYOUT}, because PEFT adapts experts in floating point only"
-        check_layout(settings.layout)
-    if settings.layout != "auto":
-        wanted = make_layout(settings.layout)
-        obstacles = _obstacles(wanted, matrices, surroundings)
-        if obstacles:
-            raise LayoutError(f"--layout {wanted.name} cannot hold " + "; ".join(obstacles))
-        mixed = settings.target_bpw is not None or len(kinds) > 1
-        if mixed and not wanted.mixes:
-            raise LayoutError(f"--layout {wanted.name} cannot hold matrices of several widths")
+    mixed = settings.target_bpw is not None or len(kinds) > 1
+    experts = any(is_expert(matrix.name) for matrix in matrices)
+    if settings.layout != registry.AUTO:
+        wanted = registry.make_layout(settings.layout, asdict(settings))
+        _check_layout(wanted, matrices, surroundings, mixed=mixed, experts=experts)
         return wanted.name, None
-    if settings.target_bpw is not None or len(kinds) > 1:
-        return "loftq", "layout loftq, because bnb and gptq hold one width"
-    method, bits = kinds.pop()
-    if method == "nf" and bits == 4:
-        first = "bnb"
-    elif method == "uniform" and is_decoder_only(surroundings):
-        first = "gptq"
-    else:
-        return "loftq", None
-    if settings.scale_dtype != "float32":
-        return "loftq", f"layout loftq, because {first} has no {settings.scale_dtype} scales"
-    obstacles = _obstacles(make_layout(first), matrices, surroundings)
+    if experts:
+        holder = _holder_of_experts()
+        return holder, f"layout {holder}, because PEFT adapts experts in floating point only"
+    ranked = [registry.make_layout(name, asdict(settings)) for name in _ranked()]
+    last = registry.holding_everything().name
+    if mixed:
+        uniform = " and ".join(layout.name for layout in ranked if not layout.mixes)
+        return last, f"layout {last}, because {uniform} hold one width"
+    ((method, bits),) = kinds
+    first = next((each for each in ranked if each.suits(method, bits, surroundings)), None)
+    if first is None:
+        return last, None
+    if settings.scale_dtype not in first.scale_dtypes:
+        return last, f"layout {last}, because {first.name} has no {settings.scale_dtype} scales"
+    obstacles = _obstacles(first, matrices, surroundings)
     if not obstacles:
-        return first, None
+        return first.name, None
     more = f" (and {len(obstacles) - 1} more)" if len(obstacles) > 1 else ""
-    return "loftq", f"layout loftq, because {first} cannot hold {obstacles[0]}{more}"
+    return last, f"layout {last}, because {first.name} cannot hold {obstacles[0]}{more}"
+
+
+def _ranked() -> list[str]:
+    """The layouts that auto asks, in that order."""
+    asked = [layout for layout in registry.every() if layout.auto_rank is not None]
+    return [layout.name for layout in sorted(asked, key=lambda layout: layout.auto_rank or 0)]
+
+
+def _holder_of_experts() -> str:
+    return next(layout.name for layout in registry.every() if layout.holds_experts)
+
+
+def _check_layout(
+    wanted: Layout,
+    matrices: Sequence[Matrix],
+    surroundings: Surroundings,
+    *,
+    mixed: bool,
+    experts: bool,
+) -> None:
+    """Raise LayoutError if the layout that was asked for cannot hold what is selected."""
+    if experts and not wanted.holds_experts:
+        raise LayoutError(
+            f"--layout {wanted.name} cannot hold experts: transformers fuses them, and PEFT adapts "
+            "them in floating point only",
+            hint=f"use --layout {_holder_of_experts()}, or leave the experts out",
+        )
+    obstacles = _obstacles(wanted, matrices, surroundings)
+    if obstacles:
+        raise LayoutError(f"--layout {wanted.name} cannot hold " + "; ".join(obstacles))
+    if mixed and not wanted.mixes:
+        raise LayoutError(f"--layout {wanted.name} cannot hold matrices of several widths")
 
 
 def _obstacles(layout: Layout, matrices: Sequence[Matrix], surroundings: Surroundings) -> list[str]:
@@ -83,15 +111,6 @@ def _obstacles(layout: Layout, matrices: Sequence[Matrix], surroundings: Surroun
     return ([f"this model: {described}"] if described else []) + [
         f"{name}: {reason}" for name, reason in held if reason
     ]
-
-
-def is_decoder_only(surroundings: Surroundings) -> bool:
-    """Whether config.json names a causal language model with one stack of blocks."""
-    config = surroundings.config
-    architectures = config.get("architectures") or []
-    name = architectures[0] if architectures and isinstance(architectures[0], str) else ""
-    causal = name.endswith(("ForCausalLM", "LMHeadModel"))
-    return causal and not config.get("is_encoder_decoder") and len(surroundings.stacks) == 1
 
 
 def choose_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ from typing import Any
 
 from loftq_cli.layouts.needs import needs
 from loftq_cli.planning.download import planned_download
+from loftq_cli.planning.memory import memory_bytes
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.target import headroom
 
@@ -64,7 +65,7 @@ def describe(plan: Plan, output: Path) -> dict[str, Any]:
             "bits_per_weight": plan.bits_per_weight + added * 8 / elements,
         },
         "left_behind": list(plan.source.left_behind),
-        "memory_bytes": plan.memory_bytes,
+        "memory_bytes": memory_bytes(plan),
         "disk_bytes": plan.disk_bytes + added,
         "download": {
             "files": download.files,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 
@@ -20,13 +19,8 @@ from loftq_cli.errors import InputError
 from loftq_cli.families.kinds import turned
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.machine.observer import Observer
-from loftq_cli.numerics.alternation import make_sweep
-from loftq_cli.numerics.decomposition import Settings
 from loftq_cli.numerics.finite import computable
-from loftq_cli.numerics.quantizers.methods import Scale, make_quantizer
-from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
-from loftq_cli.numerics.variant import Variant
-from loftq_cli.numerics.weighting import Weighting, make_weighting
+from loftq_cli.planning.decomposer import Decomposer
 from loftq_cli.planning.plan import Plan
 
 _RUNS, _RUN = 32, 8
@@ -56,6 +50,7 @@ def estimate(
     }
     observer.begin(sum(sizes.values()), "settling widths")
     errors, units = {}, {}
+    decomposer = Decomposer(plan.recipe, plan.layout, plan.device, plan.statistics)
     try:
         with Deliveries(plan.source, names, observer) as deliveries:
             for shard in plan.source.shards:
@@ -63,9 +58,9 @@ def estimate(
                     deliveries.take(shard.name)
                 for tensor in tensors[shard.name]:
                     observer.working_on(tensor.name)
-                    weighting = _weighting(plan, tensor.name)
                     forms = widths[tensor.name]
-                    errors[tensor.name] = _errors(shard, tensor, plan, forms, weighting)
+                    errors[tensor.name] = _errors(shard, tensor, forms, decomposer, plan.device)
+                    weighting = decomposer.weighting(forms[0])
                     if weighting is not None:
                         units[tensor.name] = weighting.unit
                     observer.advance(sizes[tensor.name])
@@ -79,25 +74,17 @@ def estimate(
     return errors
 
 
-def _weighting(plan: Plan, name: str) -> Weighting | None:
-    statistics = plan.statistics
-    if statistics is None or name not in statistics.matrices:
-        return None
-    moments = statistics.moments(name).to(plan.device)
-    return make_weighting(moments, Variant.parse(plan.recipe.kernels).products)
-
-
 def _errors(
     shard: Shard,
     tensor: StoredTensor,
-    plan: Plan,
     forms: Sequence[Matrix],
-    weighting: Weighting | None,
+    decomposer: Decomposer,
+    device: torch.device,
 ) -> list[float]:
     matrix = forms[0]  # all have its shape
-    rows = _sample(shard, tensor, matrix).to(plan.device)
+    rows = _sample(shard, tensor, matrix).to(device)
     scaling = matrix.shape[0] / rows.shape[0]
-    squared = [squared_residual(rows, plan, form, weighting) for form in forms]
+    squared = [squared_residual(rows, form, decomposer) for form in forms]
     if not all(math.isfinite(value) for value in squared):
         raise InputError(
             f"{shard.path}: tensor {tensor.name!r}: values are too large for float32",
@@ -106,28 +93,12 @@ def _errors(
     return [value * scaling for value in squared]
 
 
-def squared_residual(
-    rows: torch.Tensor, plan: Plan, matrix: Matrix, weighting: Weighting | None = None
-) -> float:
-    """||W - quantize(W)||^2, or with a ``weighting`` ||.||_H^2, of float32 ``rows`` (some, in) of
+def squared_residual(rows: torch.Tensor, matrix: Matrix, decomposer: Decomposer) -> float:
+    """||W - quantize(W)||^2, or with statistics ||.||_H^2, of float32 ``rows`` (some, in) of
     ``matrix``, at its width and with its method, quantized and stored as the conversion would."""
-    recipe = plan.recipe
-    quantizer = make_quantizer(
-        matrix.method,
-        matrix.bits,
-        matrix.block_size,
-        cast(Scale, recipe.scale),
-        plan.layout.scale_dtype,
-        native=Variant.parse(recipe.kernels).native,
-    )
-    settings = Settings(
-        rank=1,
-        iters=0,
-        backbone_dtype=plan.layout.rounding(matrix),
-        scale_dtype=cast(ScaleDtype, recipe.scale_dtype),
-    )
-    sweep = make_sweep(rows, quantizer, settings)
+    sweep = decomposer.sweep(rows, matrix)
     squared = sweep.quantize(None, None).squared
+    weighting = decomposer.weighting(matrix)
     return squared if weighting is None else weighting.norm(sweep.residual) ** 2
 
 

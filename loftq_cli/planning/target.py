@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import replace
 from fractions import Fraction
 
 from loftq_cli.errors import UsageError
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.machine.observer import Observer
+from loftq_cli.numerics.quantizers import methods
 from loftq_cli.planning.allocation import Choice, allocate
-from loftq_cli.planning.choices import resolve_method
 from loftq_cli.planning.estimate import estimate
+from loftq_cli.planning.make import in_width, with_widths
 from loftq_cli.planning.plan import Plan
-from loftq_cli.planning.widths import candidates
 
 
 def check(plan: Plan) -> None:
@@ -59,7 +58,7 @@ def settle(plan: Plan, observer: Observer) -> Plan:
             f"--target-bpw {plan.recipe.target_bpw} is more than the widest codes take: all "
             f"matrices get {max(widths.values())} bits"
         )
-        return plan.with_widths(widths)
+        return with_widths(plan, widths)
     errors = estimate(plan, forms, observer)
     groups = [
         [Choice(cost - costs[name][0], error) for cost, error in zip(costs[name], errors[name])]
@@ -69,7 +68,7 @@ def settle(plan: Plan, observer: Observer) -> Plan:
     widths = {name: forms[name][number].bits for name, number in zip(forms, chosen, strict=True)}
     counts = sorted(Counter(widths.values()).items())
     listed = ", ".join(f"{count} matrices at {bits} bits" for bits, count in counts)
-    settled = plan.with_widths(widths)
+    settled = with_widths(plan, widths)
     observer.note(f"settled: {listed}; {settled.bits_per_weight:.4f} stored bits per weight")
     return settled
 
@@ -78,10 +77,7 @@ def _forms(plan: Plan) -> dict[str, list[Matrix]]:
     """Each unsettled matrix in all its widths, ascending; in the plan's order."""
     recipe = plan.recipe
     return {
-        name: [
-            replace(item.matrix, bits=bits, method=resolve_method(recipe, bits))
-            for bits in candidates(recipe.method)
-        ]
+        name: [in_width(item.matrix, recipe, bits) for bits in methods.widths(recipe.method)]
         for name, item in plan.matrices.items()
         if name in plan.unsettled
     }

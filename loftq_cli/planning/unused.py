@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from loftq_cli.layouts import registry
+from loftq_cli.numerics.quantizers import methods
 from loftq_cli.settings.recipe import Options, Recipe
 
 
@@ -9,9 +11,11 @@ def unused_notes(options: Options, recipe: Recipe) -> list[str]:
     """A line for each setting of ``options`` that is not the default and has no effect on what the
     resolved ``recipe`` gives."""
     found = []
-    if recipe.layout != "dense" and options.dense_dtype not in (None, "source"):
+    concerned = registry.layout_class(recipe.layout).settings
+    if "dense_dtype" not in concerned and options.dense_dtype not in (None, "source"):
         found.append(("dense_dtype", f"the layout is {recipe.layout}"))
-    if recipe.method == "uniform-tensor" and options.block_size is not None:
+    one_scale = recipe.method != methods.AUTO and methods.method(recipe.method).one_scale
+    if one_scale and options.block_size is not None:
         found.append(("block_size", f"{recipe.method} has one scale for a whole matrix"))
     if recipe.iters == 0:
         for name, default in (("order", "quantize-first"), ("svd", "fast"), ("stats", None)):

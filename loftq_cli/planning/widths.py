@@ -14,7 +14,7 @@ from fractions import Fraction
 from loftq_cli.errors import UsageError
 from loftq_cli.planning.selection import block_of
 from loftq_cli.settings import maps
-from loftq_cli.settings.recipe import BITS, MAX_FITTED_BITS, MIXED, Settings
+from loftq_cli.settings.recipe import MIXED, Settings
 
 
 def assign_widths(
@@ -44,11 +44,6 @@ def assign_ranks(settings: Settings, names: Sequence[str]) -> dict[str, int]:
     :func:`assign_widths`."""
     mapped = maps.apply("--rank-map", settings.rank_map, names)
     return {name: mapped.get(name, settings.rank) for name in names}
-
-
-def candidates(method: str) -> tuple[int, ...]:
-    """The widths that a target chooses from, ascending."""
-    return tuple(bits for bits in BITS if method != "fitted" or bits <= MAX_FITTED_BITS)
 
 
 def _settled(settings: Settings, names: Sequence[str]) -> dict[str, int | None]:

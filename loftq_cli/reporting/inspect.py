@@ -16,6 +16,7 @@ from loftq_cli.families.classes import AUTO_CLASSES, own_class
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.layouts.needs import needs
+from loftq_cli.layouts.registry import layout_class
 from loftq_cli.loading.intact import verified
 from loftq_cli.loading.trained_beside import trained_beside
 
@@ -61,7 +62,9 @@ def snippet(output: Output, place: str | None = None, revision: str | None = Non
     place = place or str(output.directory)
     at = "" if revision is None else f", revision={revision!r}"
     runs = ", trust_remote_code=True" if brings_code(output) else ""
-    registers = any(record["layout"] == "loftq" for record in output.records)
+    registers = any(
+        "loftq_cli" in layout_class(record["layout"]).imports for record in output.records
+    )
     return (
         ("import loftq_cli\n" if registers else "") + "from peft import PeftModel\n"
         f"from transformers import {auto_class(output)}\n\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -17,16 +17,13 @@ from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.stored import Stored, read
 from loftq_cli.errors import InputError, LoftqError, VerificationError
 from loftq_cli.families.kinds import turned
-from loftq_cli.kernels import native
-from loftq_cli.layouts import adapter, layout_of
-from loftq_cli.layouts.base import Matrix, matrix_of
-from loftq_cli.numerics.alternation import decompose
-from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.layouts import adapter
+from loftq_cli.layouts.base import matrix_of
+from loftq_cli.layouts.registry import layout_of, make_layout
 from loftq_cli.numerics.finite import computable
 from loftq_cli.numerics.metrics import squared_norm
-from loftq_cli.numerics.quantizers.methods import Scale, make_quantizer
-from loftq_cli.numerics.variant import Variant
-from loftq_cli.numerics.weighting import Weighting, make_weighting
+from loftq_cli.planning.decomposer import Decomposer
+from loftq_cli.settings.recipe import Recipe
 from loftq_cli.statistics.file import statistics_for
 from loftq_cli.statistics.statistics import Kind, Statistics
 
@@ -47,35 +44,6 @@ class Weighted(Norms):
     kind: Kind
 
 
-class _Weightings:
-    """The weightings of an output's matrices, one in memory at a time."""
-
-    def __init__(self, output: Output, statistics: Statistics) -> None:
-        """Raises InputError where others were converted with."""
-        stated = output.manifest["recipe"]["stats"]
-        if stated is not None and stated != statistics.sha256:
-            raise InputError(
-                f"{statistics.path}: of sha256 {statistics.sha256}, the conversion used statistics "
-                f"of {stated}",
-                hint="give the file that was converted with",
-            )
-        self._statistics = statistics
-        self._products = Variant.parse(output.manifest["recipe"]["kernels"]).products
-        self._last: tuple[str, Weighting] | None = None
-
-    def of(self, matrix: Matrix) -> tuple[Kind, Weighting] | None:
-        """(kind, weighting) of a matrix, None where there are no statistics of it."""
-        statistics, name = self._statistics, matrix.name
-        if name not in statistics.matrices:
-            return None
-        entry = statistics.matrices[name]
-        if self._last is None or self._last[0] != entry:
-            self._last = None
-            moments = statistics.moments(name, matrix.shape[1])
-            self._last = entry, make_weighting(moments, self._products)
-        return statistics.kind(name), self._last[1]
-
-
 def recompute(
     output: Output, model: str, stats: str | None = None, *, offline: bool = False
 ) -> dict[str, tuple[Norms, Weighted | None]]:
@@ -89,7 +57,7 @@ def recompute(
     converted = model in (stated["id"], stated.get("resolved_from")) and not is_path(model)
     revision = stated["revision"] if converted else None
     source = locate(model, revision=revision, offline=offline, say=lambda text: None)
-    weighting = None if stats is None else _Weightings(output, statistics_for(source, stats))
+    decomposer = _decomposer(output, None if stats is None else statistics_for(source, stats))
     for shard in source.shards:
         source.supply.ensure(shard.name)
     weights = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
@@ -115,8 +83,22 @@ def recompute(
         with TensorFile(path) as file:
             weight = computable(file.read(tensor), f"{model}: tensor {name!r}").float()
         weight = turned(weight, matrix.kind).contiguous()
-        norms[name] = _norms(output, record, weight, stored, weighting)
+        norms[name] = _norms(output, record, weight, stored, decomposer)
     return norms
+
+
+def _decomposer(output: Output, statistics: Statistics | None) -> Decomposer:
+    """What quantizes as the conversion did. Raises InputError if it used other statistics."""
+    stated = output.manifest["recipe"]["stats"]
+    if statistics is not None and stated is not None and stated != statistics.sha256:
+        raise InputError(
+            f"{statistics.path}: of sha256 {statistics.sha256}, the conversion used statistics "
+            f"of {stated}",
+            hint="give the file that was converted with",
+        )
+    recipe = output.manifest["recipe"]
+    layout = make_layout(recipe["layout"], recipe)
+    return Decomposer(Recipe.read(recipe), layout, torch.device("cpu"), statistics)
 
 
 def _norms(
@@ -124,10 +106,31 @@ def _norms(
     record: Mapping[str, Any],
     weight: torch.Tensor,
     stored: Stored,
-    weightings: _Weightings | None,
+    decomposer: Decomposer,
 ) -> tuple[Norms, Weighted | None]:
-    recipe = output.manifest["recipe"]
     matrix = matrix_of(record)
+    residual = _residual(output, record, weight, stored)
+    final = math.sqrt(squared_norm(residual))
+    try:
+        plain = decomposer.quantize(weight, matrix)
+    except LoftqError as error:  # the weights that were converted could be quantized
+        raise InputError(
+            f"tensor {matrix.name!r}: {error.message}",
+            hint="give the checkpoint that was converted",
+        ) from error
+    norms = Norms(plain.weight_norm, plain.quantized_norm, final)
+    kind, weighting = decomposer.kind(matrix), decomposer.weighting(matrix)
+    if kind is None or weighting is None or plain.weighted is None:
+        return norms, None
+    stated = plain.weighted
+    return norms, Weighted(stated.weight, stated.quantized, weighting.norm(residual), kind)
+
+
+def _residual(
+    output: Output, record: Mapping[str, Any], weight: torch.Tensor, stored: Stored
+) -> torch.Tensor:
+    """W - Q - B A of a matrix, as it is stored."""
+    recipe, matrix = output.manifest["recipe"], matrix_of(record)
     layout = layout_of(record, recipe)
     tensors = {spec.name: read(output.directory, stored, spec) for spec in layout.specs(matrix)}
     adapter_dtype = resolve(recipe["adapter_dtype"], matrix.dtype)
@@ -139,36 +142,7 @@ def _norms(
     alpha = recipe["lora_alpha"]
     scaling = 1.0 if alpha is None else alpha / record["rank"]
     residual = weight - layout.decode(matrix, tensors)
-    residual.addmm_(lora_B.float() * scaling, lora_A.float(), alpha=-1)
-    final = math.sqrt(squared_norm(residual))
-    quantizer = make_quantizer(
-        matrix.method,
-        matrix.bits,
-        matrix.block_size,
-        cast(Scale, recipe["scale"]),
-        layout.scale_dtype,
-        native=Variant.parse(recipe["kernels"]).native and native.available(),
-    )
-    settings = Settings(
-        rank=1,
-        iters=0,
-        backbone_dtype=layout.rounding(matrix),
-        scale_dtype=recipe.get("scale_dtype", "float32"),
-    )
-    found = None if weightings is None else weightings.of(matrix)
-    try:
-        plain = decompose(weight, quantizer, settings, found and found[1])
-    except LoftqError as error:  # the weights that were converted could be quantized
-        raise InputError(
-            f"tensor {matrix.name!r}: {error.message}",
-            hint="give the checkpoint that was converted",
-        ) from error
-    norms = Norms(plain.weight_norm, plain.quantized_norm, final)
-    if found is None or plain.weighted is None:
-        return norms, None
-    kind, weighting = found
-    stated = plain.weighted
-    return norms, Weighted(stated.weight, stated.quantized, weighting.norm(residual), kind)
+    return residual.addmm_(lora_B.float() * scaling, lora_A.float(), alpha=-1)
 
 
 def _stored_tensors(output: Output) -> Stored:

@@ -15,18 +15,23 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import LayoutError, UsageError
+from loftq_cli.layouts import registry
 from loftq_cli.machine.paths import expanded
+from loftq_cli.numerics.quantizers import methods
 from loftq_cli.settings import maps
 
-BITS = (2, 3, 4, 8)
+if TYPE_CHECKING:
+    from loftq_cli.numerics.decomposition import Keep, Order, Svd
+    from loftq_cli.numerics.quantizers.base import Scale
+    from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
+
+BITS = methods.WIDTHS
 MIXED = (2, 4)
 """The widths that a fraction between them mixes."""
 BLOCK_SIZES = (32, 64, 128, 256)
-METHODS = ("auto", "nf", "nf-symmetric", "fitted", "uniform", "uniform-block", "uniform-tensor")
-LAYOUTS = ("auto", "bnb", "gptq", "loftq", "dense")
 SCALES = ("mse", "absmax")
 SCALE_DTYPES = ("float32", "bfloat16", "int8")
 ORDERS = ("quantize-first", "svd-first")
@@ -36,14 +41,18 @@ KEEPS = ("best", "last")
 ADAPTER_DTYPES = ("source", "float32", "float16", "bfloat16")
 DENSE_DTYPES = ADAPTER_DTYPES
 MAX_RANK = 65_536
-MAX_FITTED_BITS = 4
 MAX_ITERS = 1_000
 
-REFERENCE_METHODS = ("uniform-block", "uniform-tensor")
-"""The uniform quantizers of the LoftQ authors' code."""
 
-FIXED_SCALE_METHODS = ("fitted", *REFERENCE_METHODS)
-"""Methods that define their own scale, so that ``--scale`` does not apply."""
+def method_choices() -> tuple[str, ...]:
+    """What ``method`` may be."""
+    return (methods.AUTO, *methods.names())
+
+
+def layout_choices() -> tuple[str, ...]:
+    """What ``layout`` may be."""
+    return (registry.AUTO, *registry.names())
+
 
 _DEFAULTS: dict[str, Any] = {
     "bits": 4,
@@ -69,6 +78,18 @@ _DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "target_bpw": None,
 }
+_BEFORE: dict[str, Any] = {
+    "momentum": False,
+    "feedback": False,
+    "include": (),
+    "exclude": (),
+    "bits_map": (),
+    "rank_map": (),
+    "widths": (),
+    "layout_fallback": None,
+}
+"""What a manifest without a setting meant, if that is not the default."""
+
 _PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
     "default": {},
     # What the LoftQ reference code does.
@@ -82,9 +103,7 @@ _PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "method": METHODS,
     "block_size": BLOCK_SIZES,
-    "layout": LAYOUTS,
     "scale": SCALES,
     "scale_dtype": SCALE_DTYPES,
     "order": ORDERS,
@@ -162,9 +181,12 @@ class Options:
         if "stats" in given:
             given["stats"] = _checked_path("stats", given["stats"])
         method = given.get("method", supplied["method"])
-        if method in FIXED_SCALE_METHODS and "scale" in given:
+        _check_choice("method", method, method_choices())
+        _check_choice("layout", given.get("layout", supplied["layout"]), layout_choices())
+        own = method != methods.AUTO and methods.method(method).own_scale
+        if own and "scale" in given:
             raise UsageError(f"--scale does not apply to --method {method}, which fixes its own")
-        if given.get("scale", supplied["scale"]) != "mse" or method in REFERENCE_METHODS:
+        if not methods.searches_scales(method, given.get("scale", supplied["scale"])):
             # Scales that are not fitted lose by momentum at 2 bits, and stand for what others do.
             supplied.update(momentum=False, feedback=False)
         del given["preset"]
@@ -177,10 +199,9 @@ class Options:
         _check_scale_dtype(settings)
         settings = replace(settings, bits=_checked_bits(settings.bits))
         asked = [settings.bits or 0, *_checked_map("bits_map", settings.bits_map)]
-        if method == "fitted" and max(asked) > MAX_FITTED_BITS:
+        if max(asked) > max(methods.widths(method)):
             raise UsageError(
-                f"--method fitted --bits {max(asked)}: levels are fitted up to "
-                f"{MAX_FITTED_BITS} bits",
+                f"--method {method} --bits {max(asked)}: {methods.method(method).limit}",
                 hint="use --method nf or uniform",
             )
         for rank in _checked_map("rank_map", settings.rank_map):
@@ -216,11 +237,11 @@ class Settings:
     iters: int
     block_size: int
     layout: str
-    scale: str
-    scale_dtype: str
-    order: str
-    svd: str
-    keep: str
+    scale: Scale
+    scale_dtype: ScaleDtype
+    order: Order
+    svd: Svd
+    keep: Keep
     momentum: bool
     feedback: bool
     include: tuple[str, ...]
@@ -237,6 +258,11 @@ class Settings:
     rank_map: tuple[str, ...]
     target_bpw: float | None
     widths: tuple[str, ...]
+
+    def recipe(self, **settled: Any) -> Recipe:
+        """The recipe of these settings, with what the checkpoint and the machine have decided in
+        their place."""
+        return Recipe(**{**vars(self), **settled})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +282,12 @@ class Recipe(Settings):
     kernels: str
     structure: str | None = None
 
+    @staticmethod
+    def read(held: Mapping[str, Any]) -> Recipe:
+        """The recipe that a manifest holds, which may be from before there were all settings."""
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in held.items()}
+        return Recipe(**{**_DEFAULTS, **_BEFORE, **values})
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, as the manifest holds it."""
         values = asdict(self)
@@ -268,7 +300,8 @@ class Recipe(Settings):
 
     def with_fallback(self) -> Recipe:
         """The recipe that layout auto continues with when a scale does not fit float16."""
-        return replace(self, layout="loftq", layout_fallback="float16-range")
+        held = registry.holding_everything().name
+        return replace(self, layout=held, layout_fallback="float16-range")
 
 
 def fingerprint(recipe: dict[str, Any], sources: list[tuple[str, int, str]]) -> str:
@@ -298,13 +331,17 @@ def _check_scale_dtype(settings: Settings) -> None:
     if settings.scale_dtype == "float32":
         return
     asked = f"--scale-dtype {settings.scale_dtype}"
-    if settings.layout not in ("auto", "loftq"):
+    able = [each.name for each in registry.every() if settings.scale_dtype in each.scale_dtypes]
+    if settings.layout not in (registry.AUTO, *able):
+        listed = " or ".join(able)
         raise LayoutError(
-            f"{asked}: layout {settings.layout} cannot hold such scales, only layout loftq can",
-            hint="use --layout loftq or auto",
+            f"{asked}: layout {settings.layout} cannot hold such scales, only layout {listed} can",
+            hint=f"use --layout {listed} or auto",
         )
-    if settings.method == "uniform-tensor":
-        raise UsageError(f"{asked} does not apply to --method uniform-tensor, which has one scale")
+    if settings.method != methods.AUTO and methods.method(settings.method).one_scale:
+        raise UsageError(
+            f"{asked} does not apply to --method {settings.method}, which has one scale"
+        )
 
 
 def _checked_bits(bits: Any) -> float | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from loftq_cli.numerics.alternation import decompose
-from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.lowrank import fastest_products
 from loftq_cli.numerics.quantizers.methods import make_quantizer
 from loftq_cli.numerics.weighting import make_weighting
@@ -76,7 +76,7 @@ def _converted(
                 damped = moments + ridge * moments.diagonal().mean() * torch.eye(len(moments))
                 weight = torch.linalg.solve(damped, (y.T @ x / len(y)) @ weight.T).T.contiguous()
             products = fastest_products(weight.device)
-            settings = Settings(
+            settings = Procedure(
                 rank=16,
                 iters=5,
                 momentum=True,

@@ -9,7 +9,7 @@ import torch
 
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.alternation import decompose
-from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.quantizers.methods import make_quantizer
 from tests.benchmarks.tools import table
 from tests.support.synthetic import llm_like
@@ -45,7 +45,7 @@ def _residuals(
     weight: torch.Tensor, bits: int, rank: int, scale: Any, svd: Any, products: torch.dtype
 ) -> list[float]:
     quantizer = make_quantizer("nf", bits, 64, scale)
-    settings = Settings(
+    settings = Procedure(
         rank=rank,
         iters=_ITERS,
         svd=svd,

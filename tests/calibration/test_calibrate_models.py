@@ -17,7 +17,7 @@ from loftq_cli.calibration.text_input import limits
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import InputError, UnsupportedInputError, UsageError
 from loftq_cli.machine.observer import Observer
-from loftq_cli.planning.plan import anatomy_of
+from loftq_cli.planning.make import anatomy_of
 from loftq_cli.planning.selection import select
 from tests.support import models
 from tests.support.calibrated import LENGTH, TEXT, measured

@@ -23,7 +23,6 @@ __all__ = ["cache", "server"]
 # What the client itself does where it sends files without hf_xet, and PEFT's question to it.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
 ]
 
 REPO = "me/small"

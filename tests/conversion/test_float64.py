@@ -20,8 +20,6 @@ from tests.support.calibrated import LENGTH
 from tests.support.checkpoints import LLAMA
 from tests.support.contents import FAST, manifest, stored
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 LAYOUTS = [("bnb", 4, "nf"), ("gptq", 4, "uniform"), ("loftq", 2, "nf"), ("dense", 2, "nf")]
 

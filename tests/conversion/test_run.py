@@ -13,12 +13,12 @@ import torch
 
 import loftq_cli
 from loftq_cli.checkpoint.reader import ShardReader
-from loftq_cli.conversion import engine
 from loftq_cli.conversion import run as runs
 from loftq_cli.errors import EnvironmentFailure, InputError
 from loftq_cli.layouts import adapter
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
+from loftq_cli.planning import decomposer
 from loftq_cli.settings.file import save
 from tests.support import checkpoints
 from tests.support.bench import KEY, OUT, SECOND_SHARD, Bench, Recorder
@@ -112,7 +112,7 @@ def test_running_out_of_memory_names_the_tensor(
     def decompose(*arguments: Any) -> None:
         allocate()
 
-    monkeypatch.setattr(engine, "decompose", decompose)
+    monkeypatch.setattr(decomposer, "decompose", decompose)
     with pytest.raises(EnvironmentFailure, match=r"q_proj.*out of memory|k_proj.*out of memory"):
         bench.convert()
     assert not bench.output.exists()
@@ -137,7 +137,7 @@ def test_other_errors_of_torch_stay_bugs(bench: Bench, monkeypatch: pytest.Monke
     def decompose(*arguments: Any) -> None:
         torch.ones(2) @ torch.ones(3)
 
-    monkeypatch.setattr(engine, "decompose", decompose)
+    monkeypatch.setattr(decomposer, "decompose", decompose)
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         bench.convert()
 

@@ -10,7 +10,7 @@ import pytest
 
 from loftq_cli.checkpoint.header import read_header
 from loftq_cli.errors import CorruptFileError, OutputConflictError, SourceChangedError
-from loftq_cli.planning import plan
+from loftq_cli.planning import make
 from tests.support import checkpoints
 from tests.support.bench import DOWN, FIRST_SHARD, KEY, OUT, QUERY, SECOND_SHARD, Bench, Recorder
 from tests.support.makers import flip_bit
@@ -288,7 +288,7 @@ def test_threads_that_nobody_chose_are_those_of_what_is_there(
         bench.convert(threads=3)
     else:
         bench.interrupt(QUERY, threads=3)
-    monkeypatch.setattr(plan, "count_cpus", lambda: 2)
+    monkeypatch.setattr(make, "count_cpus", lambda: 2)
     outcome = bench.convert(threads=None)
     assert outcome.manifest["recipe"]["threads"] == 3
     assert outcome.nothing_to_do == finished
@@ -308,6 +308,6 @@ def test_overwriting_a_complete_output_takes_the_threads_of_the_machine(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.convert(threads=3)
-    monkeypatch.setattr(plan, "count_cpus", lambda: 2)
+    monkeypatch.setattr(make, "count_cpus", lambda: 2)
     manifest = bench.convert(threads=None, overwrite=True).manifest
     assert manifest["recipe"]["threads"] == 2

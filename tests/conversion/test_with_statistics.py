@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import loftq_cli
 from loftq_cli.cli.commands import main
-from loftq_cli.conversion import engine
 from loftq_cli.errors import (
     InputError,
     MissingStatisticsError,
@@ -26,6 +25,7 @@ from loftq_cli.errors import (
     VerificationError,
 )
 from loftq_cli.numerics.alternation import decompose
+from loftq_cli.planning import decomposer
 from tests.support import checkpoints
 from tests.support.contents import manifest, product
 from tests.support.quantizing import gaussian
@@ -191,7 +191,7 @@ def test_statistics_that_change_while_they_are_used_are_refused_and_the_work_kep
         return original(*arguments)
 
     with monkeypatch.context() as patches:
-        patches.setattr(engine, "decompose", meddling)
+        patches.setattr(decomposer, "decompose", meddling)
         said = r"stats: the statistics changed: \d+ bytes, mtime 20.*Z at first, .*mtime 1970-01-01"
         with pytest.raises(SourceChangedError, match=said):
             loftq_cli.convert(source, output=tmp_path / "out", stats=path, **SETTINGS)

@@ -23,8 +23,6 @@ from loftq_cli.settings.recipe import Options
 from tests.whole.interop.architectures import FAMILIES, IMAGES, make
 from tests.whole.interop.published import CASES, save
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -15,8 +15,6 @@ import loftq_cli
 from loftq_cli.errors import UnsupportedInputError
 from tests.support import models
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -12,21 +12,26 @@ from hypothesis import strategies as st
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.checkpoint.reader import TORCH_DTYPES
 from loftq_cli.checkpoint.writer import spec_of
-from loftq_cli.layouts import make_layout
-from loftq_cli.layouts.base import Matrix, Surroundings
+from loftq_cli.layouts import registry
+from loftq_cli.layouts.base import Layout, Matrix, Surroundings
 from loftq_cli.numerics.quantizers.scale_storage import round_scales
 from tests.support.makers import PROPERTY
 from tests.support.stored import drawn, matrices
 
-LAYOUTS = ("bnb", "gptq", "loftq", "dense")
+LAYOUTS = registry.names()
 STORAGES = [(name, "float32") for name in LAYOUTS] + [("loftq", "bfloat16"), ("loftq", "int8")]
+
+
+def made(name: str, scale_dtype: str = "float32", dense_dtype: str = "source") -> Layout:
+    recipe = {"scale_dtype": scale_dtype, "dense_dtype": dense_dtype}
+    return registry.make_layout(name, recipe)
 
 
 @pytest.mark.parametrize(("name", "scales"), STORAGES)
 @PROPERTY
 @given(data=st.data())
 def test_decoding_what_was_encoded_is_the_quantized_matrix(name, scales, data):
-    layout = make_layout(name, scale_dtype=scales)
+    layout = made(name, scale_dtype=scales)
     matrix = data.draw(matrices(name))
     assert layout.cannot_hold(matrix) is None
     quantized = drawn(matrix, layout.scale_dtype, seed=data.draw(st.integers(0, 99)))
@@ -47,7 +52,7 @@ def test_decoding_what_was_encoded_is_the_quantized_matrix(name, scales, data):
 @pytest.mark.parametrize("source", ["F32", "F16", "BF16"])
 def test_only_dense_rounds_the_matrix_itself(name, dense_dtype, source):
     matrix = Matrix("m.weight", (64, 64), source, "nf", 4, 64)
-    rounding = make_layout(name, dense_dtype).rounding(matrix)
+    rounding = made(name, dense_dtype=dense_dtype).rounding(matrix)
     if name != "dense":
         assert rounding is None
     elif dense_dtype == "source":
@@ -66,7 +71,7 @@ BNB_STATE = '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape":
 def test_scales_in_fewer_bits_count_as_such():
     matrix = Matrix("m.weight", (64, 128), "F32", "uniform", 2, 64)
     stored = {
-        scales: bits_per_weight(make_layout("loftq", scale_dtype=scales).specs(matrix), matrix)
+        scales: bits_per_weight(made("loftq", scale_dtype=scales).specs(matrix), matrix)
         for scales in ("float32", "bfloat16", "int8")
     }
     zeros = 2 / 64
@@ -94,7 +99,7 @@ def test_scales_in_fewer_bits_count_as_such():
 )
 def test_everything_stored_counts_towards_bits_per_weight(name, method, bits, block_size, nbytes):
     matrix = Matrix("m.weight", (64, 128), "F32", method, bits, block_size)
-    specs = make_layout(name).specs(matrix)
+    specs = made(name).specs(matrix)
     assert bits_per_weight(specs, matrix) == nbytes * 8 / (64 * 128)
 
 
@@ -118,12 +123,12 @@ def test_everything_stored_counts_towards_bits_per_weight(name, method, bits, bl
 )
 def test_what_a_layout_cannot_hold(name, matrix, reason):
     shape, method, bits, block_size = matrix
-    layout = make_layout(name)
+    layout = made(name)
     found = layout.cannot_hold(Matrix("m.weight", shape, "F32", method, bits, block_size))
     assert found is not None
     assert reason in found
     for other in ("loftq", "dense"):
-        assert make_layout(other).cannot_hold(Matrix("m", shape, "F32", method, bits, 64)) is None
+        assert made(other).cannot_hold(Matrix("m", shape, "F32", method, bits, 64)) is None
 
 
 @pytest.mark.parametrize(
@@ -136,10 +141,10 @@ def test_what_a_layout_cannot_hold(name, matrix, reason):
 )
 def test_gptq_needs_one_stack_of_blocks(stacks, reason):
     surroundings = Surroundings({}, [], stacks)
-    found = make_layout("gptq").cannot_describe(surroundings)
+    found = made("gptq").cannot_describe(surroundings)
     assert found is None if reason is None else reason in found
     for other in ("bnb", "loftq", "dense"):
-        assert make_layout(other).cannot_describe(surroundings) is None
+        assert made(other).cannot_describe(surroundings) is None
 
 
 def test_a_matrix_knows_its_module():

@@ -16,8 +16,6 @@ import transformers
 import loftq_cli
 from tests.support import models
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 ROOT = Path(__file__).parents[2]
 TOKENS = torch.arange(12).view(2, 6) + 3
 

@@ -15,11 +15,6 @@ import loftq_cli
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
 
-pytestmark = [
-    # peft asks transformers under a name that transformers is giving up.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
-]
-
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 TOKENS = torch.arange(24).view(2, 12) + 3
 LABELS = torch.tensor([0, 2])

@@ -16,8 +16,6 @@ import loftq_cli
 from tests.support import ranks
 
 # peft asks transformers under a name that transformers is giving up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 ROOT = Path(__file__).parents[2]
 SETTINGS: list[dict[str, Any]] = [
     {"method": "nf"},

@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loftq_cli.layouts.base import Matrix
-from loftq_cli.layouts.loftq import PackedLayout, decoding, stored_block_size
+from loftq_cli.layouts.loftq import PackedLayout, stored_block_size
 from loftq_cli.loading.embedding import PackedEmbedding
 from loftq_cli.loading.packed_weight import PackedFormat
+from loftq_cli.numerics.quantizers import methods
 from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 from tests.support import plain_layouts as plain
 from tests.support.stored import drawn
@@ -35,7 +36,7 @@ def embedding(
 ) -> tuple[PackedEmbedding, torch.Tensor]:
     """(a module filled from stored tensors of drawn codes, the table that they mean)."""
     matrix = Matrix("m.weight", shape, "F32", method, bits, block_size, "embedding")
-    packing = PackedFormat(bits, stored_block_size(matrix), decoding(method), scales)
+    packing = PackedFormat(bits, stored_block_size(matrix), methods.method(method).decoding, scales)
     stored = PackedLayout(scales).encode(matrix, drawn(matrix))
     module = PackedEmbedding(*shape, packing, dtype, **settings)
     state = {name.removeprefix("m."): tensor for name, tensor in stored.items()}

@@ -17,8 +17,6 @@ from loftq_cli.loading.warned import DetachedAdapter, UnsavedEmbeddings
 from tests.whole.interop.architectures import FAMILIES, make
 
 # peft asks transformers under a name that transformers is giving up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 TOKENS = torch.arange(12).view(2, 6) + 3
 SECOND = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": "gaussian"}
 

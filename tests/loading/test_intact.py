@@ -14,8 +14,6 @@ from loftq_cli.errors import InputError, VerificationError
 from tests.support.makers import flip_bit, shorten
 
 # peft asks transformers under a name that transformers is giving up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 ADAPTER = "loftq_init/adapter_model.safetensors"
 
 

@@ -8,9 +8,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from loftq_cli.layouts.base import Matrix
-from loftq_cli.layouts.loftq import PackedLayout, decoding, stored_block_size
+from loftq_cli.layouts.loftq import PackedLayout, stored_block_size
 from loftq_cli.loading.linear import PackedLinear
 from loftq_cli.loading.packed_weight import PackedFormat
+from loftq_cli.numerics.quantizers import methods
 from loftq_cli.numerics.quantizers.methods import make_quantizer
 from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 from tests.support.quantizing import prepared
@@ -55,7 +56,7 @@ def packed_linear(
     matrix = Matrix("m.weight", shape, "F32", method, bits, block_size)
     layout = PackedLayout(scales)
     stored = layout.encode(matrix, quantizer.assemble(fitted.codes, fitted.parameters))
-    packing = PackedFormat(bits, stored_block_size(matrix), decoding(method), scales)
+    packing = PackedFormat(bits, stored_block_size(matrix), methods.method(method).decoding, scales)
     module = PackedLinear(shape[1], shape[0], packing, bias=bias)
     state = {name.removeprefix("m."): tensor for name, tensor in stored.items()}
     if bias:

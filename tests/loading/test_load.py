@@ -29,8 +29,6 @@ from loftq_cli.settings.recipe import Options
 from tests.support import models
 
 # peft asks transformers under a name that transformers is giving up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 ROOT = Path(__file__).parents[2]
 ADAPTER = "loftq_init/adapter_model.safetensors"
 

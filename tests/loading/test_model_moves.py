@@ -13,8 +13,6 @@ import loftq_cli
 from loftq_cli.loading.packed_weight import PackedWeight
 
 # peft asks transformers under a name that transformers is giving up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 TOKENS = torch.arange(24).view(2, 12) + 3
 SETTINGS: list[dict[str, Any]] = [
     {"method": "nf"},

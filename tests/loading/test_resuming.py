@@ -11,11 +11,6 @@ import transformers
 
 import loftq_cli
 
-pytestmark = [
-    # peft asks transformers under a name that transformers is giving up.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
-]
-
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = [
     {"input_ids": row, "labels": row} for row in torch.randint(3, 90, (8, 12), generator=GENERATOR)

@@ -18,8 +18,6 @@ import loftq_cli
 from loftq_cli.errors import UsageError
 
 # peft asks transformers under a name that transformers is giving up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 ROOT = Path(__file__).parents[2]
 TOKENS = torch.arange(12).view(2, 6) + 3
 SECOND = {"r": 4, "target_modules": ["q_proj", "up_proj"]}

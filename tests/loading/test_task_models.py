@@ -19,8 +19,6 @@ from loftq_cli.errors import InputError, UnsupportedInputError
 from loftq_cli.families.names import key_mapping, places
 
 # peft asks transformers under a name that transformers is giving up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 ROOT = Path(__file__).parents[2]
 SMALL = {

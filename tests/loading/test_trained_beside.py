@@ -29,8 +29,6 @@ from loftq_cli.merging.merge import merge
 from tests.support import models
 
 # peft asks transformers under a name that transformers is giving up.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 CAUSAL = transformers.AutoModelForCausalLM
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 TOKENS = torch.arange(12).view(2, 6) + 3

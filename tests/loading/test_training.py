@@ -15,8 +15,6 @@ from loftq_cli.loading.linear import PackedLinear
 from tests.loading.test_linear import packed_linear
 
 pytestmark = [
-    # peft asks transformers under a name that transformers is giving up.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     # The name that every transformers 5 knows.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),

@@ -25,8 +25,6 @@ from tests.support import checkpoints, models
 from tests.support import plain_layouts as plain
 from tests.support.contents import FAST, manifest, product, stored
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "bert": "BertModel",

@@ -17,7 +17,6 @@ from tests.support.contents import FAST
 from tests.support.training import begun, load, logits
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     # Adapters of one's own leave quantized layers without theirs.
     pytest.mark.filterwarnings("ignore::loftq_cli.loading.warned.DetachedAdapter"),
 ]

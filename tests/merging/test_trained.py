@@ -24,7 +24,6 @@ from tests.support.contents import FAST, stored
 from tests.support.training import STEADY, begun, continued, load, logits, train
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     # Adapters of one's own leave quantized layers without theirs.
     pytest.mark.filterwarnings("ignore::loftq_cli.loading.warned.DetachedAdapter"),
     # The adapter that a conversion makes holds no head; training adds it.

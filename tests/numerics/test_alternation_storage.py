@@ -9,7 +9,7 @@ import torch
 
 from loftq_cli.errors import InputError, ScaleRangeError
 from loftq_cli.numerics.alternation import decompose
-from loftq_cli.numerics.decomposition import Decomposition, Settings
+from loftq_cli.numerics.decomposition import Decomposition, Procedure
 from loftq_cli.numerics.quantizers.methods import make_quantizer
 from tests.support.quantizing import METHODS, effective, fit, gaussian, recomputed
 from tests.support.synthetic import llm_like
@@ -26,8 +26,8 @@ NF2 = make_quantizer("nf", 2, 64, "mse")
 @pytest.mark.parametrize("scaling", [0.25, 2.0, 0.3, 5.0])
 def test_scaling_is_folded_out_of_b(svd, scaling):
     weight = llm_like(96, 128)
-    plain = decompose(weight, NF2, Settings(rank=8, iters=1, svd=svd))
-    folded = decompose(weight, NF2, Settings(rank=8, iters=1, svd=svd, scaling=scaling))
+    plain = decompose(weight, NF2, Procedure(rank=8, iters=1, svd=svd))
+    folded = decompose(weight, NF2, Procedure(rank=8, iters=1, svd=svd, scaling=scaling))
     assert folded.scaling == scaling
     assert torch.equal(folded.quantized.codes, plain.quantized.codes)
     torch.testing.assert_close(folded.lora_A, plain.lora_A)
@@ -38,8 +38,8 @@ def test_scaling_is_folded_out_of_b(svd, scaling):
 @pytest.mark.parametrize("scaling", [0.25, 0.3])
 def test_scaling_changes_nothing_in_later_steps(scaling):
     weight = llm_like(96, 128)
-    plain = decompose(weight, NF2, Settings(rank=8, iters=4))
-    folded = decompose(weight, NF2, Settings(rank=8, iters=4, scaling=scaling))
+    plain = decompose(weight, NF2, Procedure(rank=8, iters=4))
+    folded = decompose(weight, NF2, Procedure(rank=8, iters=4, scaling=scaling))
     assert folded.residuals == pytest.approx(plain.residuals, rel=1e-4)
     assert folded.final == pytest.approx(recomputed(folded, weight), rel=1e-5)
 
@@ -52,7 +52,7 @@ def test_scaling_changes_nothing_in_later_steps(scaling):
 @pytest.mark.parametrize("scaling", [1.0, 0.25])
 def test_residuals_are_of_the_rounded_adapter(dtype, order, scaling):
     weight = rank_deficient_plus_noise()
-    settings = Settings(rank=32, iters=3, order=order, adapter_dtype=dtype, scaling=scaling)
+    settings = Procedure(rank=32, iters=3, order=order, adapter_dtype=dtype, scaling=scaling)
     d = decompose(weight, NF2, settings)
     assert d.lora_A.dtype == d.lora_B.dtype == dtype
     assert d.final == d.residuals[d.step - 1] == min(d.residuals)
@@ -62,7 +62,7 @@ def test_residuals_are_of_the_rounded_adapter(dtype, order, scaling):
 def test_rounding_the_adapter_shows_in_the_residual():
     weight = gaussian(16, 128)
     finals = [
-        decompose(weight, NF2, Settings(rank=16, iters=1, adapter_dtype=dtype)).final
+        decompose(weight, NF2, Procedure(rank=16, iters=1, adapter_dtype=dtype)).final
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
     ]
     assert finals[0] < 0.1 * finals[1] < 0.5 * finals[2]
@@ -73,7 +73,7 @@ def test_rounding_the_adapter_shows_in_the_residual():
 @pytest.mark.parametrize("iters", [0, 3])
 def test_residuals_are_of_the_rounded_backbone(method, dtype, iters):
     weight = llm_like(96, 128)
-    settings = Settings(rank=8, iters=iters, backbone_dtype=dtype)
+    settings = Procedure(rank=8, iters=iters, backbone_dtype=dtype)
     d = decompose(weight, make_quantizer(method, 4, 64, "mse"), settings)
     backbone = d.backbone()
     assert backbone.dtype == torch.float32
@@ -87,7 +87,7 @@ def test_residuals_are_of_the_rounded_backbone(method, dtype, iters):
 def test_float16_scales_are_stored_and_measured():
     weight = llm_like(96, 128)
     quantizer = make_quantizer("uniform", 2, 64, "mse", torch.float16)
-    d = decompose(weight, quantizer, Settings(rank=8, iters=3))
+    d = decompose(weight, quantizer, Procedure(rank=8, iters=3))
     assert d.quantized.scales.dtype == torch.float16
     assert d.final == pytest.approx(recomputed(d, weight), rel=1e-5)
 
@@ -112,7 +112,7 @@ def test_the_same_input_gives_the_same_bytes(request, method, svd, order, thread
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(threads)
     weight = llm_like(96, 128)
-    settings = Settings(rank=8, iters=3, svd=svd, order=order, seed=3, name="layer.0")
+    settings = Procedure(rank=8, iters=3, svd=svd, order=order, seed=3, name="layer.0")
     quantizer = make_quantizer(method, 2, 64, "mse")
     first = decompose(weight, quantizer, settings)
     torch.manual_seed(1)  # the global generator must not matter
@@ -128,14 +128,14 @@ def test_the_weight_is_left_alone(method, svd, iters):
     weight = llm_like(64, 100)
     before = weight.clone()
     for order in ("quantize-first", "svd-first"):
-        settings = Settings(rank=8, iters=iters, svd=svd, order=order)
+        settings = Procedure(rank=8, iters=iters, svd=svd, order=order)
         decompose(weight, make_quantizer(method, 2, 64, "absmax"), settings)
     assert torch.equal(weight, before)
 
 
 def test_a_transposed_view_decomposes_like_its_copy():
     view = llm_like(128, 96).T
-    settings = Settings(rank=8, iters=2)
+    settings = Procedure(rank=8, iters=2)
     first, second = decompose(view, NF2, settings), decompose(view.contiguous(), NF2, settings)
     assert torch.equal(first.quantized.codes, second.quantized.codes)
     assert first.residuals == pytest.approx(second.residuals, rel=1e-5)
@@ -148,7 +148,7 @@ def test_permuting_rows_permutes_the_result(method, svd, scale):
     weight = llm_like(96, 128)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     quantizer = make_quantizer(method, 2, 64, scale)
-    settings = Settings(rank=8, iters=1, svd=svd)
+    settings = Procedure(rank=8, iters=1, svd=svd)
     plain, permuted = (decompose(w, quantizer, settings) for w in (weight, weight[order]))
     assert torch.equal(permuted.quantized.codes, plain.quantized.codes[order])
     assert torch.equal(permuted.backbone(), plain.backbone()[order])
@@ -161,7 +161,7 @@ def test_permuting_rows_permutes_the_result(method, svd, scale):
 def test_permuting_rows_permutes_the_result_of_several_steps(svd):
     weight = llm_like(96, 128)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
-    settings = Settings(rank=8, iters=4, svd=svd)
+    settings = Procedure(rank=8, iters=4, svd=svd)
     plain, permuted = (decompose(w, NF2, settings) for w in (weight, weight[order]))
     assert permuted.residuals == pytest.approx(plain.residuals, rel=3e-3)
     same = (permuted.quantized.codes == plain.quantized.codes[order]).float().mean()
@@ -176,7 +176,7 @@ def test_permuting_rows_permutes_the_result_of_several_steps(svd):
 @pytest.mark.parametrize("order", ["quantize-first", "svd-first"])
 def test_values_too_large_for_float32_products_are_refused(method, svd, order):
     weight = gaussian(48, 64).clamp(-3, 3) * 1e38
-    settings = Settings(rank=4, iters=2, svd=svd, order=order)
+    settings = Procedure(rank=4, iters=2, svd=svd, order=order)
     with pytest.raises(InputError, match="too large for float32"):
         decompose(weight, make_quantizer(method, 2, 64, "mse"), settings)
 
@@ -184,7 +184,7 @@ def test_values_too_large_for_float32_products_are_refused(method, svd, order):
 @every_svd
 @pytest.mark.parametrize(("factor", "scaling"), [(1e12, 1.0), (1.0, 1e-6)])
 def test_an_adapter_that_float16_cannot_hold_is_refused(svd, factor, scaling):
-    settings = Settings(rank=4, iters=1, svd=svd, adapter_dtype=torch.float16, scaling=scaling)
+    settings = Procedure(rank=4, iters=1, svd=svd, adapter_dtype=torch.float16, scaling=scaling)
     with pytest.raises(InputError, match="adapter is too large for float16"):
         decompose(gaussian(48, 64) * factor, NF2, settings)
 
@@ -192,7 +192,7 @@ def test_an_adapter_that_float16_cannot_hold_is_refused(svd, factor, scaling):
 @every_svd
 @pytest.mark.parametrize("iters", [0, 1])
 def test_a_backbone_that_float16_cannot_hold_is_refused(svd, iters):
-    settings = Settings(rank=4, iters=iters, svd=svd, backbone_dtype=torch.float16)
+    settings = Procedure(rank=4, iters=iters, svd=svd, backbone_dtype=torch.float16)
     with pytest.raises(InputError, match="quantized matrix is too large for float16"):
         decompose(gaussian(48, 64) * 1e6, NF2, settings)
 
@@ -201,7 +201,7 @@ def test_a_backbone_that_float16_cannot_hold_is_refused(svd, iters):
 def test_scales_that_float16_cannot_hold_are_refused(factor):
     quantizer = make_quantizer("uniform", 2, 64, "mse", torch.float16)
     with pytest.raises(ScaleRangeError):
-        decompose(gaussian(48, 64) * factor, quantizer, Settings(rank=4, iters=1))
+        decompose(gaussian(48, 64) * factor, quantizer, Procedure(rank=4, iters=1))
 
 
 @every_method
@@ -209,7 +209,7 @@ def test_scales_that_float16_cannot_hold_are_refused(factor):
 @pytest.mark.parametrize("factor", [1e-40, 1e-30, 1e-15, 1e15, 1e30])
 def test_magnitude_does_not_change_how_well_it_goes(method, svd, factor):
     weight = llm_like(48, 64) * 50
-    settings = Settings(rank=4, iters=2, svd=svd)
+    settings = Procedure(rank=4, iters=2, svd=svd)
     quantizer = make_quantizer(method, 2, 64, "mse")
     scaled = weight * factor
     plain, extreme = decompose(weight, quantizer, settings), decompose(scaled, quantizer, settings)
@@ -224,7 +224,7 @@ def test_magnitude_does_not_change_how_well_it_goes(method, svd, factor):
 def test_weights_of_a_few_subnormal_steps_decompose(method, svd):
     weight = llm_like(48, 64) * 1e-42
     quantizer = make_quantizer(method, 2, 64, "mse")
-    d = decompose(weight, quantizer, Settings(rank=4, iters=2, svd=svd))
+    d = decompose(weight, quantizer, Procedure(rank=4, iters=2, svd=svd))
     assert 0 < d.weight_norm == pytest.approx(float(weight.double().norm()), rel=1e-6)
     assert d.final == pytest.approx(recomputed(d, weight), abs=1e-43)
     assert d.final <= d.quantized_norm < d.weight_norm
@@ -233,7 +233,7 @@ def test_weights_of_a_few_subnormal_steps_decompose(method, svd):
 def test_float16_maxima_decompose():
     weight = torch.where(gaussian(48, 64) > 0, 65504.0, -65504.0)
     weight[0] = gaussian(64)
-    settings = Settings(rank=4, iters=3, adapter_dtype=torch.float16)
+    settings = Procedure(rank=4, iters=3, adapter_dtype=torch.float16)
     d = decompose(weight, make_quantizer("nf", 4, 64, "mse"), settings)
     assert bool(torch.isfinite(effective(d)).all())
     assert d.final == pytest.approx(recomputed(d, weight), rel=1e-4, abs=1e-3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loftq_cli.numerics.alternation import decompose
-from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.quantizers.methods import make_quantizer
 from tests.support import textbook
 from tests.support.quantizing import effective, gaussian
@@ -55,8 +55,8 @@ every_weight = pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS.k
 every_quantizer = pytest.mark.parametrize("quantizers", QUANTIZERS.values(), ids=QUANTIZERS.keys())
 
 
-def as_published(rank: int, iters: int) -> Settings:
-    return Settings(rank=rank, iters=iters, svd="exact", keep="last")
+def as_published(rank: int, iters: int) -> Procedure:
+    return Procedure(rank=rank, iters=iters, svd="exact", keep="last")
 
 
 @every_weight
@@ -89,7 +89,7 @@ def test_five_steps_are_the_textbooks_but_for_rounding(name, quantizers):
 @pytest.mark.parametrize("bits", [2, 4])
 def test_svd_first_begins_with_the_low_rank_part_of_the_weight(weight, bits):
     ours, theirs = QUANTIZERS[f"nf{bits}"]
-    settings = Settings(rank=16, iters=3, svd="exact", keep="last", order="svd-first")
+    settings = Procedure(rank=16, iters=3, svd="exact", keep="last", order="svd-first")
     d = decompose(weight, ours, settings)
     iterates = textbook.loftq(weight, theirs, 16, 3, svd_first=True)
     assert d.residuals == pytest.approx([it.residual for it in iterates], rel=0.005)
@@ -117,7 +117,7 @@ def test_momentum_is_the_textbooks_with_a_push(order, quantizers):
 @pytest.mark.parametrize("iters", [2, 5, 20])
 def test_momentum_leaves_less_at_any_number_of_steps(weight, order, method, bits, iters):
     quantizer = make_quantizer(method, bits, BLOCK_SIZE, "mse")
-    plain = Settings(rank=16, iters=iters, order=order)
+    plain = Procedure(rank=16, iters=iters, order=order)
     without = decompose(weight, quantizer, plain)
     pushed = decompose(weight, quantizer, replace(plain, momentum=True))
     assert pushed.residuals[0] == without.residuals[0]
@@ -126,7 +126,7 @@ def test_momentum_leaves_less_at_any_number_of_steps(weight, order, method, bits
 
 @cache
 def ten_steps(svd: Any, bits: int, rank: int, products=torch.float32) -> list[float]:
-    settings = Settings(rank=rank, iters=10, svd=svd, keep="last", products=products)
+    settings = Procedure(rank=rank, iters=10, svd=svd, keep="last", products=products)
     return decompose(llm_like(512, 512), QUANTIZERS[f"nf{bits}"][0], settings).residuals
 
 
@@ -146,5 +146,5 @@ def test_fast_svd_stays_close_to_the_exact_one_at_every_step(bits, rank, product
 def test_searched_scales_and_the_best_iterate_beat_the_published_algorithm(rank):
     weight = llm_like(384, 384)
     published = textbook.loftq(weight, QUANTIZERS["nf2"][1], rank, 5)[-1].residual
-    ours = decompose(weight, make_quantizer("nf", 2, 64, "mse"), Settings(rank=rank, iters=5))
+    ours = decompose(weight, make_quantizer("nf", 2, 64, "mse"), Procedure(rank=rank, iters=5))
     assert ours.final < 0.85 * published

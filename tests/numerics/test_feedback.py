@@ -11,9 +11,10 @@ import torch
 from loftq_cli.errors import InputError
 from loftq_cli.numerics import alternation
 from loftq_cli.numerics.alternation import decompose, make_sweep
-from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.feedback import make_feedback, requantize
-from loftq_cli.numerics.quantizers.methods import Parameters, Quantized, make_quantizer
+from loftq_cli.numerics.quantizers.blocks import Parameters, Quantized
+from loftq_cli.numerics.quantizers.methods import make_quantizer
 from loftq_cli.numerics.sweep import Product
 from loftq_cli.numerics.weighting import make_weighting
 from tests.numerics.test_weighting import moments, norm
@@ -53,7 +54,7 @@ def test_it_is_gptq_with_what_the_adapter_leaves_of_the_moments(method, bits):
     weight, H = llm_like(OUT, IN), moments("full", IN)
     left, right = gaussian(OUT, RANK, seed=1) / 50, gaussian(RANK, IN, seed=2) / 50
     quantizer = make_quantizer(method, bits, 32, "fixed" if "uniform-" in method else "mse")
-    sweep = make_sweep(weight, quantizer, Settings(rank=RANK, iters=1))
+    sweep = make_sweep(weight, quantizer, Procedure(rank=RANK, iters=1))
     product = Product(left, right)
     given = sweep.quantize(None, product).quantized
     weighting = make_weighting(H.clone(), torch.float32)
@@ -106,7 +107,7 @@ def test_the_last_step_leaves_less_and_says_what(method, search, order, products
     weight, H = llm_like(256, 192).bfloat16(), moments("full", 192)
     scale = "fixed" if "uniform-" in method else search
     quantizer = quantizer_of(method, 2, 64, scale)
-    settings = Settings(rank=16, iters=4, order=order, products=products, momentum=True)
+    settings = Procedure(rank=16, iters=4, order=order, products=products, momentum=True)
     plain = decompose(weight, quantizer, settings, make_weighting(H.clone(), products))
     d = decompose(
         weight, quantizer, replace(settings, feedback=True), make_weighting(H.clone(), products)
@@ -128,7 +129,7 @@ def test_the_residual_is_of_what_is_stored(method):
     """Dense values and scales are rounded before errors are fed back."""
     weight, H = llm_like(96, 100), moments("full", 100)
     quantizer = make_quantizer(method, 3, 32, "mse")
-    stored = Settings(rank=8, iters=2, feedback=True, adapter_dtype=torch.bfloat16)
+    stored = Procedure(rank=8, iters=2, feedback=True, adapter_dtype=torch.bfloat16)
     for settings in (
         replace(stored, backbone_dtype=torch.bfloat16),
         replace(stored, scale_dtype="bfloat16"),
@@ -147,7 +148,7 @@ def test_one_step_knows_what_quantization_alone_leaves(order):
     weight, H = llm_like(64, 96), moments("full", 96)
     quantizer = make_quantizer("nf", 2, 64, "mse")
     weighting = make_weighting(H.clone(), torch.float32)
-    settings = Settings(rank=8, iters=1, order=order, feedback=True)
+    settings = Procedure(rank=8, iters=1, order=order, feedback=True)
     d = decompose(weight, quantizer, settings, weighting)
     alone = decompose(weight, quantizer, replace(settings, iters=0), weighting)
     assert d.weighted is not None
@@ -159,7 +160,7 @@ def test_one_step_knows_what_quantization_alone_leaves(order):
 def test_without_full_moments_or_steps_nothing_is_fed_back():
     weight = llm_like(64, 96)
     quantizer = make_quantizer("nf", 2, 64, "mse")
-    settings = Settings(rank=8, iters=3)
+    settings = Procedure(rank=8, iters=3)
     for weighting, iters in (
         (None, 3),
         (make_weighting(moments("diagonal", 96), torch.float32), 3),
@@ -176,7 +177,7 @@ def test_few_tokens_and_a_weight_of_zeros_do_no_harm():
     """Moments of rank three, an adapter that has more rows than the matrix has directions."""
     H = moments("full", 96, tokens=3)
     quantizer = make_quantizer("uniform", 2, 32, "mse")
-    settings = Settings(rank=24, iters=2, feedback=True)
+    settings = Procedure(rank=24, iters=2, feedback=True)
     for weight in (llm_like(64, 96), torch.zeros(64, 96), llm_like(64, 96) * 1e-30):
         d = decompose(weight, quantizer, settings, make_weighting(H.clone(), torch.float32))
         assert torch.isfinite(effective(d)).all()
@@ -187,7 +188,7 @@ def test_moments_that_are_none_are_an_error():
     H = torch.eye(96) - 0.5  # 47 below zero along one direction
     H = H + 0.5 * torch.eye(96)
     quantizer = make_quantizer("nf", 2, 64, "mse")
-    settings = Settings(rank=8, iters=1, feedback=True)
+    settings = Procedure(rank=8, iters=1, feedback=True)
     with pytest.raises(InputError, match="not positive semidefinite") as caught:
         decompose(llm_like(64, 96), quantizer, settings, make_weighting(H, torch.float32))
     assert "measure them again" in caught.value.hint
@@ -207,7 +208,7 @@ def dominated(width: int, times: float, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("times", [0, 100, 1000])
 def test_it_is_not_kept_where_it_leaves_more(keep, method, bits, iters, times):
     quantizer = make_quantizer(method, bits, 64, "mse")
-    settings = Settings(rank=8, iters=iters, momentum=True, keep=keep)
+    settings = Procedure(rank=8, iters=iters, momentum=True, keep=keep)
     better = 0
     for seed in range(0, 12, 3):
         weight, H = gaussian(64, 128, seed=seed) / 50, dominated(128, times, seed)
@@ -227,7 +228,7 @@ def test_a_value_too_large_for_its_dtype_is_found_in_the_residual(monkeypatch):
     """Columns after the overflow would be quantized to no code at all."""
     weight, H = llm_like(8, 64) * 1e4, moments("full", 64)
     quantizer = make_quantizer("uniform-block", 3, 64, "fixed")
-    sweep = make_sweep(weight, quantizer, Settings(rank=2, iters=1))
+    sweep = make_sweep(weight, quantizer, Procedure(rank=2, iters=1))
     product = Product(torch.zeros(8, 2), gaussian(2, 64))
     given = sweep.quantize(None, product).quantized
     weighting = make_weighting(H, torch.float32)
@@ -237,7 +238,7 @@ def test_a_value_too_large_for_its_dtype_is_found_in_the_residual(monkeypatch):
     assert not math.isfinite(squared)
     assert quantized.codes.max() < 8
     # And then the step stays what it was.
-    settings = Settings(rank=2, iters=1, backbone_dtype=torch.float16)
+    settings = Procedure(rank=2, iters=1, backbone_dtype=torch.float16)
     plain = decompose(weight, quantizer, settings, weighting)
     monkeypatch.setattr(alternation, "requantize", lambda *_: (quantized, math.inf))
     d = decompose(weight, quantizer, replace(settings, feedback=True), weighting)

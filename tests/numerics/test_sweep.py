@@ -10,7 +10,7 @@ import torch
 
 from loftq_cli.errors import ScaleRangeError
 from loftq_cli.numerics.alternation import make_sweep
-from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.quantizers.blocks import Parameters
 from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep
@@ -27,7 +27,7 @@ every_method = pytest.mark.parametrize("method", ["nf", "uniform"])
 
 
 def sweep_of(weight: torch.Tensor, method: str, scale: str, bits: int = 2, **settings) -> Sweep:
-    chosen = Settings(rank=1, iters=1, **settings)
+    chosen = Procedure(rank=1, iters=1, **settings)
     return make_sweep(weight, quantizer_of(method, bits, 32, scale), chosen)
 
 
@@ -149,7 +149,7 @@ def test_without_narrow_products_nothing_is_held_twice(scale):
 def test_float16_scales_are_rounded_before_the_codes_are_chosen(scale, bits):
     weight = llm_like(40, 96) * torch.logspace(-2, 6, 40)[:, None]
     quantizer = quantizer_of("uniform", bits, 32, scale, torch.float16)
-    sweep = make_sweep(weight, quantizer, Settings(rank=1, iters=1))
+    sweep = make_sweep(weight, quantizer, Procedure(rank=1, iters=1))
     quantized = sweep.quantize(None, None).quantized
     assert quantized.scales.dtype == torch.float16
     assert torch.equal(sweep.residual, weight - quantized.decode())
@@ -163,7 +163,7 @@ def test_float16_scales_are_rounded_before_the_codes_are_chosen(scale, bits):
 @pytest.mark.parametrize("factor", [1e8, 1e-8])
 def test_scales_outside_float16_are_refused(scale, factor):
     quantizer = quantizer_of("uniform", 2, 32, scale, torch.float16)
-    sweep = make_sweep(gaussian(8, 64) * factor, quantizer, Settings(rank=1, iters=1))
+    sweep = make_sweep(gaussian(8, 64) * factor, quantizer, Procedure(rank=1, iters=1))
     with pytest.raises(ScaleRangeError):
         sweep.quantize(None, None)
 

@@ -9,7 +9,7 @@ import torch
 
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.alternation import decompose
-from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.quantizers.methods import make_quantizer
 from loftq_cli.numerics.weighting import make_weighting
 from tests.support.quantizing import effective, gaussian, recomputed
@@ -113,7 +113,7 @@ def test_the_first_fast_step_is_close_to_the_best_for_inputs_with_a_steep_spectr
 def test_the_alternation_minimises_and_reports_the_weighted_residual(kind, products, svd):
     weight, H = llm_like(256, 192), moments(kind, 192)
     quantizer = make_quantizer("nf", 2, 64, "mse", native=False)
-    settings = Settings(rank=16, iters=4, svd=svd, products=products)
+    settings = Procedure(rank=16, iters=4, svd=svd, products=products)
     plain = decompose(weight, quantizer, settings)
     d = decompose(weight, quantizer, settings, make_weighting(H.clone(), products))
     assert plain.weighted is None
@@ -123,7 +123,7 @@ def test_the_alternation_minimises_and_reports_the_weighted_residual(kind, produ
     assert d.weighted.final == d.weighted.steps[d.step - 1] == min(d.weighted.steps)
     assert d.weighted.final == pytest.approx(final, rel=tolerance)
     assert d.weighted.weight == pytest.approx(norm(weight, H), rel=tolerance)
-    without = decompose(weight, quantizer, Settings(rank=16, iters=0))
+    without = decompose(weight, quantizer, Procedure(rank=16, iters=0))
     assert d.weighted.quantized == pytest.approx(
         norm(weight - without.backbone(), H), rel=tolerance
     )
@@ -138,7 +138,7 @@ def test_without_steps_the_weighted_residual_is_the_quantization_s(kind):
     weight, H = llm_like(96, 128), moments(kind, 128)
     quantizer = make_quantizer("uniform", 3, 64, "mse", native=False)
     d = decompose(
-        weight, quantizer, Settings(rank=8, iters=0), make_weighting(H.clone(), torch.float32)
+        weight, quantizer, Procedure(rank=8, iters=0), make_weighting(H.clone(), torch.float32)
     )
     assert d.weighted is not None
     assert d.weighted.steps == []
@@ -149,7 +149,7 @@ def test_without_steps_the_weighted_residual_is_the_quantization_s(kind):
 def test_moments_of_white_inputs_change_nothing_but_rounding():
     weight = llm_like(192, 128)
     quantizer = make_quantizer("nf", 2, 64, "mse", native=False)
-    settings = Settings(rank=16, iters=3)
+    settings = Procedure(rank=16, iters=3)
     plain = decompose(weight, quantizer, settings)
     for H in (torch.full((128,), 4.0), 4.0 * torch.eye(128)):
         d = decompose(weight, quantizer, settings, make_weighting(H, torch.float32))
@@ -175,7 +175,7 @@ def test_a_step_with_massive_inputs_states_what_it_leaves_in_bfloat16():
     inputs = (spread + mean * (1 + 0.1 * gaussian(400, 1, seed=3))).double()
     H = (inputs.T @ inputs / 400).float()
     weight = gaussian(96, 192) / 50
-    settings = Settings(rank=16, iters=5, products=torch.bfloat16)
+    settings = Procedure(rank=16, iters=5, products=torch.bfloat16)
     d = decompose(
         weight,
         make_quantizer("nf", 4, 64, "mse"),

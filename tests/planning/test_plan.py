@@ -11,7 +11,8 @@ import torch
 
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import CorruptFileError, EnvironmentFailure, LayoutError, UsageError
-from loftq_cli.planning.plan import Plan, make_plan
+from loftq_cli.planning.make import make_plan
+from loftq_cli.planning.plan import Plan
 from loftq_cli.settings.recipe import Options
 from tests.support import checkpoints
 from tests.support.checkpoints import BERT, LLAMA

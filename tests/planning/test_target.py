@@ -19,8 +19,9 @@ from loftq_cli.conversion.run import prepare
 from loftq_cli.errors import LayoutError, NonFiniteWeightError, OutputConflictError, UsageError
 from loftq_cli.machine.observer import Observer
 from loftq_cli.planning import estimate, target
+from loftq_cli.planning.decomposer import Decomposer
 from loftq_cli.planning.describe import describe
-from loftq_cli.planning.plan import make_plan
+from loftq_cli.planning.make import make_plan
 from loftq_cli.settings.recipe import Options
 from tests.support import checkpoints
 from tests.support.synthetic import llm_like
@@ -301,7 +302,8 @@ def test_rows_are_sampled_over_the_whole_matrix(tmp_path: Path) -> None:
     forms = target._forms(plan)
     (sampled,) = estimate.estimate(plan, forms, Observer()).values()
     rows = weight.to(torch.bfloat16).float()
-    whole = [estimate.squared_residual(rows, plan, form) for form in forms["h.0.weight"]]
+    decomposer = Decomposer(plan.recipe, plan.layout, plan.device)
+    whole = [estimate.squared_residual(rows, form, decomposer) for form in forms["h.0.weight"]]
     assert sampled == pytest.approx(whole, rel=0.05)
     assert sampled != whole
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import LayoutError, PatternError, UsageError
-from loftq_cli.planning.plan import Plan, make_plan
+from loftq_cli.planning.make import make_plan
+from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.widths import assign_ranks, assign_widths
 from loftq_cli.settings.recipe import Options
 from tests.support import checkpoints

@@ -14,8 +14,6 @@ from loftq_cli.settings.recipe import (
     BLOCK_SIZES,
     DENSE_DTYPES,
     KEEPS,
-    LAYOUTS,
-    METHODS,
     ORDERS,
     PRESETS,
     SCALE_DTYPES,
@@ -24,6 +22,8 @@ from loftq_cli.settings.recipe import (
     Options,
     Recipe,
     fingerprint,
+    layout_choices,
+    method_choices,
 )
 
 RECIPE = Recipe(
@@ -81,9 +81,9 @@ def test_the_defaults_are_those_documented():
     ("name", "choices"),
     [
         ("bits", BITS),
-        ("method", METHODS),
+        ("method", method_choices()),
         ("block_size", BLOCK_SIZES),
-        ("layout", LAYOUTS),
+        ("layout", layout_choices()),
         ("scale", SCALES),
         ("scale_dtype", SCALE_DTYPES),
         ("order", ORDERS),

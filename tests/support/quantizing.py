@@ -10,8 +10,10 @@ from hypothesis import settings
 
 from loftq_cli.kernels import native
 from loftq_cli.numerics.alternation import make_sweep
-from loftq_cli.numerics.decomposition import Decomposition, Settings
-from loftq_cli.numerics.quantizers.methods import Fitted, Parameters, Quantizer, make_quantizer
+from loftq_cli.numerics.decomposition import Decomposition, Procedure
+from loftq_cli.numerics.quantizers.base import Quantizer
+from loftq_cli.numerics.quantizers.blocks import Fitted, Parameters
+from loftq_cli.numerics.quantizers.methods import make_quantizer
 
 # No deadline: a test must not fail because the machine is busy. The same examples in every run.
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
@@ -50,7 +52,7 @@ def prepared(quantizer: Quantizer, weight: torch.Tensor, step: int | None = None
 
 def fit(quantizer: Quantizer, weight: torch.Tensor, start: Parameters | None = None) -> Fitted:
     """Quantize a whole matrix, by the compiled kernels where the quantizer may use them."""
-    sweep = make_sweep(weight, quantizer, Settings(rank=1, iters=0))
+    sweep = make_sweep(weight, quantizer, Procedure(rank=1, iters=0))
     quantized = sweep.quantize(start, None).quantized
     parameters = Parameters(quantized.scales, quantized.zeros)
     return Fitted(quantized.codes, parameters, quantized.decode())

@@ -171,9 +171,14 @@ def nearest(x: torch.Tensor, table: Table) -> torch.Tensor:
 
 
 @functools.cache
-def named_table(method: str, bits: int) -> Table:
-    """The table of a method name: nf, nf-symmetric or uniform-block."""
-    if method == "uniform-block":
-        return make_table(evenly_spaced(bits))
-    symmetric = method == "nf-symmetric"
-    return make_table(normal_float(bits, symmetric), as_bitsandbytes=bits == 4 and not symmetric)
+def normal_float_table(bits: int, symmetric: bool) -> Table:
+    """The table of :func:`normal_float`; at 4 bits and not symmetric, ties go as in
+    bitsandbytes."""
+    levels = normal_float(bits, symmetric)
+    return make_table(levels, as_bitsandbytes=bits == 4 and not symmetric)
+
+
+@functools.cache
+def evenly_spaced_table(bits: int) -> Table:
+    """The table of :func:`evenly_spaced`."""
+    return make_table(evenly_spaced(bits))

@@ -1,109 +1,190 @@
-"""Quantizers: a float32 matrix to N-bit codes with one scale (and zero point) per block.
+"""The methods of quantizing, by name: what each can do, and its quantizer.
 
-What is stored and what it decodes to:
-
-- ``CodebookQuantizer`` (nf, nf-symmetric, uniform-block): ``w = scale * levels[code]``, blocks of
-  ``block_size`` over the row-major flattened matrix, the last one short (bitsandbytes' order).
-- ``FittedQuantizer``: the same with levels of the matrix's own.
-- ``UniformQuantizer``: ``w = scale * (code - zero)``, groups of ``block_size`` along in_features,
-  the last one of each row short (GPTQ's order). The scale is rounded to its storage dtype before
-  the codes are chosen. The zero point is an integer in [1, 2**bits - 1]: GPTQ's format stores
-  ``zero - 1``, and consumers disagree about what a stored -1 means.
-- ``TensorUniformQuantizer``: one table of evenly spaced levels for the whole matrix.
-
-Scales are ``absmax`` (the reference: largest magnitude, for uniform the min-max range) or ``mse``:
-a coarse grid around absmax followed by least-squares steps, which keeps the storage and lowers the
-squared error. A fit can start from the scales of the previous alternation step instead of the grid.
-
-Everything works on row ranges whose elements are whole blocks (:func:`row_step`), so that a caller
-streams a matrix through in pieces that stay in cache.
+A method is one entry here, or is registered from outside with :func:`register`. Nothing is computed
+and torch is not imported before a quantizer is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import torch
+from loftq_cli.checkpoint import schema
+from loftq_cli.errors import UnsupportedInputError
 
-from loftq_cli.numerics.quantizers.blocks import Fit, Fitted, Parameters, Quantized, block_count
-from loftq_cli.numerics.quantizers.codebook import CodebookQuantizer
-from loftq_cli.numerics.quantizers.codebooks import named_table
-from loftq_cli.numerics.quantizers.fitted import FittedQuantizer
-from loftq_cli.numerics.quantizers.grid import Search
-from loftq_cli.numerics.quantizers.uniform import TensorUniformQuantizer, UniformQuantizer
+if TYPE_CHECKING:
+    import torch
 
-__all__ = [
-    "Fitted",
-    "Parameters",
-    "Quantized",
-    "Quantizer",
-    "Scale",
-    "block_count",
-    "make_quantizer",
-]
+    from loftq_cli.numerics.quantizers.base import Quantizer, Scale
 
-Scale = Literal["mse", "absmax", "fixed"]
+AUTO = "auto"
+"""The setting that leaves the choice to :func:`auto`."""
+
+WIDTHS = (2, 3, 4, 8)
+"""Bits of a code, ascending."""
 
 
-class Quantizer(Protocol):
-    """What the alternation needs of a quantizer."""
+@dataclass(frozen=True)
+class Wanted:
+    """What a quantizer is made for. ``scale``: "mse" fits scales to the least squared error,
+    "absmax" takes the largest magnitude, "fixed" is for methods that have a rule of their own.
+    ``scale_dtype``: what scales are rounded to as they are fitted, None for float32 (of methods
+    with zero points only). ``native``: the compiled kernels may search for scales."""
 
-    def row_step(self, columns: int) -> int:
-        """Row ranges handed to :meth:`fit` start at multiples of this."""
+    bits: int
+    block_size: int
+    scale: Scale
+    scale_dtype: torch.dtype | None = None
+    native: bool = False
 
-    def blocks_before(self, row: int, columns: int) -> int:
-        """Blocks that lie before ``row`` (a multiple of :meth:`row_step`, or the last row)."""
 
-    def prepare(
-        self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor], fit: Fit
-    ) -> Quantizer:
-        """The quantizer for one matrix in one alternation step, from that of the step before:
-        ``target`` gives float32 row ranges of what is to be quantized, ``pieces`` cover it, and
-        ``fit`` quantizes, as :meth:`fit` does or faster."""
+@dataclass(frozen=True)
+class Method:
+    """A way to quantize. ``make`` gives the quantizer.
 
-    def search(self) -> Search | None:
-        """What the compiled kernels need to do the same, or None where they are not to."""
+    ``decoding``: "codebook" (scale times level, blocks over the flattened matrix) or "affine"
+    (scale times code less zero point, blocks along each row). ``widths``: what it has codes of,
+    and ``limit`` why of no others. ``auto_widths``: where method auto takes it. ``own_scale``: it
+    defines its scales itself; ``searches``: it does so by searching for the least error.
+    ``one_scale``: the whole matrix has one, whatever the block size.
+    """
 
-    def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
-        """Quantize float32 (rows, in), beginning the search at ``start`` where scales are
-        searched for. Raises ScaleRangeError where a scale does not fit its storage dtype."""
+    name: str
+    make: Callable[[Wanted], Quantizer]
+    decoding: Literal["codebook", "affine"] = "codebook"
+    widths: tuple[int, ...] = WIDTHS
+    limit: str = ""
+    auto_widths: tuple[int, ...] = ()
+    own_scale: bool = False
+    searches: bool = False
+    one_scale: bool = False
 
-    def encode(self, rows: torch.Tensor, parameters: Parameters) -> Fitted:
-        """Quantize float32 contiguous (rows, in) at the given scales and zero points."""
 
-    def encode_at(
-        self, x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes uint8, values float32) of float32 ``x`` of any shape; ``scales`` and, where there
-        are any, ``zeros`` float32, an element's own or one that is broadcast."""
+_METHODS: dict[str, Method] = {}
 
-    def block_index(self, rows: slice, chosen: torch.Tensor, columns: int) -> torch.Tensor:
-        """int64 (count, rows): the numbers of the blocks that these ``rows`` of the ``chosen``
-        columns, int64 (count,), are in, of a matrix that has so many ``columns``."""
 
-    def assemble(self, codes: torch.Tensor, parameters: Parameters) -> Quantized:
-        """The whole matrix from its concatenated parts."""
+def register(method: Method) -> Method:
+    """Make ``method`` known under its name, in the place of one that has it already."""
+    _METHODS[method.name] = method
+    schema.allow("method", method.name)
+    return method
+
+
+def unregister(name: str) -> None:
+    """Forget the method ``name``."""
+    del _METHODS[name]
+    schema.disallow("method", name)
+
+
+def names() -> tuple[str, ...]:
+    """All methods, in the order in which they are listed."""
+    return tuple(_METHODS)
+
+
+def method(name: str) -> Method:
+    """The method ``name``. Raises UnsupportedInputError if there is none: a file names it."""
+    if name not in _METHODS:
+        raise UnsupportedInputError(
+            f"method {name!r} is not one of {', '.join(_METHODS)}",
+            hint="pip install --upgrade loftq-cli, or import what it comes from",
+        )
+    return _METHODS[name]
+
+
+def auto(bits: int) -> str:
+    """The method that "auto" means at that width."""
+    return next(found.name for found in _METHODS.values() if bits in found.auto_widths)
+
+
+def widths(name: str) -> tuple[int, ...]:
+    """The widths of a method, ascending; of "auto" all that there are."""
+    return WIDTHS if name == AUTO else method(name).widths
+
+
+def searches_scales(name: str, scale: str) -> bool:
+    """Whether scales are searched for, given the method, or "auto", and the setting ``scale`` or
+    what became of it."""
+    if name != AUTO and method(name).own_scale:
+        return method(name).searches
+    return scale == "mse"
 
 
 def make_quantizer(
-    method: str,
+    name: str,
     bits: int,
     block_size: int,
     scale: Scale,
-    scale_dtype: torch.dtype = torch.float32,
+    scale_dtype: torch.dtype | None = None,
     native: bool = False,
 ) -> Quantizer:
-    """The quantizer of a method name; ``scale_dtype`` concerns ``uniform`` only; ``native``:
-    the compiled kernels may search for mse scales."""
-    if method == "uniform-tensor":
-        return TensorUniformQuantizer(bits)
-    if method == "uniform-block":
-        return CodebookQuantizer(named_table(method, bits), bits, block_size, "spread")
-    if method == "fitted":
-        return FittedQuantizer(named_table("nf", bits), bits, block_size, "mse", native)
-    if scale == "fixed":
-        raise ValueError(f"method {method} needs a rule for its scales")
-    if method == "uniform":
-        return UniformQuantizer(bits, block_size, scale, scale_dtype, native)
-    return CodebookQuantizer(named_table(method, bits), bits, block_size, scale, native)
+    """The quantizer of the method ``name``; the others are those of :class:`Wanted`. Raises
+    ValueError if the method needs a rule for its scales and ``scale`` is "fixed"."""
+    found = method(name)
+    if scale == "fixed" and not found.own_scale:
+        raise ValueError(f"method {name} needs a rule for its scales")
+    return found.make(Wanted(bits, block_size, scale, scale_dtype, native))
+
+
+def _normal_float(wanted: Wanted, *, symmetric: bool = False) -> Quantizer:
+    from loftq_cli.numerics.quantizers.codebook import CodebookQuantizer
+    from loftq_cli.numerics.quantizers.codebooks import normal_float_table
+
+    assert wanted.scale != "fixed"
+    table = normal_float_table(wanted.bits, symmetric)
+    return CodebookQuantizer(table, wanted.bits, wanted.block_size, wanted.scale, wanted.native)
+
+
+def _symmetric(wanted: Wanted) -> Quantizer:
+    return _normal_float(wanted, symmetric=True)
+
+
+def _fitted(wanted: Wanted) -> Quantizer:
+    from loftq_cli.numerics.quantizers.codebooks import normal_float_table
+    from loftq_cli.numerics.quantizers.fitted import FittedQuantizer
+
+    table = normal_float_table(wanted.bits, False)
+    return FittedQuantizer(table, wanted.bits, wanted.block_size, "mse", wanted.native)
+
+
+def _uniform(wanted: Wanted) -> Quantizer:
+    import torch
+
+    from loftq_cli.numerics.quantizers.uniform import UniformQuantizer
+
+    assert wanted.scale != "fixed"
+    stored = wanted.scale_dtype or torch.float32
+    return UniformQuantizer(wanted.bits, wanted.block_size, wanted.scale, stored, wanted.native)
+
+
+def _uniform_block(wanted: Wanted) -> Quantizer:
+    from loftq_cli.numerics.quantizers.codebook import CodebookQuantizer
+    from loftq_cli.numerics.quantizers.codebooks import evenly_spaced_table
+
+    table = evenly_spaced_table(wanted.bits)
+    return CodebookQuantizer(table, wanted.bits, wanted.block_size, "spread")
+
+
+def _uniform_tensor(wanted: Wanted) -> Quantizer:
+    from loftq_cli.numerics.quantizers.uniform import TensorUniformQuantizer
+
+    return TensorUniformQuantizer(wanted.bits)
+
+
+_OURS = (
+    Method("nf", _normal_float, auto_widths=(4,)),
+    Method("nf-symmetric", _symmetric),
+    Method(
+        "fitted",
+        _fitted,
+        widths=(2, 3, 4),
+        limit="levels are fitted up to 4 bits",
+        own_scale=True,
+        searches=True,
+    ),
+    Method("uniform", _uniform, "affine", auto_widths=(2, 3, 8)),
+    # The uniform quantizers of the LoftQ authors' code.
+    Method("uniform-block", _uniform_block, own_scale=True),
+    Method("uniform-tensor", _uniform_tensor, own_scale=True, one_scale=True),
+)
+_METHODS.update({each.name: each for each in _OURS})

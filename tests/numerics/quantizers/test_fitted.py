@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loftq_cli.numerics.alternation import decompose
-from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.quantizers.methods import make_quantizer
 from tests.support.quantizing import (
     SEARCHES,
@@ -35,7 +35,7 @@ def lloyd_max(values: torch.Tensor, count: int) -> torch.Tensor:
 @pytest.mark.parametrize(("bits", "gain"), [(2, 0.05), (3, 0.03), (4, 0.01)])
 def test_fitted_levels_beat_normal_float(scale, bits, gain):
     weight = llm_like(256, 512)
-    settings = Settings(rank=16, iters=5)
+    settings = Procedure(rank=16, iters=5)
     plain, ours = (
         decompose(weight, quantizer_of(method, bits, 64, scale), settings)
         for method in ("nf", "fitted")
@@ -95,7 +95,7 @@ def test_degenerate_matrices_fall_back_to_normal_float(scale, weight):
 @every_search
 def test_levels_are_stored_in_ascending_order_with_magnitude_one(scale):
     weight = llm_like(64, 256)
-    d = decompose(weight, quantizer_of("fitted", 3, 64, scale), Settings(rank=4, iters=3))
+    d = decompose(weight, quantizer_of("fitted", 3, 64, scale), Procedure(rank=4, iters=3))
     levels = d.quantized.levels
     assert levels is not None
     assert bool((levels.diff() > 0).all())
@@ -103,7 +103,7 @@ def test_levels_are_stored_in_ascending_order_with_magnitude_one(scale):
 
 
 def test_the_same_bytes_again():
-    weight, settings = llm_like(64, 256), Settings(rank=4, iters=3)
+    weight, settings = llm_like(64, 256), Procedure(rank=4, iters=3)
     quantizer = make_quantizer("fitted", 2, 64, "fixed", native=True)
     first, second = (decompose(weight, quantizer, settings) for _ in range(2))
     assert torch.equal(first.quantized.codes, second.quantized.codes)

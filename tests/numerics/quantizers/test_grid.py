@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loftq_cli.kernels import native
 from loftq_cli.numerics.alternation import decompose
-from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.quantizers import codebook as codebook_quantizer
 from loftq_cli.numerics.quantizers import uniform as uniform_quantizer
 from loftq_cli.numerics.quantizers.grid import grid
@@ -138,7 +138,7 @@ def test_starting_beside_earlier_scales_ends_close_to_what_they_reached(method, 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_starting_beside_earlier_scales_is_better_than_at_them(method, bits, monkeypatch):
     weight = llm_like(256, 256)
-    settings = Settings(rank=16, iters=5)
+    settings = Procedure(rank=16, iters=5)
     quantizer = make_quantizer(method, bits, 64, "mse")
     beside = decompose(weight, quantizer, settings).final
 

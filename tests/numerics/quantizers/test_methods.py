@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from loftq_cli.errors import ScaleRangeError
-from loftq_cli.numerics.quantizers.methods import Parameters, block_count, make_quantizer
+from loftq_cli.numerics.quantizers.blocks import Parameters, block_count
+from loftq_cli.numerics.quantizers.methods import make_quantizer
 from tests.support import textbook
 from tests.support.quantizing import (
     METHODS,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loftq_cli.numerics.quantizers.methods import block_count, make_quantizer
+from loftq_cli.numerics.quantizers.blocks import block_count
+from loftq_cli.numerics.quantizers.methods import make_quantizer
 from tests.support import textbook
 from tests.support.quantizing import WIDTHS, best_possible, fit, gaussian
 from tests.support.synthetic import llm_like

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loftq_cli.layouts.base import Matrix, Surroundings
 from loftq_cli.layouts.loftq import PackedLayout
 from loftq_cli.numerics.alternation import decompose, make_sweep
-from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.scale_storage import pack_scales, round_scales, unpack_scales
 from tests.support.quantizing import PROPERTY, SEARCHES, quantizer_of, recomputed
@@ -71,7 +71,7 @@ def test_int8_is_within_half_a_step(values):
 @pytest.mark.parametrize("method", ["nf", "fitted", "uniform"])
 def test_codes_are_chosen_for_the_scales_as_stored(dtype, scale, method):
     weight = llm_like(96, 200)
-    settings = Settings(rank=8, iters=3, scale_dtype=dtype)
+    settings = Procedure(rank=8, iters=3, scale_dtype=dtype)
     d = decompose(weight, quantizer_of(method, 3, 32, scale), settings)
     scales = d.quantized.scales
     assert torch.equal(round_scales(scales, dtype), scales)
@@ -105,7 +105,7 @@ def test_at_two_bits_little_is_lost(dtype, loss, scale, method):
     weight = llm_like(256, 512)
     quantizer = quantizer_of(method, 2, 64, scale)
     plain, ours = (
-        make_sweep(weight, quantizer, Settings(rank=1, iters=0, scale_dtype=kind))
+        make_sweep(weight, quantizer, Procedure(rank=1, iters=0, scale_dtype=kind))
         .quantize(None, None)
         .squared
         for kind in ("float32", dtype)
@@ -121,7 +121,7 @@ def test_the_layout_stores_and_decodes_them(dtype, tags, bits):
     matrix = Matrix("m.weight", (64, 512), "F32", "nf", 2, 64)
     layout = PackedLayout(dtype)
     weight = llm_like(64, 512)
-    settings = Settings(rank=1, iters=0, scale_dtype=dtype)
+    settings = Procedure(rank=1, iters=0, scale_dtype=dtype)
     quantized = decompose(weight, quantizer_of("nf", 2, 64, "mse"), settings).quantized
     specs = {spec.name: spec for spec in layout.specs(matrix)}
     tensors = layout.encode(matrix, quantized)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from loftq_cli.errors import InputError
 from loftq_cli.numerics import sweep as sweeps
 from loftq_cli.numerics.alternation import decompose, make_sweep
-from loftq_cli.numerics.decomposition import Settings
+from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.quantizers.blocks import Parameters
 from loftq_cli.numerics.quantizers.methods import make_quantizer
@@ -108,7 +108,7 @@ def test_at_given_scales_the_kernels_choose_the_codes_of_the_tensor_operations(m
 @pytest.mark.parametrize("method", ["nf", "uniform"])
 def test_both_passes_leave_what_one_would(scale, dtype, shape, method):
     weight = llm_like(*shape)
-    settings = Settings(rank=1, iters=1, scale_dtype=dtype, products=torch.bfloat16)
+    settings = Procedure(rank=1, iters=1, scale_dtype=dtype, products=torch.bfloat16)
     sweep = make_sweep(weight, quantizer_of(method, 2, 32, scale), settings)
     first = sweep.quantize(None, None)
     before = sweep.residual.clone()
@@ -133,7 +133,7 @@ def test_both_passes_leave_what_one_would(scale, dtype, shape, method):
 @pytest.mark.parametrize("method", ["nf", "uniform"])
 def test_where_a_pass_is_cut_does_not_matter(monkeypatch, method, scale, dtype):
     weight = llm_like(48, 96)  # 3 blocks a row: a group of 64 is 21 rows and a block
-    settings = Settings(rank=1, iters=1, scale_dtype=dtype)
+    settings = Procedure(rank=1, iters=1, scale_dtype=dtype)
     found = []
     for elements in (1 << 19, 96, 500):
         monkeypatch.setattr(sweeps, "_CHUNK_ELEMENTS", elements)
@@ -147,7 +147,7 @@ def test_where_a_pass_is_cut_does_not_matter(monkeypatch, method, scale, dtype):
 @every_storage
 def test_the_authors_own_uniform_takes_scales_as_stored(dtype):
     weight = llm_like(40, 96)
-    settings = Settings(rank=4, iters=2, scale_dtype=dtype)
+    settings = Procedure(rank=4, iters=2, scale_dtype=dtype)
     d = decompose(weight, make_quantizer("uniform-block", 2, 64, "fixed"), settings)
     assert torch.equal(round_scales(d.quantized.scales, dtype), d.quantized.scales)
 
@@ -163,6 +163,6 @@ def test_a_scale_that_bfloat16_cannot_hold_is_an_error():
     weight = torch.full((4, 64), torch.finfo(torch.float32).max)
     quantizer = quantizer_of("nf", 4, 64, "absmax")
     with pytest.raises(InputError, match="the quantized matrix is too large"):
-        decompose(weight, quantizer, Settings(rank=1, iters=0, scale_dtype="bfloat16"))
-    held = decompose(weight, quantizer, Settings(rank=1, iters=0, scale_dtype="int8"))
+        decompose(weight, quantizer, Procedure(rank=1, iters=0, scale_dtype="bfloat16"))
+    held = decompose(weight, quantizer, Procedure(rank=1, iters=0, scale_dtype="int8"))
     assert held.final < 1e-3 * held.weight_norm

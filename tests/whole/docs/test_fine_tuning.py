@@ -25,8 +25,6 @@ COMMANDS = re.findall(r"^ {4}loftq (.*)$", DOCUMENT, flags=re.MULTILINE)
 WORDS = ("the", "cat", "dog", "sat", "ran", "on", "to", "a", "mat", "house")
 
 pytestmark = [
-    # peft asks transformers under a name that transformers is giving up.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     # The name that every transformers 5 knows.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),

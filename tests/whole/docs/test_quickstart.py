@@ -28,11 +28,6 @@ VARIES = re.compile(
 )
 NUMBER = re.compile(r"\d+\.\d+")
 
-pytestmark = [
-    # peft asks transformers under a name that transformers is giving up.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
-]
-
 
 def screens() -> list[tuple[str, str]]:
     """Every command that the page types, with what is shown below it."""

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.checkpoint.output import open_output
-from loftq_cli.layouts import layout_of
 from loftq_cli.layouts.base import matrix_of
+from loftq_cli.layouts.registry import layout_of
 from loftq_cli.reporting.inspect import auto_class
 from tests.support import models
 

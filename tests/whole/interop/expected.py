@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from loftq_cli.layouts import layout_of
 from loftq_cli.layouts.base import Matrix
+from loftq_cli.layouts.registry import layout_of
 from tests.whole.interop.cases import Case
 from tests.whole.interop.consumer import outputs
 

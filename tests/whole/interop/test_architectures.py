@@ -15,8 +15,6 @@ from loftq_cli.machine.observer import Observer
 from loftq_cli.settings.recipe import Options
 from tests.whole.interop.architectures import FAMILIES, check, the_plain_way
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 

@@ -23,7 +23,6 @@ from loftq_cli.planning.selection import select
 from tests.support import models, moe
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     # PEFT looks for its own entry of the fused parameter's rank among modules only.
     pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys.*gate_up_proj"),
 ]

@@ -23,7 +23,6 @@ from tests.whole.interop.further_families import FAMILIES, Family, inputs
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
 ]
 
 

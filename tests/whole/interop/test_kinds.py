@@ -27,8 +27,6 @@ from tests.whole.interop.architectures import (
     the_plain_way,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 
 @pytest.mark.parametrize("layout", ["loftq", "dense"])
 @pytest.mark.parametrize("method", ["nf", "uniform"])

@@ -19,7 +19,6 @@ from tests.whole.interop.odd_matrices import OddModel
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
 ]
 
 METHODS = ("nf", "nf-symmetric", "fitted", "uniform", "uniform-block", "uniform-tensor")

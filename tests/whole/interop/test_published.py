@@ -14,8 +14,6 @@ import loftq_cli
 from tests.whole.interop.architectures import QUICK, dense, model_class, outputs, the_plain_way
 from tests.whole.interop.published import CASES, save
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
-
 every_case = pytest.mark.parametrize("name", CASES)
 
 

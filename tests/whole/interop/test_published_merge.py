@@ -21,7 +21,6 @@ from tests.whole.interop.architectures import QUICK, model_class, outputs
 from tests.whole.interop.published import CASES, save
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning"),
     # Adapters of one's own leave quantized layers without theirs.
     pytest.mark.filterwarnings("ignore::loftq_cli.loading.warned.DetachedAdapter"),
     pytest.mark.filterwarnings("ignore::loftq_cli.loading.warned.UnsavedEmbeddings"),

@@ -1,0 +1,122 @@
+"""From a recipe to the numerics: the one way in which a matrix is quantized and decomposed.
+
+A conversion, an estimate, a report and ``loftq_cli.decompose`` all build quantizer, variant and
+weighting here, so that they mean the same by the same settings.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from loftq_cli.checkpoint.reader import TORCH_DTYPES
+from loftq_cli.kernels import native
+from loftq_cli.layouts.base import Layout, Matrix
+from loftq_cli.numerics.alternation import decompose, make_sweep
+from loftq_cli.numerics.decomposition import Decomposition, Procedure
+from loftq_cli.numerics.quantizers.base import Quantizer
+from loftq_cli.numerics.quantizers.methods import make_quantizer
+from loftq_cli.numerics.sweep import Sweep
+from loftq_cli.numerics.variant import Variant
+from loftq_cli.numerics.weighting import Weighting, make_weighting
+from loftq_cli.planning.plan import PlannedMatrix
+from loftq_cli.settings.recipe import Recipe
+from loftq_cli.statistics.statistics import Kind, Statistics
+
+
+class Decomposer:
+    """Decomposes matrices as ``recipe`` says and ``layout`` stores, on ``device``, with the second
+    moments that ``statistics`` hold. One entry of these is in memory at a time: matrices that share
+    their inputs should follow one another."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        layout: Layout,
+        device: torch.device,
+        statistics: Statistics | None = None,
+    ) -> None:
+        self._recipe = recipe
+        self._layout = layout
+        self._device = device
+        self._statistics = statistics
+        self._variant = Variant.parse(recipe.kernels)
+        self._last: tuple[str, Weighting] | None = None
+
+    def decompose(
+        self, weight: torch.Tensor, item: PlannedMatrix, weighting: Weighting | None = None
+    ) -> Decomposition:
+        """Q, A and B of ``weight`` (out, in), finite, on the device. ``weighting``: another than
+        the statistics' own.
+
+        Raises ScaleRangeError and InputError as :func:`loftq_cli.numerics.alternation.decompose`,
+        and what :meth:`weighting` raises.
+        """
+        recipe, matrix = self._recipe, item.matrix
+        procedure = Procedure(
+            rank=item.rank,
+            iters=recipe.iters,
+            order=recipe.order,
+            svd=recipe.svd,
+            keep=recipe.keep,
+            momentum=recipe.momentum,
+            feedback=recipe.feedback,
+            scaling=item.scaling,
+            products=self._variant.products,
+            adapter_dtype=TORCH_DTYPES[item.adapter_dtype],
+            backbone_dtype=self._layout.rounding(matrix),
+            scale_dtype=recipe.scale_dtype,
+            seed=recipe.seed,
+            name=matrix.name,
+        )
+        weighting = weighting or self.weighting(matrix)
+        return decompose(weight, self._quantizer(matrix), procedure, weighting)
+
+    def quantize(self, weight: torch.Tensor, matrix: Matrix) -> Decomposition:
+        """As :meth:`decompose`, quantization alone, with an adapter that is zero."""
+        return decompose(
+            weight, self._quantizer(matrix), self._alone(matrix), self.weighting(matrix)
+        )
+
+    def sweep(self, rows: torch.Tensor, matrix: Matrix) -> Sweep:
+        """For quantizing some float32 ``rows`` (some, in) of ``matrix`` alone."""
+        return make_sweep(rows, self._quantizer(matrix), self._alone(matrix))
+
+    def weighting(self, matrix: Matrix) -> Weighting | None:
+        """What the statistics make of errors of ``matrix``, None if they hold nothing for it.
+        Raises StatisticsError for another width than the matrix has or for bad values,
+        SourceChangedError, CorruptFileError, EnvironmentFailure."""
+        statistics, name = self._statistics, matrix.name
+        if statistics is None or name not in statistics.matrices:
+            return None
+        entry = statistics.matrices[name]
+        if self._last is None or self._last[0] != entry:
+            self._last = None  # before the next one is read
+            moments = statistics.moments(name, matrix.shape[1]).to(self._device)
+            statistics.check_unchanged()
+            self._last = entry, make_weighting(moments, self._variant.products)
+        return self._last[1]
+
+    def kind(self, matrix: Matrix) -> Kind | None:
+        """Which moments there are for ``matrix``: "diagonal" or "full"."""
+        statistics = self._statistics
+        if statistics is None or matrix.name not in statistics.matrices:
+            return None
+        return statistics.kind(matrix.name)
+
+    def _quantizer(self, matrix: Matrix) -> Quantizer:
+        return make_quantizer(
+            matrix.method,
+            matrix.bits,
+            matrix.block_size,
+            self._recipe.scale,
+            self._layout.scale_dtype,
+            native=self._variant.native and native.available(),
+        )
+
+    def _alone(self, matrix: Matrix) -> Procedure:
+        return Procedure(
+            rank=1,
+            iters=0,
+            backbone_dtype=self._layout.rounding(matrix),
+            scale_dtype=self._recipe.scale_dtype,
+        )

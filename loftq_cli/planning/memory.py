@@ -1,0 +1,35 @@
+"""How much memory a conversion takes at most, estimated from its plan."""
+
+from __future__ import annotations
+
+from loftq_cli.checkpoint.header import DTYPE_BITS
+from loftq_cli.numerics import feedback
+from loftq_cli.planning.plan import Plan, PlannedMatrix
+
+
+def memory_bytes(plan: Plan) -> int:
+    """Estimated peak in bytes for the largest matrix, above what importing torch takes: the
+    source's bytes, those of the next one too, W - Q in float32 and in the products' dtype, three
+    sets of codes, the thin factors, and with statistics the second moments, what the adapter leaves
+    of W - Q, and what feedback makes of full moments."""
+    return max(_working_set(item) for item in plan.matrices.values()) + _moments(plan)
+
+
+def _moments(plan: Plan) -> int:
+    if plan.statistics is None:
+        return 0
+    entries = plan.statistics.entries.values()
+    sides = ((e.in_features, e.in_features if e.kind == "full" else 1) for e in entries)
+    moments = max(rows * columns for rows, columns in sides) * 8
+    moments += max(item.matrix.elements for item in plan.matrices.values()) * 4
+    if plan.recipe.feedback and any(entry.kind == "full" for entry in entries):
+        shapes = (item.matrix.shape for item in plan.matrices.values())
+        moments += max(feedback.working_bytes(*shape, plan.device) for shape in shapes)
+    return moments
+
+
+def _working_set(item: PlannedMatrix) -> int:
+    rows, columns = item.matrix.shape
+    thin = (rows + columns) * 2 * max(item.rank, 16) * 4 * 4
+    source = DTYPE_BITS[item.matrix.dtype] // 8
+    return item.matrix.elements * (2 * source + 4 + 2 + 3) + thin
