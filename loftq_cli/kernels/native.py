@@ -78,7 +78,7 @@ def available() -> bool:
 def _build(compiler: str) -> Path:
     """Path of the shared library, from the cache or newly built. Raises OSError or
     SubprocessError."""
-    files = sorted(_SOURCES.iterdir())
+    files = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".c", ".h"))
     source = b"".join(path.read_bytes() for path in files)
     units = [str(path) for path in files if path.suffix == ".c"]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
