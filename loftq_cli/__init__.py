@@ -55,7 +55,7 @@ def decompose(
     NonFiniteWeightError for NaN or Inf.
     """
     from loftq_cli.conversion.single import decompose as run
-    from loftq_cli.settings.recipe import Options
+    from loftq_cli.settings.options import Options
 
     options = Options(
         bits=bits,

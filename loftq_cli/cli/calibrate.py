@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from loftq_cli.cli import console
-from loftq_cli.cli.guard import CONTEXT, ExpandedPath, choice, guarded, json_option
+from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded, json_option
 from loftq_cli.cli.narrator import Narrator
+from loftq_cli.cli.options import choice
 
 
 @click.command(context_settings=CONTEXT)

@@ -13,13 +13,13 @@ from loftq_cli.cli.guard import (
     CONTEXT,
     Commands,
     ExpandedPath,
-    choice,
     guarded,
     json_option,
     offline_option,
     revision_option,
 )
 from loftq_cli.cli.narrator import Narrator
+from loftq_cli.cli.options import choice
 from loftq_cli.cli.push import push
 from loftq_cli.version import VERSION
 

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from loftq_cli.cli import console
-from loftq_cli.cli.guard import CONTEXT, ExpandedPath, choice, guarded, json_option
+from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded, json_option
 from loftq_cli.cli.narrator import Narrator
-from loftq_cli.settings import recipe
+from loftq_cli.cli.options import choice, setting_options
+from loftq_cli.settings.table import PRESETS
 
 
 @click.command(context_settings=CONTEXT)
@@ -23,71 +24,10 @@ from loftq_cli.settings import recipe
     type=ExpandedPath(),
     help="Directory to write.",
 )
-@click.option(
-    "--bits",
-    type=float,
-    metavar="N",
-    help="Width of a code: 2, 3, 4 or 8, or a fraction between 2 and 4, which gives the first "
-    "layers 4 bits and the rest 2.  [default: 4]",
-)
-@click.option(
-    "--bits-map",
-    type=str,
-    metavar="PATTERN=BITS,...",
-    help="Widths of these tensors (globs over tensor names, later entries win).",
-)
-@click.option(
-    "--target-bpw",
-    type=float,
-    metavar="X",
-    help="Choose a width for every matrix, instead of --bits: the least residual at an average of "
-    "X stored bits per weight, scales included.",
-)
-@click.option(
-    "--method",
-    type=choice(*recipe.method_choices()),
-    help="Quantizer.  [default: auto, which is nf at 4 bits and uniform at 2, 3 and 8]",
-)
-@click.option("--rank", type=int, help="Rank of the adapter.  [default: 16]")
-@click.option(
-    "--rank-map",
-    type=str,
-    metavar="PATTERN=RANK,...",
-    help="Ranks of these tensors (globs over tensor names, later entries win).",
-)
-@click.option("--iters", type=int, help="Alternating steps; 0 is QLoRA's start.  [default: 5]")
-@click.option(
-    "--block-size", type=int, help="Weights per scale: 32, 64, 128 or 256.  [default: 64]"
-)
-@click.option(
-    "--layout",
-    type=choice(*recipe.layout_choices()),
-    help="How the backbone is stored.  [default: auto, which is what stock transformers loads "
-    "(bnb, gptq) where that holds every matrix, else loftq]",
-)
-@click.option(
-    "--scale",
-    type=choice(*recipe.SCALES),
-    help="Fit scales to the least squared error, or take the largest magnitude.  [default: mse]",
-)
-@click.option(
-    "--scale-dtype",
-    type=choice(*recipe.SCALE_DTYPES),
-    help="How layout loftq stores scales.  [default: float32]",
-)
-@click.option(
-    "--order",
-    type=choice(*recipe.ORDERS),
-    help="Start from the quantization or from the SVD of the weight.  [default: quantize-first]",
-)
-@click.option(
-    "--svd",
-    type=choice(*recipe.SVDS),
-    help="Warm-started subspace iteration, or a full SVD every step.  [default: fast]",
-)
+@setting_options("how")
 @click.option(
     "--preset",
-    type=choice(*recipe.PRESETS),
+    type=choice(*PRESETS),
     help="Defaults to start from; paper is what the LoftQ reference code does.  [default: default]",
 )
 @click.option(
@@ -104,37 +44,8 @@ from loftq_cli.settings import recipe
     metavar="FILE",
     help="Write all options as they were resolved to a TOML file.",
 )
-@click.option(
-    "--embeddings",
-    is_flag=True,
-    default=None,
-    help="Quantize word embeddings as well.",
-)
-@click.option(
-    "--include",
-    multiple=True,
-    metavar="PATTERN",
-    help="Quantize these tensors as well (glob over tensor names, repeatable).",
-)
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="PATTERN",
-    help="Pass these tensors through (glob over tensor names, repeatable).",
-)
-@click.option(
-    "--stats",
-    type=click.Path(),
-    metavar="FILE",
-    help="Activation statistics (`loftq calibrate`, or a llama.cpp imatrix): minimise the error of "
-    "each layer's output instead of its weights.",
-)
-@click.option(
-    "--feedback/--no-feedback",
-    default=None,
-    help="With full statistics, let the last step make up for the rounding error of each column in "
-    "those after it.  [default: yes, where scales are fitted]",
-)
+@setting_options("which")
+@setting_options("statistics")
 @click.option(
     "--calibrate-text",
     "texts",
@@ -149,24 +60,7 @@ from loftq_cli.settings import recipe
     type=choice("diagonal", "full"),
     help="What --calibrate-text measures.  [default: diagonal]",
 )
-@click.option(
-    "--lora-alpha",
-    type=float,
-    help="lora_alpha of the adapter; B is divided by the scaling.  [default: the rank]",
-)
-@click.option(
-    "--adapter-dtype",
-    type=choice(*recipe.ADAPTER_DTYPES),
-    help="dtype of A and B.  [default: source]",
-)
-@click.option(
-    "--dense-dtype",
-    type=choice(*recipe.DENSE_DTYPES),
-    help="dtype of the backbone in layout dense.  [default: source]",
-)
-@click.option("--device", type=str, help="auto, cpu, cuda or cuda:N.  [default: auto]")
-@click.option("-t", "--threads", type=int, help="CPU threads.  [default: all]")
-@click.option("--seed", type=int, help="Seed of every random draw.  [default: 0]")
+@setting_options("where")
 @click.option("--revision", type=str, help="Branch, tag or commit on the hub.")
 @click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
 @click.option(

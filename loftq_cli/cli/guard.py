@@ -158,7 +158,3 @@ revision_option = click.option(
 )
 offline_option = click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")
-
-
-def choice(*names: str) -> click.Choice[str]:
-    return click.Choice(names)

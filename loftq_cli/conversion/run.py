@@ -45,7 +45,8 @@ from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.remarks import source_remarks, statistics_note
 from loftq_cli.planning.unused import unused_notes
 from loftq_cli.settings import maps
-from loftq_cli.settings.recipe import Options, Settings
+from loftq_cli.settings.options import Options
+from loftq_cli.settings.table import Settings
 from loftq_cli.statistics.file import statistics_for
 
 _MARGIN = 4 << 20  # room for config, manifest and journal

@@ -14,7 +14,7 @@ from loftq_cli.planning.choices import resolve_method
 from loftq_cli.planning.decomposer import Decomposer
 from loftq_cli.planning.make import settled
 from loftq_cli.planning.plan import PlannedMatrix
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -26,7 +26,8 @@ from loftq_cli.loading.packed_weight import PackedWeight
 from loftq_cli.loading.replacement import packed
 from loftq_cli.loading.trained_beside import warn_of_attached
 from loftq_cli.loading.warned import DetachedAdapter
-from loftq_cli.settings.recipe import BITS, BLOCK_SIZES
+from loftq_cli.numerics.quantizers.methods import WIDTHS
+from loftq_cli.settings.table import BLOCK_SIZES
 
 QUANT_METHOD = "loftq"
 _DECODINGS = ("affine", "codebook")
@@ -177,7 +178,7 @@ def _checked(name: str, entry: Any) -> Mapping[str, Any]:
                 hint=_UPGRADE,
             )
     whole = (0,) if entry["decoding"] == "codebook" else ()
-    for key, allowed in (("bits", BITS), ("block_size", (*BLOCK_SIZES, *whole))):
+    for key, allowed in (("bits", WIDTHS), ("block_size", (*BLOCK_SIZES, *whole))):
         if not _is_integer(entry[key]) or entry[key] not in allowed:
             raise CorruptFileError(f"{where}: {key} {entry[key]!r} is not one of {allowed}")
     return entry

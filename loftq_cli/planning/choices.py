@@ -16,7 +16,7 @@ from loftq_cli.layouts.base import Layout, Matrix, Surroundings
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.quantizers import methods
 from loftq_cli.numerics.variant import Variant
-from loftq_cli.settings.recipe import Settings
+from loftq_cli.settings.table import Settings
 
 
 def resolve_method(settings: Settings, bits: int) -> str:

@@ -30,7 +30,8 @@ from loftq_cli.planning.choices import (
 from loftq_cli.planning.plan import Plan, PlannedMatrix, PlannedShard
 from loftq_cli.planning.selection import Selection, select, stacks
 from loftq_cli.planning.widths import assign_ranks, assign_widths
-from loftq_cli.settings.recipe import Recipe, Settings
+from loftq_cli.settings.recipe import Recipe
+from loftq_cli.settings.table import Settings
 from loftq_cli.statistics.statistics import Statistics
 
 
@@ -178,7 +179,8 @@ def settled(
     """The recipe of ``settings`` once layout, method ("auto" if matrices have several) and device
     are known; ``stats`` is the sha256 of the statistics, ``structure`` that of the anatomy."""
     own = method != methods.AUTO and methods.method(method).own_scale
-    return settings.recipe(
+    return Recipe.of(
+        settings,
         method=method,
         layout=layout,
         layout_fallback=None,

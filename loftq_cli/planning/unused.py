@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from loftq_cli.layouts import registry
 from loftq_cli.numerics.quantizers import methods
-from loftq_cli.settings.recipe import Options, Recipe
+from loftq_cli.settings.options import Options
+from loftq_cli.settings.recipe import Recipe
 
 
 def unused_notes(options: Options, recipe: Recipe) -> list[str]:
@@ -12,16 +13,16 @@ def unused_notes(options: Options, recipe: Recipe) -> list[str]:
     resolved ``recipe`` gives."""
     found = []
     concerned = registry.layout_class(recipe.layout).settings
-    if "dense_dtype" not in concerned and options.dense_dtype not in (None, "source"):
+    if "dense_dtype" not in concerned and options.given.get("dense_dtype", "source") != "source":
         found.append(("dense_dtype", f"the layout is {recipe.layout}"))
     one_scale = recipe.method != methods.AUTO and methods.method(recipe.method).one_scale
-    if one_scale and options.block_size is not None:
+    if one_scale and "block_size" in options.given:
         found.append(("block_size", f"{recipe.method} has one scale for a whole matrix"))
     if recipe.iters == 0:
         for name, default in (("order", "quantize-first"), ("svd", "fast"), ("stats", None)):
-            if getattr(options, name) not in (None, default):
+            if options.given.get(name, default) != default:
                 found.append((name, "with --iters 0 the adapter is zero"))
     return [
-        f"--{name.replace('_', '-')} {getattr(options, name)} changes nothing: {why}"
+        f"--{name.replace('_', '-')} {options.given[name]} changes nothing: {why}"
         for name, why in found
     ]

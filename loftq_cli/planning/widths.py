@@ -14,7 +14,7 @@ from fractions import Fraction
 from loftq_cli.errors import UsageError
 from loftq_cli.planning.selection import block_of
 from loftq_cli.settings import maps
-from loftq_cli.settings.recipe import MIXED, Settings
+from loftq_cli.settings.table import MIXED, Settings
 
 
 def assign_widths(

@@ -18,7 +18,8 @@ from loftq_cli.checkpoint.output import MANIFEST, MAX_MANIFEST_BYTES, read_manif
 from loftq_cli.errors import EnvironmentFailure, InputError, SourceNotFoundError, UsageError
 from loftq_cli.machine.durable import write_file
 from loftq_cli.machine.resources import check_permissions
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
+from loftq_cli.settings.recipe import settings_of
 
 _MAX_BYTES = 16 << 20
 
@@ -40,7 +41,7 @@ def options(
     a file that is not there or is no recipe.
     """
     if path is None:
-        return Options.from_settings(settings)
+        return Options(**settings)
     held = read(path)
     given = {name: value for name, value in settings.items() if value not in (None, (), [])}
     if measuring and _SHA256.fullmatch(str(held.get("stats"))):
@@ -54,7 +55,7 @@ def options(
         held.pop("widths", None)  # they may not be what the settings now lead to
     if given.keys() & set(_ALTERNATIVES):
         held = {name: value for name, value in held.items() if name not in _ALTERNATIVES}
-    return Options.from_settings({**held, **given})
+    return Options(**{**held, **given})
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -66,26 +67,10 @@ def read(path: Path) -> dict[str, Any]:
     refuse_pointer(path)
     held = _json(path) if path.suffix.lower() == ".json" else _toml(path)
     try:
-        Options.from_settings(held).resolve()
+        Options(**held).resolve()
     except UsageError as error:
         hint = error.hint if error.hint != UsageError.default_hint else _KEYS
         raise type(error)(f"{path}: {error.message}", hint=hint or _KEYS) from error
-    return held
-
-
-def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that lead to a manifest's ``recipe`` again."""
-    held = {
-        name: value
-        for name, value in recipe.items()
-        if name not in ("kernels", "layout_fallback", "structure") and value not in (None, [])
-    }
-    for name in ("momentum", "feedback"):
-        held.setdefault(name, False)  # a manifest from before there was any
-    if held.get("scale") == "fixed":
-        del held["scale"]
-    if recipe.get("layout_fallback") is not None:
-        held["layout"] = "auto"  # and it will fall back as it did
     return held
 
 

@@ -6,7 +6,6 @@ algorithm (of which the reference keeps the last step), the others keep the best
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from tests.benchmarks.tools import table
@@ -29,14 +28,18 @@ _CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 def main() -> None:
     from loftq_cli.conversion.single import decompose
-    from loftq_cli.settings.recipe import Options
+    from loftq_cli.settings.options import Options
 
     weight = llm_like(1024, 1024)
     rows = []
     for bits in (2, 3, 4):
         for method, name, settings in _CHOICES:
-            options = Options(bits=bits, method=method, rank=64, iters=max(_STEPS), **settings)
-            d, plain = decompose(weight, options), decompose(weight, replace(options, iters=0))
+            d, plain = (
+                decompose(
+                    weight, Options(bits=bits, method=method, rank=64, iters=iters, **settings)
+                )
+                for iters in (max(_STEPS), 0)
+            )
             residuals = [plain.final, *(d.residuals[step - 1] for step in _STEPS)]
             row = [f"{residual / d.weight_norm:.4f}" for residual in residuals]
             rows.append([str(bits), method, name, *row])

@@ -8,7 +8,7 @@ import torch
 from loftq_cli.checkpoint.dtypes import FLOATS, TAGS, computed, resolve
 from loftq_cli.checkpoint.header import DTYPE_BITS
 from loftq_cli.checkpoint.reader import TORCH_DTYPES
-from loftq_cli.settings.recipe import ADAPTER_DTYPES, DENSE_DTYPES
+from loftq_cli.settings.table import DTYPES
 
 
 @pytest.mark.parametrize("tag", FLOATS)
@@ -38,4 +38,4 @@ def test_only_float64_is_computed_in_another_dtype():
 
 
 def test_every_setting_has_a_tag():
-    assert {*ADAPTER_DTYPES, *DENSE_DTYPES} <= {"source", *TAGS}
+    assert {*DTYPES} <= {"source", *TAGS}

@@ -17,7 +17,7 @@ from loftq_cli.checkpoint.hub import repository as hub
 from loftq_cli.checkpoint.hub.repository import HubSnapshot
 from loftq_cli.cli.narrator import Narrator
 from loftq_cli.conversion.run import prepare, run
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 from tests.support import checkpoints
 from tests.support.commands import QUICK, Command, snapshot_of
 

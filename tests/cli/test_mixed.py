@@ -10,7 +10,7 @@ import pytest
 from loftq_cli.cli.commands import main
 from loftq_cli.conversion.run import prepare
 from loftq_cli.machine.observer import Observer
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 from tests.support.commands import QUICK, Command
 
 

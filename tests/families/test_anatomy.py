@@ -19,7 +19,7 @@ from loftq_cli.families import skeleton
 from loftq_cli.families.anatomy import PLAIN, anatomy
 from loftq_cli.loading.warned import DetachedAdapter
 from loftq_cli.machine.observer import Observer
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 from tests.whole.interop.architectures import FAMILIES, IMAGES, make
 from tests.whole.interop.published import CASES, save
 

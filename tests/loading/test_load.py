@@ -25,7 +25,7 @@ from loftq_cli.errors import (
     VerificationError,
 )
 from loftq_cli.machine.observer import Observer
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 from tests.support import models
 
 # peft asks transformers under a name that transformers is giving up.

@@ -13,7 +13,7 @@ from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import CorruptFileError, EnvironmentFailure, LayoutError, UsageError
 from loftq_cli.planning.make import make_plan
 from loftq_cli.planning.plan import Plan
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 from tests.support import checkpoints
 from tests.support.checkpoints import BERT, LLAMA
 
@@ -37,7 +37,7 @@ def planned(tmp_path: Path) -> Planner:
         **settings: Any,
     ) -> Plan:
         source = checkpoints.write(tmp_path / "model", tensors, config, cuts)
-        return make_plan(open_source(source), Options.from_settings(settings).resolve())
+        return make_plan(open_source(source), Options(**settings).resolve())
 
     return plan
 

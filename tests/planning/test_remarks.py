@@ -10,7 +10,7 @@ import pytest
 from loftq_cli.conversion.run import prepare
 from loftq_cli.planning import remarks
 from loftq_cli.planning.describe import describe
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 from tests.support import checkpoints
 from tests.support.bench import Recorder
 from tests.support.checkpoints import LLAMA
@@ -26,7 +26,7 @@ def remarked(tmp_path: Path, config: object = LLAMA, **files: object) -> list[st
         path = directory / name.replace("__", ".")
         path.parent.mkdir(exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-    options = Options.from_settings({"threads": 1})
+    options = Options(threads=1)
     plan, path = prepare(str(directory), tmp_path / "out", options, observer=Recorder())
     assert describe(plan, path)["left_behind"] == list(plan.source.left_behind)
     found = remarks.source_remarks(plan)
@@ -51,7 +51,7 @@ def test_what_stays_behind_is_one_line_by_kind(tmp_path):
 
 def test_the_plan_lists_all_of_it(tmp_path):
     remarked(tmp_path, README__md="")
-    options = Options.from_settings({"threads": 1})
+    options = Options(threads=1)
     plan = describe(*prepare(str(tmp_path / "m"), tmp_path / "out", options, observer=Recorder()))
     assert plan["left_behind"] == ["README.md"]
 

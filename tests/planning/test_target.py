@@ -22,7 +22,7 @@ from loftq_cli.planning import estimate, target
 from loftq_cli.planning.decomposer import Decomposer
 from loftq_cli.planning.describe import describe
 from loftq_cli.planning.make import make_plan
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 from tests.support import checkpoints
 from tests.support.synthetic import llm_like
 
@@ -182,7 +182,7 @@ def test_the_recipe_holds_what_was_asked_for_and_what_was_settled(converting: Co
 def test_the_same_command_makes_no_second_pass(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = Options.from_settings({**PLAIN, "target_bpw": 3.5})
+    options = Options(**{**PLAIN, "target_bpw": 3.5})
 
     def convert(output: str) -> tuple[Listener, run.Outcome]:
         listener = Listener()
@@ -239,7 +239,7 @@ def test_a_target_below_the_least_is_refused_with_the_least(converting: Converti
 
 
 def test_a_target_above_the_most_takes_the_widest_and_says_so(model: Path, tmp_path: Path) -> None:
-    options = Options.from_settings({**PLAIN, "target_bpw": 20})
+    options = Options(**{**PLAIN, "target_bpw": 20})
     listener = Listener()
     plan, path = prepare(str(model), tmp_path / "out", options, observer=listener)
     manifest = run.run(plan, path, overwrite=False, observer=listener).manifest

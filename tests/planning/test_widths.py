@@ -16,7 +16,7 @@ from loftq_cli.errors import LayoutError, PatternError, UsageError
 from loftq_cli.planning.make import make_plan
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.widths import assign_ranks, assign_widths
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 from tests.support import checkpoints
 from tests.support.checkpoints import BERT, LLAMA
 from tests.support.contents import Converter
@@ -35,7 +35,7 @@ def names(stacks: Mapping[str, int]) -> list[str]:
 
 def widths(stacks: Mapping[str, int], also: Sequence[str] = (), **settings: Any) -> dict[str, Any]:
     every = [*names(stacks), *also]
-    found = assign_widths(Options.from_settings(settings).resolve(), every, every)
+    found = assign_widths(Options(**settings).resolve(), every, every)
     assert list(found) == every
     return found
 
@@ -45,7 +45,7 @@ def planned(tmp_path: Path) -> Planner:
     def plan(config: Mapping[str, Any] = LLAMA, **settings: Any) -> Plan:
         tensors = checkpoints.llama(layers=4) if config is LLAMA else checkpoints.bert(layers=4)
         source = checkpoints.write(tmp_path / "model", tensors, config)
-        return make_plan(open_source(source), Options.from_settings(settings).resolve())
+        return make_plan(open_source(source), Options(**settings).resolve())
 
     return plan
 
@@ -114,23 +114,23 @@ def test_other_numbers_are_not(bits: Any) -> None:
 
 def test_a_width_in_quotes_is_text() -> None:
     with pytest.raises(UsageError, match=r"--bits '2\.5': must be a number, not text"):
-        Options.from_settings({"bits": "2.5"}).resolve()
+        Options(bits="2.5").resolve()
 
 
 @pytest.mark.parametrize("entry", ["*=0", "*=1", "*=5", "*=16"])
 def test_widths_that_there_are_not(entry: str) -> None:
     with pytest.raises(UsageError, match=r"--bits-map .*not one of 2, 3, 4, 8"):
-        Options.from_settings({"bits_map": entry}).resolve()
+        Options(bits_map=entry).resolve()
 
 
 @pytest.mark.parametrize("entry", ["*=0", "*=65537"])
 def test_ranks_out_of_range(entry: str) -> None:
     with pytest.raises(UsageError, match=r"--rank-map .*from 1 to 65536"):
-        Options.from_settings({"rank_map": entry}).resolve()
+        Options(rank_map=entry).resolve()
 
 
 def test_ranks_by_name() -> None:
-    settings = Options.from_settings({"rank": 8, "rank_map": "*.q.weight=32"}).resolve()
+    settings = Options(rank=8, rank_map="*.q.weight=32").resolve()
     assert assign_ranks(settings, names({"h": 1})) == {"h.0.q.weight": 32, "h.0.k.weight": 8}
 
 
@@ -152,7 +152,7 @@ def test_a_pattern_that_matches_nothing_selected(planned: Planner) -> None:
 
 def test_levels_are_fitted_up_to_four_bits() -> None:
     with pytest.raises(UsageError, match="--method fitted --bits 8"):
-        Options.from_settings({"method": "fitted", "bits_map": "*=8"}).resolve()
+        Options(method="fitted", bits_map="*=8").resolve()
 
 
 @pytest.mark.parametrize(

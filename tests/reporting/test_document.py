@@ -18,8 +18,10 @@ from loftq_cli.checkpoint.schema import manifest_schema
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.layouts.loftq import FORMAT_VERSION
 from loftq_cli.layouts.registry import layout_of
+from loftq_cli.numerics.quantizers.methods import WIDTHS
 from loftq_cli.numerics.quantizers.packing import pack, unpack
-from loftq_cli.settings.recipe import BITS, BLOCK_SIZES, fingerprint
+from loftq_cli.settings.recipe import fingerprint
+from loftq_cli.settings.table import BLOCK_SIZES
 from tests.reporting.conftest import CASES
 
 LOFTQ = ("loftq", "loftq-affine", "loftq-bfloat16", "loftq-int8", "loftq-affine-int8")
@@ -73,7 +75,7 @@ def test_the_example_of_the_config_is_one():
     config = json.loads("{" + block("json") + "}")["quantization_config"]
     assert config["format_version"] == FORMAT_VERSION
     for entry in config["modules"].values():
-        assert entry["bits"] in BITS
+        assert entry["bits"] in WIDTHS
         assert entry["block_size"] in BLOCK_SIZES
 
 

@@ -8,23 +8,14 @@ from typing import Any
 
 import pytest
 
+from loftq_cli.checkpoint.schema import manifest_schema
 from loftq_cli.errors import LayoutError, UsageError
-from loftq_cli.settings.recipe import (
-    BITS,
-    BLOCK_SIZES,
-    DENSE_DTYPES,
-    KEEPS,
-    ORDERS,
-    PRESETS,
-    SCALE_DTYPES,
-    SCALES,
-    SVDS,
-    Options,
-    Recipe,
-    fingerprint,
-    layout_choices,
-    method_choices,
-)
+from loftq_cli.layouts import registry
+from loftq_cli.numerics.quantizers import methods
+from loftq_cli.numerics.quantizers.methods import WIDTHS
+from loftq_cli.settings.options import Options
+from loftq_cli.settings.recipe import Recipe, fingerprint, recipe_schema, settings_of
+from loftq_cli.settings.table import BLOCK_SIZES, DTYPES, PRESETS, Settings, entries
 
 RECIPE = Recipe(
     bits=4,
@@ -57,12 +48,13 @@ RECIPE = Recipe(
     target_bpw=None,
     widths=(),
 )
+METHODS = ("auto", "nf", "nf-symmetric", "fitted", "uniform", "uniform-block", "uniform-tensor")
 SOURCES = [("config.json", 10, "aa"), ("model.safetensors", 20, "bb")]
 
 
 def usage_error(**settings: Any) -> str:
     with pytest.raises(UsageError) as caught:
-        Options.from_settings(settings).resolve()
+        Options(**settings).resolve()
     assert caught.value.exit_code == 2
     return caught.value.message
 
@@ -80,22 +72,25 @@ def test_the_defaults_are_those_documented():
 @pytest.mark.parametrize(
     ("name", "choices"),
     [
-        ("bits", BITS),
-        ("method", method_choices()),
+        ("bits", WIDTHS),
+        (
+            "method",
+            METHODS,
+        ),
         ("block_size", BLOCK_SIZES),
-        ("layout", layout_choices()),
-        ("scale", SCALES),
-        ("scale_dtype", SCALE_DTYPES),
-        ("order", ORDERS),
-        ("svd", SVDS),
-        ("adapter_dtype", DENSE_DTYPES),
-        ("dense_dtype", DENSE_DTYPES),
-        ("keep", KEEPS),
+        ("layout", ("auto", "bnb", "gptq", "loftq", "dense")),
+        ("scale", ("mse", "absmax")),
+        ("scale_dtype", ("float32", "bfloat16", "int8")),
+        ("order", ("quantize-first", "svd-first")),
+        ("svd", ("fast", "exact")),
+        ("adapter_dtype", DTYPES),
+        ("dense_dtype", DTYPES),
+        ("keep", ("best", "last")),
     ],
 )
 def test_choices(name, choices):
     for choice in choices:
-        assert getattr(Options.from_settings({name: choice}).resolve(), name) == choice
+        assert getattr(Options(**{name: choice}).resolve(), name) == choice
     for wrong in (0, -4, 5, "", "NF", "mse ", True):
         message = usage_error(**{name: wrong})
         shown = wrong if isinstance(choices[0], str) or not isinstance(wrong, str) else repr(wrong)
@@ -124,7 +119,7 @@ def test_the_presets_are_named_where_one_is_unknown():
 )
 def test_ranges(name, lowest, highest):
     for value in (lowest, highest):
-        assert getattr(Options.from_settings({name: value}).resolve(), name) == value
+        assert getattr(Options(**{name: value}).resolve(), name) == value
     for wrong in (lowest - 1, highest + 1, -(10**30), 1.5, float("nan"), "3", True):
         shown = "'3'" if wrong == "3" else wrong
         assert usage_error(**{name: wrong}) == (
@@ -150,7 +145,7 @@ def test_lora_alpha_is_a_positive_number(alpha):
 )
 def test_an_unknown_setting_shows_a_near_name(wrong, hint):
     with pytest.raises(UsageError) as caught:
-        Options.from_settings({"bits": 2, wrong: 4})
+        Options(**{"bits": 2, wrong: 4})
     assert caught.value.message == f"unknown setting {wrong!r}"
     assert caught.value.hint == hint
 
@@ -163,8 +158,8 @@ def test_one_pattern_or_several(name):
         ((), ()),
         (None, ()),
     ):
-        options = Options.from_settings({name: given} if given is not None else {})
-        assert getattr(options, name) == expected
+        options = Options(**{name: given} if given is not None else {})
+        assert options.given.get(name, ()) == expected
 
 
 def test_the_preset_paper_is_the_reference_code():
@@ -182,12 +177,12 @@ def test_the_preset_paper_is_the_reference_code():
 @pytest.mark.parametrize("given", [False, True])
 def test_momentum_is_a_setting_without_an_option(given):
     assert Options().resolve().momentum
-    assert Options.from_settings({"momentum": given}).resolve().momentum == given
+    assert Options(momentum=given).resolve().momentum == given
     for options in ({"scale": "absmax"}, {"method": "uniform-block"}, {"preset": "paper"}):
-        assert not Options.from_settings(options).resolve().momentum
-        pushed = Options.from_settings({**options, "momentum": True}).resolve()
+        assert not Options(**options).resolve().momentum
+        pushed = Options(**{**options, "momentum": True}).resolve()
         assert pushed.momentum
-    assert Options.from_settings({"method": "fitted"}).resolve().momentum
+    assert Options(method="fitted").resolve().momentum
     assert usage_error(momentum=2).startswith("--momentum 2: must be true or false")
 
 
@@ -196,12 +191,12 @@ def test_momentum_is_a_setting_without_an_option(given):
 )
 def test_an_explicit_option_wins_over_the_preset(name, value):
     paper = dataclasses.asdict(Options(preset="paper").resolve())
-    resolved = dataclasses.asdict(Options.from_settings({"preset": "paper", name: value}).resolve())
+    resolved = dataclasses.asdict(Options(**{"preset": "paper", name: value}).resolve())
     assert resolved == paper | {name: value}
 
 
 @pytest.mark.parametrize("method", ["fitted", "uniform-block", "uniform-tensor"])
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", ["mse", "absmax"])
 def test_methods_with_a_scale_of_their_own_refuse_another(method, scale):
     assert usage_error(method=method, scale=scale) == (
         f"--scale does not apply to --method {method}, which fixes its own"
@@ -276,3 +271,30 @@ def test_only_layout_loftq_holds_narrow_scales(layout):
     assert Options(layout="loftq", scale_dtype="int8").resolve().scale_dtype == "int8"
     with pytest.raises(UsageError, match="uniform-tensor"):
         Options(method="uniform-tensor", scale_dtype="bfloat16").resolve()
+
+
+def test_the_schema_of_the_manifest_has_the_recipe_of_the_table() -> None:
+    """``python -m tests.support.schema`` writes that part anew."""
+    schema = manifest_schema()
+    assert schema["properties"]["recipe"] == recipe_schema()
+    assert schema["$defs"]["layout"]["enum"] == [*registry.names()]
+    assert schema["$defs"]["method"]["enum"] == [*methods.names()]
+    assert schema["$defs"]["bits"]["enum"] == [*WIDTHS]
+    assert schema["$defs"]["block_size"]["enum"] == [*BLOCK_SIZES]
+
+
+def test_every_entry_can_be_read_from_a_manifest_of_before_there_was_it() -> None:
+    held = RECIPE.as_dict()
+    for name, entry in entries().items():
+        without = {key: value for key, value in held.items() if key != name}
+        if not entry.required:
+            assert getattr(Recipe.read(without), name) == entry.absent
+
+
+def test_a_recipe_leads_to_settings_that_lead_to_it_again() -> None:
+    settings = Options(bits=2, method="fitted", rank=8, include="lm_head.weight").resolve()
+    recipe = Recipe.of(
+        settings, threads=2, layout_fallback=None, kernels="7:tensor+float32", scale="fixed"
+    )
+    again = Options(**settings_of(recipe.as_dict())).resolve()
+    assert again == Settings(**{**vars(settings), "threads": 2})

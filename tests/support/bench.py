@@ -9,7 +9,7 @@ import pytest
 
 from loftq_cli.conversion.run import Outcome, prepare, run
 from loftq_cli.machine.observer import Observer
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 from tests.support import checkpoints
 
 MANIFEST = "loftq_manifest.json"
@@ -67,7 +67,7 @@ class Bench:
     ) -> Outcome:
         """One conversion, with quick settings."""
         recorder = recorder or Recorder()
-        options = Options.from_settings({"threads": 1, "rank": 4, "iters": 2, **settings})
+        options = Options(**{"threads": 1, "rank": 4, "iters": 2, **settings})
         target = output or self.output
         plan, path = prepare(
             str(self.source), target, options, overwrite=overwrite, observer=recorder

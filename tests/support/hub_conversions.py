@@ -9,7 +9,7 @@ import pytest
 
 import loftq_cli
 from loftq_cli.conversion.run import Outcome, prepare, run
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 from tests.support import checkpoints
 from tests.support.bench import MANIFEST, Recorder
 from tests.support.hub_server import HubServer
@@ -38,7 +38,7 @@ def plan_of(output: Path, recorder: Recorder | None = None, **options: Any) -> A
     chosen: dict[str, Any] = {
         name: options.pop(name) for name in ("bits", "target_bpw") if name in options
     }
-    settings = Options.from_settings({"threads": 1, "rank": 4, "iters": 2, **chosen})
+    settings = Options(**{"threads": 1, "rank": 4, "iters": 2, **chosen})
     return prepare(MODEL, output, settings, observer=recorder or Recorder(), **options)
 
 

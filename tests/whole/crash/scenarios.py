@@ -16,7 +16,7 @@ from loftq_cli.conversion.run import prepare, run
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
 from loftq_cli.settings import file as recipe_file
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 from tests.support import checkpoints
 from tests.support.bench import Recorder
 
@@ -99,7 +99,7 @@ def convert(scenario: Scenario, directory: Path, recorder: Recorder | None = Non
     """Run a scenario that is a conversion; what was said."""
     recorder = recorder or Recorder()
     overwrite = bool(scenario.before)
-    options = Options.from_settings(SETTINGS)
+    options = Options(**SETTINGS)
     assert scenario.model is not None
     plan, path = prepare(str(scenario.model), directory / "out", options, observer=recorder)
     run(plan, path, overwrite=overwrite, observer=recorder)

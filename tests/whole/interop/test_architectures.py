@@ -12,7 +12,7 @@ import pytest
 import loftq_cli
 from loftq_cli.conversion.run import prepare
 from loftq_cli.machine.observer import Observer
-from loftq_cli.settings.recipe import Options
+from loftq_cli.settings.options import Options
 from tests.whole.interop.architectures import FAMILIES, check, the_plain_way
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,61 @@
+"""Options of the commands, from the table of settings and for several commands alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from loftq_cli.settings.kinds import Choice, File, Truth, flag
+from loftq_cli.settings.table import Entry, Group, entries
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def setting_options(group: Group) -> Callable[[_F], _F]:
+    """Options for the settings of ``group``, in the order of the table. A setting that is not given
+    is None, or an empty tuple."""
+    found = [entry for entry in entries().values() if entry.group == group]
+
+    def decorate(command: _F) -> _F:
+        for entry in reversed(found):
+            command = click.option(*_flags(entry), **_keywords(entry))(command)
+        return command
+
+    return decorate
+
+
+def choice(*names: str) -> click.Choice[str]:
+    """The type of an option that takes one of these."""
+    return click.Choice(names)
+
+
+def _flags(entry: Entry) -> list[str]:
+    name = flag(entry.name)
+    if isinstance(entry.kind, Truth) and entry.default:
+        return [f"{name}/--no-{name.removeprefix('--')}"]
+    return [*([f"-{entry.short}"] if entry.short else []), name]
+
+
+def _keywords(entry: Entry) -> dict[str, Any]:
+    kind = entry.kind
+    found: dict[str, Any] = {"help": _help(entry), "metavar": entry.metavar}
+    if isinstance(kind, Truth):
+        found |= {"default": None} if entry.default else {"is_flag": True, "default": None}
+    elif isinstance(kind, File):
+        found["type"] = click.Path()
+    elif kind.repeats:
+        found["multiple"] = True
+    elif isinstance(kind, Choice) and kind.type is str:
+        found["type"] = choice(*kind.choices)
+    else:
+        found["type"] = kind.type
+    return found
+
+
+def _help(entry: Entry) -> str:
+    default = entry.default_help
+    if default is None and entry.default is not False and entry.default not in (None, ()):
+        default = str(entry.default)
+    return entry.help if default is None else f"{entry.help}  [default: {default}]"
