@@ -32,7 +32,7 @@ typedef struct {
     const float *before_left, *before_tiles;
     const void *weight;
     float *residual;     /* in: of the previous step; out: weight - values */
-    uint16_t *wide;      /* out: the residual in bfloat16, or NULL */
+    uint16_t *narrow;      /* out: the residual in bfloat16, or NULL */
     void *remains;       /* out: residual - product, or NULL */
     int32_t half_remains; /* they are bfloat16, not float32 */
     const float *start;  /* the previous step's scales, or NULL */
@@ -118,9 +118,9 @@ static double subtract_values(const Sweep *s, int64_t at, int n, const float *re
         residual[i] = rest;
         total += (double)rest * (double)rest;
     }
-    if (s->wide) {
-        uint16_t *restrict wide = s->wide + at;
-        for (int i = 0; i < n; i++) wide[i] = bfloat16_bits(residual[i]);
+    if (s->narrow) {
+        uint16_t *restrict narrow = s->narrow + at;
+        for (int i = 0; i < n; i++) narrow[i] = bfloat16_bits(residual[i]);
     }
     return total;
 }

@@ -3,10 +3,12 @@
 Each element finds its code in the bit stream, its block and, with zero points, the block's zero
 point by itself: nothing is stored between the packed codes and the result. The arithmetic is that
 of docs/output-format.md, one product in float32 rounded once, so the bits are those of
-:func:`loftq_cli.layouts.loftq.decode_packed`. Importing this module imports triton.
+:func:`loftq_cli.numerics.quantizers.decoding.decode`. Importing this module imports triton.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -15,34 +17,43 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 _ELEMENTS = 1024  # per program
 
 
-def decode(
-    shape: tuple[int, int],
-    bits: int,
-    block_size: int,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    levels: torch.Tensor | None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Q (out, in) in ``dtype``; arguments as for
-    :func:`loftq_cli.layouts.loftq.decode_packed`, on a CUDA device."""
-    out = torch.empty(shape, dtype=dtype, device=weight.device)
+class _Packed(Protocol):
+    """What is read of numerics.quantizers.packed.Packed."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def codes(self) -> torch.Tensor: ...
+    @property
+    def scales(self) -> torch.Tensor: ...
+    @property
+    def zeros(self) -> torch.Tensor | None: ...
+    @property
+    def levels(self) -> torch.Tensor | None: ...
+
+
+def decode(packed: _Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Q (out, in) in ``dtype`` of a matrix on a CUDA device."""
+    out = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
     count = out.numel()
-    affine = levels is None
-    width = shape[1] if affine else count  # that blocks run along
+    affine = packed.levels is None
+    width = packed.shape[1] if affine else count  # that blocks run along
     # triton launches on the current device
-    with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(packed.codes):  # type: ignore[no-untyped-call]
         _kernel[(triton.cdiv(count, _ELEMENTS),)](
-            weight,
-            scales,
-            zeros if affine else levels,
+            packed.codes,
+            packed.scales,
+            packed.zeros if affine else packed.levels,
             out,
             count,
             width,
-            triton.cdiv(width, block_size) if block_size else 1,
-            block_size or count,
-            BITS=bits,
+            triton.cdiv(width, packed.block_size) if packed.block_size else 1,
+            packed.block_size or count,
+            BITS=packed.bits,
             AFFINE=affine,
             ELEMENTS=_ELEMENTS,
         )

@@ -20,6 +20,7 @@ from loftq_cli.layouts.base import Layout, Matrix, Surroundings
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
 from loftq_cli.numerics.quantizers.decoding import decode
 from loftq_cli.numerics.quantizers.methods import method
+from loftq_cli.numerics.quantizers.packed import Packed
 from loftq_cli.numerics.quantizers.packing import pack, packed_length
 from loftq_cli.numerics.quantizers.scale_storage import (
     STEP_GROUP,
@@ -82,14 +83,16 @@ class PackedLayout(Layout):
 
     def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         steps = tensors.get(f"{matrix.name}_scale_steps")
-        return decode_packed(
-            matrix.shape,
-            matrix.bits,
-            stored_block_size(matrix),
-            tensors[matrix.name],
-            unpack_scales(tensors[f"{matrix.name}_scales"], steps),
-            tensors.get(f"{matrix.name}_zeros"),
-            tensors.get(f"{matrix.name}_levels"),
+        return decode(
+            Packed(
+                matrix.shape,
+                matrix.bits,
+                stored_block_size(matrix),
+                tensors[matrix.name],
+                unpack_scales(tensors[f"{matrix.name}_scales"], steps),
+                tensors.get(f"{matrix.name}_zeros"),
+                tensors.get(f"{matrix.name}_levels"),
+            )
         )
 
     def quantization_config(
@@ -127,21 +130,6 @@ def scale_count(shape: tuple[int, int], block_size: int, kind: str) -> int:
     if kind == "affine":
         return shape[0] * block_count(shape[1], block_size)
     return block_count(shape[0] * shape[1], block_size)
-
-
-def decode_packed(
-    shape: tuple[int, int],
-    bits: int,
-    block_size: int,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    levels: torch.Tensor | None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Q (out, in) from the stored tensors of one matrix, its scales unpacked, computed in float32
-    and rounded to ``dtype``."""
-    return decode(shape, bits, block_size, weight, scales, zeros, levels, dtype)
 
 
 LAYOUT = PackedLayout

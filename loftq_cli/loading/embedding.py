@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loftq_cli.loading.packed_weight import PackedFormat, PackedWeight, dense
+from loftq_cli.loading.packed_weight import PackedFormat, PackedTensors, PackedWeight, dense
 from loftq_cli.numerics.quantizers.packing import pack, unpack_at
 from loftq_cli.numerics.quantizers.scale_storage import STEP_GROUP
 
@@ -61,32 +61,31 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Those rows of the table (ids, embedding_dim), in ``dtype``."""
         packing, rows, columns = self.packing, self.num_embeddings, self.embedding_dim
-        scales, steps, zeros = self.weight_scales, self.weight_scale_steps, self.weight_zeros
-        weight: torch.Tensor = self.weight
-        per_row = scales.numel() // rows  # 0: one block for everything
+        stored = self.tensors
         aligned = columns * packing.bits % 8 == 0 and (
             packing.decoding == "affine"
             or packing.block_size == 0
             or columns % packing.block_size == 0
         )
         if not aligned:
-            shape = (rows, columns)
-            table = dense(
-                shape, packing, self.dtype, weight, scales, steps, zeros, self.weight_levels
-            )
-            return table[ids]
+            return dense((rows, columns), packing, self.dtype, stored)[ids]
+        chosen = stored._replace(codes=stored.codes.view(rows, -1)[ids].view(-1))
         if packing.block_size:
+            per_row = stored.scales.numel() // rows
             numbers = torch.arange(per_row, device=ids.device)
-            blocks = (ids[:, None] * per_row + numbers).view(-1)
-            scales = scales[blocks]
-            if steps is not None:
-                scales, steps = scales * steps.float()[blocks // STEP_GROUP], None
-            if zeros is not None:
-                zeros = pack(unpack_at(zeros, packing.bits, blocks), packing.bits)
-        weight = weight.view(rows, -1)[ids].view(-1)
-        shape = (ids.numel(), columns)
-        return dense(shape, packing, self.dtype, weight, scales, steps, zeros, self.weight_levels)
+            chosen = _of_blocks(chosen, (ids[:, None] * per_row + numbers).view(-1), packing.bits)
+        return dense((ids.numel(), columns), packing, self.dtype, chosen)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
+
+
+def _of_blocks(stored: PackedTensors, blocks: torch.Tensor, bits: int) -> PackedTensors:
+    """``stored`` with the scales and zero points of these ``blocks`` only."""
+    scales, steps, zeros = stored.scales[blocks], stored.steps, stored.zeros
+    if steps is not None:
+        scales, steps = scales * steps.float()[blocks // STEP_GROUP], None
+    if zeros is not None:
+        zeros = pack(unpack_at(zeros, bits, blocks), bits)
+    return stored._replace(scales=scales, steps=steps, zeros=zeros)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from loftq_cli.loading.packed_weight import PackedFormat, PackedWeight, dense
+from loftq_cli.loading.packed_weight import PackedFormat, PackedTensors, PackedWeight, dense
 
 
 class PackedLinear(PackedWeight, nn.Linear):
@@ -44,15 +44,7 @@ class PackedLinear(PackedWeight, nn.Linear):
             input = input.to(torch.get_autocast_dtype(kind))
         bias = None if self.bias is None else self.bias.to(input.dtype)
         output: torch.Tensor = _PackedMatmul.apply(  # type: ignore[no-untyped-call]
-            input,
-            bias,
-            self.weight,
-            self.weight_scales,
-            self.weight_scale_steps,
-            self.weight_zeros,
-            self.weight_levels,
-            self._shape,
-            self.packing,
+            input, bias, self._shape, self.packing, *self.tensors
         )
         return output
 
@@ -65,17 +57,13 @@ class _PackedMatmul(torch.autograd.Function):
         ctx: Any,
         input: torch.Tensor,
         bias: torch.Tensor | None,
-        weight: torch.Tensor,
-        scales: torch.Tensor,
-        steps: torch.Tensor | None,
-        zeros: torch.Tensor | None,
-        levels: torch.Tensor | None,
         shape: tuple[int, int],
         packing: PackedFormat,
+        *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(weight, scales, steps, zeros, levels)
+        ctx.save_for_backward(*tensors)
         ctx.shape, ctx.packing = shape, packing
-        weights = dense(shape, packing, input.dtype, weight, scales, steps, zeros, levels)
+        weights = dense(shape, packing, input.dtype, _named(tensors))
         return functional.linear(input, weights, bias)
 
     @staticmethod
@@ -83,7 +71,12 @@ class _PackedMatmul(torch.autograd.Function):
         (grad,) = grads
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = grad @ dense(ctx.shape, ctx.packing, grad.dtype, *ctx.saved_tensors)
+            grad_input = grad @ dense(ctx.shape, ctx.packing, grad.dtype, _named(ctx.saved_tensors))
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         return grad_input, grad_bias, *(None,) * 7
+
+
+def _named(tensors: Any) -> PackedTensors:
+    """An autograd function is handed tensors one by one."""
+    return PackedTensors(*tensors)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from loftq_cli.layouts.loftq import decode_packed, scale_count
+from loftq_cli.layouts.loftq import scale_count
 from loftq_cli.numerics.quantizers.blocks import block_count
+from loftq_cli.numerics.quantizers.decoding import decode
+from loftq_cli.numerics.quantizers.packed import Packed
 from loftq_cli.numerics.quantizers.packing import packed_length
 from loftq_cli.numerics.quantizers.scale_storage import STEP_GROUP, ScaleDtype, unpack_scales
 
@@ -33,6 +35,16 @@ class PackedFormat:
     block_size: int
     decoding: str
     scales: ScaleDtype = "float32"
+
+
+class PackedTensors(NamedTuple):
+    """The tensors of a packed weight, as layout ``loftq`` names them (see PackedWeight)."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    steps: torch.Tensor | None
+    zeros: torch.Tensor | None
+    levels: torch.Tensor | None
 
 
 class PackedWeight(nn.Module):
@@ -85,10 +97,12 @@ class PackedWeight(nn.Module):
 
     def dequantize(self) -> torch.Tensor:
         """The weight, float32 (out, in): exactly what the stored bytes mean."""
-        return dense(
-            self._shape,
-            self.packing,
-            torch.float32,
+        return dense(self._shape, self.packing, torch.float32, self.tensors)
+
+    @property
+    def tensors(self) -> PackedTensors:
+        """What is stored of the weight."""
+        return PackedTensors(
             self.weight,
             self.weight_scales,
             self.weight_scale_steps,
@@ -122,20 +136,15 @@ def dense(
     shape: tuple[int, int],
     packing: PackedFormat,
     dtype: torch.dtype,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    steps: torch.Tensor | None,
-    zeros: torch.Tensor | None,
-    levels: torch.Tensor | None,
+    tensors: PackedTensors,
 ) -> torch.Tensor:
     """The weight (out, in), computed in float32 and rounded to ``dtype``."""
+    codes, scales, steps, zeros, levels = tensors
     scales = unpack_scales(scales, steps)
-    decode: Any = decode_packed
-    if weight.is_cuda and not torch.compiler.is_compiling():
-        decode = _triton_decode() or decode_packed
-    return decode(  # type: ignore[no-any-return]
-        shape, packing.bits, packing.block_size, weight, scales, zeros, levels, dtype
-    )
+    packed = Packed(shape, packing.bits, packing.block_size, codes, scales, zeros, levels)
+    fused = _triton_decode() if codes.is_cuda and not torch.compiler.is_compiling() else None
+    found: torch.Tensor = (fused or decode)(packed, dtype)
+    return found
 
 
 @functools.cache

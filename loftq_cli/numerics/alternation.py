@@ -121,7 +121,7 @@ def decompose(
     """
     sweep = make_sweep(weight, quantizer, procedure)
     if weighting is not None and procedure.iters:
-        sweep.remains = torch.empty_like(sweep.wide)
+        sweep.remains = torch.empty_like(sweep.narrow)
     plain = _Trace(math.sqrt(squared_norm(weight)))
     weighted = None if weighting is None else _WeightedTrace(weighting, weight)
     deciding = weighted or plain
@@ -138,10 +138,10 @@ def decompose(
         _, plain.quantized, _ = _quantize(sweep, None, procedure)
         if weighted is not None:
             weighted.see_quantized(sweep.residual)
-        wide = weight.to(procedure.products)
-        A, B, _ = fit_adapter(weight.float(), wide, plain.weight, None, procedure, weighting)
+        narrow = weight.to(procedure.products)
+        A, B, _ = fit_adapter(weight.float(), narrow, plain.weight, None, procedure, weighting)
         previous = _Iterate(None, A, B)
-        del wide
+        del narrow
     basis: lowrank.Basis | None = None
     best: _Best | None = None
     for step in range(1, procedure.iters + 1):
@@ -154,7 +154,7 @@ def decompose(
             best = _better(best, deciding.steps[-1], step - 1, previous, procedure.keep)
         elif procedure.order == "quantize-first":
             plain.quantized = norm
-        A, B, basis = fit_adapter(sweep.residual, sweep.wide, norm, basis, procedure, weighting)
+        A, B, basis = fit_adapter(sweep.residual, sweep.narrow, norm, basis, procedure, weighting)
         earlier, previous = previous, _Iterate(quantized, A, B)
     assert previous is not None
     product = _product(previous, procedure)
@@ -198,7 +198,7 @@ def _fed_back(
         return None
     warm = None if basis is None else replace(basis, calls=1)  # nearly every code has changed
     norm = math.sqrt(squared)
-    A, B, _ = fit_adapter(sweep.residual, sweep.wide, norm, warm, procedure, weighting)
+    A, B, _ = fit_adapter(sweep.residual, sweep.narrow, norm, warm, procedure, weighting)
     fed = _Iterate(quantized, A, B)
     left = math.sqrt(sweep.remainder(_product(fed, procedure)))
     assert sweep.remains is not None

@@ -77,7 +77,7 @@ def make_feedback(weighting: Weighting, lora_A: torch.Tensor) -> Feedback:
             hint="the statistics are damaged, or no averages of x x^T: measure them again",
         )
     factor /= factor.diagonal().clone()[:, None]
-    return Feedback(order, factor.to(weighting.wide.dtype))
+    return Feedback(order, factor.to(weighting.narrow.dtype))
 
 
 def _taken(moments: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
@@ -123,8 +123,8 @@ def requantize(
         codes[rows] = chosen[back].T
         residual = torch.sub(weight[rows].float(), columns[back].T, out=sweep.residual[rows])
         total += squares(residual)
-        if sweep.wide is not sweep.residual:
-            sweep.wide[rows] = residual
+        if sweep.narrow is not sweep.residual:
+            sweep.narrow[rows] = residual
     return quantizer.assemble(codes, parameters), float(total)
 
 

@@ -15,7 +15,7 @@ from loftq_cli.numerics.weighting import Weighting
 
 def fit_adapter(
     matrix: torch.Tensor,
-    wide: torch.Tensor,
+    narrow: torch.Tensor,
     norm: float,
     warm: lowrank.Basis | None,
     procedure: Procedure,
@@ -23,7 +23,7 @@ def fit_adapter(
 ) -> tuple[torch.Tensor, torch.Tensor, lowrank.Basis | None]:
     """(A, B) as stored, the rank-r approximation of ``matrix``, and the basis to carry.
 
-    ``wide``: the matrix in the products' dtype; ``norm`` its Frobenius norm.
+    ``narrow``: the matrix in the products' dtype; ``norm`` its Frobenius norm.
     """
     rank = min(procedure.rank, *matrix.shape)
     try:
@@ -31,7 +31,7 @@ def fit_adapter(
             low = lowrank.exact(matrix, rank, weighting)
         else:
             generator = _generator(procedure, "basis")
-            low = lowrank.subspace(wide, norm, rank, generator, warm, weighting)
+            low = lowrank.subspace(narrow, norm, rank, generator, warm, weighting)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise too_large("a product of the values", torch.float32) from error
     out_features, in_features = matrix.shape

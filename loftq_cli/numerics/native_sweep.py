@@ -70,7 +70,7 @@ class _Sweep(ctypes.Structure):
         ("before_tiles", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
-        ("wide", ctypes.c_void_p),
+        ("narrow", ctypes.c_void_p),
         ("remains", ctypes.c_void_p),
         ("half_remains", ctypes.c_int32),
         ("start", ctypes.c_void_p),
@@ -103,7 +103,7 @@ class NativeSweep:
         self._store = _DTYPES[backbone_dtype or torch.float32]
         self.residual = torch.empty_like(self._weight, dtype=torch.float32)
         half = products == torch.bfloat16
-        self.wide = torch.empty_like(self._weight, dtype=products) if half else self.residual
+        self.narrow = torch.empty_like(self._weight, dtype=products) if half else self.residual
         self.remains: torch.Tensor | None = None
         columns = weight.shape[1]
         unit = quantizer.row_step(columns)
@@ -165,7 +165,7 @@ class NativeSweep:
             codebook=None if book is None else ctypes.pointer(book),
             uniform=_Uniform(2**search.bits - 1, half),
             search=_Search(multiples.data_ptr(), multiples.numel(), REFINEMENTS),
-            wide=None if self.wide is self.residual else self.wide.data_ptr(),
+            narrow=None if self.narrow is self.residual else self.narrow.data_ptr(),
             start=None if begin is None else begin.data_ptr(),
             fixed=fixed,
             codes=codes.data_ptr(),

@@ -47,14 +47,14 @@ class Swept:
 
 
 class Sweep(Protocol):
-    """``residual`` R float32 (out, in) and ``wide``, the same in the products' dtype (the same
+    """``residual`` R float32 (out, in) and ``narrow``, the same in the products' dtype (the same
     tensor where that is float32), as the last :meth:`quantize` left them; ``remains``, unless it
-    is None, receives R - product, in the dtype of ``wide``, from either pass that is given one.
+    is None, receives R - product, in the dtype of ``narrow``, from either pass that is given one.
     ``quantizer``: as the last :meth:`quantize` prepared it."""
 
     quantizer: Quantizer
     residual: torch.Tensor
-    wide: torch.Tensor
+    narrow: torch.Tensor
     remains: torch.Tensor | None
 
     def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
@@ -84,7 +84,7 @@ class TensorSweep:
         self._scale_dtype: ScaleDtype = scale_dtype
         self.residual = torch.empty_like(weight, dtype=torch.float32)
         same = products == torch.float32
-        self.wide = self.residual if same else torch.empty_like(weight, dtype=products)
+        self.narrow = self.residual if same else torch.empty_like(weight, dtype=products)
         self.remains: torch.Tensor | None = None
 
     def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
@@ -137,8 +137,8 @@ class TensorSweep:
             parts.append(fitted.parameters)
             torch.sub(weight, as_stored(fitted.values, self._backbone_dtype), out=residual)
             sums[0] += squares(residual)
-            if self.wide is not self.residual:
-                self.wide[rows] = residual
+            if self.narrow is not self.residual:
+                self.narrow[rows] = residual
         squared, previous = sums.tolist()
         return Swept(quantizer.assemble(codes, Parameters.join(parts)), squared, previous)
 

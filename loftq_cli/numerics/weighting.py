@@ -49,13 +49,13 @@ class Weighting:
     """H of a matrix with ``in`` columns.
 
     ``moments`` float32, (in,) the diagonal or (in, in) symmetric, divided by ``unit`` so that the
-    diagonal's mean is 1: see :func:`make_weighting`. ``wide``: the full H in the dtype to multiply
+    diagonal's mean is 1: see :func:`make_weighting`. ``narrow``: the full H in the dtype to multiply
     in (the same tensor where that is float32). ``split``: for norms, where that is not float32.
     """
 
     moments: torch.Tensor
     unit: float
-    wide: torch.Tensor = field(repr=False)
+    narrow: torch.Tensor = field(repr=False)
     split: Split | None = field(default=None, repr=False)
 
     @property
@@ -66,7 +66,7 @@ class Weighting:
         """``rows @ H`` of float32 (k, in), float32."""
         if not self.is_full:
             return rows * self.moments
-        return (rows.to(self.wide.dtype) @ self.wide.T).float()  # as fast as H is read
+        return (rows.to(self.narrow.dtype) @ self.narrow.T).float()  # as fast as H is read
 
     def norm(self, matrix: torch.Tensor) -> float:
         """||matrix||_H of a floating-point (out, in)."""
@@ -94,7 +94,7 @@ class Weighting:
         return root.float()
 
     def _squared(self, matrix: torch.Tensor) -> float:
-        inner = self.wide if self.split is None else self.split.rest
+        inner = self.narrow if self.split is None else self.split.rest
         outer = 0.0 if self.split is None else self.split.outer(matrix)
         if native_form.can_run(inner):
             return max(outer + native_form.quadratic_form(matrix.to(inner.dtype), inner), 0.0)

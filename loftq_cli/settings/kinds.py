@@ -84,7 +84,8 @@ class Whole(Kind):
     def checked(self, name: str, value: Any) -> Any:
         if type(value) is not int or not self.low <= value <= self.high:
             raise UsageError(
-                f"{flag(name)} {shown(value)}: must be a whole number from {self.low} to {self.high}"
+                f"{flag(name)} {shown(value)}: must be a whole number from {self.low} to "
+                f"{self.high}"
             )
         return value
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from bitsandbytes import functional
 
-from loftq_cli.layouts.loftq import decode_packed
+from loftq_cli.numerics.quantizers.decoding import decode
+from loftq_cli.numerics.quantizers.packed import Packed
 from loftq_cli.numerics.quantizers.packing import packed_length
 from tests.benchmarks.tools import seconds, table
 
@@ -44,8 +44,8 @@ def _ours(side: int, bits: int, dtype: torch.dtype, zeros: bool) -> float:
         if zeros
         else (scales, None, torch.randn(2**bits))
     )
-    arguments: tuple[Any, ...] = ((side, side), bits, 64, weight, *parameters, dtype)
-    return seconds(lambda: decode_packed(*arguments), _RUNS)
+    packed = Packed((side, side), bits, 64, weight, *parameters)
+    return seconds(lambda: decode(packed, dtype), _RUNS)
 
 
 def _random_bytes(count: int, bits: int) -> torch.Tensor:

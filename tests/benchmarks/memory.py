@@ -93,6 +93,9 @@ def _layer(number: int) -> Iterator[TensorSpec]:
 
 
 def _import_only() -> int:
-    code = "import torch; from loftq_cli.conversion import usage; print(usage.peak_host_bytes())"
+    code = (
+        "import torch; from loftq_cli.machine.peak_memory import peak_host_bytes; "
+        "print(peak_host_bytes())"
+    )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     return int(result.stdout)

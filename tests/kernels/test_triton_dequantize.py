@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from loftq_cli.loading import packed_weight
-from loftq_cli.loading.packed_weight import PackedFormat
+from loftq_cli.loading.packed_weight import PackedFormat, PackedTensors
+from loftq_cli.numerics.quantizers.packed import Packed
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,9 +23,10 @@ ROOT = Path(__file__).parents[2]
 # bfloat16, where a GPU rounds, so that dtype is left out.
 CASES = """
 import itertools, torch
-from loftq_cli.integrations.triton_dequantize import decode
-from loftq_cli.layouts.packed import decode_packed
-from loftq_cli.numerics.packing import packed_length
+from loftq_cli.kernels import triton_dequantize
+from loftq_cli.numerics.quantizers import decoding
+from loftq_cli.numerics.quantizers.packed import Packed
+from loftq_cli.numerics.quantizers.packing import packed_length
 
 def random_bytes(count, bits):
     return torch.randint(0, 256, (packed_length(count, bits),), dtype=torch.uint8)
@@ -39,8 +41,9 @@ for shape, bits, size in itertools.product(shapes, (2, 3, 4, 8), (32, 64, 0)):
     affine = (torch.randn(groups), random_bytes(groups, bits), None)
     for parameters in (codebook, affine)[: 2 if size else 1]:
         for dtype in (torch.float32, torch.float16):
-            actual = decode(shape, bits, size, weight, *parameters, dtype)
-            expected = decode_packed(shape, bits, size, weight, *parameters, dtype)
+            packed = Packed(shape, bits, size, weight, *parameters)
+            actual = triton_dequantize.decode(packed, dtype)
+            expected = decoding.decode(packed, dtype)
             assert torch.equal(actual, expected), (shape, bits, size, dtype)
 """
 
@@ -57,12 +60,13 @@ def test_the_kernel_decodes_the_same_bits() -> None:
 def test_it_is_used_on_cuda(monkeypatch, on_cuda, used) -> None:
     calls = []
     monkeypatch.setattr(packed_weight, "_triton_decode", lambda: lambda *call: calls.append(call))
-    monkeypatch.setattr(packed_weight, "decode_packed", lambda *call: None)
+    monkeypatch.setattr(packed_weight, "decode", lambda *call: None)
     weight: Any = SimpleNamespace(is_cuda=on_cuda)
     packing = PackedFormat(2, 64, "codebook")
     scales, levels = torch.ones(1), torch.ones(4)
-    packed_weight.dense((2, 4), packing, torch.bfloat16, weight, scales, None, None, levels)
-    expected = ((2, 4), 2, 64, weight, scales, None, levels, torch.bfloat16)
+    stored = PackedTensors(weight, scales, None, None, levels)
+    packed_weight.dense((2, 4), packing, torch.bfloat16, stored)
+    expected = (Packed((2, 4), 2, 64, weight, scales, None, levels), torch.bfloat16)
     assert calls == [expected] * used
 
 
@@ -72,8 +76,9 @@ def test_it_takes_scales_that_are_unpacked(monkeypatch) -> None:
     packing = PackedFormat(2, 64, "codebook", "int8")
     scales, steps = torch.tensor([127, -3], dtype=torch.int8), torch.tensor([0.5]).bfloat16()
     weight: Any = SimpleNamespace(is_cuda=True)
-    packed_weight.dense((2, 64), packing, torch.float32, weight, scales, steps, None, None)
-    given = calls[0][4]
+    stored = PackedTensors(weight, scales, steps, None, None)
+    packed_weight.dense((2, 64), packing, torch.float32, stored)
+    given = calls[0][0].scales
     assert (given.dtype, given.tolist()) == (torch.float32, [63.5, -1.5])
 
 

@@ -75,7 +75,7 @@ def test_an_interrupt_at_any_instruction_locks_nothing_up(what):
         import sys
         import torch
         from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
-        from loftq_cli.numerics import native
+        from loftq_cli.kernels import native
 
         torch.set_num_threads(3)
 

@@ -107,7 +107,7 @@ def test_what_the_product_leaves_of_the_previous_residual_is_kept(
     sweep = sweep_of(weight, method, scale, products=products, scale_dtype=scale_dtype)
     sweep.quantize(None, None)
     before = sweep.residual.clone()
-    sweep.remains = torch.empty_like(sweep.wide)
+    sweep.remains = torch.empty_like(sweep.narrow)
     delta = product.left.double() @ product.right.double()
     tolerance: dict[str, Any] = {"rtol": 2e-6, "atol": 1e-7} if products == torch.float32 else {}
     sweep.quantize(None, product)
@@ -133,15 +133,15 @@ def test_a_dense_backbone_is_rounded_before_it_is_subtracted(scale, method, dtyp
 def test_the_wide_residual_is_the_residual_rounded_to_the_nearest(scale):
     sweep = sweep_of(llm_like(40, 96), "nf", scale, products=torch.bfloat16)
     sweep.quantize(None, None)
-    assert sweep.wide.dtype == torch.bfloat16
-    assert torch.equal(sweep.wide, sweep.residual.to(torch.bfloat16))
+    assert sweep.narrow.dtype == torch.bfloat16
+    assert torch.equal(sweep.narrow, sweep.residual.to(torch.bfloat16))
 
 
 @every_search
 def test_without_narrow_products_nothing_is_held_twice(scale):
-    assert (sweep := sweep_of(llm_like(8, 64), "nf", scale)).wide is sweep.residual
+    assert (sweep := sweep_of(llm_like(8, 64), "nf", scale)).narrow is sweep.residual
     exact = sweep_of(llm_like(8, 64), "nf", scale, svd="exact", products=torch.bfloat16)
-    assert exact.wide is exact.residual
+    assert exact.narrow is exact.residual
 
 
 @every_search
@@ -181,7 +181,7 @@ def test_the_kernels_do_not_depend_on_the_number_of_threads(request, method):
         sweep.quantize(None, None)
         swept = sweep.quantize(None, product)
         sums = torch.tensor([swept.squared, swept.previous, sweep.remainder(product)])
-        results.append((swept.quantized.codes, swept.quantized.scales, sweep.wide, sums))
+        results.append((swept.quantized.codes, swept.quantized.scales, sweep.narrow, sums))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -16,6 +16,7 @@ import torch
 
 from loftq_cli.numerics.quantizers import native_decoding
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
+from loftq_cli.numerics.quantizers.packed import Packed
 from loftq_cli.numerics.quantizers.packing import unpack
 
 _CHUNK = 1 << 19  # codes: 2 MiB of float32
@@ -23,52 +24,36 @@ _PER_ENTRY = {2: 4, 3: 4, 4: 2}
 _CARRIERS = {2: torch.float64, 4: torch.complex128}  # only moved, never computed with
 
 
-def decode(
-    shape: tuple[int, int],
-    bits: int,
-    block_size: int,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None = None,
-    levels: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Q (out, in), computed in float32 and rounded to ``dtype``.
-
-    ``weight`` uint8, the packed codes of 2, 3, 4 or 8 bits; ``scales`` float32 (blocks,). With
-    ``levels`` float32 (2**bits,) blocks run over the flattened matrix, 0 being one block for all of
-    it; with ``zeros`` uint8, packed zero points, they run along each row.
-    """
-    if weight.device.type != "cpu" or torch.compiler.is_compiling():
-        codes = unpack(weight, bits, shape[0] * shape[1]).view(shape)
-        if zeros is not None:
-            zeros = unpack(zeros, bits, scales.numel())
-        return Quantized(bits, block_size, codes, scales, zeros, levels).decode().to(dtype)
-    out = native_decoding.decode(shape, bits, block_size, weight, scales, zeros, levels, dtype)
-    if out is not None:
-        return out
-    return _decode_chunks(shape, bits, block_size, weight, scales, zeros, levels, dtype)
+def decode(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Q (out, in), computed in float32 and rounded to ``dtype``."""
+    if packed.codes.device.type != "cpu" or torch.compiler.is_compiling():
+        return _decode_each(packed).to(dtype)
+    out = native_decoding.decode(packed, dtype)
+    return _decode_chunks(packed, dtype) if out is None else out
 
 
-def _decode_chunks(
-    shape: tuple[int, int],
-    bits: int,
-    block_size: int,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    levels: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _decode_each(packed: Packed) -> torch.Tensor:
+    """:func:`decode` code by code, in float32."""
+    codes = unpack(packed.codes, packed.bits, packed.elements).view(packed.shape)
+    zeros = packed.zeros
+    if zeros is not None:
+        zeros = unpack(zeros, packed.bits, packed.scales.numel())
+    return Quantized(
+        packed.bits, packed.block_size, codes, packed.scales, zeros, packed.levels
+    ).decode()
+
+
+def _decode_chunks(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     """:func:`decode` in tensor operations, on the CPU."""
-    count = shape[0] * shape[1]
+    shape, bits, block_size, scales = packed.shape, packed.bits, packed.block_size, packed.scales
+    count = packed.elements
     out = torch.empty(_whole(count), dtype=dtype)
     numbers = _Lookup(torch.arange(2**bits, dtype=torch.float32), bits)
-    lookup = numbers if levels is None else _Lookup(levels, bits)
+    lookup = numbers if packed.levels is None else _Lookup(packed.levels, bits)
     offsets = None
-    if zeros is not None:
+    if packed.zeros is not None:
         offsets = torch.empty(_whole(scales.numel()))
-        numbers.fill(offsets, zeros)
+        numbers.fill(offsets, packed.zeros)
     # What a chunk consists of: blocks, or rows where the last block of each is short.
     ragged = offsets is not None and shape[1] % block_size != 0
     unit = shape[1] if ragged else block_size or 1
@@ -80,7 +65,7 @@ def _decode_chunks(
         chunk = out[padded] if scratch is None else scratch[: padded.stop - start]
         if scratch is None and torch.get_num_threads() > 1:
             chunk.zero_()  # fresh pages, by all threads: the gather runs on one
-        lookup.fill(chunk, weight[start * bits // 8 :])
+        lookup.fill(chunk, packed.codes[start * bits // 8 :])
         values = chunk[: stop - start]
         if ragged:
             rows = slice(start // unit, stop // unit)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from loftq_cli.kernels import native
 from loftq_cli.numerics.quantizers.blocks import block_count
+from loftq_cli.numerics.quantizers.packed import Packed
 from loftq_cli.numerics.quantizers.packing import packed_length
 
 _STORES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,51 +33,32 @@ class _Call(ctypes.Structure):
     )
 
 
-def decode(
-    shape: tuple[int, int],
-    bits: int,
-    block_size: int,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    levels: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor | None:
+def decode(packed: Packed, dtype: torch.dtype) -> torch.Tensor | None:
     """As :func:`loftq_cli.numerics.quantizers.decoding.decode`; None if the kernels cannot do it,
     or must not: they read memory, which a tensor that is traced or only described does not have."""
-    tensors = [tensor for tensor in (weight, scales, zeros, levels) if tensor is not None]
-    if dtype not in _STORES or not all(map(_plain, tensors)):
+    tensors = (packed.codes, packed.scales, packed.zeros, packed.levels)
+    if dtype not in _STORES or not all(_plain(each) for each in tensors if each is not None):
         return None
     if _traced() or not native.available():
         return None
-    count = shape[0] * shape[1]
-    size = block_size or _PIECE
-    columns = count if zeros is None else shape[1]
-    blocks = block_count(count, size) if zeros is None else shape[0] * block_count(columns, size)
-    complete = (
-        count > 0
-        and bits in (2, 3, 4, 8)
-        and _holds(weight, torch.uint8, packed_length(count, bits))
-        and scales.numel() == (blocks if block_size else 1)
-        and (zeros is None) != (levels is None)
-        and (zeros is None or block_size > 0)
-        and (zeros is None or _holds(zeros, torch.uint8, packed_length(blocks, bits)))
-        and (levels is None or _holds(levels, torch.float32, 2**bits))
-    )
-    if not complete:
+    count, size = packed.elements, packed.block_size or _PIECE
+    columns = count if packed.zeros is None else packed.shape[1]
+    rows = 1 if packed.zeros is None else packed.shape[0]
+    blocks = rows * block_count(columns, size)
+    if not _is_complete(packed, blocks):
         return None
-    scales = scales.float().contiguous()
-    out = torch.empty(shape, dtype=dtype, device="cpu")
+    scales = packed.scales.float().contiguous()
+    out = torch.empty(packed.shape, dtype=dtype, device="cpu")
     call = _Call(
         columns=columns,
         size=size,
-        scale_step=1 if block_size else 0,
-        bits=bits,
+        scale_step=1 if packed.block_size else 0,
+        bits=packed.bits,
         store=_STORES[dtype],
-        packed=weight.data_ptr(),
+        packed=packed.codes.data_ptr(),
         scales=scales.data_ptr(),
-        levels=None if levels is None else levels.data_ptr(),
-        zeros=None if zeros is None else zeros.data_ptr(),
+        levels=None if packed.levels is None else packed.levels.data_ptr(),
+        zeros=None if packed.zeros is None else packed.zeros.data_ptr(),
         out=out.data_ptr(),
     )
     threads = 1 if count < _ONE_THREAD else native.team(blocks)
@@ -84,6 +66,21 @@ def decode(
         ctypes.byref(call), ctypes.c_int64(blocks), ctypes.c_int32(threads)
     )
     return out
+
+
+def _is_complete(packed: Packed, blocks: int) -> bool:
+    """Whether all that the kernels would read is there."""
+    count, bits, zeros, levels = packed.elements, packed.bits, packed.zeros, packed.levels
+    return (
+        count > 0
+        and bits in (2, 3, 4, 8)
+        and _holds(packed.codes, torch.uint8, packed_length(count, bits))
+        and packed.scales.numel() == (blocks if packed.block_size else 1)
+        and (zeros is None) != (levels is None)
+        and (zeros is None or packed.block_size > 0)
+        and (zeros is None or _holds(zeros, torch.uint8, packed_length(blocks, bits)))
+        and (levels is None or _holds(levels, torch.float32, 2**bits))
+    )
 
 
 def _traced() -> bool:

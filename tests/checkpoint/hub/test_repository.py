@@ -169,8 +169,8 @@ def test_the_revision_holds_for_the_twin(server: HubServer) -> None:
 
 SCRIPT = """
 import sys
-from loftq_cli.checkpoint.hub import fetch
-from loftq_cli.checkpoint.hub_shards import HubSupply
+from loftq_cli.checkpoint.hub.repository import fetch
+from loftq_cli.checkpoint.hub.shards import HubSupply
 from loftq_cli.errors import LoftqError
 try:
     snapshot = fetch(sys.argv[1], say=lambda line: print("said", line))

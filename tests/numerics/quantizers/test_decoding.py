@@ -9,6 +9,7 @@ from loftq_cli.kernels import native
 from loftq_cli.numerics.quantizers import decoding
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
 from loftq_cli.numerics.quantizers.decoding import decode
+from loftq_cli.numerics.quantizers.packed import Packed
 from loftq_cli.numerics.quantizers.packing import packed_length, unpack
 from tests.support.quantizing import needs_kernels
 
@@ -51,7 +52,7 @@ def test_codebook(way, bits, block_size) -> None:
         size = block_size or count
         scales, levels = torch.randn(-(-count // size)), torch.randn(2**bits)
         expected = levels[codes_of(weight, bits, count)] * scales[torch.arange(count) // size]
-        actual = decode((rows, columns), bits, block_size, weight, scales, None, levels)
+        actual = decode(Packed((rows, columns), bits, block_size, weight, scales, None, levels))
         assert torch.equal(actual, expected.view(rows, columns))
 
 
@@ -68,7 +69,7 @@ def test_zero_points(way, bits, block_size) -> None:
         block = k // columns * groups + k % columns // block_size
         offset = codes_of(zeros, bits, rows * groups)[block]
         expected = (codes_of(weight, bits, count) - offset).float() * scales[block]
-        actual = decode((rows, columns), bits, block_size, weight, scales, zeros)
+        actual = decode(Packed((rows, columns), bits, block_size, weight, scales, zeros))
         assert torch.equal(actual, expected.view(rows, columns))
 
 
@@ -81,8 +82,8 @@ def test_other_dtypes_are_float32_rounded_once(way, dtype) -> None:
         count = 14 if affine else 10
         given = (zeros if affine else None, None if affine else levels)
         scales = torch.randn(count)
-        exact = decode((7, 45), 3, 32, weight, scales, *given)
-        actual = decode((7, 45), 3, 32, weight, scales, *given, dtype)
+        exact = decode(Packed((7, 45), 3, 32, weight, scales, *given))
+        actual = decode(Packed((7, 45), 3, 32, weight, scales, *given), dtype)
         assert actual.dtype == dtype
         assert torch.equal(actual, exact.to(dtype))
 
@@ -97,10 +98,11 @@ def test_a_matrix_of_several_chunks(way, bits) -> None:
     groups = rows * block_count(columns, 64)
     zeros, scales = random_bytes(groups, bits, seed=1), torch.randn(groups)
     affine = Quantized(bits, 64, codes, scales, unpack(zeros, bits, groups))
-    assert torch.equal(decode((rows, columns), bits, 64, weight, scales, zeros), affine.decode())
+    packed = Packed((rows, columns), bits, 64, weight, scales, zeros)
+    assert torch.equal(decode(packed), affine.decode())
     scales = scales[: block_count(rows * columns, 64)]
     codebook = Quantized(bits, 64, codes, scales, None, levels)
-    decoded = decode((rows, columns), bits, 64, weight, scales, None, levels)
+    decoded = decode(Packed((rows, columns), bits, 64, weight, scales, None, levels))
     assert torch.equal(decoded, codebook.decode())
 
 
@@ -110,6 +112,6 @@ def test_nan_payloads_and_signed_zeros_survive(way) -> None:
     bits = torch.tensor([0x7FA00001, -0x80000000, 0x7F800000, 1], dtype=torch.int32)
     levels = bits.view(torch.float32)
     weight = torch.tensor([0b11_10_01_00], dtype=torch.uint8)
-    decoded = decode((1, 4), 2, 64, weight, torch.ones(1), None, levels)
+    decoded = decode(Packed((1, 4), 2, 64, weight, torch.ones(1), None, levels))
     expected = (levels * torch.ones(1)).view(torch.int32)
     assert torch.equal(decoded.view(torch.int32).view(-1), expected)

@@ -214,7 +214,7 @@ def test_loading_the_kernels_leaves_subnormal_arithmetic_alone():
     """A library linked with -ffast-math would flush subnormals to zero in the whole process."""
     script = (
         "import torch\n"
-        "from loftq_cli.numerics import native\n"
+        "from loftq_cli.kernels import native\n"
         "assert native.available()\n"
         "x = torch.full((64,), 1e-40)\n"
         "assert bool((x * 0.5 > 0).all()), 'flushed'\n"

@@ -17,6 +17,7 @@ from loftq_cli.kernels import native
 from loftq_cli.numerics.quantizers import decoding, native_decoding
 from loftq_cli.numerics.quantizers.blocks import block_count
 from loftq_cli.numerics.quantizers.decoding import decode
+from loftq_cli.numerics.quantizers.packed import Packed
 from loftq_cli.numerics.quantizers.packing import packed_length
 from tests.support.quantizing import needs_kernels
 
@@ -33,7 +34,7 @@ def random_bytes(count: int, bits: int, generator: torch.Generator) -> torch.Ten
 
 
 def make(shape, bits, block_size, *, affine, seed=0):
-    """Arguments of ``decode``: scales of either sign, zero, subnormal, and of every magnitude."""
+    """The fields of Packed: scales of either sign, zero, subnormal, and of every magnitude."""
     generator = torch.Generator().manual_seed(seed)
     count = shape[0] * shape[1]
     blocks = shape[0] * block_count(shape[1], block_size)
@@ -57,13 +58,8 @@ def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(actual.view(kind), expected.view(kind))
 
 
-def complete(arguments, dtype) -> Any:
-    """``arguments`` with the levels that may be left out, and the dtype."""
-    return (*arguments, *[None] * (7 - len(arguments)), dtype)
-
-
 def expected(arguments, dtype) -> torch.Tensor:
-    return decoding._decode_chunks(*complete(arguments, dtype))
+    return decoding._decode_chunks(Packed(*arguments), dtype)
 
 
 def check(arguments, dtype, monkeypatch) -> None:
@@ -71,7 +67,7 @@ def check(arguments, dtype, monkeypatch) -> None:
     exact = expected(arguments, dtype)
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "_decode_chunks", None)
-        assert same_bits(decode(*complete(arguments, dtype)), exact), arguments[:3]
+        assert same_bits(decode(Packed(*arguments), dtype), exact), arguments[:3]
 
 
 @every_width
@@ -146,7 +142,7 @@ def test_infinity_and_nan_stay(dtype):
     levels = torch.tensor([-inf, inf, float(nan), 0.0])
     levels[2] = nan
     weight = torch.tensor([0b11_10_01_00], dtype=torch.uint8)
-    decoded = decode((1, 4), 2, 64, weight, torch.ones(1), None, levels, dtype).view(-1)
+    decoded = decode(Packed((1, 4), 2, 64, weight, torch.ones(1), None, levels), dtype).view(-1)
     assert decoded[:2].tolist() == [-inf, inf]
     assert bool(decoded[2].isnan())
     assert decoded[3] == 0
@@ -160,12 +156,12 @@ def test_scales_of_another_dtype(monkeypatch):
 def test_another_default_device_does_not_matter():
     arguments = make((7, 45), 4, 64, affine=False)
     with torch.device("meta"):
-        decoded = decode(*arguments)
+        decoded = decode(Packed(*arguments))
     assert same_bits(decoded, expected(arguments, torch.float32))
 
 
 def refused(arguments, dtype=torch.float32) -> bool:
-    return native_decoding.decode(*complete(arguments, dtype)) is None
+    return native_decoding.decode(Packed(*arguments), dtype) is None
 
 
 def test_incomplete_tensors_are_not_read():
@@ -189,7 +185,7 @@ def test_tensors_without_memory_and_recordings_are_left_to_tensor_operations():
     arguments = make((8, 64), 4, 64, affine=False)
     with FakeTensorMode() as mode:
         fake: Any = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in arguments]
-        assert decode(*fake).shape == (8, 64)
+        assert decode(Packed(*fake)).shape == (8, 64)
     assert refused(fake)
     wanted = list(arguments)
     wanted[4] = arguments[4].clone().requires_grad_()
@@ -209,18 +205,21 @@ def test_without_the_library_tensor_operations_decode(monkeypatch):
     arguments = make((7, 45), 3, 32, affine=True)
     monkeypatch.setattr(native, "load", lambda: native.Kernels(None, "LOFTQ_NATIVE=0"))
     assert refused(arguments)
-    assert same_bits(decode(*arguments), expected(arguments, torch.float32))
+    assert same_bits(decode(Packed(*arguments)), expected(arguments, torch.float32))
 
 
 FORK = """
 import os, torch
-from loftq_cli.numerics import native, native_decoding
+from loftq_cli.kernels import native
+from loftq_cli.numerics.quantizers import native_decoding
+from loftq_cli.numerics.quantizers.packed import Packed
 torch.set_num_threads(2)
 native_decoding._ONE_THREAD = 0
 packed, scales, levels = torch.arange(64, dtype=torch.uint8), torch.ones(4), torch.arange(4.0)
 
 def decoded():
-    return native_decoding.decode((4, 64), 2, 64, packed, scales, None, levels, torch.float32)
+    packed_matrix = Packed((4, 64), 2, 64, packed, scales, None, levels)
+    return native_decoding.decode(packed_matrix, torch.float32)
 
 before = decoded()
 done = []

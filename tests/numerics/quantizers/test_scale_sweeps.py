@@ -121,7 +121,7 @@ def test_both_passes_leave_what_one_would(scale, dtype, shape, method):
     expected = float((before.double() - delta).square().sum())
     assert second.previous == pytest.approx(expected, rel=1e-5)
     assert torch.equal(sweep.residual, weight - second.quantized.decode())
-    assert torch.equal(sweep.wide, sweep.residual.bfloat16())
+    assert torch.equal(sweep.narrow, sweep.residual.bfloat16())
     squares = float(sweep.residual.double().square().sum())
     assert second.squared == pytest.approx(squares, rel=1e-6)
     scales = second.quantized.scales

@@ -1,0 +1,31 @@
+"""A quantized matrix in its packed form, as every decoder takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix of ``shape`` (out, in) in codes of ``bits``, 2, 3, 4 or 8.
+
+    ``codes`` uint8, the bit stream of packing.py over the row-major codes; ``scales`` float32
+    (blocks,). With ``levels`` float32 (2**bits,) blocks of ``block_size`` run over the flattened
+    matrix, 0 being one block for all of it; with ``zeros`` uint8, packed zero points, one for each
+    scale, they run along each row.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    block_size: int
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+    levels: torch.Tensor | None = None
+
+    @property
+    def elements(self) -> int:
+        """How many codes there are."""
+        return self.shape[0] * self.shape[1]
