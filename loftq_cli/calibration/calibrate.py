@@ -16,11 +16,10 @@ import torch
 from loftq_cli.calibration.layer_inputs import OWN_LOOP
 from loftq_cli.calibration.measure import Calibration, class_to_run, prepare
 from loftq_cli.checkpoint.deliveries import deliver_all
-from loftq_cli.checkpoint.dtypes import computed
+from loftq_cli.checkpoint.dtypes import computed, torch_dtype
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.lfs import refuse_pointer
 from loftq_cli.checkpoint.locate import locate
-from loftq_cli.checkpoint.reader import TORCH_DTYPES
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import (
     CorruptFileError,
@@ -254,5 +253,5 @@ def _dtype(matrices: Sequence[StoredTensor], device: torch.device) -> torch.dtyp
     """What most of the matrices are stored in; float32 for float64, and for float16 on a CPU, where
     many models overflow in it and few processors compute in it."""
     tag, _ = Counter(tensor.dtype for tensor in matrices).most_common(1)[0]
-    dtype = TORCH_DTYPES[computed(tag)]
+    dtype = torch_dtype(computed(tag))
     return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype

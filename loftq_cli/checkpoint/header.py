@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.dtypes import BITS
 from loftq_cli.checkpoint.lfs import refuse_pointer
 
 MAX_HEADER_BYTES = 100_000_000
@@ -25,32 +26,6 @@ MAX_HEADER_BYTES = 100_000_000
 
 _MAX_SIZE = 1 << 62  # no real size is this large, and larger ones would make huge products
 _LONGEST_SHOWN = 200
-
-DTYPE_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}
-"""Bits per element of every dtype tag of the format."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +42,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return self.elements * DTYPE_BITS[self.dtype] // 8
+        return self.elements * BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)
@@ -189,7 +164,7 @@ def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:
     if not is_text(name):
         raise HeaderError(f"{where}: the name is not valid Unicode")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise HeaderError(f"{where}: unknown dtype {shown(dtype)}")
     if not _is_sizes(shape):
         raise HeaderError(f"{where}: the shape {shown(shape)} is not a list of sizes")
@@ -200,7 +175,7 @@ def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:
         elements *= side
         if elements > _MAX_SIZE:
             raise HeaderError(f"{where}: the shape {shown(shape)} is too large")
-    bits = elements * DTYPE_BITS[dtype]
+    bits = elements * BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise HeaderError(
             f"{where}: shape {shown(shape)} of {dtype} takes {bits / 8:.15g} bytes, "

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from loftq_cli.checkpoint.dtypes import torch_dtype
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.source import Shard
 from loftq_cli.errors import CorruptFileError, EnvironmentFailure, SourceChangedError
@@ -18,19 +19,6 @@ from loftq_cli.machine.durable import utc
 
 PIECE = 16 << 20
 """Bytes read at a time where a tensor is only copied or hashed."""
-
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-}
-"""Tags that :func:`as_tensor` understands."""
-
 
 _HINT = "check that the file is still there, may be read, and that its disk is well"
 
@@ -162,7 +150,7 @@ class ShardReader(TensorFile):
 
 def as_tensor(spec: TensorSpec, buffer: bytearray) -> torch.Tensor:
     """A tensor over ``buffer``, without a copy."""
-    dtype = TORCH_DTYPES[spec.dtype]
+    dtype = torch_dtype(spec.dtype)
     if not buffer:
         return torch.empty(spec.shape, dtype=dtype)
     return torch.frombuffer(buffer, dtype=dtype).view(spec.shape)

@@ -17,19 +17,17 @@ from types import TracebackType
 
 import torch
 
-from loftq_cli.checkpoint.header import DTYPE_BITS, StoredTensor, TensorSpec
-from loftq_cli.checkpoint.reader import PIECE, TORCH_DTYPES, TensorFile
+from loftq_cli.checkpoint.dtypes import BITS, tag_of
+from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
+from loftq_cli.checkpoint.reader import PIECE, TensorFile
 from loftq_cli.machine.durable import explained, sync_directory, write_all
-
-DTYPE_TAGS = {dtype: tag for tag, dtype in TORCH_DTYPES.items()}
-"""Torch dtypes that can be written, to the format's tags."""
 
 _METADATA = {"format": "pt"}  # one key only: the library's order of several is random
 
 
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
     """The spec of a tensor that is to be written."""
-    return TensorSpec(name, DTYPE_TAGS[tensor.dtype], tuple(tensor.shape))
+    return TensorSpec(name, tag_of(tensor.dtype), tuple(tensor.shape))
 
 
 def place(
@@ -37,7 +35,7 @@ def place(
 ) -> tuple[bytes, dict[str, StoredTensor]]:
     """(length field and header, place of every tensor) of a file that holds ``specs``. The two
     take ``room`` bytes, where they need no more."""
-    ordered = sorted(specs, key=lambda spec: -DTYPE_BITS[spec.dtype])
+    ordered = sorted(specs, key=lambda spec: -BITS[spec.dtype])
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for spec in ordered:

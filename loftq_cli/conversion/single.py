@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from loftq_cli.checkpoint.writer import DTYPE_TAGS
+from loftq_cli.checkpoint.dtypes import tag_of
 from loftq_cli.errors import NonFiniteWeightError, UsageError
 from loftq_cli.layouts import registry
 from loftq_cli.layouts.base import Matrix
@@ -34,7 +34,7 @@ def decompose(weight: torch.Tensor, options: Options) -> Decomposition:
     bits = settings.bits
     if not isinstance(bits, int):
         raise UsageError(f"bits {bits}: one matrix has one width, a whole number", hint="")
-    tag, (rows, columns) = DTYPE_TAGS[weight.dtype], weight.shape
+    tag, (rows, columns) = tag_of(weight.dtype), weight.shape
     method = resolve_method(settings, bits)
     matrix = Matrix("", (rows, columns), tag, method, bits, settings.block_size)
     layout = registry.holding_everything()

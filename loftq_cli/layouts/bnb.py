@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.dtypes import FLOATS, computed
+from loftq_cli.checkpoint.dtypes import computed, name_of
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.families.architecture import unreplaceable
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
@@ -142,7 +142,7 @@ class BnbLayout(Layout):
         state = {
             "quant_type": "nf4",
             "blocksize": 64,
-            "dtype": FLOATS[computed(matrix.dtype)],
+            "dtype": name_of(computed(matrix.dtype)),
             "shape": list(matrix.shape),
         }
         return json.dumps(state).encode()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint import dtypes
+from loftq_cli.checkpoint.dtypes import torch_dtype
 from loftq_cli.checkpoint.header import TensorSpec
-from loftq_cli.checkpoint.reader import TORCH_DTYPES
 from loftq_cli.families.kinds import turned
 from loftq_cli.layouts.base import Layout, Matrix
 from loftq_cli.numerics.quantizers.blocks import Quantized
@@ -35,13 +35,13 @@ class DenseLayout(Layout):
         return dtypes.resolve(self._dtype, matrix.dtype)
 
     def rounding(self, matrix: Matrix) -> torch.dtype | None:
-        return TORCH_DTYPES[self._tag(matrix)]
+        return torch_dtype(self._tag(matrix))
 
     def specs(self, matrix: Matrix) -> list[TensorSpec]:
         return [TensorSpec(matrix.name, self._tag(matrix), matrix.stored_shape)]
 
     def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
-        dense = quantized.decode().to(TORCH_DTYPES[self._tag(matrix)])
+        dense = quantized.decode().to(torch_dtype(self._tag(matrix)))
         return {matrix.name: turned(dense, matrix.kind).contiguous()}
 
     def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from loftq_cli.checkpoint.dtypes import tag_named
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
@@ -30,8 +31,6 @@ from loftq_cli.numerics.quantizers.scale_storage import (
 )
 
 FORMAT_VERSION = 1
-
-_SCALE_TAGS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 
 
 class PackedLayout(Layout):
@@ -57,7 +56,7 @@ class PackedLayout(Layout):
         scales = scale_count(matrix.shape, stored_block_size(matrix), decoding)
         specs = [
             TensorSpec(matrix.name, "U8", (packed_length(matrix.elements, matrix.bits),)),
-            TensorSpec(f"{matrix.name}_scales", _SCALE_TAGS[self._scales], (scales,)),
+            TensorSpec(f"{matrix.name}_scales", tag_named(self._scales), (scales,)),
         ]
         if self._scales == "int8":
             shape = (block_count(scales, STEP_GROUP),)

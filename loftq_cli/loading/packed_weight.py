@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from loftq_cli.checkpoint.dtypes import tag_named, torch_dtype
 from loftq_cli.layouts.loftq import scale_count
 from loftq_cli.numerics.quantizers.blocks import block_count
 from loftq_cli.numerics.quantizers.decoding import decode
@@ -23,7 +24,6 @@ from loftq_cli.numerics.quantizers.packing import packed_length
 from loftq_cli.numerics.quantizers.scale_storage import STEP_GROUP, ScaleDtype, unpack_scales
 
 _PACKED = ("weight", "weight_scales", "weight_scale_steps", "weight_levels", "weight_zeros")
-_SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ class PackedWeight(nn.Module):
         else:
             levels = _empty(2**bits, torch.float32)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        self.register_buffer("weight_scales", _empty(scales, _SCALE_DTYPES[packing.scales]))
+        self.register_buffer(
+            "weight_scales", _empty(scales, torch_dtype(tag_named(packing.scales)))
+        )
         self.register_buffer("weight_scale_steps", steps)
         self.register_buffer("weight_levels", levels)
         self.register_buffer("weight_zeros", zeros)

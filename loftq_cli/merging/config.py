@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.dtypes import FLOATS
+from loftq_cli.checkpoint.dtypes import name_of
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.machine.durable import explained, file_sha256
 from loftq_cli.merging.plan import MergePlan
@@ -29,7 +29,7 @@ _CLASSIFIERS = {
 
 def dtype_name(tag: str | None) -> str | None:
     """``float32`` for ``F32``; None stays None."""
-    return tag and FLOATS[tag]
+    return tag and name_of(tag)
 
 
 def merged_config(plan: MergePlan) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.companions import copy_files
-from loftq_cli.checkpoint.dtypes import TAGS
+from loftq_cli.checkpoint.dtypes import tag_named, torch_dtype
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.output import open_output
-from loftq_cli.checkpoint.reader import TORCH_DTYPES, TensorFile
+from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
 from loftq_cli.checkpoint.stored import read
 from loftq_cli.checkpoint.writer import GrowingShard
@@ -74,7 +74,7 @@ def merge(
         check_start(found, f"merged with --adapter {own}")
     final = check_output_path(output, directory)
     _keep_adapter(output, final, trained)
-    plan = make_merge_plan(found, open_source(directory), trained, dtype and TAGS[dtype])
+    plan = make_merge_plan(found, open_source(directory), trained, dtype and tag_named(dtype))
     _remark(plan, observer)
     if adapter is None:
         _remark_on_trained(directory, observer)
@@ -196,7 +196,7 @@ def _value(plan: MergePlan, item: Merged) -> torch.Tensor:
             f"at {list(bad[0])}",
             hint="the backbone or the adapter is damaged, or its training diverged",
         )
-    result = value.to(TORCH_DTYPES[item.spec.dtype])
+    result = value.to(torch_dtype(item.spec.dtype))
     bad = first_non_finite(result)
     if bad is not None:
         raise UsageError(

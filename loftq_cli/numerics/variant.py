@@ -10,7 +10,7 @@ REVISION = 7
 """Raised whenever the same settings begin to give other bytes, so that a conversion begun by one
 version of this package is not finished by another."""
 
-_PRODUCTS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_PRODUCTS = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float32)}
 
 
 @dataclass(frozen=True)

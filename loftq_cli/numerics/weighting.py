@@ -49,8 +49,8 @@ class Weighting:
     """H of a matrix with ``in`` columns.
 
     ``moments`` float32, (in,) the diagonal or (in, in) symmetric, divided by ``unit`` so that the
-    diagonal's mean is 1: see :func:`make_weighting`. ``narrow``: the full H in the dtype to multiply
-    in (the same tensor where that is float32). ``split``: for norms, where that is not float32.
+    diagonal's mean is 1: see :func:`make_weighting`. ``narrow``: the full H in the dtype to
+    multiply in (the same tensor if that is float32). ``split``: for norms, if it is not.
     """
 
     moments: torch.Tensor

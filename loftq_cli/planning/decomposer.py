@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from loftq_cli.checkpoint.reader import TORCH_DTYPES
+from loftq_cli.checkpoint.dtypes import torch_dtype
 from loftq_cli.kernels import native
 from loftq_cli.layouts.base import Layout, Matrix
 from loftq_cli.numerics.alternation import decompose, make_sweep
@@ -62,7 +62,7 @@ class Decomposer:
             feedback=recipe.feedback,
             scaling=item.scaling,
             products=self._variant.products,
-            adapter_dtype=TORCH_DTYPES[item.adapter_dtype],
+            adapter_dtype=torch_dtype(item.adapter_dtype),
             backbone_dtype=self._layout.rounding(matrix),
             scale_dtype=recipe.scale_dtype,
             seed=recipe.seed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loftq_cli.checkpoint.header import DTYPE_BITS
+from loftq_cli.checkpoint.dtypes import BITS
 from loftq_cli.numerics import feedback
 from loftq_cli.planning.plan import Plan, PlannedMatrix
 
@@ -31,5 +31,5 @@ def _moments(plan: Plan) -> int:
 def _working_set(item: PlannedMatrix) -> int:
     rows, columns = item.matrix.shape
     thin = (rows + columns) * 2 * max(item.rank, 16) * 4 * 4
-    source = DTYPE_BITS[item.matrix.dtype] // 8
+    source = BITS[item.matrix.dtype] // 8
     return item.matrix.elements * (2 * source + 4 + 2 + 3) + thin

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from loftq_cli.checkpoint import dtypes
-from loftq_cli.checkpoint.header import DTYPE_BITS
+from loftq_cli.checkpoint.dtypes import BITS
 from loftq_cli.checkpoint.locate import Place
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.source import CONFIG, read_json
@@ -128,7 +128,7 @@ def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, An
         "layout": record["layout"],
         "bits_per_weight": record["bits_per_weight"],
         "bits_per_weight_with_adapter": record["bits_per_weight"] + adapter_bytes * 8 / elements,
-        "source_bytes": elements * DTYPE_BITS[record["dtype"]] // 8,
+        "source_bytes": elements * BITS[record["dtype"]] // 8,
         "backbone_bytes": round(record["bits_per_weight"] * elements / 8),
         "adapter_bytes": adapter_bytes,
     }

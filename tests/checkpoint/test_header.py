@@ -13,13 +13,8 @@ import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loftq_cli.checkpoint.header import (
-    DTYPE_BITS,
-    MAX_HEADER_BYTES,
-    HeaderError,
-    read_header,
-    strict_json,
-)
+from loftq_cli.checkpoint.dtypes import BITS
+from loftq_cli.checkpoint.header import MAX_HEADER_BYTES, HeaderError, read_header, strict_json
 from tests.support.makers import PROPERTY, container, entry
 
 ONE = {"a": entry("F32", [2], 0, 8)}
@@ -180,9 +175,9 @@ def test_unusual_files_that_the_library_reads_are_read(tmp_path, header):
     }
 
 
-@pytest.mark.parametrize("tag", DTYPE_BITS)
+@pytest.mark.parametrize("tag", BITS)
 def test_agrees_with_the_library_on_every_dtype(tmp_path, tag):
-    nbytes = DTYPE_BITS[tag]  # of 2 x 4 elements
+    nbytes = BITS[tag]  # of 2 x 4 elements
     header = {
         "matrix": entry(tag, [2, 4], 0, nbytes),
         "none": entry(tag, [3, 0], nbytes, nbytes),
@@ -217,7 +212,7 @@ json_values = st.recursive(
 sizes = st.integers(0, 4) | st.sampled_from([2**31, 2**61, 2**62, 2**64])
 plausible_entries = st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from([*DTYPE_BITS, "X"]),
+        "dtype": st.sampled_from([*BITS, "X"]),
         "shape": st.lists(sizes, max_size=3),
         "data_offsets": st.lists(sizes, min_size=2, max_size=2),
     }
@@ -267,7 +262,7 @@ def check(tmp_path_factory, content: bytes) -> None:
 @PROPERTY
 @given(
     st.lists(
-        st.tuples(st.sampled_from(sorted(DTYPE_BITS)), st.lists(st.integers(0, 3), max_size=3)),
+        st.tuples(st.sampled_from(sorted(BITS)), st.lists(st.integers(0, 3), max_size=3)),
         max_size=5,
     )
 )
@@ -278,7 +273,7 @@ def test_well_formed_files_are_accepted(tmp_path_factory, tensors):
         count = 8
         for side in shape[:-1]:
             count *= side
-        nbytes = count * DTYPE_BITS[tag] // 8
+        nbytes = count * BITS[tag] // 8
         header[f"t{number}"] = entry(tag, shape, position, position + nbytes)
         position += nbytes
     path = tmp_path_factory.getbasetemp() / "good"

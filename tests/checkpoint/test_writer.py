@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from loftq_cli.checkpoint.header import DTYPE_BITS, read_header
-from loftq_cli.checkpoint.reader import TORCH_DTYPES
+from loftq_cli.checkpoint.dtypes import BITS, torch_dtype
+from loftq_cli.checkpoint.header import read_header
 from loftq_cli.checkpoint.writer import GrowingShard, place, spec_of
 from loftq_cli.errors import EnvironmentFailure
 from tests.support.makers import PROPERTY
 
-DTYPES = tuple(TORCH_DTYPES.values())
+DTYPES = tuple(map(torch_dtype, ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "I8")))
 
 
 def made(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_any_mix_loads_bit_for_bit_and_is_aligned(tmp_path_factory, kinds):
     header = read_header(path)
     assert header.data_start % 8 == 0
     for tensor in header.tensors:
-        assert tensor.start % (DTYPE_BITS[tensor.dtype] // 8) == 0
+        assert tensor.start % (BITS[tensor.dtype] // 8) == 0
 
 
 def test_nan_and_infinity_keep_their_bits(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loftq_cli.checkpoint.dtypes import torch_dtype
 from loftq_cli.checkpoint.header import TensorSpec
-from loftq_cli.checkpoint.reader import TORCH_DTYPES
 from loftq_cli.checkpoint.writer import spec_of
 from loftq_cli.layouts import registry
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
@@ -56,7 +56,7 @@ def test_only_dense_rounds_the_matrix_itself(name, dense_dtype, source):
     if name != "dense":
         assert rounding is None
     elif dense_dtype == "source":
-        assert rounding == TORCH_DTYPES[source]
+        assert rounding == torch_dtype(source)
     else:
         assert rounding == getattr(torch, dense_dtype)
 

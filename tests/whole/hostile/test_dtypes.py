@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import loftq_cli
-from loftq_cli.checkpoint.dtypes import FLOATS
-from loftq_cli.checkpoint.header import DTYPE_BITS
+from loftq_cli.checkpoint.dtypes import BITS, FLOATS
 from loftq_cli.errors import NonFiniteWeightError, UnsupportedInputError
 from tests.support import checkpoints
 from tests.support.makers import container, entry
@@ -18,7 +17,7 @@ from tests.support.makers import container, entry
 SETTINGS: dict[str, Any] = {"rank": 4, "iters": 1, "threads": 1}
 LAYOUTS = [("bnb", 4, "nf"), ("gptq", 2, "uniform"), ("loftq", 3, "nf"), ("dense", 2, "nf")]
 CONVERTED = tuple(FLOATS)
-REFUSED = tuple(tag for tag in DTYPE_BITS if tag.startswith(("F4", "F6_", "F8_")))
+REFUSED = tuple(tag for tag in BITS if tag.startswith(("F4", "F6_", "F8_")))
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
 every_layout = pytest.mark.parametrize(("layout", "bits", "method"), LAYOUTS)
@@ -27,7 +26,7 @@ every_layout = pytest.mark.parametrize(("layout", "bits", "method"), LAYOUTS)
 def source(tmp_path, tag, name=NAME):
     """A checkpoint of one good matrix and one of ``tag``, 64 x 64, every byte of it 1."""
     good = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    size, middle = 64 * 64 * 4, 64 * 64 * DTYPE_BITS[tag] // 8
+    size, middle = 64 * 64 * 4, 64 * 64 * BITS[tag] // 8
     header = {
         "model.layers.0.self_attn.k_proj.weight": entry("F32", [64, 64], 0, size),
         name: entry(tag, [64, 64], size, size + middle),
@@ -38,7 +37,7 @@ def source(tmp_path, tag, name=NAME):
     return directory
 
 
-@pytest.mark.parametrize("tag", DTYPE_BITS)
+@pytest.mark.parametrize("tag", BITS)
 def test_every_tag_of_the_format_is_converted_passed_through_or_refused(tmp_path, tag):
     directory = source(tmp_path, tag)
     if tag in REFUSED:
@@ -55,7 +54,7 @@ def test_every_tag_of_the_format_is_converted_passed_through_or_refused(tmp_path
     (kept,) = manifest["passed_through"]
     assert (kept["name"], kept["dtype"], kept["reason"]) == (NAME, tag, f"dtype {tag}")
     content = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert bytes([1]) * (64 * 64 * DTYPE_BITS[tag] // 8) in content
+    assert bytes([1]) * (64 * 64 * BITS[tag] // 8) in content
 
 
 @every_layout
