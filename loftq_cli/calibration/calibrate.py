@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from loftq_cli.checkpoint.dtypes import computed, torch_dtype
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.lfs import refuse_pointer
 from loftq_cli.checkpoint.locate import locate
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import (
     CorruptFileError,
@@ -36,7 +36,7 @@ from loftq_cli.machine.workspace import Workspace
 from loftq_cli.planning.choices import choose_device
 from loftq_cli.planning.make import anatomy_of
 from loftq_cli.planning.selection import select
-from loftq_cli.statistics.save import contents_sha256, identity_of, write_entry
+from loftq_cli.statistics.save import contents_sha256, measured_model, write_entry
 from loftq_cli.statistics.writer import StatisticsWriter, refuse_taken
 
 MOMENTS = ("diagonal", "full")
@@ -62,7 +62,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Measuring:
     """What to measure. ``samples`` None: up to 128; ``length`` None: 512, or what the model takes.
     Raises UsageError for a value out of range."""
 
@@ -85,121 +85,152 @@ class Settings:
 
 
 def calibrate(
-    model: str,
+    request: Request,
     output: Path,
     texts: Sequence[Path],
-    settings: Settings,
+    wanted: Measuring,
     *,
-    revision: str | None = None,
-    offline: bool = False,
     overwrite: bool = False,
     observer: Observer,
 ) -> dict[str, Any]:
-    """Measure ``model`` on ``texts`` and write ``output``; what ``--json`` prints.
+    """Measure a model on ``texts`` and write ``output``; what ``--json`` prints.
 
     Raises UsageError, InputError for the model or the texts, OutputConflictError,
     EnvironmentFailure for a missing extra, memory, the disk or the device.
     """
-    choose_device(settings.device)
+    choose_device(wanted.device)
     read = [read_text("--text", path) for path in texts]
-    source = locate(model, revision=revision, offline=offline, say=observer.note)
+    source = locate(request, observer.note)
     if source.directory.resolve() in output.resolve().parents:
         raise UsageError(
             f"--output {output} is inside the input {source.directory}", hint="write it elsewhere"
         )
-    return measure(source, output, read, settings, overwrite=overwrite, observer=observer)
+    return measure(source, output, read, wanted, overwrite=overwrite, observer=observer)
 
 
 def measure(
     source: Source,
     output: Path,
     texts: Sequence[Text],
-    settings: Settings,
+    wanted: Measuring,
     *,
     overwrite: bool,
     observer: Observer,
 ) -> dict[str, Any]:
     """As :func:`calibrate`, of a source and texts that were read; raises the same."""
     started = time.monotonic()
-    device = choose_device(settings.device)
+    device = choose_device(wanted.device)
     refuse_taken(output, overwrite)
-    selection = select(source.tensors, source.config.content, anatomy=anatomy_of(source))
-    matrices = selection.matrices
-    dtype = _dtype(matrices, device)
-    nbytes = sum(tensor.elements for tensor in source.tensors) * dtype.itemsize
-    shapes = {tensor.name: (tensor.shape[0], tensor.shape[1]) for tensor in matrices}
-    kinds = selection.kinds
-    widths = {name: turned_shape(shape, kinds[name])[1] for name, shape in shapes.items()}
-    loaded_as = class_to_run(source.directory, source.config.content)
+    job = _job(source, texts, wanted, device)
     deliver_all(source, observer)
-    sides = max(widths.values()), max(widths.values()) if settings.moments == "full" else 1
-    check_space(output.absolute().parent, math.prod(sides) * 4)
+    full = wanted.moments == "full"
+    widest = max(job.widths.values())
+    check_space(output.absolute().parent, widest * (widest if full else 1) * 4)
     workspace = _Workspace(output)
     with memory_explained("calibrating", hint=_LESS_MEMORY), workspace.locked():
         workspace.discard_work()  # what a crash left
         with explained(workspace.output):
             workspace.output.mkdir()
-        calibration = prepare(
-            source.directory,
-            loaded_as,
-            source.config.content,
-            widths,
-            [text.content for text in texts],
-            samples=settings.samples,
-            length=settings.length,
-            seed=settings.seed,
-            dtype=dtype,
-            nbytes=nbytes,
-            device=device,
-            offload_folder=workspace.output,
-        )
+        calibration = job.prepare(workspace.output)
         samples, length = calibration.windows.shape
-        name = str(dtype).removeprefix("torch.")
         text = {
-            **provenance(texts, settings, contents_sha256(source)),
+            **provenance(texts, wanted, contents_sha256(source)),
             "samples": samples,
             "length": length,
-            "dtype": name,
+            "dtype": job.dtype_name,
         }
         with StatisticsWriter(
-            output, widths, model=identity_of(source), text=text, overwrite=overwrite
+            output, job.widths, model=measured_model(source), text=text, overwrite=overwrite
         ) as writer:
-            written, entries = _write(writer, calibration, settings.moments == "full", observer)
-            missing = [name for name in widths if name not in written]
+            written, entries = _write(writer, calibration, full, observer)
             if not written:
                 raise UnsupportedInputError(
-                    f"{source.directory}: text goes through none of its {len(widths)} matrices",
+                    f"{source.directory}: text goes through none of its {len(job.widths)} matrices",
                     hint=OWN_LOOP,
                 )
             nbytes = writer.publish()
-    if missing:
-        more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
-        observer.note(f"nothing was measured for {', '.join(missing[:_MOST_SHOWN])}{more}")
+    missing = [name for name in job.widths if name not in written]
+    _tell_of_missing(missing, observer)
     return {
         "output": str(output),
         "model": source.id,
         "matrices": len(written),
         "entries": entries,
         "missing": missing,
-        "moments": settings.moments,
+        "moments": wanted.moments,
         "samples": samples,
         "length": length,
         "tokens": samples * length,
-        "dtype": name,
+        "dtype": job.dtype_name,
         "device": str(device),
         "bytes": nbytes,
         "seconds": round(time.monotonic() - started, 3),
     }
 
 
-def provenance(texts: Sequence[Text], settings: Settings, contents: str | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Job:
+    """What is measured of a source: ``widths``, the in_features of each matrix by name."""
+
+    source: Source
+    texts: Sequence[Text]
+    wanted: Measuring
+    device: torch.device
+    widths: Mapping[str, int]
+    dtype: torch.dtype
+    loaded_as: Any
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def prepare(self, folder: Path) -> Calibration:
+        """Load the model, in parts from ``folder`` if it does not fit in memory."""
+        elements = sum(tensor.elements for tensor in self.source.tensors)
+        return prepare(
+            self.source.directory,
+            self.loaded_as,
+            self.source.config.content,
+            self.widths,
+            [text.content for text in self.texts],
+            samples=self.wanted.samples,
+            length=self.wanted.length,
+            seed=self.wanted.seed,
+            dtype=self.dtype,
+            nbytes=elements * self.dtype.itemsize,
+            device=self.device,
+            offload_folder=folder,
+        )
+
+
+def _job(source: Source, texts: Sequence[Text], wanted: Measuring, device: torch.device) -> _Job:
+    content = source.config.content
+    selection = select(source.tensors, content, anatomy=anatomy_of(source))
+    widths = {
+        tensor.name: turned_shape((tensor.shape[0], tensor.shape[1]), selection.kinds[tensor.name])[
+            1
+        ]
+        for tensor in selection.matrices
+    }
+    dtype = _dtype(selection.matrices, device)
+    loaded_as = class_to_run(source.directory, content)
+    return _Job(source, texts, wanted, device, widths, dtype, loaded_as)
+
+
+def _tell_of_missing(missing: Sequence[str], observer: Observer) -> None:
+    if missing:
+        more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
+        observer.note(f"nothing was measured for {', '.join(missing[:_MOST_SHOWN])}{more}")
+
+
+def provenance(texts: Sequence[Text], wanted: Measuring, contents: str | None) -> dict[str, Any]:
     """What a file of statistics says of the text and the ``contents`` of the model, as far as it is
     known beforehand."""
     return {
         "contents": contents,
         "files": [text.sha256 for text in texts],
-        "seed": settings.seed,
-        "asked": {"samples": settings.samples, "length": settings.length},
+        "seed": wanted.seed,
+        "asked": {"samples": wanted.samples, "length": wanted.length},
     }
 
 

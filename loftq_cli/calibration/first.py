@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loftq_cli.calibration.calibrate import Settings, Text, measure, provenance, read_text
+from loftq_cli.calibration.calibrate import Measuring, Text, measure, provenance, read_text
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import OutputConflictError, UsageError
 from loftq_cli.machine.observer import Observer
@@ -44,8 +44,8 @@ def asked(paths: Sequence[Path], moments: str | None, *, dry_run: bool = False) 
         if moments is not None:
             raise UsageError(f"--moments {moments} is for {OPTION}", hint="name a text file")
         return None
-    settings = Settings() if moments is None else Settings(moments=moments)
-    return Texts(tuple(paths), settings.moments, dry_run)
+    wanted = Measuring() if moments is None else Measuring(moments=moments)
+    return Texts(tuple(paths), wanted.moments, dry_run)
 
 
 def beside(output: Path) -> Path:
@@ -80,8 +80,8 @@ def measured(
 ) -> Statistics:
     """Measure, and open what was written. Raises what :func:`measure` does."""
     path = beside(output)
-    settings = Settings(moments=texts.moments, device=device)
-    result = measure(source, path, texts.texts, settings, overwrite=True, observer=observer)
+    wanted = Measuring(moments=texts.moments, device=device)
+    result = measure(source, path, texts.texts, wanted, overwrite=True, observer=observer)
     observer.note(f"measured {result['tokens']:,} tokens ({texts.moments} moments): {path}")
     return statistics_for(source, str(path))
 
@@ -97,7 +97,7 @@ def _differing(path: Path, source: Source, read: Sequence[Text], moments: str) -
     contents = contents_sha256(source)
     if contents is None or held.text.get("contents") != contents:
         return f"of a model with other values, or another tokenizer, than {source.id} has now"
-    wanted = provenance(read, Settings(moments=moments), contents)
+    wanted = provenance(read, Measuring(moments=moments), contents)
     if {name: held.text.get(name) for name in wanted} != wanted:
         return "of other text, or of other windows of it"
     return None

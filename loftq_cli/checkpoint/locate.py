@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.not_a_model import refuse_marked, refuse_unmerged
 from loftq_cli.checkpoint.quantized import refuse_quantized
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import Source, open_source
 from loftq_cli.checkpoint.supply import Commit
 from loftq_cli.errors import EnvironmentFailure, SourceNotFoundError, UsageError
@@ -19,44 +20,36 @@ if TYPE_CHECKING:
     from loftq_cli.checkpoint.hub.output import Listener
 
 
-def locate(
-    model: str,
-    *,
-    revision: str | None = None,
-    offline: bool = False,
-    pinned: Commit | None = None,
-    passing: Path | None = None,
-    allow_pickle: bool = False,
-    say: Callable[[str], None],
-) -> Source:
-    """The source that ``model`` names: a path where it exists or starts with ``.`` or ``/``, else
-    a hub id. A hub's shards may not be there yet: ``supply`` brings them, into the hub cache or,
-    to stay until they are released, into ``passing``. ``pinned`` is the commit to use whatever
-    ``revision`` is by now. ``allow_pickle``: a directory may hold pickled weights alone.
+def locate(request: Request, say: Callable[[str], None]) -> Source:
+    """The source that ``request`` names: a path if it exists or starts with ``.``, ``/`` or ``~``,
+    else a hub id. A hub's shards may not be there yet: ``supply`` brings them. ``say`` gets one
+    line about each thing that is not as it was asked for.
 
     Raises UsageError for a revision of a directory; InputError for a bad checkpoint, or one that is
     quantized already, or an adapter, or a conversion of ours; EnvironmentFailure for hub access.
     """
+    model = request.model
     if is_path(model):
-        _refuse_revision(model, revision)
+        _refuse_revision(model, request.revision)
         path = expanded(model)
         refuse_marked(path, model)
-        return _in_full_precision(open_source(path, source_id=model, allow_pickle=allow_pickle))
+        return _in_full_precision(
+            open_source(path, source_id=model, allow_pickle=request.allow_pickle)
+        )
     # Imported here: a local conversion needs no hub client.
-    from loftq_cli.checkpoint.hub import repository as hub
-    from loftq_cli.checkpoint.hub import shards as hub_shards
+    from loftq_cli.checkpoint.hub import repository, shards
 
-    if not hub.looks_like_hub_id(model):
+    if not repository.looks_like_hub_id(model):
         raise SourceNotFoundError(f"{model}: no such directory, and not a hub id")
-    snapshot = hub.fetch(model, revision, offline=offline, pinned=pinned, say=say)
+    snapshot = repository.fetch(request, say)
     return _in_full_precision(
         open_source(
             snapshot.directory,
             source_id=snapshot.repo_id,
             revision=snapshot.revision,
-            requested_revision=revision,
+            requested_revision=request.revision,
             resolved_from=snapshot.resolved_from,
-            supply=hub_shards.HubSupply(snapshot, passing),
+            supply=shards.HubSupply(snapshot, request.passing),
             left=snapshot.left_behind,
         )
     )

@@ -79,7 +79,7 @@ class Source:
         return [tensor for shard in self.shards for tensor in shard.header.tensors]
 
 
-def source_identity(source: Source) -> list[tuple[str, int, str]]:
+def file_hashes(source: Source) -> list[tuple[str, int, str]]:
     """(name, size, header sha256) of each shard; whole contents for the small JSON files."""
     identity = [(shard.name, shard.header.size, shard.header.sha256) for shard in source.shards]
     small = [source.config] + ([source.index] if source.index else [])

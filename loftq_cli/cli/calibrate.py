@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from loftq_cli.cli import console
-from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded, json_option
+from loftq_cli.cli import show
+from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
 from loftq_cli.cli.narrator import Narrator
-from loftq_cli.cli.options import choice
+from loftq_cli.cli.options import choice, json_option
 
 
 @click.command(context_settings=CONTEXT)
@@ -80,18 +80,17 @@ def calibrate(
     loftq calibrate ./my-model --text notes.txt -o stats.safetensors
     loftq calibrate ./my-model --text a.txt --text b.txt --moments full --samples 64
     """
-    from loftq_cli.calibration.calibrate import Settings
+    from loftq_cli.calibration.calibrate import Measuring
     from loftq_cli.calibration.calibrate import calibrate as run
+    from loftq_cli.checkpoint.request import Request
 
     narrator = Narrator(quiet=quiet, verbose=verbose)
     result = run(
-        model,
+        Request(model, revision, offline),
         output,
         texts,
-        Settings(samples, length, moments, device, seed),
-        revision=revision,
-        offline=offline,
+        Measuring(samples, length, moments, device, seed),
         overwrite=overwrite,
         observer=narrator,
     )
-    console.show_calibration(result, as_json=as_json)
+    show.calibration(result, as_json=as_json)

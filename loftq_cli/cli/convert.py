@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from loftq_cli.cli import console
-from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded, json_option
+from loftq_cli.cli import show
+from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
 from loftq_cli.cli.narrator import Narrator
-from loftq_cli.cli.options import choice, setting_options
+from loftq_cli.cli.options import choice, json_option, setting_options
 from loftq_cli.settings.table import PRESETS
 
 
@@ -108,7 +108,9 @@ def convert(
     loftq convert ./my-model -o quantized --bits 4 --dry-run
     """
     from loftq_cli.calibration import first as calibrate_first
-    from loftq_cli.conversion.run import prepare, run, say_remarks
+    from loftq_cli.checkpoint.request import Request
+    from loftq_cli.conversion.prepare import prepare
+    from loftq_cli.conversion.run import run, say_remarks
     from loftq_cli.layouts.needs import needs
     from loftq_cli.planning.describe import describe
     from loftq_cli.settings import file as recipes
@@ -118,27 +120,24 @@ def convert(
     if save_recipe is not None:
         recipes.check_writable(save_recipe, dry_run=dry_run)
     plan, path = prepare(
-        model,
+        Request(model, revision, offline, allow_pickle),
         output,
         options,
-        revision=revision,
-        offline=offline,
         overwrite=overwrite,
         discard_shards=discard_shards,
-        allow_pickle=allow_pickle,
         texts=calibrate_first.asked(texts, moments, dry_run=dry_run),
         observer=narrator,
     )
     if dry_run:
         say_remarks(plan, narrator)
-        console.show_plan(describe(plan, path), as_json=as_json)
+        show.plan(describe(plan, path), as_json=as_json)
         return
     outcome = run(plan, path, overwrite=overwrite, observer=narrator)
     if save_recipe is not None:
         recipes.save(save_recipe, outcome.manifest["recipe"])
     if outcome.nothing_to_do:
         narrator.note(f"nothing to do: {output} is complete and verified")
-    console.show_outcome(
+    show.outcome(
         outcome.manifest,
         str(output),
         needs(outcome.manifest["recipe"]["layout"]),

@@ -151,10 +151,3 @@ class Terminated(KeyboardInterrupt):
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     raise Terminated
-
-
-revision_option = click.option(
-    "--revision", type=str, help="Branch, tag or commit of DIR, where it is on the hub."
-)
-offline_option = click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from loftq_cli.cli import console
-from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded, json_option
+from loftq_cli.cli import show
+from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
 from loftq_cli.cli.narrator import Narrator
+from loftq_cli.cli.options import json_option
 
 
 @click.command(context_settings=CONTEXT)
@@ -38,4 +39,4 @@ def push(
 
     narrator = Narrator(quiet=False, verbose=verbose)
     result = run(directory, repo_id, private=private, revision=revision, say=narrator.note)
-    console.show_push(result, as_json=as_json)
+    show.push(result, as_json=as_json)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loftq_cli.conversion.journal import Identity
+from loftq_cli.conversion.journal import Subject
 
 _LONGEST = 200  # characters of a setting's value in a message
 
 
-def differences(found: Identity, wanted: Identity) -> str:
+def differences(found: Subject, wanted: Subject) -> str:
     """The settings and source files in which two conversions differ, both values shown."""
     parts = different_settings(found.recipe, wanted.recipe)
     there = {name: _file(*rest) for name, *rest in found.sources}

@@ -20,7 +20,7 @@ from loftq_cli.checkpoint.reader import ShardReader
 from loftq_cli.checkpoint.source import CONFIG, INDEX
 from loftq_cli.checkpoint.writer import GrowingShard
 from loftq_cli.conversion import record as manifests
-from loftq_cli.conversion.journal import Identity, Journal, ReadShard, Unit
+from loftq_cli.conversion.journal import Journal, ReadShard, Subject, Unit
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
 from loftq_cli.conversion.reread import check_contents, check_prefix
 from loftq_cli.conversion.shard_output import ShardOutput
@@ -67,7 +67,7 @@ class Conversion:
         plan = self.plan
         return Decomposer(plan.recipe, plan.layout, plan.device, plan.statistics)
 
-    def run(self, identity: Identity) -> dict[str, Any]:
+    def run(self, identity: Subject) -> dict[str, Any]:
         """Convert every shard, write the rest of the output, and return the manifest."""
         started = time.monotonic()
         plan, output = self.plan, self.workspace.output

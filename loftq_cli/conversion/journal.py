@@ -51,7 +51,7 @@ class ReadShard:
 
 
 @dataclass(frozen=True)
-class Identity:
+class Subject:
     """What an unfinished conversion is of."""
 
     fingerprint: str
@@ -64,7 +64,7 @@ class Journal:
     ``damaged`` the number of lines that could not be believed; what :meth:`add` appends is the
     caller's to remember."""
 
-    def __init__(self, path: Path, identity: Identity) -> None:
+    def __init__(self, path: Path, identity: Subject) -> None:
         self.path = path
         self.units: dict[str, Unit] = {}
         self.shards: dict[str, ReadShard] = {}
@@ -113,13 +113,13 @@ class Journal:
             os.fsync(self._file)
 
 
-def identify(path: Path) -> Identity | None:
+def subject_in(path: Path) -> Subject | None:
     """The identity in the journal at ``path``; None where there is none, or none to believe.
     Raises EnvironmentFailure where it cannot be read."""
     lines, _, _ = _read(path)
     if not lines:
         return None
-    return Identity(lines[0]["fingerprint"], lines[0]["recipe"], lines[0]["sources"])
+    return Subject(lines[0]["fingerprint"], lines[0]["recipe"], lines[0]["sources"])
 
 
 def is_damaged(path: Path) -> bool:

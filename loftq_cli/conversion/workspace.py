@@ -15,7 +15,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.output import MANIFEST, Output, open_output
 from loftq_cli.conversion.differences import differences, different_settings
-from loftq_cli.conversion.journal import Identity, identify
+from loftq_cli.conversion.journal import Subject, subject_in
 from loftq_cli.errors import InputError, OutputConflictError
 from loftq_cli.machine.durable import explained
 from loftq_cli.machine.workspace import Workspace
@@ -48,7 +48,7 @@ class ConversionWorkspace(Workspace):
     def held(self, *, finished: bool = True) -> Iterator[tuple[dict[str, Any], str]]:
         """(recipe, fingerprint) of the unfinished work and, where ``finished``, of the complete
         output, what there is of them."""
-        work = identify(self.journal)
+        work = subject_in(self.journal)
         if work is not None:
             yield work.recipe, work.fingerprint
         output = self.complete_output() if finished else None
@@ -64,11 +64,11 @@ class ConversionWorkspace(Workspace):
                 if path not in kept:
                     path.unlink()
 
-    def refuse_other_partial(self, accepted: dict[str, Identity], overwrite: bool) -> str | None:
+    def refuse_other_partial(self, accepted: dict[str, Subject], overwrite: bool) -> str | None:
         """Whose work the partial directory holds: one of the ``accepted`` fingerprints, or None
         where there is none. Work of something else is discarded under ``overwrite``, and
         otherwise raises OutputConflictError with the settings that differ."""
-        found = identify(self.journal)
+        found = subject_in(self.journal)
         if found is None:
             self.discard_work()
             return None
@@ -84,13 +84,13 @@ class ConversionWorkspace(Workspace):
         self.discard_work()
         return None
 
-    def discard_unless_other(self, accepted: dict[str, Identity]) -> None:
+    def discard_unless_other(self, accepted: dict[str, Subject]) -> None:
         """Remove the partial directory, unless it holds unfinished work of something else."""
-        found = identify(self.journal)
+        found = subject_in(self.journal)
         if found is None or found.fingerprint in accepted:
             self.discard()
 
-    def described(self, wanted: Identity) -> str:
+    def described(self, wanted: Subject) -> str:
         """What an output of ours is that is not the ``wanted`` one."""
         try:
             recipe = open_output(self.final).manifest["recipe"]

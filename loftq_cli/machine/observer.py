@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 
 class Observer:
     """Receives progress; this base class ignores it."""
@@ -30,3 +32,15 @@ class Observer:
 
     def end(self) -> None:
         """No more progress will come, whatever happened."""
+
+
+class Logged(Observer):
+    """Hands remarks to the logger ``loftq``: for whoever calls from Python. Progress is ignored."""
+
+    _logger = logging.getLogger("loftq")
+
+    def note(self, text: str) -> None:
+        self._logger.info(text)
+
+    def detail(self, text: str) -> None:
+        self._logger.debug(text)

@@ -43,10 +43,10 @@ class Decomposer:
         self._last: tuple[str, Weighting] | None = None
 
     def decompose(
-        self, weight: torch.Tensor, item: PlannedMatrix, weighting: Weighting | None = None
+        self, weight: torch.Tensor, item: PlannedMatrix, moments: torch.Tensor | None = None
     ) -> Decomposition:
-        """Q, A and B of ``weight`` (out, in), finite, on the device. ``weighting``: another than
-        the statistics' own.
+        """Q, A and B of ``weight`` (out, in), finite, on the device. ``moments``: float32 (in,) or
+        (in, in), in the place of the statistics', and taken over.
 
         Raises ScaleRangeError and InputError as :func:`loftq_cli.numerics.alternation.decompose`,
         and what :meth:`weighting` raises.
@@ -68,7 +68,10 @@ class Decomposer:
             seed=recipe.seed,
             name=matrix.name,
         )
-        weighting = weighting or self.weighting(matrix)
+        if moments is None:
+            weighting = self.weighting(matrix)
+        else:
+            weighting = make_weighting(moments.to(self._device), self._variant.products)
         return decompose(weight, self._quantizer(matrix), procedure, weighting)
 
     def quantize(self, weight: torch.Tensor, matrix: Matrix) -> Decomposition:

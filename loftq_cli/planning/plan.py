@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
-from loftq_cli.checkpoint.source import Shard, Source, source_identity
+from loftq_cli.checkpoint.source import Shard, Source, file_hashes
 from loftq_cli.checkpoint.writer import place
 from loftq_cli.families.anatomy import Anatomy
 from loftq_cli.layouts import adapter
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.recipe.as_dict(), source_identity(self.source))
+        return fingerprint(self.recipe.as_dict(), file_hashes(self.source))
 
     @property
     def source_bytes(self) -> int:

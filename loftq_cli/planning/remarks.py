@@ -1,4 +1,4 @@
-"""What is said about a source before it is converted, one line each."""
+"""What is said before a conversion, one line each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from loftq_cli.checkpoint.companions import companions
 from loftq_cli.checkpoint.pipeline import modules
 from loftq_cli.checkpoint.source import Source, read_json
 from loftq_cli.errors import InputError
+from loftq_cli.families import experts
 from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.unused import unused_notes
+from loftq_cli.settings.options import Options
 
 _MOST_SHOWN = 4
 _NARROW = 3  # bits
@@ -22,6 +25,20 @@ _WEIGHTS = (
     *(".npz", ".pkl", ".index.json"),
 )
 _IN_REPOSITORY = re.compile(r"(?:(?P<repo>.+)--)?(?P<module>[\w.]+)\.\w+")
+
+
+def remarks(plan: Plan, options: Options, *, measuring: bool) -> tuple[str, ...]:
+    """What the user is to hear before ``plan`` is carried out. ``measuring``: statistics are made
+    for it, so that nothing needs to be said of there being none."""
+    lines: list[str | None] = [*source_remarks(plan)]
+    if plan.unmeasured and plan.statistics is not None:
+        lines.append(
+            f"{len(plan.unmeasured)} of {len(plan.matrices)} matrices are not in "
+            f"{plan.statistics.path} and are converted without statistics"
+        )
+    lines += [plan.layout_note, experts.note(plan.selection.kept, plan.source.config.content)]
+    lines += [None if measuring else statistics_note(plan, options.preset)]
+    return tuple(line for line in (*lines, *unused_notes(options, plan.recipe)) if line)
 
 
 def source_remarks(plan: Plan) -> list[str]:

@@ -14,6 +14,7 @@ from loftq_cli.checkpoint.header import HeaderError, read_header
 from loftq_cli.checkpoint.locate import is_path, locate
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.stored import Stored, read
 from loftq_cli.errors import InputError, LoftqError, VerificationError
 from loftq_cli.families.kinds import turned
@@ -56,7 +57,7 @@ def recompute(
     stated = output.manifest["source"]
     converted = model in (stated["id"], stated.get("resolved_from")) and not is_path(model)
     revision = stated["revision"] if converted else None
-    source = locate(model, revision=revision, offline=offline, say=lambda text: None)
+    source = locate(Request(model, revision, offline), lambda text: None)
     decomposer = _decomposer(output, None if stats is None else statistics_for(source, stats))
     for shard in source.shards:
         source.supply.ensure(shard.name)

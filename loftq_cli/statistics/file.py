@@ -24,7 +24,7 @@ from loftq_cli.checkpoint.header import (
     strict_json,
 )
 from loftq_cli.checkpoint.reader import TensorFile
-from loftq_cli.checkpoint.source import Source, source_identity
+from loftq_cli.checkpoint.source import Source, file_hashes
 from loftq_cli.errors import (
     CorruptFileError,
     EnvironmentFailure,
@@ -33,7 +33,7 @@ from loftq_cli.errors import (
     UnsupportedInputError,
 )
 from loftq_cli.statistics import imatrix
-from loftq_cli.statistics.statistics import DIAGONAL, FULL, Entry, Kind, ModelIdentity, Statistics
+from loftq_cli.statistics.statistics import DIAGONAL, FULL, Entry, Kind, MeasuredModel, Statistics
 
 FORMAT = "loftq-statistics"
 FORMAT_VERSION = 1
@@ -73,7 +73,7 @@ def model_sha256(source: Source) -> str:
     """What identifies a model: the sha256 of the compact JSON of the sorted [name, size, hash] of
     its weight files (hash of the header), config.json and index (of the whole file). Two models of
     one shape whose values differ have the same one."""
-    text = json.dumps(sorted(source_identity(source)), separators=(",", ":"))
+    text = json.dumps(sorted(file_hashes(source)), separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -153,13 +153,13 @@ def _map(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> dict[
     return found
 
 
-def _model(path: Path, metadata: Mapping[str, str]) -> ModelIdentity | None:
+def _model(path: Path, metadata: Mapping[str, str]) -> MeasuredModel | None:
     if "model" not in metadata:
         return None
     found = _map(path, metadata, "model", str)
     if not {"id", "sha256"} <= set(found):
         raise StatisticsError(f"{path}: the metadata 'model' lacks id or sha256")
-    return ModelIdentity(found["id"], found["sha256"])
+    return MeasuredModel(found["id"], found["sha256"])
 
 
 def _text(metadata: Mapping[str, str]) -> dict[str, Any]:

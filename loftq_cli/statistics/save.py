@@ -13,12 +13,12 @@ from loftq_cli.errors import StatisticsError, UsageError
 from loftq_cli.machine.durable import explained, file_sha256
 from loftq_cli.numerics.moments import Moments
 from loftq_cli.statistics.file import compact_json, model_sha256
-from loftq_cli.statistics.statistics import ModelIdentity
+from loftq_cli.statistics.statistics import MeasuredModel
 from loftq_cli.statistics.writer import StatisticsWriter
 
 
-def identity_of(source: Source) -> ModelIdentity:
-    return ModelIdentity(source.id, model_sha256(source))
+def measured_model(source: Source) -> MeasuredModel:
+    return MeasuredModel(source.id, model_sha256(source))
 
 
 def contents_sha256(source: Source) -> str | None:
@@ -70,7 +70,7 @@ def save_statistics(
                 hint="take the names of this checkpoint",
             )
         shared.setdefault(id(measured), []).append(name)
-    identity = identity_of(source) if source else None
+    identity = measured_model(source) if source else None
     with StatisticsWriter(Path(path), moments, model=identity, overwrite=overwrite) as writer:
         for names in shared.values():
             write_entry(writer, names, moments[names[0]])

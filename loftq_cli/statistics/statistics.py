@@ -36,7 +36,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class ModelIdentity:
+class MeasuredModel:
     """The model that was measured: ``id`` as it was typed, ``sha256`` as
     ``loftq_cli.statistics.file.model_sha256`` computes it."""
 
@@ -52,7 +52,7 @@ class Statistics:
     path: Path
     matrices: Mapping[str, str]
     entries: Mapping[str, Entry]
-    model: ModelIdentity | None = None
+    model: MeasuredModel | None = None
     text: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -125,7 +125,7 @@ class Statistics:
         if in_features is not None:
             self.require({name: in_features})
         values = entry.read()
-        fault = _fault(values)
+        fault = fault_of(values)
         if fault:
             raise StatisticsError(f"{self.path}: entry {shown(self.matrices[name])} {fault}")
         return values
@@ -136,7 +136,7 @@ def _looks(path: Path) -> str:
     return f"{status.st_size} bytes, mtime {utc(status.st_mtime_ns)}"
 
 
-def _fault(values: torch.Tensor) -> str | None:
+def fault_of(values: torch.Tensor) -> str | None:
     """What keeps ``values`` from being second moments."""
     low, high = (float(value) for value in values.aminmax())
     largest = max(-low, high)

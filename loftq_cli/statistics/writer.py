@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.writer import TensorWriter, pieces_of, place
 from loftq_cli.errors import EnvironmentFailure, InputError, OutputConflictError
 from loftq_cli.machine.durable import explained, make_directory, sync_directory, write_all
 from loftq_cli.statistics.file import FORMAT, FORMAT_VERSION, compact_json, open_statistics
-from loftq_cli.statistics.statistics import DIAGONAL, FULL, ModelIdentity
+from loftq_cli.statistics.statistics import DIAGONAL, FULL, MeasuredModel
 
 _LARGEST = 1 << 62
 
@@ -39,7 +39,7 @@ class StatisticsWriter:
         path: Path,
         matrices: Iterable[str],
         *,
-        model: ModelIdentity | None = None,
+        model: MeasuredModel | None = None,
         text: object = None,
         overwrite: bool = False,
     ) -> None:

@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from loftq_cli.calibration import pretrained
-from loftq_cli.calibration.calibrate import Settings, calibrate
+from loftq_cli.calibration.calibrate import Measuring, calibrate
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.machine.observer import Observer
 from loftq_cli.planning.selection import select
@@ -133,8 +134,10 @@ def test_what_the_file_says_of_model_and_text(checkpoint, notes):
     second = notes.with_name("more.txt")
     second.write_text("\ufeffAnother text.")
     output = notes.parent / "stats.safetensors"
-    settings = Settings(samples=4, length=LENGTH, device="cpu", seed=3)
-    result = calibrate(str(directory), output, [notes, second], settings, observer=Observer())
+    settings = Measuring(samples=4, length=LENGTH, device="cpu", seed=3)
+    result = calibrate(
+        Request(str(directory)), output, [notes, second], settings, observer=Observer()
+    )
     found = open_statistics(output)
     assert found.model is not None
     assert (found.model.id, found.model.sha256) == (
@@ -159,8 +162,8 @@ def test_what_the_file_says_of_model_and_text(checkpoint, notes):
 def test_windows_are_as_long_as_the_model_takes(tmp_path, notes):
     model = models.save_tokenizer(models.save(gpt2(), tmp_path / "gpt2"))
     output = notes.parent / "stats.safetensors"
-    settings = Settings(device="cpu")
-    result = calibrate(str(model), output, [notes], settings, observer=Observer())
+    settings = Measuring(device="cpu")
+    result = calibrate(Request(str(model)), output, [notes], settings, observer=Observer())
     assert result["length"] == 24
 
 
@@ -225,6 +228,6 @@ class Counting(Observer):
 def test_progress_ends_where_it_said_it_would(family, blocks, checkpoint, notes):
     observer = Counting()
     output = notes.parent / "stats.safetensors"
-    settings = Settings(samples=3, length=LENGTH, device="cpu")
-    calibrate(str(checkpoint(family)), output, [notes], settings, observer=observer)
+    settings = Measuring(samples=3, length=LENGTH, device="cpu")
+    calibrate(Request(str(checkpoint(family))), output, [notes], settings, observer=observer)
     assert (observer.done, observer.total, observer.ended) == (3 * blocks, 3 * blocks, True)

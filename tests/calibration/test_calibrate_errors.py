@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from loftq_cli.calibration.calibrate import Settings, calibrate
+from loftq_cli.calibration.calibrate import Measuring, calibrate
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.errors import (
     EnvironmentFailure,
     InputError,
@@ -121,10 +122,17 @@ def test_a_missing_extra_is_named(package, checkpoint, notes, monkeypatch):
 def test_an_output_that_is_in_the_way(checkpoint, notes):
     directory = checkpoint("llama")
     with pytest.raises(OutputConflictError, match="is not a file of statistics"):
-        calibrate(str(directory), notes, [notes], Settings(), overwrite=True, observer=Observer())
+        calibrate(
+            Request(str(directory)),
+            notes,
+            [notes],
+            Measuring(),
+            overwrite=True,
+            observer=Observer(),
+        )
     inside = directory / "stats.safetensors"
     with pytest.raises(UsageError, match="is inside the input"):
-        calibrate(str(directory), inside, [notes], Settings(), observer=Observer())
+        calibrate(Request(str(directory)), inside, [notes], Measuring(), observer=Observer())
 
 
 def test_what_a_killed_calibration_left_is_removed(checkpoint, tmp_path, notes):
@@ -132,7 +140,7 @@ def test_what_a_killed_calibration_left_is_removed(checkpoint, tmp_path, notes):
     left.mkdir(parents=True)
     (left / "weight.dat").write_bytes(b"x" * 1000)
     path = tmp_path / "stats"
-    calibrate(str(checkpoint("llama")), path, [notes], Settings(), observer=Observer())
+    calibrate(Request(str(checkpoint("llama"))), path, [notes], Measuring(), observer=Observer())
     assert {each.name for each in tmp_path.iterdir()} == {"stats", "notes.txt"}
 
 
@@ -144,9 +152,15 @@ def test_two_calibrations_for_one_file(checkpoint, tmp_path, notes, monkeypatch)
 
         def begin(self, *_):
             with pytest.raises(OutputConflictError, match="another process is writing it"):
-                calibrate(str(checkpoint("llama")), path, [notes], Settings(), observer=Observer())
+                calibrate(
+                    Request(str(checkpoint("llama"))),
+                    path,
+                    [notes],
+                    Measuring(),
+                    observer=Observer(),
+                )
 
-    calibrate(str(checkpoint("llama")), path, [notes], Settings(), observer=Second())
+    calibrate(Request(str(checkpoint("llama"))), path, [notes], Measuring(), observer=Second())
     assert {each.name for each in tmp_path.iterdir()} == {"stats", "notes.txt"}
 
 
@@ -154,5 +168,7 @@ def test_an_output_that_may_not_be_written_is_found_out_first(checkpoint, notes,
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != notes.parent)
     path = notes.parent / "new/stats"
     with pytest.raises(EnvironmentFailure, match="not writable"):
-        calibrate(str(checkpoint("llama")), path, [notes], Settings(), observer=Observer())
+        calibrate(
+            Request(str(checkpoint("llama"))), path, [notes], Measuring(), observer=Observer()
+        )
     assert list(notes.parent.iterdir()) == [notes]

@@ -12,8 +12,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from loftq_cli.calibration.calibrate import Settings, calibrate
+from loftq_cli.calibration.calibrate import Measuring, calibrate
 from loftq_cli.calibration.text_input import limits
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import InputError, UnsupportedInputError, UsageError
 from loftq_cli.machine.observer import Observer
@@ -153,7 +154,11 @@ def test_windows_are_as_long_as_the_table_of_positions_has_room_for(
     directory = made(family, name, settings, tmp_path / "model")
     assert transformers.AutoTokenizer.from_pretrained(directory).model_max_length > 1e6
     result = calibrate(
-        str(directory), tmp_path / "stats", [notes], Settings(device="cpu"), observer=Observer()
+        Request(str(directory)),
+        tmp_path / "stats",
+        [notes],
+        Measuring(device="cpu"),
+        observer=Observer(),
     )
     assert result["length"] == room
     with pytest.raises(UsageError, match=f"--length {room + 1}: the model takes {room} tokens"):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from loftq_cli.checkpoint.companions import companions, copy_companions, is_companion
 from loftq_cli.checkpoint.locate import locate
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import CorruptFileError, SourceNotFoundError
 from loftq_cli.layouts import adapter
@@ -87,7 +88,7 @@ def model(directory: Path, files: dict[str, bytes]) -> Path:
 
 
 def opened(model: str | Path, **options: Any) -> Source:
-    return locate(str(model), say=lambda line: None, **options)
+    return locate(Request(str(model), **options), lambda line: None)
 
 
 def failure(model: str | Path) -> CorruptFileError:

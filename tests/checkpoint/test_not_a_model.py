@@ -13,6 +13,7 @@ import torch
 
 import loftq_cli
 from loftq_cli.checkpoint.locate import locate
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
 from tests.support import checkpoints
 from tests.support.contents import FAST
@@ -26,7 +27,7 @@ CONFIG = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 4}
 
 def refusal(model: str | Path, **options: Any) -> UnsupportedInputError:
     with pytest.raises(UnsupportedInputError) as caught:
-        locate(str(model), say=lambda line: None, **options)
+        locate(Request(str(model), **options), lambda line: None)
     assert caught.value.exit_code == 3
     return caught.value
 
@@ -66,14 +67,14 @@ def test_an_adapter_without_its_config_is_one_all_the_same(server, tmp_path, wei
         )
         assert "merge_and_unload" in error.hint
     checkpoints.write(directory, checkpoints.llama())
-    assert locate(str(directory), say=lambda line: None)
+    assert locate(Request(str(directory)), lambda line: None)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "loftq_manifest.json"])
 def test_a_pointer_of_git_lfs_is_neither(tmp_path, name):
     (tmp_path / name).write_bytes(POINTER)
     with pytest.raises(CorruptFileError, match=f"{name} is a pointer of git-lfs"):
-        locate(str(tmp_path), say=lambda line: None)
+        locate(Request(str(tmp_path)), lambda line: None)
 
 
 @pytest.mark.parametrize("cuts", [(), (5,)])
@@ -85,7 +86,7 @@ def test_an_adapter_beside_the_weights_would_be_attached_unseen(tmp_path, cuts):
     assert "take the adapter's files away" in error.hint
     for path in directory.glob("adapter_*"):
         path.unlink()
-    assert locate(str(directory), say=lambda line: None).tensors
+    assert locate(Request(str(directory)), lambda line: None).tensors
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,9 @@ def test_weights_with_an_adapter_that_is_not_merged(tmp_path, name):
 def test_names_that_only_resemble_those_of_an_adapter(tmp_path):
     names = ("model.layers.0.base_layers.weight", "lora_A_norm.weight", "model.lora_Ab.weight")
     tensors = checkpoints.llama() | {name: torch.zeros(4) for name in names}
-    assert locate(str(checkpoints.write(tmp_path / "m", tensors)), say=lambda line: None).tensors
+    assert locate(
+        Request(str(checkpoints.write(tmp_path / "m", tensors))), lambda line: None
+    ).tensors
 
 
 @pytest.mark.parametrize("layout", ["dense", "loftq", "bnb"])

@@ -12,6 +12,7 @@ import torch
 
 import loftq_cli
 from loftq_cli.checkpoint.locate import locate
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import UnsupportedInputError
 from tests.support import checkpoints
@@ -22,7 +23,7 @@ EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
 
 
 def opened(directory: Path) -> Source:
-    return locate(str(directory), say=lambda line: None)
+    return locate(Request(str(directory)), lambda line: None)
 
 
 def refusal(directory: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from loftq_cli.checkpoint.locate import locate
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import (
     CorruptFileError,
@@ -56,7 +57,7 @@ def sharded(tmp_path):
 def failure(directory: Path | str, kind: type[LoftqError]) -> str:
     """The message of opening ``directory``, which must raise exactly ``kind``, with a hint."""
     with pytest.raises(LoftqError) as caught:
-        locate(str(directory), say=lambda line: None)
+        locate(Request(str(directory)), lambda line: None)
     assert type(caught.value) is kind
     assert caught.value.exit_code == 3
     assert caught.value.hint
@@ -292,7 +293,7 @@ def test_a_file_instead_of_a_directory(sharded):
 
 def test_a_relative_path_that_exists_needs_no_dot(sharded, monkeypatch):
     monkeypatch.chdir(sharded.parent)
-    source = locate("source", say=lambda line: None)
+    source = locate(Request("source"), lambda line: None)
     assert source.id == "source"
     assert len(source.tensors) == 3
 

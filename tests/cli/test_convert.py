@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 
 from loftq_cli.checkpoint.hub import repository as hub
 from loftq_cli.checkpoint.hub.repository import HubSnapshot
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.cli.narrator import Narrator
-from loftq_cli.conversion.run import prepare, run
+from loftq_cli.conversion.prepare import prepare
+from loftq_cli.conversion.run import run
 from loftq_cli.settings.options import Options
 from tests.support import checkpoints
 from tests.support.commands import QUICK, Command, snapshot_of
@@ -178,7 +180,7 @@ def test_a_terminal_gets_a_progress_bar_over_bytes(
     monkeypatch.setattr(sys, "stderr", terminal)
     narrator = Narrator(quiet=quiet, verbose=False)
     options = Options(rank=4, iters=2, threads=1)
-    plan, path = prepare("./model", "out", options, observer=narrator)
+    plan, path = prepare(Request("./model"), "out", options, observer=narrator)
     run(plan, path, overwrite=False, observer=narrator)
     shown = terminal.getvalue()
     assert ("model.layers.0.self_attn.q_proj.weight" in shown) != quiet
@@ -254,11 +256,9 @@ def asked(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A hub that has every model there is; what it was asked for."""
     calls: list[Any] = []
 
-    def fetch(
-        repo_id: str, revision: str | None = None, *, offline: bool, **others: object
-    ) -> HubSnapshot:
-        calls.append((repo_id, revision, offline))
-        return snapshot_of(place / "model", f"{repo_id}-hf", "c0ffee", repo_id)
+    def fetch(request: Request, say: object) -> HubSnapshot:
+        calls.append((request.model, request.revision, request.offline))
+        return snapshot_of(place / "model", f"{request.model}-hf", "c0ffee", request.model)
 
     monkeypatch.setattr(hub, "fetch", fetch)
     return calls

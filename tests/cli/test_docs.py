@@ -18,6 +18,7 @@ from loftq_cli.checkpoint.hub import repository as hub
 from loftq_cli.checkpoint.hub import upload as hub_upload
 from loftq_cli.checkpoint.hub.repository import HubSnapshot
 from loftq_cli.checkpoint.hub.upload import Pushed
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.cli.commands import main
 from loftq_cli.version import VERSION
 from tests.support import models
@@ -103,8 +104,8 @@ def test_the_manual_says_what_is_below_a_table_that_says_so() -> None:
 def test_the_examples_of_the_manual_work(
     place: Path, loftq: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fetch(repo_id: str, revision: str | None = None, **options: Any) -> HubSnapshot:
-        return snapshot_of(place / "model", repo_id, "0" * 40)
+    def fetch(request: Request, say: object) -> HubSnapshot:
+        return snapshot_of(place / "model", request.model, "0" * 40)
 
     def push_folder(folder: Path, names: set[str], repo_id: str, **options: Any) -> Pushed:
         assert all((folder / name).is_file() for name in names)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-import loftq_cli.conversion.run
+import loftq_cli.conversion.prepare
 import loftq_cli.reporting.inspect
 from tests.support import checkpoints
 from tests.support.commands import QUICK, Command
@@ -203,7 +203,7 @@ def test_an_unforeseen_error_says_that_it_is_a_bug(
     def prepare(*arguments: Any, **options: Any) -> None:
         raise ZeroDivisionError("by\nnothing")
 
-    monkeypatch.setattr(loftq_cli.conversion.run, "prepare", prepare)
+    monkeypatch.setattr(loftq_cli.conversion.prepare, "prepare", prepare)
     result = loftq("convert", "model", *flags)
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -230,7 +230,7 @@ def test_ctrl_c_exits_with_130(loftq: Command, monkeypatch: pytest.MonkeyPatch) 
     def prepare(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loftq_cli.conversion.run, "prepare", prepare)
+    monkeypatch.setattr(loftq_cli.conversion.prepare, "prepare", prepare)
     result = loftq("convert", "model")
     assert result.exit_code == 128 + signal.SIGINT
     (line,) = result.stderr.splitlines()
@@ -240,7 +240,9 @@ def test_ctrl_c_exits_with_130(loftq: Command, monkeypatch: pytest.MonkeyPatch) 
 def test_memory_that_runs_out_anywhere_is_no_bug(
     loftq: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loftq_cli.conversion.run, "prepare", lambda *_, **__: bytearray(1 << 50))
+    monkeypatch.setattr(
+        loftq_cli.conversion.prepare, "prepare", lambda *_, **__: bytearray(1 << 50)
+    )
     result = loftq("convert", "model")
     assert result.exit_code == 5
     (line,) = result.stderr.splitlines()
@@ -257,7 +259,7 @@ def test_sigterm_exits_with_143_whatever_handles_errors_on_its_way(
             for _ in range(100):
                 time.sleep(0.1)
 
-    monkeypatch.setattr(loftq_cli.conversion.run, "prepare", terminated)
+    monkeypatch.setattr(loftq_cli.conversion.prepare, "prepare", terminated)
     monkeypatch.setattr(loftq_cli.reporting.inspect, "inspect", terminated)
     result = loftq(*words)
     assert result.exit_code == 128 + signal.SIGTERM

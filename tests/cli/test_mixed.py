@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.cli.commands import main
-from loftq_cli.conversion.run import prepare
+from loftq_cli.conversion.prepare import prepare
 from loftq_cli.machine.observer import Observer
 from loftq_cli.settings.options import Options
 from tests.support.commands import QUICK, Command
@@ -106,6 +107,6 @@ def test_every_setting_of_the_command_line_is_one_of_a_recipe_s(place: Path) -> 
         *("texts", "moments"),
     }
     options = {str(parameter.name) for parameter in main.commands["convert"].params}
-    plan, _ = prepare("./model", place / "out", Options(), observer=Observer())
+    plan, _ = prepare(Request("./model"), place / "out", Options(), observer=Observer())
     settings = plan.recipe.as_dict().keys() - {"kernels", "layout_fallback"}
     assert options - about_the_run - {"preset"} == settings - {"keep", "momentum", "widths"}

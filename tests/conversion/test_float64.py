@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import loftq_cli
-from loftq_cli.calibration.calibrate import Settings, calibrate
+from loftq_cli.calibration.calibrate import Measuring, calibrate
 from loftq_cli.checkpoint.pickles import reader as pickled
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.errors import NonFiniteWeightError
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
@@ -188,7 +189,7 @@ def test_it_loads_and_trains_in_float32(tmp_path, layout, bits, method):
 def test_calibrating_runs_the_model_in_float32(tmp_path, notes):
     source = models.save(models.bert(), tmp_path / "source", torch.float64)
     models.save_tokenizer(source)
-    settings = Settings(length=LENGTH, samples=1, device="cpu")
-    found = calibrate(str(source), tmp_path / "s", [notes], settings, observer=Observer())
+    settings = Measuring(length=LENGTH, samples=1, device="cpu")
+    found = calibrate(Request(str(source)), tmp_path / "s", [notes], settings, observer=Observer())
     assert found["dtype"] == "float32"
     loftq_cli.convert(source, tmp_path / "out", **FAST, bits=2, stats=str(tmp_path / "s"))

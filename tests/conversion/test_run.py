@@ -13,7 +13,7 @@ import torch
 
 import loftq_cli
 from loftq_cli.checkpoint.reader import ShardReader
-from loftq_cli.conversion import run as runs
+from loftq_cli.conversion import room
 from loftq_cli.errors import EnvironmentFailure, InputError
 from loftq_cli.layouts import adapter
 from loftq_cli.machine.observer import Observer
@@ -65,10 +65,10 @@ def test_space_that_unfinished_work_will_still_need_is_counted(
     bench.write(tensors, cuts=(5,))
     bench.interrupt(KEY, layout="dense")  # before the first matrix
     asked = []
-    monkeypatch.setattr(runs, "check_disks", lambda source, path, needed: asked.append(needed))
+    monkeypatch.setattr(room, "check_disks", lambda source, path, needed: asked.append(needed))
     bench.interrupt(KEY, layout="dense")
     left = sum(tensors[name].nbytes for name in checkpoints.matrices(tensors))
-    assert asked[0] - runs._MARGIN >= left
+    assert asked[0] - room._MARGIN >= left
 
 
 def test_a_disk_that_fills_up_leaves_no_output_and_resumes(

@@ -12,7 +12,8 @@ import torch
 import transformers
 
 import loftq_cli
-from loftq_cli.conversion.run import prepare
+from loftq_cli.checkpoint.request import Request
+from loftq_cli.conversion.prepare import prepare
 from loftq_cli.errors import UsageError
 from loftq_cli.families import anatomy as module
 from loftq_cli.families import skeleton
@@ -145,7 +146,9 @@ def test_without_transformers_load_finds_the_names_and_the_plain_way_says_that_i
     source = make(*FAMILIES["ViT"][:3], tmp_path / "source")
     settings: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 1, "layout": layout, "threads": 1}
     without_transformers()
-    plan, _ = prepare(str(source), tmp_path / "out", Options(**settings), observer=Observer())
+    plan, _ = prepare(
+        Request(str(source)), tmp_path / "out", Options(**settings), observer=Observer()
+    )
     loftq_cli.convert(source, output=tmp_path / "out", **settings)
     monkeypatch.undo()
     assert any("names alone, for transformers is not installed" in line for line in plan.remarks)
@@ -165,7 +168,10 @@ def test_without_transformers_config_json_tells_further_blocks_and_routers(
     source = save(CASES[name], tmp_path / "source")
     without_transformers()
     plan, _ = prepare(
-        str(source), tmp_path / "out", Options(layout="loftq", threads=1), observer=Observer()
+        Request(str(source)),
+        tmp_path / "out",
+        Options(layout="loftq", threads=1),
+        observer=Observer(),
     )
     kept = {tensor.name: reason for tensor, reason in plan.selection.kept}
     for end, reason in CASES[name].reasons.items():

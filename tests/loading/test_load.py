@@ -16,7 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import loftq_cli
-from loftq_cli.conversion.run import prepare
+from loftq_cli.checkpoint.request import Request
+from loftq_cli.conversion.prepare import prepare
 from loftq_cli.errors import (
     EnvironmentFailure,
     InputError,
@@ -186,7 +187,9 @@ def test_a_block_that_lacks_matrices_is_no_new_module(layout, tmp_path) -> None:
     kept = {name: t for name, t in tensors.items() if not name.startswith("model.layers.1.mlp.")}
     save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
     settings = {"rank": 4, "iters": 1, "threads": 1, "layout": layout}
-    plan, _ = prepare(str(source), tmp_path / "out", Options(**settings), observer=Observer())
+    plan, _ = prepare(
+        Request(str(source)), tmp_path / "out", Options(**settings), observer=Observer()
+    )
     (lacking,) = [line for line in plan.remarks if "which the checkpoint lacks" in line]
     assert "model.layers.1.mlp.gate_proj.weight and 2 more" in lacking
     loftq_cli.convert(source, output=tmp_path / "out", **settings)
@@ -199,7 +202,9 @@ def test_a_head_without_an_architecture_is_remarked_on(tmp_path) -> None:
     config = json.loads((source / "config.json").read_text())
     del config["architectures"]
     (source / "config.json").write_text(json.dumps(config))
-    plan, _ = prepare(str(source), tmp_path / "out", Options(threads=1), observer=Observer())
+    plan, _ = prepare(
+        Request(str(source)), tmp_path / "out", Options(threads=1), observer=Observer()
+    )
     assert any("LlamaModel, which has no place for lm_head.weight" in r for r in plan.remarks)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from loftq_cli.conversion import run
+from loftq_cli.conversion import room
 from loftq_cli.errors import EnvironmentFailure
 from loftq_cli.machine import resources
 from loftq_cli.machine.observer import Observer
@@ -120,7 +120,7 @@ def test_what_is_needed_is_what_the_dry_run_says(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(run, "check_memory", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(room, "check_memory", lambda *arguments: asked.append(arguments))
     bench.convert()
     ((needed, _, device),) = asked
     # The matrices are 128 x 64 in float32: itself, the next one, and nine bytes for each weight.
@@ -130,7 +130,7 @@ def test_what_is_needed_is_what_the_dry_run_says(
 
 def test_space_for_the_tokenizer_is_counted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(run, "check_disks", lambda source, path, needed: asked.append(needed))
+    monkeypatch.setattr(room, "check_disks", lambda source, path, needed: asked.append(needed))
     bench.interrupt(KEY)
     (bench.source / "tokenizer.json").write_bytes(b"x" * 1_000_000)
     bench.convert(overwrite=True)

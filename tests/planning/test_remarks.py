@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loftq_cli.conversion.run import prepare
+from loftq_cli.checkpoint.request import Request
+from loftq_cli.conversion.prepare import prepare
 from loftq_cli.planning import remarks
 from loftq_cli.planning.describe import describe
 from loftq_cli.settings.options import Options
@@ -27,7 +28,7 @@ def remarked(tmp_path: Path, config: object = LLAMA, **files: object) -> list[st
         path.parent.mkdir(exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content))
     options = Options(threads=1)
-    plan, path = prepare(str(directory), tmp_path / "out", options, observer=Recorder())
+    plan, path = prepare(Request(str(directory)), tmp_path / "out", options, observer=Recorder())
     assert describe(plan, path)["left_behind"] == list(plan.source.left_behind)
     found = remarks.source_remarks(plan)
     assert set(found) <= set(plan.remarks)
@@ -52,7 +53,9 @@ def test_what_stays_behind_is_one_line_by_kind(tmp_path):
 def test_the_plan_lists_all_of_it(tmp_path):
     remarked(tmp_path, README__md="")
     options = Options(threads=1)
-    plan = describe(*prepare(str(tmp_path / "m"), tmp_path / "out", options, observer=Recorder()))
+    plan = describe(
+        *prepare(Request(str(tmp_path / "m")), tmp_path / "out", options, observer=Recorder())
+    )
     assert plan["left_behind"] == ["README.md"]
 
 

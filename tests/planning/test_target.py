@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import loftq_cli
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.conversion import engine, run
-from loftq_cli.conversion.run import prepare
+from loftq_cli.conversion.prepare import prepare
 from loftq_cli.errors import LayoutError, NonFiniteWeightError, OutputConflictError, UsageError
 from loftq_cli.machine.observer import Observer
 from loftq_cli.planning import estimate, target
@@ -186,7 +187,7 @@ def test_the_same_command_makes_no_second_pass(
 
     def convert(output: str) -> tuple[Listener, run.Outcome]:
         listener = Listener()
-        plan, path = prepare(str(model), tmp_path / output, options, observer=listener)
+        plan, path = prepare(Request(str(model)), tmp_path / output, options, observer=listener)
         return listener, run.run(plan, path, overwrite=False, observer=listener)
 
     listener, first = convert("out")
@@ -241,7 +242,7 @@ def test_a_target_below_the_least_is_refused_with_the_least(converting: Converti
 def test_a_target_above_the_most_takes_the_widest_and_says_so(model: Path, tmp_path: Path) -> None:
     options = Options(**{**PLAIN, "target_bpw": 20})
     listener = Listener()
-    plan, path = prepare(str(model), tmp_path / "out", options, observer=listener)
+    plan, path = prepare(Request(str(model)), tmp_path / "out", options, observer=listener)
     manifest = run.run(plan, path, overwrite=False, observer=listener).manifest
     assert {record["bits"] for record in manifest["matrices"]} == {8}
     assert listener.passes == ["converting"]

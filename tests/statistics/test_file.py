@@ -22,7 +22,7 @@ from loftq_cli.errors import (
     UnsupportedInputError,
 )
 from loftq_cli.statistics.file import open_statistics
-from loftq_cli.statistics.statistics import ModelIdentity
+from loftq_cli.statistics.statistics import MeasuredModel
 from loftq_cli.statistics.writer import StatisticsWriter
 from tests.support.makers import container, entry, flip_bit, shorten
 
@@ -76,7 +76,7 @@ def test_a_file_made_by_hand_is_read(file):
 def test_the_model_is_told_where_the_file_says(file):
     model = json.dumps({"id": "owner/name", "sha256": "0" * 64})
     file.write_bytes(content(metadata={"model": model, "added later": "ignored"}))
-    assert open_statistics(file).model == ModelIdentity("owner/name", "0" * 64)
+    assert open_statistics(file).model == MeasuredModel("owner/name", "0" * 64)
 
 
 def write(path: Path, **options: Any) -> None:
@@ -88,7 +88,7 @@ def write(path: Path, **options: Any) -> None:
 
 def test_what_is_written_is_what_the_format_says(tmp_path):
     path = tmp_path / "made" / "stats.safetensors"
-    write(path, model=ModelIdentity("m", "0" * 64), text={"files": ["1" * 64], "samples": 2})
+    write(path, model=MeasuredModel("m", "0" * 64), text={"files": ["1" * 64], "samples": 2})
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from loftq_cli.conversion.run import Outcome, prepare, run
+from loftq_cli.checkpoint.request import Request
+from loftq_cli.conversion.prepare import prepare
+from loftq_cli.conversion.run import Outcome, run
 from loftq_cli.machine.observer import Observer
 from loftq_cli.settings.options import Options
 from tests.support import checkpoints
@@ -70,7 +72,7 @@ class Bench:
         options = Options(**{"threads": 1, "rank": 4, "iters": 2, **settings})
         target = output or self.output
         plan, path = prepare(
-            str(self.source), target, options, overwrite=overwrite, observer=recorder
+            Request(str(self.source)), target, options, overwrite=overwrite, observer=recorder
         )
         return run(plan, path, overwrite=overwrite, observer=recorder)
 

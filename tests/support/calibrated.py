@@ -10,7 +10,8 @@ from typing import Any
 
 import transformers
 
-from loftq_cli.calibration.calibrate import Settings, calibrate
+from loftq_cli.calibration.calibrate import Measuring, calibrate
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.machine.observer import Observer
 from loftq_cli.statistics.file import open_statistics
 from loftq_cli.statistics.statistics import Statistics
@@ -79,6 +80,6 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 def measured(model: Path, notes: Path, **settings: Any) -> Statistics:
     """The statistics of ``model`` over all windows of ``notes``."""
     output = notes.parent / f"{model.name}-{len(os.listdir(notes.parent))}.safetensors"
-    options = Settings(**{"length": LENGTH, "device": "cpu", **settings})
-    calibrate(str(model), output, [notes], options, observer=Observer())
+    options = Measuring(**{"length": LENGTH, "device": "cpu", **settings})
+    calibrate(Request(str(model)), output, [notes], options, observer=Observer())
     return open_statistics(output)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 import loftq_cli
-from loftq_cli.conversion.run import Outcome, prepare, run
+from loftq_cli.checkpoint.request import Request
+from loftq_cli.conversion.prepare import prepare
+from loftq_cli.conversion.run import Outcome, run
 from loftq_cli.settings.options import Options
 from tests.support import checkpoints
 from tests.support.bench import MANIFEST, Recorder
@@ -39,7 +41,9 @@ def plan_of(output: Path, recorder: Recorder | None = None, **options: Any) -> A
         name: options.pop(name) for name in ("bits", "target_bpw") if name in options
     }
     settings = Options(**{"threads": 1, "rank": 4, "iters": 2, **chosen})
-    return prepare(MODEL, output, settings, observer=recorder or Recorder(), **options)
+    asked = {name: options.pop(name) for name in ("revision", "offline") if name in options}
+    request = Request(MODEL, **asked)
+    return prepare(request, output, settings, observer=recorder or Recorder(), **options)
 
 
 def convert(output: Path, recorder: Recorder | None = None, **options: Any) -> Outcome:

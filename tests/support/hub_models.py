@@ -11,6 +11,7 @@ import pytest
 from loftq_cli.checkpoint.hub import repository as hub
 from loftq_cli.checkpoint.hub.repository import HubSnapshot
 from loftq_cli.checkpoint.hub.shards import HubSupply
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.errors import LoftqError
 
 SINGLE = "model.safetensors"
@@ -57,7 +58,7 @@ def fetch(
     repo_id: str, revision: str | None = None, *, say: Callable[[str], None], **options: Any
 ) -> HubSnapshot:
     """The whole model: its small files, then each of its shards."""
-    snapshot = hub.fetch(repo_id, revision, say=say, **options)
+    snapshot = hub.fetch(Request(repo_id, revision, **options), say)
     supply = HubSupply(snapshot)
     for name in snapshot.shards:
         assert supply.header(name).size == snapshot.shards[name].size

@@ -30,6 +30,7 @@ from loftq_cli.checkpoint.hub.transfer import download
 from loftq_cli.checkpoint.names import is_plain_name
 from loftq_cli.checkpoint.not_a_model import MARKERS, refuse_bare_adapter, refuse_marked
 from loftq_cli.checkpoint.pipeline import MODULES, module_folders, refuse_parent
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import CONFIG, INDEX, SINGLE
 from loftq_cli.checkpoint.strays import too_much
 from loftq_cli.checkpoint.supply import Commit
@@ -89,62 +90,81 @@ def looks_like_hub_id(text: str) -> bool:
     return True
 
 
-def fetch(
-    repo_id: str,
-    revision: str | None = None,
-    *,
-    offline: bool = False,
-    pinned: Commit | None = None,
-    say: _Say,
-) -> HubSnapshot:
+def fetch(request: Request, say: _Say) -> HubSnapshot:
     """Bring a model's configuration, tokenizer and index into the hub cache, and list its weights.
 
-    ``revision`` is a branch, tag, pull request reference or commit, by default the main branch.
-    ``pinned`` is the commit that earlier work was begun with: it is used whatever ``revision`` is
-    by now. With ``offline``, or where ``HF_HUB_OFFLINE`` is set, only the cache is used, and all
-    weights must be in it. A repository that holds Meta's original files gives way to its twin
-    ``<id>-hf``, at the same revision. ``say`` gets one line about each of these.
+    The revision may be a branch, tag, pull request reference or commit, by default the main branch.
+    Offline, or if ``HF_HUB_OFFLINE`` is set, only the cache is used, and all weights must be in it.
+    A repository that holds Meta's original files gives way to its twin ``<id>-hf``, at the same
+    revision. ``say`` gets one line about each of these.
 
     Raises ``SourceNotFoundError`` (no hub id, no weights), ``UnsupportedInputError`` (only pickled
     weights), ``CorruptFileError`` (a broken or hostile index) and ``EnvironmentFailure`` (access,
     network, disk, an incomplete cache).
     """
+    repo_id = request.model
     if not looks_like_hub_id(repo_id):
         raise SourceNotFoundError(
             f"{repo_id!r} is neither a path that exists nor a hub id",
             hint="a hub id is NAME or OWNER/NAME, such as meta-llama/Llama-2-7b",
         )
-    if offline or constants.HF_HUB_OFFLINE:
-        at = pinned or Commit(repo_id, revision or "main")
+    if request.offline or constants.HF_HUB_OFFLINE:
+        at = request.pinned or Commit(repo_id, request.revision or "main")
         found = _find_in_cache(at.repo_id, at.revision, say)
     else:
-        found = _download_small(repo_id, revision, pinned, say)
+        found = _download_small(request, say)
     return replace(found, resolved_from=repo_id if found.repo_id != repo_id else None)
 
 
-def _download_small(
-    repo_id: str, revision: str | None, pinned: Commit | None, say: _Say
-) -> HubSnapshot:
+def _download_small(request: Request, say: _Say) -> HubSnapshot:
+    listing, revision = _listing(request, say)
+    entry = _check_listing(listing)
+    if revision != listing.commit:
+        # Once under the revision's own name: the library then records in the cache which commit
+        # that is, and a later offline run, ours or another tool's, finds the snapshot by it.
+        download(listing.repo_id, revision or "main", CONFIG)
+    # config.json first: there is no snapshot directory before its first file.
+    directory = download(listing.repo_id, listing.commit, CONFIG).parent
+    small = _companions(listing, directory)
+    for name in small:
+        download(listing.repo_id, listing.commit, name)
+    names = _names_of_shards(listing, entry)
+    shards = {name: listing.files[name] for name in names}
+    left = left_behind(listing.files, {CONFIG, entry, *small, *names})
+    return HubSnapshot(directory, listing.repo_id, listing.commit, None, shards, left)
+
+
+def _listing(request: Request, say: _Say) -> tuple[Listing, str | None]:
+    """The files of what is asked for, of its twin, or of the commit that earlier work was begun
+    with; and the revision that they were found at."""
+    repo_id, revision, pinned = request.model, request.revision, request.pinned
     listing = list_files(repo_id, revision, say)
     if _is_metas_layout(listing.files):
-        twin = f"{repo_id}-hf"
-        with explained(twin, revision):
-            exists = patiently(lambda: HfApi().repo_exists(twin), say)
-        if not exists:
-            raise SourceNotFoundError(
-                f"{repo_id} holds Meta's original files, and there is no {twin} to use instead",
-                hint="give the id of a repository with the same model in safetensors format",
-            )
-        say(f"{repo_id} holds Meta's original files; using its twin {twin}")
-        listing = list_files(twin, revision, say)
-    if pinned is not None and pinned != Commit(listing.repo_id, listing.commit):
-        say(
-            f"{listing.repo_id} is at {listing.commit} by now; the unfinished conversion goes on "
-            f"with {pinned.revision} (--overwrite starts again)"
-        )
-        listing = list_files(pinned.repo_id, pinned.revision, say)
-        revision = pinned.revision
+        listing = _twin_of(repo_id, revision, say)
+    if pinned is None or pinned == Commit(listing.repo_id, listing.commit):
+        return listing, revision
+    say(
+        f"{listing.repo_id} is at {listing.commit} by now; the unfinished conversion goes on "
+        f"with {pinned.revision} (--overwrite starts again)"
+    )
+    return list_files(pinned.repo_id, pinned.revision, say), pinned.revision
 
+
+def _twin_of(repo_id: str, revision: str | None, say: _Say) -> Listing:
+    twin = f"{repo_id}-hf"
+    with explained(twin, revision):
+        exists = patiently(lambda: HfApi().repo_exists(twin), say)
+    if not exists:
+        raise SourceNotFoundError(
+            f"{repo_id} holds Meta's original files, and there is no {twin} to use instead",
+            hint="give the id of a repository with the same model in safetensors format",
+        )
+    say(f"{repo_id} holds Meta's original files; using its twin {twin}")
+    return list_files(twin, revision, say)
+
+
+def _check_listing(listing: Listing) -> str:
+    """The file by which the weights are found. Raises InputError if this is no model."""
     for name in MARKERS:
         if name in listing.files:
             found = download(listing.repo_id, listing.commit, name)
@@ -156,26 +176,20 @@ def _download_small(
             f"{listing.repo_id} has no {CONFIG} at this revision",
             hint="give the id of a repository with a transformers model in safetensors format",
         )
-    if revision != listing.commit:
-        # Once under the revision's own name: the library then records in the cache which commit
-        # that is, and a later offline run, ours or another tool's, finds the snapshot by it.
-        download(listing.repo_id, revision or "main", CONFIG)
-    # config.json first: there is no snapshot directory before its first file.
-    directory = download(listing.repo_id, listing.commit, CONFIG).parent
-    small = _companions(listing, directory)
-    for name in small:
-        download(listing.repo_id, listing.commit, name)
-    names = [SINGLE]
-    if entry == INDEX:
-        names = _shards(download(listing.repo_id, listing.commit, INDEX), listing.repo_id)
-        if missing := [name for name in names if name not in listing.files]:
-            raise CorruptFileError(
-                f"{listing.repo_id}: {INDEX} names files that are not there: {', '.join(missing)}",
-                hint="the repository is incomplete; another --revision may be whole",
-            )
-    shards = {name: listing.files[name] for name in names}
-    left = left_behind(listing.files, {CONFIG, entry, *small, *names})
-    return HubSnapshot(directory, listing.repo_id, listing.commit, None, shards, left)
+    return entry
+
+
+def _names_of_shards(listing: Listing, entry: str) -> list[str]:
+    """The files of the weights. Raises CorruptFileError if one is missing."""
+    if entry != INDEX:
+        return [SINGLE]
+    names = _shards(download(listing.repo_id, listing.commit, INDEX), listing.repo_id)
+    if missing := [name for name in names if name not in listing.files]:
+        raise CorruptFileError(
+            f"{listing.repo_id}: {INDEX} names files that are not there: {', '.join(missing)}",
+            hint="the repository is incomplete; another --revision may be whole",
+        )
+    return names
 
 
 def _companions(listing: Listing, directory: Path) -> list[str]:

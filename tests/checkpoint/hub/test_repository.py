@@ -170,10 +170,11 @@ def test_the_revision_holds_for_the_twin(server: HubServer) -> None:
 SCRIPT = """
 import sys
 from loftq_cli.checkpoint.hub.repository import fetch
+from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.hub.shards import HubSupply
 from loftq_cli.errors import LoftqError
 try:
-    snapshot = fetch(sys.argv[1], say=lambda line: print("said", line))
+    snapshot = fetch(Request(sys.argv[1]), lambda line: print("said", line))
     supply = HubSupply(snapshot)
     for name in snapshot.shards:
         supply.ensure(name)

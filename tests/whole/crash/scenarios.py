@@ -12,7 +12,9 @@ import torch
 
 import loftq_cli
 from loftq_cli.checkpoint.output import open_output, verify
-from loftq_cli.conversion.run import prepare, run
+from loftq_cli.checkpoint.request import Request
+from loftq_cli.conversion.prepare import prepare
+from loftq_cli.conversion.run import run
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
 from loftq_cli.settings import file as recipe_file
@@ -101,7 +103,9 @@ def convert(scenario: Scenario, directory: Path, recorder: Recorder | None = Non
     overwrite = bool(scenario.before)
     options = Options(**SETTINGS)
     assert scenario.model is not None
-    plan, path = prepare(str(scenario.model), directory / "out", options, observer=recorder)
+    plan, path = prepare(
+        Request(str(scenario.model)), directory / "out", options, observer=recorder
+    )
     run(plan, path, overwrite=overwrite, observer=recorder)
     return recorder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loftq_cli.checkpoint.header import read_header
-from loftq_cli.conversion.journal import Identity, Journal, identify
+from loftq_cli.conversion.journal import Journal, Subject, subject_in
 from tests.whole.crash.operations import Crash, DiesAt, watched
 from tests.whole.crash.scenarios import Scenario, convert, tensors
 from tests.whole.crash.stress import tell, times
@@ -111,7 +111,7 @@ def write_lines(work: Path, lines: list[bytes]) -> None:
 def test_every_bit_of_the_journal_is_checked(unfinished: Path, scratch: Path) -> None:
     """A flipped bit in a line costs that line, and no other; in the first one all of them."""
     intact = lines_of(unfinished)
-    identity = Identity("", {}, [])
+    identity = Subject("", {}, [])
     path = scratch / "journal"
     units = [line for line in intact[1:] if b'"tensor"' in line]
     for number, line in enumerate(intact):
@@ -120,7 +120,7 @@ def test_every_bit_of_the_journal_is_checked(unfinished: Path, scratch: Path) ->
             changed[position] ^= 1 << (position % 8)
             path.write_bytes(b"".join([*intact[:number], changed, *intact[number + 1 :]]))
             if number == 0:
-                assert identify(path) is None
+                assert subject_in(path) is None
                 continue
             with Journal(path, identity) as journal:
                 assert len(journal.units) == len(units) - (line in units)

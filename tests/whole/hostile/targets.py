@@ -16,12 +16,12 @@ from loftq_cli.checkpoint.header import HeaderError, read_header
 from loftq_cli.checkpoint.output import read_manifest
 from loftq_cli.checkpoint.pickles import reader as pickled
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
-from loftq_cli.conversion.journal import Identity, Journal, _sealed, identify
+from loftq_cli.conversion.journal import Journal, Subject, _sealed, subject_in
 from loftq_cli.errors import InputError
 from tests.support.makers import container, entry
 
 SHARDS = ("one.safetensors", "two.safetensors")
-IDENTITY = Identity("f" * 64, {"bits": 4}, [["model.safetensors", 8, "0" * 64]])
+IDENTITY = Subject("f" * 64, {"bits": 4}, [["model.safetensors", 8, "0" * 64]])
 _FRAME = b"\x00"  # a journal's input may name lines that are to carry a right hash
 
 HEADER = {
@@ -84,13 +84,13 @@ def journal(directory: Path, content: bytes) -> None:
     """``content`` as a journal; what begins with a NUL is lines that are given their hash first."""
     path = directory / "journal"
     path.write_bytes(_with_hashes(content[1:]) if content[:1] == _FRAME else content)
-    found = identify(path)
+    found = subject_in(path)
     with Journal(path, found or IDENTITY) as opened:
         for unit in opened.units.values():
             for digests in unit.outputs.values():
                 assert all(type(name) is str for name in digests)
         assert all(shard.mtime_ns is not None for shard in opened.shards.values())
-    assert identify(path) is not None
+    assert subject_in(path) is not None
 
 
 def manifest(directory: Path, content: bytes) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import loftq_cli
-from loftq_cli.conversion.run import prepare
+from loftq_cli.checkpoint.request import Request
+from loftq_cli.conversion.prepare import prepare
 from loftq_cli.machine.observer import Observer
 from loftq_cli.settings.options import Options
 from tests.whole.interop.architectures import FAMILIES, check, the_plain_way
@@ -44,7 +45,9 @@ def test_the_table_in_the_manual_has_these_families_and_their_layouts(
         layouts = []
         for bits in (4, 2):
             options = Options(bits=bits, rank=8, threads=1)
-            plan, _ = prepare(str(saved(family)), tmp_path / "out", options, observer=Observer())
+            plan, _ = prepare(
+                Request(str(saved(family))), tmp_path / "out", options, observer=Observer()
+            )
             layouts.append(plan.layout.name)
         found.append((family, ", ".join(dict.fromkeys(layouts))))
     assert rows == found

@@ -1,0 +1,199 @@
+"""What the commands that write something show when they are done, and the plan of a dry run."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loftq_cli.cli import console
+from loftq_cli.errors import printable
+
+
+def plan(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """What ``--dry-run`` found."""
+    if as_json:
+        console.json_object(found)
+        return
+    _selected(found["selected"])
+    _passed_through(found["passed_through"])
+    totals, recipe = found["totals"], found["recipe"]
+    needed, free = (console.size(found[name]) for name in ("disk_bytes", "free_disk_bytes"))
+    console.pairs(
+        "plan",
+        [
+            ("source", found["source"]["id"]),
+            ("output", found["output"]),
+            ("method", f"{kinds(found['selected'])}, blocks of {recipe['block_size']}"),
+            ("layout", recipe["layout"]),
+            ("backbone", shrinking(totals)),
+            ("adapter", console.size(totals["adapter_bytes"])),
+            ("bits per weight", f"{totals['bits_per_weight']:.3f}"),
+            ("memory", f"{console.size(found['memory_bytes'])} above importing torch"),
+            ("disk", f"{needed} of {free} free"),
+            *_download(found["download"]),
+            ("needs", needs_line(found["needs"])),
+        ],
+    )
+    console.line("nothing was written (dry run)")
+
+
+def _selected(entries: Sequence[Mapping[str, Any]]) -> None:
+    console.table(
+        f"selected: {len(entries)} matrices",
+        ("tensor", "shape", "dtype", "bits", "rank", "before", "after", "why"),
+        [
+            (
+                entry["name"],
+                console.shape(entry["shape"]),
+                entry["dtype"],
+                "?" if entry["bits"] is None else str(entry["bits"]),
+                str(entry["rank"]),
+                console.size(entry["source_bytes"]),
+                "?" if entry["bits"] is None else console.size(entry["backbone_bytes"]),
+                entry["reason"],
+            )
+            for entry in entries
+        ],
+    )
+
+
+def _passed_through(entries: Sequence[Mapping[str, Any]]) -> None:
+    console.table(
+        f"passed through: {len(entries)} tensors",
+        ("tensor", "shape", "dtype", "bytes", "why"),
+        [
+            (
+                entry["name"],
+                console.shape(entry["shape"]),
+                entry["dtype"],
+                console.size(entry["bytes"]),
+                entry["reason"],
+            )
+            for entry in entries
+        ],
+    )
+
+
+def _download(download: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not download["files"]:
+        return []
+    files = "1 file" if download["files"] == 1 else f"{download['files']} files"
+    amount = f"{console.size(download['bytes'])} in {files}"
+    at_once = f"at most {console.size(download['disk_bytes'])} at a time"
+    return [("download", f"{amount} to {download['directory']}, {at_once}")]
+
+
+def outcome(
+    manifest: Mapping[str, Any],
+    output: str,
+    needs: Mapping[str, Any],
+    *,
+    nothing_to_do: bool,
+    as_json: bool,
+) -> None:
+    """The summary at the end of a conversion, and what to type next."""
+    if as_json:
+        console.json_object(manifest)
+        return
+    totals, environment = manifest["totals"], manifest["environment"]
+    plain, final = totals["relative_residual_quantized"], totals["relative_residual"]
+    console.pairs(
+        f"{output}, as it was" if nothing_to_do else f"wrote {output}",
+        [
+            ("matrices", f"{len(manifest['matrices'])}, {kinds(manifest['matrices'])}"),
+            ("layout", manifest["matrices"][0]["layout"]),
+            (
+                "backbone",
+                shrinking(totals),
+            ),
+            ("adapter", console.size(totals["adapter_bytes"])),
+            ("bits per weight", f"{totals['bits_per_weight']:.3f}"),
+            ("residual", f"{final:.4f} with the adapter, {plain:.4f} without (of the weights)"),
+            ("time", f"{environment['seconds']:.1f} s on {environment['device']}"),
+            ("peak memory", console.size(environment["peak_host_bytes"])),
+            ("needs", needs_line(needs)),
+        ],
+    )
+    console.line(f"next: loftq inspect {printable(shlex.quote(output))}")
+
+
+def merge(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The summary at the end of ``loftq merge``, and how to load the result."""
+    if as_json:
+        console.json_object(result)
+        return
+    pairs = [
+        ("matrices", f"{result['matrices']}, {result['dtype'] or 'of several dtypes'}"),
+        ("adapter", result["adapter"]),
+        ("whole tensors", f"{len(result['replaced'])} replaced, {len(result['added'])} added"),
+        ("size", console.size(result["bytes"])),
+        ("time", f"{result['seconds']:.1f} s"),
+    ]
+    console.pairs(f"wrote {result['output']}", pairs)
+    loading(result["loading"])
+
+
+def calibration(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The summary at the end of ``loftq calibrate``, and what to type next."""
+    if as_json:
+        console.json_object(result)
+        return
+    text = f"{result['samples']} windows of {result['length']} tokens, {result['tokens']:,} in all"
+    pairs = [
+        ("model", result["model"]),
+        ("moments", f"{result['moments']}, {result['entries']} distinct inputs"),
+        ("matrices", f"{result['matrices']}, {len(result['missing'])} without"),
+        ("text", text),
+        ("size", console.size(result["bytes"])),
+        ("time", f"{result['seconds']:.1f} s on {result['device']} in {result['dtype']}"),
+    ]
+    console.pairs(f"wrote {result['output']}", pairs)
+    model, output = (shlex.quote(result[key]) for key in ("model", "output"))
+    console.line(f"next: loftq convert {printable(model)} --stats {printable(output)}")
+
+
+def push(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The summary at the end of ``loftq push``."""
+    if as_json:
+        console.json_object(result)
+        return
+    pairs = [
+        ("repository", f"{result['repo_id']}, {'private' if result['private'] else 'public'}"),
+        ("revision", f"{result['revision']} at {result['commit']}"),
+        ("files", f"{result['files']}, {console.size(result['bytes'])}"),
+    ]
+    console.pairs(f"sent to {result['url']}", pairs)
+
+
+def needs_line(needs: Mapping[str, Any]) -> str:
+    """What the output needs where it is loaded and trained."""
+    text = f"{', '.join(needs['imports'])}: {needs['install']}"
+    missing = needs["missing"]
+    return f"{text} ({', '.join(missing)} not installed here)" if missing else text
+
+
+def loading(snippet: str) -> None:
+    """How to load an output."""
+    console.line("load it with:\n")
+    console.line("\n".join(f"    {line}".rstrip() for line in snippet.splitlines()))
+
+
+def kinds(matrices: Sequence[Mapping[str, Any]]) -> str:
+    """Widths and methods of ``matrices``, with their counts where there are several."""
+    counts = Counter(
+        (matrix["bits"], matrix["method"]) for matrix in matrices if matrix["bits"] is not None
+    )
+    named = [(f"{bits}-bit {method}", count) for (bits, method), count in sorted(counts.items())]
+    unsettled = len(matrices) - counts.total()
+    if unsettled:
+        named.append(("widths that a pass over the weights will settle", unsettled))
+    if len(named) == 1 and not unsettled:
+        return named[0][0]
+    return ", ".join(f"{count} in {kind}" for kind, count in named)
+
+
+def shrinking(totals: Mapping[str, Any]) -> str:
+    """The size of the source, and that of the backbone."""
+    return f"{console.size(totals['source_bytes'])} -> {console.size(totals['backbone_bytes'])}"

@@ -1,0 +1,23 @@
+"""Whether there is room for a conversion, before it writes anything."""
+
+from __future__ import annotations
+
+from loftq_cli.checkpoint.companions import companion_bytes
+from loftq_cli.conversion.workspace import ConversionWorkspace
+from loftq_cli.machine.resources import check_memory
+from loftq_cli.planning import target
+from loftq_cli.planning.download import check_disks
+from loftq_cli.planning.memory import memory_bytes
+from loftq_cli.planning.plan import Plan
+
+_MARGIN = 4 << 20  # room for config, manifest and journal
+
+
+def check_resources(plan: Plan, workspace: ConversionWorkspace) -> None:
+    """Raise EnvironmentFailure where disk, memory or permissions are not enough; writes nothing."""
+    copied = companion_bytes(plan.source.directory)
+    needed = plan.disk_bytes + target.headroom(plan) + copied + _MARGIN
+    check_disks(plan.source, workspace.final.parent, needed - workspace.written())
+    workspace.check_permissions()
+    largest = max(plan.matrices, key=lambda name: plan.matrices[name].matrix.elements)
+    check_memory(memory_bytes(plan), f"tensor {largest!r}", plan.device)

@@ -1,0 +1,273 @@
+"""A function for each command: the same arguments, the same defaults, and what ``--json`` prints.
+
+A test holds each beside its command. Everything is imported when it is called.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.machine.paths import expanded as _expanded
+
+if TYPE_CHECKING:
+    from loftq_cli.checkpoint.locate import Place
+    from loftq_cli.planning.plan import Plan
+
+_Path = str | os.PathLike[str]
+
+
+def convert(
+    model: _Path,
+    output: _Path = "out",
+    *,
+    overwrite: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+    discard_shards: bool = False,
+    allow_pickle: bool = False,
+    recipe: _Path | None = None,
+    calibrate_text: _Path | Sequence[_Path] = (),
+    moments: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Convert a checkpoint directory or hub id; the manifest as a dict.
+
+    ``settings`` are the long options of ``loftq convert`` with underscores: bits, method, rank,
+    iters, block_size, layout, scale, scale_dtype, order, svd, preset, include, exclude, embeddings,
+    bits_map, rank_map, target_bpw, lora_alpha, adapter_dtype, dense_dtype, device, threads, seed.
+    ``recipe`` is a file that holds settings, TOML or JSON, or the manifest of an earlier
+    conversion; settings given here win. ``discard_shards`` deletes each shard from the hub once it
+    is converted; ``allow_pickle`` reads a directory's pickled weights if it has no others.
+    ``calibrate_text``, text files, has activation statistics measured first (``moments``:
+    "diagonal" or "full") and kept beside the output. Resumes an unfinished conversion with the same
+    settings.
+    """
+    from loftq_cli.conversion.run import run
+    from loftq_cli.machine.observer import Logged
+
+    found, path = _planned(
+        model,
+        output,
+        overwrite=overwrite,
+        revision=revision,
+        offline=offline,
+        discard_shards=discard_shards,
+        allow_pickle=allow_pickle,
+        recipe=recipe,
+        calibrate_text=calibrate_text,
+        moments=moments,
+        settings=settings,
+    )
+    return run(found, path, overwrite=overwrite, observer=Logged()).manifest
+
+
+def plan(
+    model: _Path,
+    output: _Path = "out",
+    *,
+    overwrite: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+    discard_shards: bool = False,
+    allow_pickle: bool = False,
+    recipe: _Path | None = None,
+    calibrate_text: _Path | Sequence[_Path] = (),
+    moments: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What :func:`convert` would do with these arguments: what ``--dry-run --json`` prints.
+
+    Nothing is measured, and nothing written but the small files of a hub model to the hub cache.
+    """
+    from loftq_cli.conversion.run import say_remarks
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.planning.describe import describe
+
+    found, path = _planned(
+        model,
+        output,
+        dry_run=True,
+        overwrite=overwrite,
+        revision=revision,
+        offline=offline,
+        discard_shards=discard_shards,
+        allow_pickle=allow_pickle,
+        recipe=recipe,
+        calibrate_text=calibrate_text,
+        moments=moments,
+        settings=settings,
+    )
+    say_remarks(found, Logged())
+    return describe(found, path)
+
+
+def calibrate(
+    model: _Path,
+    text: _Path | Sequence[_Path],
+    output: _Path = "stats.safetensors",
+    *,
+    moments: str = "diagonal",
+    samples: int | None = None,
+    length: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Measure the inputs of a model's linear layers on ``text``, UTF-8 files (extra ``train``).
+
+    ``samples`` windows of ``length`` tokens, by default up to 128 of 512; ``moments``: "diagonal"
+    or "full". The file ``output`` is what ``convert(stats=…)`` takes.
+    """
+    from loftq_cli.calibration.calibrate import Measuring
+    from loftq_cli.calibration.calibrate import calibrate as run
+    from loftq_cli.checkpoint.request import Request
+    from loftq_cli.machine.observer import Logged
+
+    return run(
+        Request(str(model), revision, offline),
+        _expanded(output),
+        _paths(text),
+        Measuring(samples, length, moments, device, seed),
+        overwrite=overwrite,
+        observer=Logged(),
+    )
+
+
+def merge(
+    directory: _Path = "out",
+    output: _Path = "merged",
+    *,
+    adapter: _Path | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Merge a conversion and ``adapter``, trained or (None) its own, into an ordinary checkpoint.
+
+    ``directory`` and ``adapter`` may be hub ids, as text. ``dtype`` is that of the merged matrices,
+    None what they had before the conversion.
+    """
+    from loftq_cli.checkpoint.locate import locate_adapter
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.merging.merge import merge as run
+
+    place = located(directory, revision, offline, everything=True)
+    trained = None
+    if adapter is not None:
+        trained = locate_adapter(adapter, offline=offline, listener=Logged())
+    return run(
+        place.directory,
+        _expanded(output),
+        adapter=trained,
+        dtype=dtype,
+        overwrite=overwrite,
+        observer=Logged(),
+    )
+
+
+def push(
+    directory: _Path, repo_id: str, *, private: bool = False, revision: str | None = None
+) -> dict[str, Any]:
+    """Send the conversion in ``directory``, verified, to ``repo_id`` on the hub, with a model card.
+
+    ``revision`` is the branch, made if it is not there; ``private`` is for a repository that is to
+    be made.
+    """
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.reporting.push import push as run
+
+    say = Logged().note
+    return run(_expanded(directory), repo_id, private=private, revision=revision, say=say)
+
+
+def inspect(
+    directory: _Path = "out",
+    *,
+    verify: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """What a conversion holds. ``verify`` re-hashes every file.
+
+    ``directory`` may be a hub id, as text, at ``revision``; ``offline`` uses only what is in the
+    hub cache. Raises InputError if it is no finished conversion or was altered.
+    """
+    from loftq_cli.reporting.inspect import inspect as run
+
+    return run(located(directory, revision, offline, everything=verify), verify=verify)
+
+
+def error_report(
+    directory: _Path = "out",
+    source: _Path | None = None,
+    stats: _Path | None = None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """How far Q + BA is from W, per layer. ``directory``, ``revision`` and ``offline`` are as for
+    :func:`inspect`.
+
+    With ``source`` (a checkpoint directory or hub id) every residual is recomputed from the packed
+    bytes and the original weights, and with ``stats``, a file of activation statistics, the
+    weighted ones too; VerificationError if the manifest disagrees.
+    """
+    from loftq_cli.reporting.residuals import error_report as run
+
+    place = located(directory, revision, offline, everything=source is not None)
+    return run(place, None if source is None else str(source), stats, offline=offline)
+
+
+def _planned(
+    model: _Path,
+    output: _Path,
+    *,
+    overwrite: bool,
+    revision: str | None,
+    offline: bool,
+    discard_shards: bool,
+    allow_pickle: bool,
+    recipe: _Path | None,
+    calibrate_text: _Path | Sequence[_Path],
+    moments: str | None,
+    settings: Mapping[str, Any],
+    dry_run: bool = False,
+) -> tuple[Plan, Path]:
+    from loftq_cli.calibration import first
+    from loftq_cli.checkpoint.request import Request
+    from loftq_cli.conversion.prepare import prepare
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.settings.file import options
+
+    texts = _paths(calibrate_text)
+    file = None if recipe is None else _expanded(recipe)
+    return prepare(
+        Request(str(model), revision, offline, allow_pickle),
+        _expanded(output),
+        options(settings, file, measuring=bool(texts)),
+        overwrite=overwrite,
+        discard_shards=discard_shards,
+        texts=first.asked(texts, moments, dry_run=dry_run),
+        observer=Logged(),
+    )
+
+
+def _paths(given: _Path | Sequence[_Path]) -> list[Path]:
+    several = [given] if isinstance(given, (str, os.PathLike)) else given
+    return [_expanded(path) for path in several]
+
+
+def located(directory: _Path, revision: str | None, offline: bool, *, everything: bool) -> Place:
+    """Where the conversion ``directory``, a path or a hub id, lies."""
+    from loftq_cli.checkpoint.locate import locate_output
+    from loftq_cli.machine.observer import Logged
+
+    return locate_output(
+        directory, revision=revision, offline=offline, everything=everything, listener=Logged()
+    )
