@@ -133,12 +133,8 @@ def measure(
             workspace.output.mkdir()
         calibration = job.prepare(workspace.output)
         samples, length = calibration.windows.shape
-        text = {
-            **provenance(texts, wanted, contents_sha256(source)),
-            "samples": samples,
-            "length": length,
-            "dtype": job.dtype_name,
-        }
+        taken = {"samples": samples, "length": length, "dtype": job.dtype_name}
+        text = {**provenance(texts, wanted, contents_sha256(source)), **taken}
         with StatisticsWriter(
             output, job.widths, model=measured_model(source), text=text, overwrite=overwrite
         ) as writer:
@@ -152,17 +148,14 @@ def measure(
     missing = [name for name in job.widths if name not in written]
     _tell_of_missing(missing, observer)
     return {
+        **job.described(),
         "output": str(output),
-        "model": source.id,
         "matrices": len(written),
         "entries": entries,
         "missing": missing,
-        "moments": wanted.moments,
         "samples": samples,
         "length": length,
         "tokens": samples * length,
-        "dtype": job.dtype_name,
-        "device": str(device),
         "bytes": nbytes,
         "seconds": round(time.monotonic() - started, 3),
     }
@@ -183,6 +176,15 @@ class _Job:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    def described(self) -> dict[str, Any]:
+        """What ``--json`` says of it."""
+        return {
+            "model": self.source.id,
+            "moments": self.wanted.moments,
+            "dtype": self.dtype_name,
+            "device": str(self.device),
+        }
 
     def prepare(self, folder: Path) -> Calibration:
         """Load the model, in parts from ``folder`` if it does not fit in memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,7 @@ def open_source(
     Raises SourceNotFoundError where there is nothing to convert and CorruptFileError with every
     fault that the headers show, before anything is computed.
     """
-    # os.path, because Path raises where a name is too long or a parent may not be searched
-    if not os.path.exists(directory):
-        raise SourceNotFoundError(f"{directory}: no such file or directory")
-    if not os.path.isdir(directory):
-        raise SourceNotFoundError(
-            f"{directory} is a file, not a directory",
-            hint="give the directory that holds config.json and model.safetensors",
-        )
+    _check_directory(directory)
     supply = supply or Supply(directory)
     if not revision:
         refuse_links_to_nothing(directory, (CONFIG, SINGLE, INDEX))
@@ -127,16 +121,8 @@ def open_source(
     read = [CONFIG, *([index.name] if index else []), *names]
     # The hub's cache is trusted: its blobs may themselves be links to a store that it shares.
     faults, hint = ([], None) if revision else strays(directory, read, copied)
-    shards = []
-    for name in names:
-        try:
-            shards.append(Shard(name, supply.path(name), supply.header(name)))
-        except FileNotFoundError:
-            faults.append(f"{name}: missing, the index names it")
-        except HeaderError as error:
-            faults.append(f"{name}: {error}")
-        except OSError as error:
-            faults.append(f"{name}: cannot be read: {error.strerror or error}")
+    shards, broken = _read_shards(names, supply)
+    faults += broken
     faults += _cross_check(shards, index, complete=len(shards) == len(names))
     if faults:
         count = f"{len(faults)} faults: " if len(faults) > 1 else ""
@@ -153,6 +139,32 @@ def open_source(
         requested_revision,
         left_behind(present(directory), {*read, *copied}) if left is None else left,
     )
+
+
+def _check_directory(directory: Path) -> None:
+    # os.path, because Path raises if a name is too long or a parent may not be searched
+    if not os.path.exists(directory):
+        raise SourceNotFoundError(f"{directory}: no such file or directory")
+    if not os.path.isdir(directory):
+        raise SourceNotFoundError(
+            f"{directory} is a file, not a directory",
+            hint="give the directory that holds config.json and model.safetensors",
+        )
+
+
+def _read_shards(names: Sequence[str], supply: Supply) -> tuple[list[Shard], list[str]]:
+    """The shards whose headers can be read, and what is wrong with the others."""
+    shards, faults = [], []
+    for name in names:
+        try:
+            shards.append(Shard(name, supply.path(name), supply.header(name)))
+        except FileNotFoundError:
+            faults.append(f"{name}: missing, the index names it")
+        except HeaderError as error:
+            faults.append(f"{name}: {error}")
+        except OSError as error:
+            faults.append(f"{name}: cannot be read: {error.strerror or error}")
+    return shards, faults
 
 
 def _shard_names(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
 from loftq_cli.cli.narrator import Narrator
 from loftq_cli.cli.options import choice, json_option, setting_options
 from loftq_cli.settings.table import PRESETS
+
+if TYPE_CHECKING:
+    from loftq_cli.planning.plan import Plan
 
 
 @click.command(context_settings=CONTEXT)
@@ -107,12 +110,10 @@ def convert(
     loftq convert meta-llama/Llama-2-7b --bits 2 --rank 64 --iters 5
     loftq convert ./my-model -o quantized --bits 4 --dry-run
     """
-    from loftq_cli.calibration import first as calibrate_first
+    from loftq_cli.calibration import first
     from loftq_cli.checkpoint.request import Request
     from loftq_cli.conversion.prepare import prepare
-    from loftq_cli.conversion.run import run, say_remarks
-    from loftq_cli.layouts.needs import needs
-    from loftq_cli.planning.describe import describe
+    from loftq_cli.conversion.run import run
     from loftq_cli.settings import file as recipes
 
     narrator = Narrator(quiet=quiet, verbose=verbose)
@@ -125,22 +126,23 @@ def convert(
         options,
         overwrite=overwrite,
         discard_shards=discard_shards,
-        texts=calibrate_first.asked(texts, moments, dry_run=dry_run),
+        texts=first.asked(texts, moments, dry_run=dry_run),
         observer=narrator,
     )
     if dry_run:
-        say_remarks(plan, narrator)
-        show.plan(describe(plan, path), as_json=as_json)
+        _show(plan, path, narrator, as_json=as_json)
         return
     outcome = run(plan, path, overwrite=overwrite, observer=narrator)
     if save_recipe is not None:
         recipes.save(save_recipe, outcome.manifest["recipe"])
     if outcome.nothing_to_do:
         narrator.note(f"nothing to do: {output} is complete and verified")
-    show.outcome(
-        outcome.manifest,
-        str(output),
-        needs(outcome.manifest["recipe"]["layout"]),
-        nothing_to_do=outcome.nothing_to_do,
-        as_json=as_json,
-    )
+    show.outcome(outcome.manifest, str(output), again=outcome.nothing_to_do, as_json=as_json)
+
+
+def _show(plan: Plan, path: Path, narrator: Narrator, *, as_json: bool) -> None:
+    from loftq_cli.conversion.run import say_remarks
+    from loftq_cli.planning.describe import describe
+
+    say_remarks(plan, narrator)
+    show.plan(describe(plan, path), as_json=as_json)

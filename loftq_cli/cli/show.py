@@ -85,22 +85,17 @@ def _download(download: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("download", f"{amount} to {download['directory']}, {at_once}")]
 
 
-def outcome(
-    manifest: Mapping[str, Any],
-    output: str,
-    needs: Mapping[str, Any],
-    *,
-    nothing_to_do: bool,
-    as_json: bool,
-) -> None:
-    """The summary at the end of a conversion, and what to type next."""
+def outcome(manifest: Mapping[str, Any], output: str, *, again: bool, as_json: bool) -> None:
+    """The summary at the end of a conversion, and what to type next. ``again``: it was there."""
+    from loftq_cli.layouts.needs import needs
+
     if as_json:
         console.json_object(manifest)
         return
     totals, environment = manifest["totals"], manifest["environment"]
     plain, final = totals["relative_residual_quantized"], totals["relative_residual"]
     console.pairs(
-        f"{output}, as it was" if nothing_to_do else f"wrote {output}",
+        f"{output}, as it was" if again else f"wrote {output}",
         [
             ("matrices", f"{len(manifest['matrices'])}, {kinds(manifest['matrices'])}"),
             ("layout", manifest["matrices"][0]["layout"]),
@@ -113,7 +108,7 @@ def outcome(
             ("residual", f"{final:.4f} with the adapter, {plain:.4f} without (of the weights)"),
             ("time", f"{environment['seconds']:.1f} s on {environment['device']}"),
             ("peak memory", console.size(environment["peak_host_bytes"])),
-            ("needs", needs_line(needs)),
+            ("needs", needs_line(needs(manifest["recipe"]["layout"]))),
         ],
     )
     console.line(f"next: loftq inspect {printable(shlex.quote(output))}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,23 +64,13 @@ def load(
     """
     directory = Path(path)
     output = open_output(directory)
-    layout = output.manifest["recipe"]["layout"]
     check_files(output, start=adapter is None)
     beside = leave_beside(output, adapter)
     peft, transformers = (required(name, "train", "loading") for name in ("peft", "transformers"))
     hook.install()
     remote = bool(from_pretrained.get("trust_remote_code"))
     chosen = auto_class or _model_class(directory, transformers, remote=remote)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DetachedAdapter)
-            warnings.simplefilter("ignore", TrainedBeside)
-            backbone, report = chosen.from_pretrained(
-                directory, output_loading_info=True, **{**beside, **from_pretrained}
-            )
-    except ImportError as error:
-        raise missing_extra(error, layout_class(layout).extra, "loading") from error
-    guard.tell_of_resizing(backbone)
+    backbone, report = _backbone(chosen, output, {**beside, **from_pretrained})
     if adapter is None:
         names = _names(backbone, output)
         _refuse_tied(backbone, names, directory)
@@ -91,15 +81,37 @@ def load(
         model = attach_trained(peft, backbone, output, Path(adapter), trainable)
         new = [module for module in new if not _is_saved(model, module)]
     if new and trainable:
-        config = model.active_peft_config
-        config.modules_to_save = [*(config.modules_to_save or ()), *new]
-        peft.utils.set_additional_trainable_modules(
-            model=backbone,
-            peft_config=config,
-            model_config=backbone.config.to_dict(),
-            adapter_name=model.active_adapter,
-        )
+        _train_in_full(peft, model, backbone, new)
     return model
+
+
+def _backbone(chosen: Any, output: Output, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The backbone of ``output`` in the class ``chosen``, and transformers' report. Raises
+    EnvironmentFailure if a package is not installed."""
+    layout = layout_class(output.manifest["recipe"]["layout"])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DetachedAdapter)
+            warnings.simplefilter("ignore", TrainedBeside)
+            backbone, report = chosen.from_pretrained(
+                output.directory, output_loading_info=True, **options
+            )
+    except ImportError as error:
+        raise missing_extra(error, layout.extra, "loading") from error
+    guard.tell_of_resizing(backbone)
+    return backbone, report
+
+
+def _train_in_full(peft: Any, model: Any, backbone: Any, modules: Iterable[str]) -> None:
+    """Have PEFT train these modules of ``backbone``, and save them with the adapter."""
+    config = model.active_peft_config
+    config.modules_to_save = [*(config.modules_to_save or ()), *modules]
+    peft.utils.set_additional_trainable_modules(
+        model=backbone,
+        peft_config=config,
+        model_config=backbone.config.to_dict(),
+        adapter_name=model.active_adapter,
+    )
 
 
 def _is_saved(model: Any, module: str) -> bool:

@@ -76,24 +76,14 @@ def merge(
     _keep_adapter(output, final, trained)
     plan = make_merge_plan(found, open_source(directory), trained, dtype and tag_named(dtype))
     _remark(plan, observer)
-    if adapter is None:
-        _remark_on_trained(directory, observer)
+    _remark_on_trained(None if adapter else directory, observer)
     workspace = MergeWorkspace(final)
     if overwrite or not workspace.is_taken():
-        with explained(directory):
-            copied = sum(path.stat().st_size for path in plan.companions.values())
-        check_space(final.parent, plan.disk_bytes + copied + _MARGIN - workspace.written())
-        workspace.check_permissions()
-        largest = max(plan.merged, key=lambda item: item.spec.elements)
-        needed = 2 * 4 * largest.spec.elements  # the matrix and the product, in float32
-        check_memory(needed, f"tensor {largest.spec.name!r}", torch.device("cpu"))
+        _check_room(plan, workspace)
     with workspace.locked():
         workspace.refuse_other_output(overwrite)
         workspace.discard_work()  # what a crash left
-        try:
-            _write(plan, workspace.output, observer)
-        finally:
-            observer.end()
+        _write(plan, workspace.output, observer)
         workspace.publish(overwrite)
     return {
         "adapter": str(trained.file),
@@ -108,6 +98,18 @@ def merge(
         "seconds": round(time.monotonic() - started, 3),
         "without_adapter": _without_adapter(plan),
     }
+
+
+def _check_room(plan: MergePlan, workspace: Workspace) -> None:
+    """Raise EnvironmentFailure if disk, memory or permissions are not enough."""
+    with explained(plan.output.directory):
+        copied = sum(path.stat().st_size for path in plan.companions.values())
+    needed = plan.disk_bytes + copied + _MARGIN - workspace.written()
+    check_space(workspace.final.parent, needed)
+    workspace.check_permissions()
+    largest = max(plan.merged, key=lambda item: item.spec.elements)
+    in_float32 = 2 * 4 * largest.spec.elements  # the matrix and the product
+    check_memory(in_float32, f"tensor {largest.spec.name!r}", torch.device("cpu"))
 
 
 def _keep_adapter(output: Path, final: Path, trained: TrainedAdapter) -> None:
@@ -128,8 +130,8 @@ def _remark(plan: MergePlan, observer: Observer) -> None:
         observer.note(f"the adapter brings {', '.join(_added(plan))}")
 
 
-def _remark_on_trained(directory: Path, observer: Observer) -> None:
-    left = beside_the_start(directory)
+def _remark_on_trained(directory: Path | None, observer: Observer) -> None:
+    left = directory and beside_the_start(directory)
     if left is not None:
         observer.note(
             f"{left} holds a trained adapter, and the start in {adapters.DIRECTORY} is merged: "
@@ -154,19 +156,14 @@ def _write(plan: MergePlan, target: Path, observer: Observer) -> None:
     with explained(target):
         target.mkdir()
     observer.begin(plan.tensor_bytes, "merging")
-    for name, items in plan.shards:
-        with GrowingShard(target / name, [item.spec for item in items]) as shard:
-            for item in items:
-                observer.working_on(item.spec.name)
-                if isinstance(item, Copied):
-                    with TensorFile(item.file) as file:
-                        shard.write_pieces(item.spec.name, file.pieces(item.tensor))
-                else:
-                    hint = "free memory for several float32 copies of this matrix"
-                    with memory_explained(f"tensor {item.spec.name!r}", hint=hint):
-                        shard.write(item.spec.name, _value(plan, item))
-                observer.advance(item.spec.nbytes)
-            shard.sync()
+    try:
+        for name, items in plan.shards:
+            with GrowingShard(target / name, [item.spec for item in items]) as shard:
+                for item in items:
+                    _write_tensor(plan, item, shard, observer)
+                shard.sync()
+    finally:
+        observer.end()
     if len(plan.shards) > 1:
         write_file(target / INDEX, pretty_json(_index(plan)))
     copy_files(plan.companions, target)
@@ -175,6 +172,20 @@ def _write(plan: MergePlan, target: Path, observer: Observer) -> None:
     )  # in the source's order
     write_file(target / CONFIG, text.encode())
     write_file(target / MARKER, pretty_json(provenance(plan)))
+
+
+def _write_tensor(
+    plan: MergePlan, item: Copied | Merged, shard: GrowingShard, observer: Observer
+) -> None:
+    observer.working_on(item.spec.name)
+    if isinstance(item, Copied):
+        with TensorFile(item.file) as file:
+            shard.write_pieces(item.spec.name, file.pieces(item.tensor))
+    else:
+        hint = "free memory for several float32 copies of this matrix"
+        with memory_explained(f"tensor {item.spec.name!r}", hint=hint):
+            shard.write(item.spec.name, _value(plan, item))
+    observer.advance(item.spec.nbytes)
 
 
 def _value(plan: MergePlan, item: Merged) -> torch.Tensor:

@@ -125,23 +125,16 @@ def decompose(
     plain = _Trace(math.sqrt(squared_norm(weight)))
     weighted = None if weighting is None else _WeightedTrace(weighting, weight)
     deciding = weighted or plain
-    if procedure.iters == 0:
+    previous: _Iterate | None = None
+    earlier: _Iterate | None = None
+    if procedure.iters == 0 or procedure.order == "svd-first":
         quantized, plain.quantized, _ = _quantize(sweep, None, procedure)
         if weighted is not None:
             weighted.see_quantized(sweep.residual)
-        drawn = _Iterate(quantized, *drawn_adapter(quantized.shape, weight.device, procedure))
-        return _finish(procedure, drawn, 0, plain, weighted)
-
-    previous: _Iterate | None = None
-    earlier: _Iterate | None = None
-    if procedure.order == "svd-first":
-        _, plain.quantized, _ = _quantize(sweep, None, procedure)
-        if weighted is not None:
-            weighted.see_quantized(sweep.residual)
-        narrow = weight.to(procedure.products)
-        A, B, _ = fit_adapter(weight.float(), narrow, plain.weight, None, procedure, weighting)
-        previous = _Iterate(None, A, B)
-        del narrow
+        if procedure.iters == 0:
+            drawn = _Iterate(quantized, *drawn_adapter(quantized.shape, weight.device, procedure))
+            return _finish(procedure, drawn, 0, plain, weighted)
+        previous = _of_the_weight(weight, plain.weight, procedure, weighting)
     basis: lowrank.Basis | None = None
     best: _Best | None = None
     for step in range(1, procedure.iters + 1):
@@ -161,12 +154,21 @@ def decompose(
     plain.steps.append(math.sqrt(sweep.remainder(product)))
     if weighted is not None:
         weighted.see_step(sweep.remains, product)
-        if procedure.feedback and weighting is not None and weighting.is_full:
-            fed = _fed_back(sweep, weight, previous, basis, procedure, weighting)
-            if fed is not None and fed.weighted < weighted.steps[-1]:
-                previous, plain.steps[-1], weighted.steps[-1] = fed.iterate, fed.plain, fed.weighted
+    if weighted is not None and weighting is not None and procedure.feedback and weighting.is_full:
+        fed = _fed_back(sweep, weight, previous, basis, procedure, weighting)
+        if fed is not None and fed.weighted < weighted.steps[-1]:
+            previous, plain.steps[-1], weighted.steps[-1] = fed.iterate, fed.plain, fed.weighted
     best = _better(best, deciding.steps[-1], procedure.iters, previous, procedure.keep)
     return _finish(procedure, best.iterate, best.step, plain, weighted)
+
+
+def _of_the_weight(
+    weight: torch.Tensor, norm: float, procedure: Procedure, weighting: Weighting | None
+) -> _Iterate:
+    """A_0 and B_0 of svd-first: the low-rank approximation of ``weight`` itself."""
+    narrow = weight.to(procedure.products)
+    A, B, _ = fit_adapter(weight.float(), narrow, norm, None, procedure, weighting)
+    return _Iterate(None, A, B)
 
 
 @dataclass(frozen=True)

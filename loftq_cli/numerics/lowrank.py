@@ -121,19 +121,16 @@ def subspace(
     def weighed(thin: torch.Tensor) -> torch.Tensor:
         return thin if weighting is None else weighting.times(thin)
 
+    calls = 0 if warm is None else warm.calls
     if warm is None:
-        columns = matrix.shape[1]
-        start = torch.randn((_width(rank), columns), generator=generator, dtype=torch.float32)
-        left, _ = _orthonormal(times(weighed(start.to(matrix.device))), _RIDGE)
-        shift = torch.zeros((), device=matrix.device)
-        calls = 0
+        shape = (_width(rank), matrix.shape[1])
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
+        start, shift = times(weighed(drawn.to(matrix.device))), matrix.new_zeros(()).float()
     else:
-        shift = warm.edge.square() / 2
-        calls = warm.calls
-        start = times(warm.image)
+        start, shift = times(warm.image), warm.edge.square() / 2
         if calls > 1:  # after the first change, the largest, the old left side is stale
             start -= shift * warm.left
-        left, _ = _orthonormal(start, _RIDGE)
+    left, _ = _orthonormal(start, _RIDGE)
     for _ in range(PASSES[min(calls, len(PASSES) - 1)]):
         image = times(weighed(transposed_times(left))) - shift * left
         left, smallest = _orthonormal(image, _RIDGE)
@@ -141,14 +138,21 @@ def subspace(
             left, _ = _orthonormal(left, _FINE_RIDGE)
         shift = torch.where(smallest > shift, (shift + smallest) / 2, shift)
     left, _ = _orthonormal(left, _FINE_RIDGE)  # what the first time lost to conditioning
-    projected = transposed_times(left)
-    image = weighed(projected)
-    inner, sigma = _eigen(projected, image)
-    turn, sigma = inner.T.float(), sigma.float()
-    left, projected = turn @ left, turn @ projected
-    image = projected if weighting is None else turn @ image
+    left, projected, image, sigma = _turned(left, transposed_times(left), weighting)
     basis = Basis(left, image, sigma[-1], calls + 1)
     return _balanced(left[:rank], projected[:rank], sigma[:rank] / unit, basis, norm)
+
+
+def _turned(
+    left: torch.Tensor, projected: torch.Tensor, weighting: Weighting | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(left, projected, image, sigma), all rows turned so that they belong to the singular values
+    ``sigma``, descending; ``image`` is ``projected`` as it is weighed."""
+    image = projected if weighting is None else weighting.times(projected)
+    inner, sigma = _eigen(projected, image)
+    turn = inner.T.float()
+    left, projected = turn @ left, turn @ projected
+    return left, projected, projected if weighting is None else turn @ image, sigma.float()
 
 
 def _eigen(rows: torch.Tensor, weighed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

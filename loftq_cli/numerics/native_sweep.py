@@ -13,6 +13,7 @@ from loftq_cli.errors import ScaleRangeError
 from loftq_cli.kernels import native
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import Fitted, Parameters, block_count
+from loftq_cli.numerics.quantizers.codebooks import Table
 from loftq_cli.numerics.quantizers.grid import REFINEMENTS, grid
 from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 from loftq_cli.numerics.sweep import Product, Swept, stored_parameters, target_of
@@ -131,10 +132,8 @@ class NativeSweep:
         search = self.quantizer.search()
         assert search is not None, "a quantizer that the kernels cannot run"
         table = search.table
-        if table is None:
-            blocks = rows * block_count(columns, search.block_size)
-        else:
-            blocks = block_count(rows * columns, search.block_size)
+        runs = (rows, columns) if table is None else (1, rows * columns)
+        blocks = runs[0] * block_count(runs[1], search.block_size)
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         scales = torch.empty(blocks)
         zeros = torch.empty(blocks, dtype=torch.uint8) if table is None else None
@@ -146,17 +145,8 @@ class NativeSweep:
         multiples = torch.tensor(grid(search.bits, warm=start is not None, mirrored=mirrored))
         book = None
         if table is not None:
-            cell_code = table.cell_code.int()
-            book = _Codebook(
-                levels=table.levels.data_ptr(),
-                bounds=table.boundaries.data_ptr(),
-                count=table.levels.numel(),
-                lowest=table.lowest,
-                per_cell=table.cells_per_unit,
-                cells=cell_code.numel(),
-                cell_code=cell_code.data_ptr(),
-                cell_bound=table.cell_boundary.data_ptr(),
-            )
+            cell_code = table.cell_code.int()  # to be kept until the kernel is done
+            book = _codebook(table, cell_code)
         half = search.scale_dtype == torch.float16
         call = _Sweep(
             size=search.block_size,
@@ -229,3 +219,17 @@ def _tiles(right: torch.Tensor) -> torch.Tensor:
     rank, columns = right.shape
     padded = torch.nn.functional.pad(right, (0, -columns % _TILE))
     return padded.view(rank, -1, _TILE).transpose(0, 1).contiguous()
+
+
+def _codebook(table: Table, cell_code: torch.Tensor) -> _Codebook:
+    """``table`` for the kernels; ``cell_code`` int32 has to outlive it."""
+    return _Codebook(
+        levels=table.levels.data_ptr(),
+        bounds=table.boundaries.data_ptr(),
+        count=table.levels.numel(),
+        lowest=table.lowest,
+        per_cell=table.cells_per_unit,
+        cells=cell_code.numel(),
+        cell_code=cell_code.data_ptr(),
+        cell_bound=table.cell_boundary.data_ptr(),
+    )

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.dtypes import BITS
 from loftq_cli.layouts.needs import needs
 from loftq_cli.planning.download import planned_download
 from loftq_cli.planning.memory import memory_bytes
-from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.plan import Plan, PlannedMatrix
 from loftq_cli.planning.target import headroom
 
 
@@ -21,7 +22,6 @@ def describe(plan: Plan, output: Path) -> dict[str, Any]:
     """
     added = headroom(plan)
     elements = sum(item.matrix.elements for item in plan.matrices.values())
-    sizes = {tensor.name: tensor.nbytes for tensor in plan.selection.matrices}
     download = planned_download(plan.source)
     existing = next(path for path in (output, *output.parents) if path.exists())
     return {
@@ -29,24 +29,7 @@ def describe(plan: Plan, output: Path) -> dict[str, Any]:
         "output": str(output),
         "recipe": plan.recipe.as_dict(),
         "fingerprint": plan.fingerprint,
-        "selected": [
-            {
-                "name": name,
-                "shape": list(item.matrix.shape),
-                "dtype": item.matrix.dtype,
-                "method": plan.recipe.method if name in plan.unsettled else item.matrix.method,
-                "bits": None if name in plan.unsettled else item.matrix.bits,
-                "rank": item.rank,
-                "layout": plan.layout.name,
-                "bits_per_weight": None if name in plan.unsettled else item.bits_per_weight,
-                "source_bytes": sizes[name],
-                "backbone_bytes": None
-                if name in plan.unsettled
-                else sum(spec.nbytes for spec in item.specs),
-                "reason": plan.selection.reasons[name],
-            }
-            for name, item in plan.matrices.items()
-        ],
+        "selected": [_selected(plan, name, item) for name, item in plan.matrices.items()],
         "passed_through": [
             {
                 "name": tensor.name,
@@ -75,4 +58,21 @@ def describe(plan: Plan, output: Path) -> dict[str, Any]:
         },
         "free_disk_bytes": shutil.disk_usage(existing).free,
         "needs": needs(plan.layout.name),
+    }
+
+
+def _selected(plan: Plan, name: str, item: PlannedMatrix) -> dict[str, Any]:
+    matrix, settled = item.matrix, name not in plan.unsettled
+    return {
+        "name": name,
+        "shape": list(matrix.shape),
+        "dtype": matrix.dtype,
+        "method": matrix.method if settled else plan.recipe.method,
+        "bits": matrix.bits if settled else None,
+        "rank": item.rank,
+        "layout": plan.layout.name,
+        "bits_per_weight": item.bits_per_weight if settled else None,
+        "source_bytes": matrix.elements * BITS[matrix.dtype] // 8,
+        "backbone_bytes": sum(spec.nbytes for spec in item.specs) if settled else None,
+        "reason": plan.selection.reasons[name],
     }

@@ -11,9 +11,9 @@ import difflib
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor
@@ -56,57 +56,89 @@ def select(
     asked for that cannot be quantized, UnsupportedInputError if no matrix is selected.
     """
     names = [tensor.name for tensor in tensors]
-    quantizable = {tensor.name for tensor in tensors if _not_a_matrix(tensor) is None}
-    included = {
-        name for pattern in include for name in _matches("--include", pattern, names, quantizable)
-    }
-    excluded = {
-        name for pattern in exclude for name in _matches("--exclude", pattern, names, set(names))
-    }
     ruled_out = {**anatomy.reasons, **left_alone(tensors, config)}
+    rule = _Rule.of(tensors, include, exclude, embeddings, ruled_out)
     matrices, kept = [], []
     kinds: dict[str, Kind] = {}
     reasons: dict[str, str] = {}
     emptied = False
     for tensor in tensors:
-        reason = _not_a_matrix(tensor) or _outside_rule(tensor.name)
         kind = kind_of(tensor.name, config)
-        why = "linear layer of a block"
-        if reason is None:
-            reason = ruled_out.get(tensor.name)
-        if embeddings and kind == "embedding" and tensor.name in quantizable:
-            why, reason = "asked for by --embeddings", None
-        if tensor.name in excluded:
-            emptied = emptied or reason is None
-            reason = "excluded by --exclude"
-        elif tensor.name in included and tensor.name in quantizable:
-            if EMBEDDING.search(tensor.name) and kind != "embedding":
-                raise UsageError(
-                    f"--include: {tensor.name} is an embedding, but not of words",
-                    hint="narrow the pattern",
-                )
-            if reason is not None:
-                why, reason = "asked for by --include", None
-        if reason is None:
+        selected, reason = rule.decide(tensor, kind)
+        if selected:
             matrices.append(tensor)
-            kinds[tensor.name], reasons[tensor.name] = kind, why
+            kinds[tensor.name], reasons[tensor.name] = kind, reason
         else:
             kept.append((tensor, reason))
+        emptied |= tensor.name in rule.excluded and rule.default(tensor, kind)[0]
     if not matrices:
-        if emptied:
-            raise UsageError("--exclude leaves no matrix to quantize", hint="narrow the patterns")
-        counts = Counter(reason for _, reason in kept)
-        listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-        raise UnsupportedInputError(
-            f"no weight matrix is selected; the tensors are: {listed}",
-            hint="--include selects what the default rule leaves out",
-        )
+        _refuse_nothing(kept, emptied)
     _refuse_shared(kinds, config, names)
     _refuse_ruled_out(kinds, ruled_out)
     check(kinds, [tensor for tensor, _ in kept], config)
     if embeddings and "embedding" not in kinds.values():
         raise UsageError("--embeddings: the checkpoint has no word embedding to quantize")
     return Selection(matrices, kept, kinds, reasons)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What is asked for, by name: patterns resolved, and what no model could load."""
+
+    quantizable: Collection[str]
+    included: Collection[str]
+    excluded: Collection[str]
+    embeddings: bool
+    ruled_out: Mapping[str, str]
+
+    @staticmethod
+    def of(
+        tensors: Sequence[StoredTensor],
+        include: Sequence[str],
+        exclude: Sequence[str],
+        embeddings: bool,
+        ruled_out: Mapping[str, str],
+    ) -> _Rule:
+        names = [tensor.name for tensor in tensors]
+        able = {tensor.name for tensor in tensors if _not_a_matrix(tensor) is None}
+        included = {n for each in include for n in _matches("--include", each, names, able)}
+        excluded = {n for each in exclude for n in _matches("--exclude", each, names, set(names))}
+        return _Rule(able, included, excluded, embeddings, ruled_out)
+
+    def default(self, tensor: StoredTensor, kind: Kind) -> tuple[bool, str]:
+        """Whether a tensor is selected, and why or why not, patterns apart."""
+        if self.embeddings and kind == "embedding" and tensor.name in self.quantizable:
+            return True, "asked for by --embeddings"
+        reason = _not_a_matrix(tensor) or _outside_rule(tensor.name)
+        reason = reason or self.ruled_out.get(tensor.name)
+        return (False, reason) if reason else (True, "linear layer of a block")
+
+    def decide(self, tensor: StoredTensor, kind: Kind) -> tuple[bool, str]:
+        """As :meth:`default`, with patterns. Raises UsageError for an embedding of something
+        else than words."""
+        if tensor.name in self.excluded:
+            return False, "excluded by --exclude"
+        selected, reason = self.default(tensor, kind)
+        if tensor.name not in self.included or tensor.name not in self.quantizable:
+            return selected, reason
+        if EMBEDDING.search(tensor.name) and kind != "embedding":
+            raise UsageError(
+                f"--include: {tensor.name} is an embedding, but not of words",
+                hint="narrow the pattern",
+            )
+        return True, reason if selected else "asked for by --include"
+
+
+def _refuse_nothing(kept: Sequence[tuple[StoredTensor, str]], emptied: bool) -> NoReturn:
+    """Say why nothing is selected: because of --exclude, or because of what the tensors are."""
+    if emptied:
+        raise UsageError("--exclude leaves no matrix to quantize", hint="narrow the patterns")
+    counts = Counter(reason for _, reason in kept)
+    listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    raise UnsupportedInputError(
+        f"no weight matrix is selected; the tensors are: {listed}",
+        hint="--include selects what the default rule leaves out",
+    )
 
 
 def _refuse_ruled_out(selected: Iterable[str], ruled_out: Mapping[str, str]) -> None:

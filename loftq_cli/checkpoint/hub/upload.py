@@ -56,13 +56,7 @@ def push_folder(
     ``marker``; else OutputConflictError. So it is for a public repository where ``private`` is
     asked for. Raises EnvironmentFailure (no token, access, network).
     """
-    if constants.HF_HUB_OFFLINE:
-        raise EnvironmentFailure("HF_HUB_OFFLINE is set", hint="unset it to send something")
-    if get_token() is None:
-        raise EnvironmentFailure(
-            f"there is no token for {constants.ENDPOINT}",
-            hint="log in with `hf auth login`, or set HF_TOKEN to a token that may write",
-        )
+    _check_access()
     api, branch = HfApi(), revision or constants.DEFAULT_REVISION
 
     def look() -> ModelInfo:
@@ -73,18 +67,12 @@ def push_folder(
         if revision is not None and not revision.startswith("refs/"):
             patiently(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True), say)
         info = patiently(look, say)
-    there = {file.rfilename for file in info.siblings or ()}
     if private and not info.private:
         raise OutputConflictError(
             f"{repo_id} is there already, and it is public",
             hint="choose another REPO_ID, or make it private in its settings",
         )
-    other = sorted(name for name in there - set(names) if name.endswith(_WEIGHTS))
-    if other and marker not in there:
-        raise OutputConflictError(
-            f"{repo_id} holds weights of something else: {', '.join(other[:3])}",
-            hint="choose another REPO_ID or --revision",
-        )
+    other = _other_weights(repo_id, info, names, marker)
     with explained(repo_id, branch, sending=True):
         commit = api.upload_folder(
             repo_id=repo_id,
@@ -95,3 +83,26 @@ def push_folder(
         )
     url = f"{constants.ENDPOINT}/{repo_id}"
     return Pushed(repo_id, branch, commit.oid, url, bool(info.private))
+
+
+def _check_access() -> None:
+    if constants.HF_HUB_OFFLINE:
+        raise EnvironmentFailure("HF_HUB_OFFLINE is set", hint="unset it to send something")
+    if get_token() is None:
+        raise EnvironmentFailure(
+            f"there is no token for {constants.ENDPOINT}",
+            hint="log in with `hf auth login`, or set HF_TOKEN to a token that may write",
+        )
+
+
+def _other_weights(repo_id: str, info: ModelInfo, names: Collection[str], marker: str) -> list[str]:
+    """Weights of an earlier conversion, under other names than ``names``. Raises
+    OutputConflictError if they are of something else."""
+    there = {file.rfilename for file in info.siblings or ()}
+    other = sorted(name for name in there - set(names) if name.endswith(_WEIGHTS))
+    if other and marker not in there:
+        raise OutputConflictError(
+            f"{repo_id} holds weights of something else: {', '.join(other[:3])}",
+            hint="choose another REPO_ID or --revision",
+        )
+    return other
