@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import json
 import os
 import re
 import shlex
@@ -20,13 +22,14 @@ from loftq_cli.checkpoint.hub.repository import HubSnapshot
 from loftq_cli.checkpoint.hub.upload import Pushed
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.cli.commands import main
+from loftq_cli.settings.kinds import flag
+from loftq_cli.settings.table import entries
 from loftq_cli.version import VERSION
 from tests.support import models
 from tests.support.commands import Command, snapshot_of
 
 HERE = Path(__file__).parent
 MANUAL = (HERE.parents[1] / "docs/cli.md").read_text("utf-8")
-TESTS = "".join(path.read_text("utf-8") for path in sorted(HERE.glob("test_*.py")))
 OPTIONS = [
     pytest.param(name, option, id=f"{name} {option}")
     for name, command in main.commands.items()
@@ -45,10 +48,76 @@ def section(command: str) -> str:
     return found.group(1)
 
 
+# A value that is not the default, and what the recipe of a plan then has.
+SET: dict[str, tuple[list[str], Any]] = {
+    "bits": (["3"], 3),
+    "bits_map": (["*.q_proj.*=8"], ["*.q_proj.*=8"]),
+    "target_bpw": (["4.5"], 4.5),
+    "method": (["fitted"], "fitted"),
+    "rank": (["8"], 8),
+    "rank_map": (["*.q_proj.*=2"], ["*.q_proj.*=2"]),
+    "iters": (["1"], 1),
+    "block_size": (["32"], 32),
+    "layout": (["dense"], "dense"),
+    "scale": (["absmax"], "absmax"),
+    "scale_dtype": (["int8"], "int8"),
+    "order": (["svd-first"], "svd-first"),
+    "svd": (["exact"], "exact"),
+    "embeddings": ([], True),
+    "include": (["lm_head.weight"], ["lm_head.weight"]),
+    "exclude": (["*.q_proj.*"], ["*.q_proj.*"]),
+    "feedback": ([], True),
+    "lora_alpha": (["2.5"], 2.5),
+    "adapter_dtype": (["float16"], "float16"),
+    "dense_dtype": (["float16"], "float16"),
+    "device": (["cpu"], "cpu"),
+    "threads": (["1"], 1),
+    "seed": (["7"], 7),
+}
+OPTIONS_OF_SETTINGS = {name: entry for name, entry in entries().items() if entry.group is not None}
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS_OF_SETTINGS if name != "stats"])
+def test_every_option_of_a_setting_sets_it(name: str, loftq: Command) -> None:
+    """Run, and seen in the recipe."""
+    values, expected = SET[name]
+    result = loftq("convert", "model", "--dry-run", "--json", flag(name), *values)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["recipe"][name] == expected
+
+
+def test_options_that_switch_off_or_are_short(loftq: Command) -> None:
+    result = loftq("convert", "model", "--dry-run", "--json", "--no-feedback", "-t", "1")
+    recipe = json.loads(result.stdout)["recipe"]
+    assert (recipe["feedback"], recipe["threads"]) == (False, 1)
+
+
+def test_statistics_that_are_named_are_looked_for(loftq: Command) -> None:
+    result = loftq("convert", "model", "--dry-run", "--stats", "nowhere")
+    assert (result.exit_code, "nowhere: no such file" in result.stderr) == (3, True)
+
+
+def words_of_runs() -> set[tuple[str, str]]:
+    """(command, option) that some test here hands to the command: both are words of one function,
+    of its parameters, or of a list of words."""
+    found = set()
+    for path in HERE.glob("test_*.py"):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            words = {text for text in texts if isinstance(text, str)}
+            for name in main.commands:
+                meant = name in words or name.upper() in names or f"test_{name}.py" == path.name
+                if meant:
+                    found |= {(name, word) for word in words if word.startswith("-")}
+    return found
+
+
 @pytest.mark.parametrize(("command", "option"), OPTIONS)
-def test_every_option_is_in_the_manual_and_in_a_test(command: str, option: str) -> None:
+def test_every_option_is_in_the_manual_and_run_by_a_test(command: str, option: str) -> None:
     assert re.search(rf"`[^`]*(?<![\w-]){option}(?![\w-])", section(command))
-    assert f'"{option}"' in TESTS
+    name = option.lstrip("-").removeprefix("no-").replace("-", "_")
+    assert name in SET or option == "-t" or (command, option) in words_of_runs()
 
 
 def test_the_manual_names_no_option_that_does_not_exist() -> None:
@@ -127,8 +196,8 @@ def test_the_examples_of_the_manual_work(
 
 @every_command
 def test_every_help_text_has_an_example(name: str, loftq: Command) -> None:
-    for flag in ("--help", "-h"):
-        result = loftq(name, flag)
+    for word in ("--help", "-h"):
+        result = loftq(name, word)
         assert result.exit_code == 0
         assert re.search(rf"^ +loftq {name}\b", result.stdout, re.MULTILINE)
 

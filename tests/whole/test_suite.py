@@ -8,14 +8,18 @@ import re
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
+import loftq_cli
 from tests.support.slow import FOLDERS, MODULES, TESTS, is_slow
 from tests.support.state import restored, seen
+from tests.support.where import TESTED_BY
 
 ROOT = TESTS.parent
+BESIDE = {"benchmarks", "support", "whole"}
 TARGETS = re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"))
 
 
@@ -39,8 +43,8 @@ def test_the_quick_ones_are_of_every_folder_but_the_slow_ones() -> None:
     modules = list(TESTS.rglob("test_*.py"))
     folders = {path.parent.relative_to(TESTS).as_posix() for path in modules}
     quick = {path.parent.relative_to(TESTS).as_posix() for path in modules if not is_slow(path)}
-    # Of families and kernels every test needs transformers or a process of its own.
-    assert folders - quick == {*FOLDERS, "families", "kernels", "whole"} & folders
+    # Of families every test needs transformers.
+    assert folders - quick == {*FOLDERS, "families", "whole"} & folders
     assert all((TESTS / name).is_dir() for name in FOLDERS)
     assert all((TESTS / name).is_file() for name in MODULES)
 
@@ -91,3 +95,19 @@ def test_random_numbers_do_not_depend_on_what_ran_before() -> None:
             drawn.append(torch.rand(3))
             torch.rand(count)
     assert torch.equal(*drawn)
+
+
+def test_the_test_of_a_module_is_found_by_its_name_or_in_the_list() -> None:
+    package = Path(loftq_cli.__file__).parent
+    modules = {path.relative_to(package) for path in package.rglob("*.py")}
+    named = {path for path in modules if (TESTS / path.parent / f"test_{path.name}").is_file()}
+    others = {path.as_posix() for path in modules - named if not path.name.startswith("__")}
+    assert others == TESTED_BY.keys()
+    assert all((TESTS / test).is_file() for test in TESTED_BY.values())
+
+
+def test_folders_of_tests_mirror_those_of_the_package() -> None:
+    package = Path(loftq_cli.__file__).parent
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    mirrors = {path for path in folders if path.parts and path.parts[0] not in BESIDE}
+    assert all((package / path / "__init__.py").is_file() for path in mirrors)

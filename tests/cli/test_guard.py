@@ -323,3 +323,32 @@ def test_results_that_do_not_fit_on_the_disk_are_the_environments_fault(place: P
     assert code == 5
     (line,) = said.splitlines()
     assert line == "loftq: error: standard output: No space left on device"
+
+
+@pytest.mark.parametrize("flag", ["-v", "--verbose"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "./nowhere"),
+        ("inspect", "./nowhere"),
+        ("error-report", "./nowhere"),
+        ("merge", "./nowhere", "-o", "merged"),
+        ("calibrate", "./nowhere", "--text", "./none"),
+        ("push", "./nowhere", "me/it"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_verbose_shows_where_a_mistake_was_noticed(
+    words: tuple[str, ...], flag: str, loftq: Command
+) -> None:
+    plain, verbose = loftq(*words), loftq(*words, flag)
+    assert plain.exit_code == verbose.exit_code == 3
+    assert "Traceback" in verbose.stderr
+    assert "Traceback" not in plain.stderr
+    assert verbose.stderr.splitlines()[-1] == plain.stderr.splitlines()[-1]
+
+
+def test_error_report_takes_nothing_from_the_hub_if_it_is_offline(loftq: Command) -> None:
+    result = loftq("error-report", "owner/name", "--offline")
+    assert result.exit_code == 5
+    assert "owner/name" in result.stderr
