@@ -1,4 +1,4 @@
-"""``python -m tests.support.tree``: writes the tree of the package into docs/design.md anew, each file
+"""``python -m tests.support.tree``: writes the tree in docs/design.md anew, each file
 with the first sentence of its docstring."""
 
 from __future__ import annotations
