@@ -1,6 +1,6 @@
 """The exception tree: one class per way to fail, each with its exit code and a hint.
 
-Every message names the file and the tensor where there is one, and the hint says what to do.
+Every message names the file and the tensor if there is one, and the hint says what to do.
 Exit codes: 2 usage, 3 bad input, 4 output conflict, 5 environment, 130/143 interrupted; a
 Python exception that is none of these is a bug of ours and exits with 1.
 """

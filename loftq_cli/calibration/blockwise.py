@@ -53,7 +53,7 @@ class BlockRunner:
     def windows(self, name: str) -> Iterator[int]:
         """Run block ``name`` on every window; yields after each. Then what it gave replaces it.
 
-        Raises OutOfTurnError where the model does not get to the block.
+        Raises OutOfTurnError if the model does not get to the block.
         """
         block = self._model.get_submodule(name)
         stack = name.rpartition(".")[0]

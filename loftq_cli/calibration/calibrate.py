@@ -260,7 +260,7 @@ def _write(
 
 
 def read_text(option: str, path: Path) -> Text:
-    """The text file that ``option`` names. Raises SourceNotFoundError, or InputError where it is
+    """The text file that ``option`` names. Raises SourceNotFoundError, or InputError if it is
     empty, no UTF-8, or a pointer of git-lfs."""
     refuse_pointer(path)
     try:

@@ -1,6 +1,6 @@
 """``convert --calibrate-text``: statistics are measured first, and kept beside the output.
 
-The file is taken again where it is what would be measured, so that a conversion that was
+The file is taken again if it is what would be measured, so that a conversion that was
 interrupted, or is repeated with other settings, does not measure twice.
 """
 
@@ -39,7 +39,7 @@ class Texts:
 
 
 def asked(paths: Sequence[Path], moments: str | None, *, dry_run: bool = False) -> Texts | None:
-    """What the two options ask for; None where it is nothing. Raises UsageError."""
+    """What the two options ask for; None if it is nothing. Raises UsageError."""
     if not paths:
         if moments is not None:
             raise UsageError(f"--moments {moments} is for {OPTION}", hint="name a text file")
@@ -54,10 +54,10 @@ def beside(output: Path) -> Path:
 
 
 def found(source: Source, output: Path, texts: Texts, *, overwrite: bool) -> Statistics | None:
-    """The statistics beside ``output``, where they are of this model and these texts; None where
+    """The statistics beside ``output``, if they are of this model and these texts; None if
     they have to be measured.
 
-    Raises InputError for the texts, OutputConflictError where there is something else and
+    Raises InputError for the texts, OutputConflictError if there is something else and
     ``overwrite`` does not allow to replace it.
     """
     read, path = texts.texts, beside(output)
@@ -87,7 +87,7 @@ def measured(
 
 
 def _differing(path: Path, source: Source, read: Sequence[Text], moments: str) -> str | None:
-    """What the statistics at ``path`` are, where they are not what would be measured now."""
+    """What the statistics at ``path`` are, if they are not what would be measured now."""
     held = open_statistics(path)
     kinds = {entry.kind for entry in held.entries.values()}
     if held.model is None or held.model.sha256 != model_sha256(source):

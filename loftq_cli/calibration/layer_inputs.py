@@ -49,7 +49,7 @@ class LayerInputs:
                 handle.remove()
 
     def end_window(self) -> None:
-        """All inputs of a window have been seen. Raises UnsupportedInputError where the layers
+        """All inputs of a window have been seen. Raises UnsupportedInputError if the layers
         were called in another way than in the windows before."""
         self._seen.clear()
         if self._uses is None:

@@ -51,7 +51,7 @@ class Calibration:
 
         ``begin`` is told how many steps there will be, ``advance`` the name of what each step was
         spent on. Layers that text does not go through are left out. Raises UnsupportedInputError
-        where the model cannot be run on text alone or uses a layer differently from window to
+        if the model cannot be run on text alone or uses a layer differently from window to
         window, NonFiniteActivationError naming the tensor.
         """
         model, count = self.model, len(self.windows)
@@ -83,14 +83,14 @@ class Calibration:
         self.call(self.windows[window : window + 1])
 
     def _run_first(self, window: int) -> None:
-        """As :meth:`run`, where it is not known yet whether the model takes such a window."""
+        """As :meth:`run`, if it is not known yet whether the model takes such a window."""
         with runs_on_text(self.model, self.directory, self.windows.shape[1]):
             self.run(window)
 
 
 def class_to_run(directory: Path, config: Mapping[str, Any]) -> Any:
-    """The class of transformers for the model in ``directory``. Raises UnsupportedInputError where
-    there is none or it does not take text, EnvironmentFailure where the extra [train] is missing.
+    """The class of transformers for the model in ``directory``. Raises UnsupportedInputError if
+    there is none or it does not take text, EnvironmentFailure if the extra [train] is missing.
     """
     found = class_of(directory, config)
     refuse_without_text(found, directory)
@@ -117,7 +117,7 @@ def prepare(
     ``widths``: the matrices to measure, names of weight tensors to in_features. ``samples`` and
     ``length`` None: as many windows as there are up to 128, and 512 tokens or as many as the model
     takes. Raises InputError for a model, tokenizer or text that cannot be used, UsageError for a
-    length above what the model takes, EnvironmentFailure where the extra [train] is missing.
+    length above what the model takes, EnvironmentFailure if the extra [train] is missing.
     """
     tokenizer = load_tokenizer(directory)
     told = [*limits(config), int(tokenizer.model_max_length)]

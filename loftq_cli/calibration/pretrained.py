@@ -23,8 +23,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in ``directory``. Raises SourceNotFoundError where there is none, InputError
-    where it cannot be read, EnvironmentFailure where a package is missing."""
+    """The tokenizer in ``directory``. Raises SourceNotFoundError if there is none, InputError
+    if it cannot be read, EnvironmentFailure if a package is missing."""
     transformers = required("transformers", "train", _DOING)
     if not any(is_vocabulary(path.name) and path.is_file() for path in directory.iterdir()):
         raise SourceNotFoundError(
@@ -65,9 +65,9 @@ def load_model(
 ) -> nn.Module:
     """The model of ``directory``, of the class ``loaded_as``, in ``dtype``, for evaluation.
 
-    ``nbytes`` is what its weights take. Where they do not fit on ``device``, blocks are left in
-    host memory, and where they do not fit there, on disk (``offload_folder``, where the files of
-    the checkpoint cannot be read directly). Raises InputError where transformers cannot load it
+    ``nbytes`` is what its weights take. If they do not fit on ``device``, blocks are left in
+    host memory, and where they do not fit there, on disk (``offload_folder``, if the files of
+    the checkpoint cannot be read directly). Raises InputError if transformers cannot load it
     or finds no weights for a block.
     """
     transformers = required("transformers", "train", _DOING)
@@ -94,7 +94,7 @@ def load_model(
 
 
 def _check_complete(model: Any, report: Mapping[str, Any], directory: Path) -> None:
-    """Raise InputError where a weight in or before the blocks was drawn at random."""
+    """Raise InputError if a weight in or before the blocks was drawn at random."""
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     for name in sorted(absent):
         module = model.get_submodule(name.rpartition(".")[0])
@@ -118,7 +118,7 @@ def _placement(nbytes: int, device: torch.device, folder: Path) -> dict[str, Any
 
 
 def free_host_memory() -> int:
-    """Bytes that this process may still take, in its container where it is in one."""
+    """Bytes that this process may still take, in its container if it is in one."""
     psutil = required("psutil", "train", _DOING)
     free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit

@@ -52,7 +52,7 @@ def limits(config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def is_limit(length: int) -> bool:
-    """Whether this is not what is written where there is no limit."""
+    """Whether this is not what is written if there is no limit."""
     return 0 < length < _NO_LIMIT
 
 
@@ -68,9 +68,9 @@ class Entry:
 def entry_of(model: Any, windows: torch.Tensor, device: torch.device, directory: Path) -> Entry:
     """How ``model`` is called, found out with a few of the tokens of ``windows``.
 
-    The model is called without its head; where that does not take text alone, with it (Perceiver),
+    The model is called without its head; if that does not take text alone, with it (Perceiver),
     or its ``get_text_features`` is (CLIP). Raises InputError for a token that the model has no
-    embedding for, UnsupportedInputError where it cannot be run on text alone.
+    embedding for, UnsupportedInputError if it cannot be run on text alone.
     """
     body = getattr(model, "base_model", model)
     middle = windows[0, windows.shape[1] // 2]
@@ -95,7 +95,7 @@ def entry_of(model: Any, windows: torch.Tensor, device: torch.device, directory:
 @contextmanager
 def runs_on_text(model: nn.Module, directory: Path, length: int) -> Iterator[Tables]:
     """Watch the tables of a model that runs on ``length`` tokens, and say of an error of its own
-    code that it does not run on text alone. Raises InputError where a table lacks a row."""
+    code that it does not run on text alone. Raises InputError if a table lacks a row."""
     try:
         with Tables(length) as tables:
             yield tables
@@ -157,7 +157,7 @@ _GATHERING = (torch.ops.aten.gather.default, torch.ops.aten.index_select.default
 class Tables(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches every lookup in a table while a model runs on ``length`` tokens. ``limits``: how many
     positions a table has rows for, for each that is asked for consecutive rows. Raises
-    _OutsideError where a table is asked for more than it has, before a GPU is, which would not
+    _OutsideError if a table is asked for more than it has, before a GPU is, which would not
     survive it."""
 
     def __init__(self, length: int) -> None:

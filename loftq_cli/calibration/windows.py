@@ -20,7 +20,7 @@ def cut(
 
     The texts are tokenized one behind the other and cut into windows that do not overlap, each
     with the special tokens that the model puts around a text. Which of them are taken is drawn
-    with ``seed``; without ``samples``, all of them are, up to 128. Raises InputError where there
+    with ``seed``; without ``samples``, all of them are, up to 128. Raises InputError if there
     are too few, UsageError for a length that has no room for text.
     """
     before, behind = _special_tokens(tokenizer)

@@ -103,7 +103,7 @@ def companions(source: Path) -> list[str]:
     """The files of ``source`` that are copied as they are, by relative name: not config.json. Links
     with nothing at their end are among them, for ``open_source`` to refuse.
 
-    Raises EnvironmentFailure, and CorruptFileError where modules.json is broken or names what lies
+    Raises EnvironmentFailure, and CorruptFileError if modules.json is broken or names what lies
     elsewhere.
     """
     folders = module_folders(source)
@@ -162,7 +162,7 @@ def left_behind(names: Iterable[str], taken: Collection[str]) -> tuple[str, ...]
 
 
 def _files(source: Path, folders: Iterable[str]) -> Iterator[str]:
-    """The files in these folders of ``source``, where they are there, and links with nothing at
+    """The files in these folders of ``source``, if they are there, and links with nothing at
     their end. Raises OSError."""
     for folder in folders:
         place = os.path.join(source, folder)

@@ -1,6 +1,6 @@
 """A source's shards, handed out one after another; while one is worked on the next arrives.
 
-One ahead and no more: where shards do not stay on disk, it needs room for two of them.
+One ahead and no more: if shards do not stay on disk, it needs room for two of them.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def read_header(path: Path) -> Header:
 
 def json_length(prefix: bytes, size: int) -> int:
     """How much JSON follows the first eight bytes of a file of ``size`` bytes. Raises HeaderError
-    where that cannot be."""
+    if that cannot be."""
     if len(prefix) < 8:
         raise HeaderError(f"{size} bytes are too few for a safetensors file")
     length = int.from_bytes(prefix, "little")

@@ -15,7 +15,7 @@ _HINT = "run `git lfs pull` in the directory, or get its files with `hf download
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether the file at ``path`` is a pointer, False where it cannot be read."""
+    """Whether the file at ``path`` is a pointer, False if it cannot be read."""
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST:
             return False
@@ -26,13 +26,13 @@ def is_pointer(path: Path) -> bool:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise CorruptFileError where the file at ``path`` is a pointer."""
+    """Raise CorruptFileError if the file at ``path`` is a pointer."""
     if is_pointer(path):
         raise CorruptFileError(f"{path} is a pointer {_WHAT}", hint=_HINT)
 
 
 def refuse_pointers(directory: Path, names: Iterable[str]) -> None:
-    """Raise CorruptFileError, which lists them, where files of these ``names`` in ``directory`` are
+    """Raise CorruptFileError, which lists them, if files of these ``names`` in ``directory`` are
     pointers."""
     found = sorted({name for name in names if is_pointer(directory / name)})
     if found:

@@ -56,7 +56,7 @@ def locate(request: Request, say: Callable[[str], None]) -> Source:
 
 
 def _in_full_precision(source: Source) -> Source:
-    """The source itself. Raises UnsupportedInputError where it is not what can be converted."""
+    """The source itself. Raises UnsupportedInputError if it is not what can be converted."""
     refuse_unmerged(source)
     refuse_quantized(source)
     return source
@@ -85,7 +85,7 @@ def locate_output(
     everything: bool,
     listener: Listener,
 ) -> Place:
-    """Where the conversion ``place`` lies: at that path, or, where there is none and it has the
+    """Where the conversion ``place`` lies: at that path, or, if there is none and it has the
     form OWNER/NAME, in the hub cache, to which its files are downloaded: ``everything``, or what
     its manifest alone answers.
 

@@ -27,9 +27,9 @@ _MERGE = "merge it first: PEFT's merge_and_unload(), then save_pretrained(DIR), 
 
 
 def refuse_marked(directory: Path, name: str, files: Collection[str] = ()) -> None:
-    """Raise UnsupportedInputError where a file in ``directory``, that of the model ``name``, says
+    """Raise UnsupportedInputError if a file in ``directory``, that of the model ``name``, says
     that it is the output of a conversion, an adapter, or a model with an adapter attached.
-    ``files`` are further ones of the model, which are not there yet. Raises CorruptFileError where
+    ``files`` are further ones of the model, which are not there yet. Raises CorruptFileError if
     such a file is a pointer of git-lfs."""
     refuse_pointers(directory, MARKERS)
     if os.path.exists(directory / MANIFEST):
@@ -57,7 +57,7 @@ def refuse_marked(directory: Path, name: str, files: Collection[str] = ()) -> No
 
 
 def refuse_bare_adapter(name: str, files: Collection[str]) -> None:
-    """Raise UnsupportedInputError where of the ``files`` of the model ``name`` some are the weights
+    """Raise UnsupportedInputError if of the ``files`` of the model ``name`` some are the weights
     of an adapter, and none those of a model."""
     found = [each for each in _ADAPTER_WEIGHTS if each in files]
     if found and not any(each in files for each in WEIGHTS):
@@ -68,7 +68,7 @@ def refuse_bare_adapter(name: str, files: Collection[str]) -> None:
 
 
 def refuse_unmerged(source: Source) -> None:
-    """Raise UnsupportedInputError, naming a tensor, where the weights hold an adapter apart."""
+    """Raise UnsupportedInputError, naming a tensor, if the weights hold an adapter apart."""
     for shard in source.shards:
         for tensor in shard.header.tensors:
             if _OF_ADAPTER.fullmatch(tensor.name):

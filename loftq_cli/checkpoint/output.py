@@ -41,11 +41,11 @@ class Output:
 def open_output(directory: Path) -> Output:
     """Read the manifest of ``directory``.
 
-    Raises SourceNotFoundError where there is none (an unfinished conversion is named), and what
+    Raises SourceNotFoundError if there is none (an unfinished conversion is named), and what
     :func:`read_manifest` raises.
     """
     path = directory / MANIFEST
-    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
+    if not os.path.isfile(path):  # Path.is_file raises if a name is too long
         partial = directory.absolute().parent / f".{directory.absolute().name}.loftq-partial"
         if os.path.exists(partial):
             raise SourceNotFoundError(
@@ -65,8 +65,8 @@ def open_output(directory: Path) -> Output:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest at ``path``. Raises VerificationError where it is broken, CorruptFileError where
-    it is a pointer of git-lfs, InputError where it is of a newer format."""
+    """The manifest at ``path``. Raises VerificationError if it is broken, CorruptFileError if
+    it is a pointer of git-lfs, InputError if it is of a newer format."""
     refuse_pointer(path)
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -91,7 +91,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def verify(output: Output) -> int:
     """Re-hash every file of ``output``; the number of files. Raises VerificationError with every
-    file that is missing or altered, CorruptFileError where there are pointers of git-lfs."""
+    file that is missing or altered, CorruptFileError if there are pointers of git-lfs."""
     faults = []
     entries = output.manifest["outputs"]
     refuse_pointers(output.directory, (entry["name"] for entry in entries))

@@ -28,10 +28,10 @@ def is_of_module(name: str) -> bool:
 
 
 def module_folders(directory: Path) -> tuple[str, ...]:
-    """The folders that modules.json in ``directory`` names, with slashes; none where there is no
+    """The folders that modules.json in ``directory`` names, with slashes; none if there is no
     such file, or it is of something else.
 
-    Raises CorruptFileError where one is not a folder below the directory, or has a name that the
+    Raises CorruptFileError if one is not a folder below the directory, or has a name that the
     output needs, and what :func:`modules` raises.
     """
     return tuple(
@@ -40,7 +40,7 @@ def module_folders(directory: Path) -> tuple[str, ...]:
 
 
 def modules(directory: Path) -> list[dict[str, Any]]:
-    """The entries of modules.json; empty where there are none. Raises CorruptFileError where it
+    """The entries of modules.json; empty if there are none. Raises CorruptFileError if it
     cannot be read, is not JSON, or is a pointer of git-lfs: sentence-transformers would fail."""
     path = directory / MODULES
     try:
@@ -60,7 +60,7 @@ def modules(directory: Path) -> list[dict[str, Any]]:
 
 
 def refuse_parent(directory: Path, repo_id: str | None = None) -> None:
-    """Raise SourceNotFoundError where ``directory``, of the hub's ``repo_id`` or a user's own, is a
+    """Raise SourceNotFoundError if ``directory``, of the hub's ``repo_id`` or a user's own, is a
     pipeline that has its model in a folder below. Raises as :func:`module_folders` does."""
     entries = modules(directory)
     folder = _path(directory, entries[0]) if entries else None

@@ -66,7 +66,7 @@ _ANY = _Sign(re.compile(r"(.+\.\d+\..+\.weight)"), r"\1", "codes in the place of
 
 def refuse_quantized(source: Source) -> None:
     """Raise UnsupportedInputError, which names the key or the tensor and the method as far as it is
-    known, where ``source`` is quantized already."""
+    known, if ``source`` is quantized already."""
     for key, value in _stated(source.config.content):
         method = value.get("quant_method") if isinstance(value, Mapping) else value
         named = f" ({method})" if isinstance(method, str) else ""

@@ -18,7 +18,7 @@ from loftq_cli.errors import CorruptFileError, EnvironmentFailure, SourceChanged
 from loftq_cli.machine.durable import utc
 
 PIECE = 16 << 20
-"""Bytes read at a time where a tensor is only copied or hashed."""
+"""Bytes read at a time if a tensor is only copied or hashed."""
 
 _HINT = "check that the file is still there, may be read, and that its disk is well"
 
@@ -28,7 +28,7 @@ _File = TypeVar("_File", bound="TensorFile")
 class TensorFile:
     """An open safetensors file. Never maps it: a file that shrinks raises instead of killing.
 
-    Raises EnvironmentFailure where the file cannot be opened.
+    Raises EnvironmentFailure if the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class TensorFile:
         os.close(self._file)
 
     def read_range(self, start: int, length: int) -> bytearray:
-        """Exactly ``length`` bytes from ``start``. Raises CorruptFileError where the file ends
+        """Exactly ``length`` bytes from ``start``. Raises CorruptFileError if the file ends
         early and EnvironmentFailure on an I/O error."""
         buffer = bytearray(length)
         view = memoryview(buffer)
@@ -98,7 +98,7 @@ class ShardReader(TensorFile):
             raise
 
     def check_unchanged(self) -> None:
-        """Raise SourceChangedError where the file was written to since it was opened."""
+        """Raise SourceChangedError if the file was written to since it was opened."""
         now = os.fstat(self._file).st_mtime_ns
         if now != self.mtime_ns:
             raise SourceChangedError(

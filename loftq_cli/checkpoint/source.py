@@ -59,7 +59,7 @@ class Shard:
 @dataclass(frozen=True)
 class Source:
     """A checked checkpoint. ``id`` is what the user typed, ``revision`` a hub commit or None,
-    ``resolved_from`` the id that was asked for where a twin repository was used instead,
+    ``resolved_from`` the id that was asked for if a twin repository was used instead,
     ``requested_revision`` the branch, tag or commit that was asked for. A shard may be read once
     ``supply`` has ensured that it is there. ``left_behind``: what else belongs to the model, by
     name, and is neither read nor copied."""
@@ -100,11 +100,11 @@ def open_source(
 ) -> Source:
     """Read the headers of the checkpoint in ``directory`` and check them against each other.
 
-    ``supply`` knows the shards where they are not all in ``directory`` yet. With ``allow_pickle``
-    pickled weights are read where there are no others. ``left`` is what is left behind, where more
+    ``supply`` knows the shards if they are not all in ``directory`` yet. With ``allow_pickle``
+    pickled weights are read if there are no others. ``left`` is what is left behind, if more
     belongs to the model than lies in ``directory``.
 
-    Raises SourceNotFoundError where there is nothing to convert and CorruptFileError with every
+    Raises SourceNotFoundError if there is nothing to convert and CorruptFileError with every
     fault that the headers show, before anything is computed.
     """
     _check_directory(directory)

@@ -17,7 +17,7 @@ Stored = Mapping[str, tuple[Path, StoredTensor]]
 
 def find(directory: Path, stored: Stored, spec: TensorSpec) -> tuple[Path, StoredTensor]:
     """File and place of the tensor ``spec`` of the output in ``directory``. Raises
-    VerificationError where it is missing or of another dtype or shape."""
+    VerificationError if it is missing or of another dtype or shape."""
     if spec.name not in stored:
         raise VerificationError(f"{directory}: tensor {spec.name!r} is missing")
     path, tensor = stored[spec.name]

@@ -27,7 +27,7 @@ def leads_nowhere(path: str | os.PathLike[str]) -> bool:
 
 
 def refuse_links_to_nothing(directory: Path, names: Iterable[str]) -> None:
-    """Raise CorruptFileError, which lists them with their targets, where there are links of these
+    """Raise CorruptFileError, which lists them with their targets, if there are links of these
     ``names`` in ``directory`` with nothing at their end."""
     found = sorted({name for name in names if leads_nowhere(directory / name)})
     if found:
@@ -63,7 +63,7 @@ def strays(
 
 
 def _advice(directory: Path, outside: dict[str, str]) -> str:
-    """What to do where links of these names lead out of ``directory`` to these targets."""
+    """What to do if links of these names lead out of ``directory`` to these targets."""
     copy = f"copy what they lead to, if you trust it: cp -rL {directory} COPY, and give COPY"
     homes = {
         target[: -len(name) - 1] if target.endswith(os.sep + name) else None

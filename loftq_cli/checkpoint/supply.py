@@ -43,7 +43,7 @@ class Supply:
         return self.path(name).exists()
 
     def header(self, name: str) -> Header:
-        """The checked header of a shard. Raises HeaderError, and OSError where it is missing."""
+        """The checked header of a shard. Raises HeaderError, and OSError if it is missing."""
         if name.endswith(PICKLED):
             from loftq_cli.checkpoint.pickles import reader as pickled  # imports torch
 
@@ -62,7 +62,7 @@ class Supply:
         return 0
 
     def sha256(self, name: str) -> str | None:
-        """Of the shard, where that is known without reading it."""
+        """Of the shard, if that is known without reading it."""
         return None
 
     def is_unchanged(self, name: str, sha256: str, mtime_ns: int) -> bool:

@@ -34,7 +34,7 @@ def place(
     specs: Sequence[TensorSpec], metadata: Mapping[str, str] = _METADATA, room: int = 0
 ) -> tuple[bytes, dict[str, StoredTensor]]:
     """(length field and header, place of every tensor) of a file that holds ``specs``. The two
-    take ``room`` bytes, where they need no more."""
+    take ``room`` bytes, if they need no more."""
     ordered = sorted(specs, key=lambda spec: -BITS[spec.dtype])
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-pickle",
     is_flag=True,
-    help="Read pickled weights (pytorch_model.bin) where a directory has no others; nothing in "
+    help="Read pickled weights (pytorch_model.bin) if a directory has no others; nothing in "
     "them is run.",
 )
 @click.option(

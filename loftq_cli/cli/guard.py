@@ -28,7 +28,7 @@ class Commands(click.Group):
     """The group of all commands, for whatever streams there are."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """As click's, but that the exit code is right where what click says cannot be written."""
+        """As click's, but that the exit code is right if what click says cannot be written."""
         streams.prepare()
         standalone = kwargs.get("standalone_mode", True)
         try:
@@ -69,7 +69,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("-v", "--verbose", is_flag=True, help="Say more; show tracebacks.")
     @functools.wraps(command)
     def guarded(*args: Any, verbose: bool, **kwargs: Any) -> None:
-        # torch says this where numpy is not installed; nothing here needs it.
+        # torch says this if numpy is not installed; nothing here needs it.
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         try:
             _import_torch()
@@ -125,7 +125,7 @@ def _import_torch() -> None:
 
 
 def _unwritten(error: OSError) -> EnvironmentFailure:
-    """What to raise for an ``error`` of writing a file or, where it names none, to stdout."""
+    """What to raise for an ``error`` of writing a file or, if it names none, to stdout."""
     streams.drop(sys.stdout)
     return EnvironmentFailure(f"{error.filename or 'standard output'}: {error.strerror}")
 

@@ -21,7 +21,7 @@ class Narrator(Observer):
     """The observer for a terminal: one progress bar over what there is to do, another over bytes
     that are downloaded, remarks as lines.
 
-    Bars are shown only where stderr is a terminal; ``quiet`` silences remarks as well.
+    Bars are shown only if stderr is a terminal; ``quiet`` silences remarks as well.
     """
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:

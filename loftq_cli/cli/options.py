@@ -12,7 +12,7 @@ from loftq_cli.settings.table import Entry, Group, entries
 
 directory_argument = click.argument("directory", default="out", type=str, metavar="[DIR]")
 revision_option = click.option(
-    "--revision", type=str, help="Branch, tag or commit of DIR, where it is on the hub."
+    "--revision", type=str, help="Branch, tag or commit of DIR, if it is on the hub."
 )
 offline_option = click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")

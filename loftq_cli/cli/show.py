@@ -163,7 +163,7 @@ def push(result: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def needs_line(needs: Mapping[str, Any]) -> str:
-    """What the output needs where it is loaded and trained."""
+    """What the output needs if it is loaded and trained."""
     text = f"{', '.join(needs['imports'])}: {needs['install']}"
     missing = needs["missing"]
     return f"{text} ({', '.join(missing)} not installed here)" if missing else text
@@ -176,7 +176,7 @@ def loading(snippet: str) -> None:
 
 
 def kinds(matrices: Sequence[Mapping[str, Any]]) -> str:
-    """Widths and methods of ``matrices``, with their counts where there are several."""
+    """Widths and methods of ``matrices``, with their counts if there are several."""
     counts = Counter(
         (matrix["bits"], matrix["method"]) for matrix in matrices if matrix["bits"] is not None
     )

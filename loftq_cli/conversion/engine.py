@@ -43,7 +43,7 @@ _ADAPTER_FILE = f"{adapter.DIRECTORY}/{adapter.WEIGHTS}"
 @dataclass
 class _Item:
     """A tensor of the source as it was read: a ``weight`` to convert, a ``piece`` to copy, or
-    neither where it was finished before. ``prefix_sha256``: of the shard up to the tensor's end, on
+    neither if it was finished before. ``prefix_sha256``: of the shard up to the tensor's end, on
     its last item."""
 
     tensor: StoredTensor
@@ -146,7 +146,7 @@ class Conversion:
         finished: Mapping[str, Unit],
         deliveries: Deliveries,
     ) -> ReadShard | None:
-        """What is known of the whole shard, read again where it may have changed. Where finished
+        """What is known of the whole shard, read again if it may have changed. If finished
         tensors lie behind such as must be done again, it is read first, too."""
         tensors, known = shard.source.header.tensors, journal.shards.get(shard.source.name)
         done = [tensor.name in finished for tensor in tensors]

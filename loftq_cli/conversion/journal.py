@@ -114,8 +114,8 @@ class Journal:
 
 
 def subject_in(path: Path) -> Subject | None:
-    """The identity in the journal at ``path``; None where there is none, or none to believe.
-    Raises EnvironmentFailure where it cannot be read."""
+    """The subject in the journal at ``path``; None if there is none, or none to believe.
+    Raises EnvironmentFailure if it cannot be read."""
     lines, _, _ = _read(path)
     if not lines:
         return None
@@ -124,7 +124,7 @@ def subject_in(path: Path) -> Subject | None:
 
 def is_damaged(path: Path) -> bool:
     """Whether there is a journal that does not say what it is of, though it once did: damaged, or
-    another version's. Raises EnvironmentFailure where it cannot be read."""
+    another version's. Raises EnvironmentFailure if it cannot be read."""
     lines, _, damaged = _read(path)
     return not lines and damaged > 0
 
@@ -139,7 +139,7 @@ def _digest(body: bytes) -> bytes:
 
 
 def _opened(line: bytes) -> dict[str, Any] | None:
-    """What a line, without its end, says; None where it is damaged."""
+    """What a line, without its end, says; None if it is damaged."""
     head, _, tail = line.rpartition(_CHECK)
     body = head + b"}"
     if tail != _digest(body) + b'"}':

@@ -12,7 +12,7 @@ from loftq_cli.machine.durable import explained, pretty_json, write_file
 
 
 def pin(workspace: ConversionWorkspace, source: Source) -> None:
-    """Record the commit that the work in ``workspace`` reads, where it is from a hub."""
+    """Record the commit that the work in ``workspace`` reads, if it is from a hub."""
     if source.revision is None:
         return
     record = {
@@ -25,7 +25,7 @@ def pin(workspace: ConversionWorkspace, source: Source) -> None:
 
 
 def pinned(workspace: ConversionWorkspace, model: str, revision: str | None) -> Commit | None:
-    """The commit that unfinished work on ``model`` at ``revision`` reads; None where there is no
+    """The commit that unfinished work on ``model`` at ``revision`` reads; None if there is no
     such work."""
     path = workspace.pin
     if not (os.path.exists(workspace.journal) and os.path.exists(path)):

@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 def matrix_record(
     item: PlannedMatrix, layout: str, result: Decomposition, kind: str | None
 ) -> dict[str, Any]:
-    """The manifest's entry for one matrix; ``kind`` of its statistics, where it has any."""
+    """The manifest's entry for one matrix; ``kind`` of its statistics, if it has any."""
     matrix = item.matrix
     weighted = {}
     if result.weighted is not None:
@@ -97,7 +97,7 @@ def _renamed(names: Mapping[str, str], name: str) -> dict[str, str]:
 
 
 def relative(records: Sequence[Mapping[str, Any]], which: str) -> float:
-    """sqrt(sum of squared residuals / sum of squared weights); 0 where all weights are zero."""
+    """sqrt(sum of squared residuals / sum of squared weights); 0 if all weights are zero."""
     residual = math.fsum(record["frobenius"][which] ** 2 for record in records)
     weight = math.fsum(record["frobenius"]["weight"] ** 2 for record in records)
     return math.sqrt(residual / weight) if weight else 0.0

@@ -11,7 +11,7 @@ from loftq_cli.errors import SourceChangedError
 
 
 def check_prefix(reader: ShardReader, unit: Unit) -> None:
-    """Raise SourceChangedError where what was read up to the end of a finished tensor, which is
+    """Raise SourceChangedError if what was read up to the end of a finished tensor, which is
     where ``reader`` is, is not what it was when the tensor was finished."""
     if reader.sha256 != unit.prefix_sha256:
         what = f"the contents up to tensor {unit.tensor!r}"

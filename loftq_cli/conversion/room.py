@@ -14,7 +14,7 @@ _MARGIN = 4 << 20  # room for config, manifest and journal
 
 
 def check_resources(plan: Plan, workspace: ConversionWorkspace) -> None:
-    """Raise EnvironmentFailure where disk, memory or permissions are not enough; writes nothing."""
+    """Raise EnvironmentFailure if disk, memory or permissions are not enough; writes nothing."""
     copied = companion_bytes(plan.source.directory)
     needed = plan.disk_bytes + target.headroom(plan) + copied + _MARGIN
     check_disks(plan.source, workspace.final.parent, needed - workspace.written())

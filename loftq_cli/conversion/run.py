@@ -47,7 +47,7 @@ def say_remarks(plan: Plan, observer: Observer) -> None:
     """Tell ``observer`` what the user is to hear before the conversion starts."""
     for line in plan.remarks:
         observer.note(line)
-    # Only where there is a search to speed up: asking builds the kernels.
+    # Only if there is a search to speed up: asking builds the kernels.
     searches = searches_scales(plan.recipe.method, plan.recipe.scale)
     if searches and plan.device.type == "cpu" and native.load().reason:
         observer.detail(f"slower without compiled kernels: {native.load().reason}")
@@ -95,7 +95,7 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
 
 def _is_of(output: Output, plan: Plan, accepted: Collection[str]) -> bool:
     """Whether ``output`` is what the plan would give: of one of these fingerprints, and of the same
-    contents where those are known, as they are on the hub."""
+    contents if those are known, as they are on the hub."""
     files = {entry["name"]: entry["sha256"] for entry in output.manifest["source"]["files"]}
     return output.fingerprint in accepted and all(
         plan.source.supply.sha256(shard.name) in (None, files.get(shard.name))
@@ -109,7 +109,7 @@ def _settled(
     """The plan with the widths that its own earlier work or output has, or else settled anew.
 
     Under ``overwrite`` always anew: the source may be another now. Raises OutputConflictError
-    before the pass over the weights where what is there is of something else.
+    before the pass over the weights if what is there is of something else.
     """
     if not overwrite:
         for recipe, fingerprint in workspace.held():

@@ -39,14 +39,14 @@ class ConversionWorkspace(Workspace):
         return self.journal.exists()
 
     def complete_output(self) -> Output | None:
-        """The output where it is there and readable, else None."""
+        """The output if it is there and readable, else None."""
         try:
             return open_output(self.final)
         except InputError:
             return None
 
     def held(self, *, finished: bool = True) -> Iterator[tuple[dict[str, Any], str]]:
-        """(recipe, fingerprint) of the unfinished work and, where ``finished``, of the complete
+        """(recipe, fingerprint) of the unfinished work and, if ``finished``, of the complete
         output, what there is of them."""
         work = subject_in(self.journal)
         if work is not None:
@@ -66,7 +66,7 @@ class ConversionWorkspace(Workspace):
 
     def refuse_other_partial(self, accepted: dict[str, Subject], overwrite: bool) -> str | None:
         """Whose work the partial directory holds: one of the ``accepted`` fingerprints, or None
-        where there is none. Work of something else is discarded under ``overwrite``, and
+        if there is none. Work of something else is discarded under ``overwrite``, and
         otherwise raises OutputConflictError with the settings that differ."""
         found = subject_in(self.journal)
         if found is None:

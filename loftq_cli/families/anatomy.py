@@ -48,7 +48,7 @@ _RENAMED = re.compile(r"\.(?:gamma|beta)$")  # of norms, in old files
 
 @dataclass(frozen=True)
 class Anatomy:
-    """``names``: of tensors, on disk to in memory, where they differ. ``reasons``: why a matrix
+    """``names``: of tensors, on disk to in memory, if they differ. ``reasons``: why a matrix
     cannot be quantized, by name on disk. ``takes_text``: whether the class does, None if nobody
     knows. ``architecture``: the class, if config.json names none. ``remarks``: for whoever
     converts. ``unknown``: why there is nothing to say, or None."""

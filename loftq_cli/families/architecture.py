@@ -177,7 +177,7 @@ def _stated(config: Mapping[str, Any]) -> list[object]:
 
 
 def shared_with(name: str, config: Mapping[str, Any], names: Collection[str]) -> str | None:
-    """What else of the model uses the word embedding ``name``, None where nothing does."""
+    """What else of the model uses the word embedding ``name``, None if nothing does."""
     if name.endswith("shared.weight"):
         return "the embeddings of encoder and decoder"
     # Stored twice but said to be tied: transformers ties them again.

@@ -1,6 +1,6 @@
 """What the code of a model does with the weights of its layers, read from its source.
 
-A packed layer, and an adapter around a layer, take part in a model where its code calls the layer.
+A packed layer, and an adapter around a layer, take part in a model if its code calls the layer.
 Code that reads ``self.out_proj.weight`` and computes with it (fused kernels, functions of torch
 that take weights, coefficients that are clamped in place) passes both by.
 """

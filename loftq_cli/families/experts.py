@@ -44,7 +44,7 @@ def mistaken(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def check(matrices: Iterable[str], kept: Iterable[StoredTensor], config: Mapping[str, Any]) -> None:
-    """Raise UsageError where selected experts, or what is mistaken for them, would not load."""
+    """Raise UsageError if selected experts, or what is mistaken for them, would not load."""
     selected = list(matrices)
     for name in selected:
         if mistaken(name, config):
@@ -67,7 +67,7 @@ def check(matrices: Iterable[str], kept: Iterable[StoredTensor], config: Mapping
 
 
 def check_ranks(ranks: Mapping[str, int], rank: int) -> None:
-    """Raise UsageError where an expert's rank is not ``rank``, that of the whole conversion."""
+    """Raise UsageError if an expert's rank is not ``rank``, that of the whole conversion."""
     for name, own in ranks.items():
         if is_expert(name) and own != rank:
             raise UsageError(

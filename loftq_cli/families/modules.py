@@ -12,7 +12,7 @@ _SCALED_EMBEDDING = "ScaledWordEmbedding"
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """The kind of matrix (see kinds) that ``module`` has as its weight, None where no packed
+    """The kind of matrix (see kinds) that ``module`` has as its weight, None if no packed
     module computes what it does."""
     name = type(module).__name__
     if isinstance(module, nn.Linear):

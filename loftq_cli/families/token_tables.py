@@ -49,7 +49,7 @@ def token_tables(config: Mapping[str, Any]) -> TokenTables | None:
 
 
 def input_embeddings(model: Any) -> Any:
-    """The module that turns tokens into vectors; None where the model has none, or several."""
+    """The module that turns tokens into vectors; None if the model has none, or several."""
     return _asked(model, "get_input_embeddings")
 
 

@@ -1,6 +1,6 @@
 """The C kernels (kernels/), compiled for this machine when they are first needed.
 
-The build takes a second and is kept in the user's cache; where there is no compiler everything
+The build takes a second and is kept in the user's cache; if there is no compiler everything
 runs without it, in tensor operations.
 
 Set ``LOFTQ_NATIVE=0`` to do without, ``CC`` to choose the compiler.

@@ -121,11 +121,11 @@ _NO_TEXT = re.compile(
 
 
 def task_type(architectures: Sequence[str], *, takes_text: bool | None = None) -> str | None:
-    """PEFT's task type for the first of config.json's architectures, None where it has none.
+    """PEFT's task type for the first of config.json's architectures, None if it has none.
     ``takes_text``: whether the class takes text and nothing else, None if nobody knows.
 
     None too for classification and question answering: PEFT's wrappers for these tasks look for
-    the head's tensors in the adapter, and fail where it holds none. The head is in the backbone.
+    the head's tensors in the adapter, and fail if it holds none. The head is in the backbone.
     And for models that take more than text: without a task PEFT hands on what it is given.
     """
     name = architectures[0] if architectures else ""

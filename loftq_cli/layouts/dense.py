@@ -16,7 +16,7 @@ from loftq_cli.numerics.quantizers.blocks import Quantized
 
 
 class DenseLayout(Layout):
-    """Q in ``dtype`` ("source": the dtype the matrix had, float32 where that was float64)."""
+    """Q in ``dtype`` ("source": the dtype the matrix had, float32 if that was float64)."""
 
     name = "dense"
     imports = ("transformers", "peft")

@@ -1,4 +1,4 @@
-"""What has to be installed where an output is loaded and trained."""
+"""What has to be installed if an output is loaded and trained."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class TrainedAdapter:
         return self.file.parent
 
     def targets(self, module: str) -> bool:
-        """Whether the config says that ``module`` has a pair; False where that is not decided by
+        """Whether the config says that ``module`` has a pair; False if that is not decided by
         names alone."""
         if self.config.get("layers_to_transform") is not None:
             return False
@@ -106,7 +106,7 @@ class TrainedAdapter:
 def open_adapter(path: Path) -> TrainedAdapter:
     """The adapter in ``path``, a directory or its weights file.
 
-    Raises SourceNotFoundError where there is none, CorruptFileError where it disagrees with itself,
+    Raises SourceNotFoundError if there is none, CorruptFileError if it disagrees with itself,
     UnsupportedInputError for kinds of adapters that cannot be merged.
     """
     file = _weights(path)
@@ -190,7 +190,7 @@ def _sorted(file: Path, tensors: Sequence[StoredTensor]) -> _Found:
         if _MAGNITUDE.fullmatch(name):
             raise UnsupportedInputError(
                 f"{file}: tensor {tensor.name!r}: DoRA, which cannot be merged",
-                hint="merge it with PEFT's merge_and_unload, where PEFT can",
+                hint="merge it with PEFT's merge_and_unload, if PEFT can",
             )
         # PEFT saves the weight of an embedding along with its pair, trained or not.
         kind = result.frozen if _BASE.search(name) and not name.endswith(".bias") else result.whole

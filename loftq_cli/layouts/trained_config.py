@@ -39,7 +39,7 @@ def check_config(file: Path, config: Mapping[str, Any]) -> None:
         if config.get(name):
             raise UnsupportedInputError(
                 f"{file}: {name} is {shown(config[name])}, which cannot be merged",
-                hint="merge it with PEFT's merge_and_unload, where PEFT can",
+                hint="merge it with PEFT's merge_and_unload, if PEFT can",
             )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init not in _HARMLESS_INITS:

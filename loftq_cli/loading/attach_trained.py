@@ -135,7 +135,7 @@ def _check(
     stored: Mapping[str, StoredTensor],
     names: Mapping[str, str],
 ) -> None:
-    """Raise InputError where PEFT has something else than the file, dtypes apart."""
+    """Raise InputError if PEFT has something else than the file, dtypes apart."""
     wanted = {}
     for name, tensor in stored.items():
         if not any(mark in name for mark in WRAPPERS):  # of these PEFT has copies under plain names

@@ -1,6 +1,6 @@
 """A table of embeddings that stays packed in memory.
 
-Where rows begin with a byte and a block, only the rows that are looked up are decoded; where they
+If rows begin with a byte and a block, only the rows that are looked up are decoded; if they
 do not, the whole table is, and let go again.
 """
 
@@ -19,7 +19,7 @@ from loftq_cli.numerics.quantizers.scale_storage import STEP_GROUP
 
 class PackedEmbedding(PackedWeight, nn.Embedding):
     """``y = dequantize(weight)[ids]`` for a packed weight (num_embeddings, embedding_dim), see
-    PackedWeight; times ``embed_scale`` where the model's own module scales.
+    PackedWeight; times ``embed_scale`` if the model's own module scales.
 
     Input integers of any shape (...,), output (..., embedding_dim) in ``dtype``, which follows the
     dtype that the module is moved to. No gradients. ``rounds_scale``: the factor is rounded to

@@ -56,7 +56,7 @@ def _tell_if_bare(model: nn.Module, args: object) -> None:
 
 
 def refuse_to_resize(model: Any) -> None:
-    """Have ``resize_token_embeddings`` of ``model`` say why it cannot, where an embedding is
+    """Have ``resize_token_embeddings`` of ``model`` say why it cannot, if an embedding is
     packed."""
     for find in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -68,7 +68,7 @@ def refuse_to_resize(model: Any) -> None:
 
 
 def tell_of_resizing(model: Any) -> None:
-    """Have ``resize_token_embeddings`` of ``model`` warn where PEFT does not notice that it was
+    """Have ``resize_token_embeddings`` of ``model`` warn if PEFT does not notice that it was
     called: it compares the vocabulary that a config has at its top."""
     if not hasattr(model.config, "vocab_size") and "resize_token_embeddings" not in model.__dict__:
         # No method: see _on_registration.
@@ -118,7 +118,7 @@ def _refuse_to_merge(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def _update_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's ``update_layer``, which makes a new adapter, where that reads no packed weight."""
+    """PEFT's ``update_layer``, which makes a new adapter, if that reads no packed weight."""
     start = getattr(kwargs.get("config"), "init_lora_weights", kwargs.get("init_lora_weights"))
     if isinstance(start, str) and start not in _FREE_INITIALISATIONS:
         raise UsageError(

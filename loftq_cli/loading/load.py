@@ -57,10 +57,10 @@ def load(
     An adapter that training left in ``path`` itself is attached if it is asked for (``adapter`` is
     ``path``); otherwise a TrainedBeside warning names it.
 
-    Returns a ``peft.PeftModel``. Raises EnvironmentFailure where the extra [train] or [gptq] is not
-    installed, and InputError where ``path`` is not the complete output of a conversion, is of a
+    Returns a ``peft.PeftModel``. Raises EnvironmentFailure if the extra [train] or [gptq] is not
+    installed, and InputError if ``path`` is not the complete output of a conversion, is of a
     newer format, holds another conversion's adapter, or adapter tensors that the model has no place
-    for, or lacks a part of a module, or where the class ties another module to an adapted one.
+    for, or lacks a part of a module, or if the class ties another module to an adapted one.
     """
     directory = Path(path)
     output = open_output(directory)
@@ -134,7 +134,7 @@ def _names(backbone: Any, output: Output) -> dict[str, str]:
 
 
 def _refuse_tied(backbone: Any, names: Mapping[str, str], directory: Path) -> None:
-    """Raise InputError where a module without an adapter has the weight of one with: it would get Q
+    """Raise InputError if a module without an adapter has the weight of one with: it would get Q
     alone, and nothing would say so."""
     if pair := tied(backbone, names.values()):
         raise InputError(

@@ -1,7 +1,7 @@
 """A weight that stays packed in memory, for the modules that replace a model's own.
 
 What is held is what layout ``loftq`` stores (:mod:`loftq_cli.layouts.loftq`), byte for byte. On
-CUDA one Triton kernel decodes, where triton is installed; torch.compile makes its own from the
+CUDA one Triton kernel decodes, if triton is installed; torch.compile makes its own from the
 tensor operations.
 """
 
@@ -151,7 +151,7 @@ def dense(
 
 @functools.cache
 def _triton_decode() -> Any:
-    """The fused kernel, None where triton is not installed."""
+    """The fused kernel, None if triton is not installed."""
     try:
         from loftq_cli.kernels.triton_dequantize import decode
     except ImportError:

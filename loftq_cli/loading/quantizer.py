@@ -31,8 +31,8 @@ from loftq_cli.settings.table import BLOCK_SIZES
 
 QUANT_METHOD = "loftq"
 _DECODINGS = ("affine", "codebook")
-_SCALES = ("bfloat16", "int8")  # where they are not float32
-_KINDS = ("embedding", "conv1d")  # where it is not a linear layer
+_SCALES = ("bfloat16", "int8")  # if they are not float32
+_KINDS = ("embedding", "conv1d")  # if it is not a linear layer
 _UPGRADE = "pip install --upgrade loftq-cli"
 
 guard.install()
@@ -41,8 +41,8 @@ guard.install()
 class LoftqConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of layout ``loftq``: how each quantized module is packed.
 
-    ``modules`` maps module names to ``{"bits", "block_size", "decoding"}`` and, where scales are
-    not float32, ``"scales"``, and where it is no ordinary linear layer, ``"kind"``. Raises
+    ``modules`` maps module names to ``{"bits", "block_size", "decoding"}`` and, if scales are
+    not float32, ``"scales"``, and if it is no ordinary linear layer, ``"kind"``. Raises
     UnsupportedInputError for a version, key, decoding, scales or kind of a newer format,
     CorruptFileError for what no format has.
     """
@@ -155,7 +155,7 @@ def _names(modules: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[s
 
 
 def _refuse_shared(model: nn.Module) -> None:
-    """Raise UnsupportedInputError where a module has another's packed weight: transformers ties
+    """Raise UnsupportedInputError if a module has another's packed weight: transformers ties
     weights, and leaves scales and adapter behind."""
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
     if pair := tied(model, packed):

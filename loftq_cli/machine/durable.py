@@ -68,7 +68,7 @@ def make_directory(path: Path) -> None:
     """Create ``path``, and what is missing above it, durably. Raises OSError."""
     missing = list(takewhile(lambda each: not each.exists(), path.parents))
     path.mkdir(parents=True, exist_ok=True)
-    # Also where it was there already: whoever made it may have died before this.
+    # Also if it was there already: whoever made it may have died before this.
     for made in (path, *missing):
         sync_directory(made.parent)
 

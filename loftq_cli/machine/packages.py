@@ -10,7 +10,7 @@ from loftq_cli.errors import EnvironmentFailure
 
 def required(package: str, extra: str, doing: str) -> Any:
     """The module ``package``, which ``doing`` needs and the extra ``extra`` installs. Raises
-    EnvironmentFailure where it cannot be imported."""
+    EnvironmentFailure if it cannot be imported."""
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -10,7 +10,7 @@ from loftq_cli.errors import UsageError
 
 def expanded(path: str | os.PathLike[str]) -> Path:
     """``path`` with a home directory in the place of a leading ``~`` or ``~user``; what is really
-    named so is given as ``./~``. Raises UsageError where there is no such user."""
+    named so is given as ``./~``. Raises UsageError if there is no such user."""
     text = os.fspath(path)
     found = os.path.expanduser(text)
     if text.startswith("~") and found == text and not os.path.lexists(text):
@@ -23,7 +23,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def check_output_path(output: Path, source: Path) -> Path:
-    """The real path of ``output``. Raises UsageError where it is the source directory, lies inside
+    """The real path of ``output``. Raises UsageError if it is the source directory, lies inside
     it or around it, or cannot be resolved."""
     real_output, real_source = real_path(output), source.resolve()
     inside = real_output == real_source or real_source in real_output.parents
@@ -34,7 +34,7 @@ def check_output_path(output: Path, source: Path) -> Path:
 
 
 def real_path(output: Path) -> Path:
-    """``output`` without links. Raises UsageError where it cannot be resolved."""
+    """``output`` without links. Raises UsageError if it cannot be resolved."""
     try:
         return output.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links

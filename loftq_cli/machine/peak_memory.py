@@ -11,7 +11,7 @@ from pathlib import Path
 def peak_host_bytes() -> int:
     """The largest resident set of this process so far, in bytes.
 
-    From Linux's VmHWM where there is one: getrusage passes the peak of the process that started
+    From Linux's VmHWM if there is one: getrusage passes the peak of the process that started
     this one on to it.
     """
     try:

@@ -18,7 +18,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def check_space(directory: Path, needed: int, hint: str | None = None) -> None:
-    """Raise EnvironmentFailure where the disk of ``directory`` (or of its nearest existing parent)
+    """Raise EnvironmentFailure if the disk of ``directory`` (or of its nearest existing parent)
     lacks ``needed`` bytes, or files in it cannot be made, renamed and made durable. ``hint`` is
     for a disk that is too small."""
     existing = directory
@@ -37,7 +37,7 @@ def check_space(directory: Path, needed: int, hint: str | None = None) -> None:
 
 
 def check_permissions(directory: Path) -> None:
-    """Raise EnvironmentFailure where an existing directory is not ours to change and to sync."""
+    """Raise EnvironmentFailure if an existing directory is not ours to change and to sync."""
     allowed = os.access(directory, os.R_OK | os.W_OK | os.X_OK)
     if not allowed and directory.is_dir():  # else it was published or discarded just now
         raise EnvironmentFailure(
@@ -46,7 +46,7 @@ def check_permissions(directory: Path) -> None:
 
 
 def check_memory(needed: int, what: str, device: torch.device) -> None:
-    """Raise EnvironmentFailure where fewer than ``needed`` bytes of memory can be had for ``what``
+    """Raise EnvironmentFailure if fewer than ``needed`` bytes of memory can be had for ``what``
     on ``device``."""
     available = available_memory(device)
     if available is not None and available < needed:
@@ -58,7 +58,7 @@ def check_memory(needed: int, what: str, device: torch.device) -> None:
 
 def available_memory(device: torch.device) -> int | None:
     """Bytes of memory that this process can still get on ``device``. On the host: of the machine,
-    swap included, of its control groups and of its own limit. None where nothing says."""
+    swap included, of its control groups and of its own limit. None if nothing says."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -111,7 +111,7 @@ def _of_limit() -> int | None:
 
 
 def _values(path: Path) -> dict[str, int]:
-    """The lines ``name number`` of a file of the system's; none where it cannot be read."""
+    """The lines ``name number`` of a file of the system's; none if it cannot be read."""
     try:
         lines = [line.split() for line in path.read_text().splitlines()]
     except OSError:

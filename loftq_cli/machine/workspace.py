@@ -46,7 +46,7 @@ class Workspace:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock, in a partial directory that is made for it and, unless there is
-        unfinished work in it, removed again. Raises OutputConflictError where another process
+        unfinished work in it, removed again. Raises OutputConflictError if another process
         holds it."""
         descriptor = self._lock()
         try:
@@ -103,7 +103,7 @@ class Workspace:
         return size
 
     def check_permissions(self) -> None:
-        """Raise EnvironmentFailure where what is there already could not be worked in, or moved
+        """Raise EnvironmentFailure if what is there already could not be worked in, or moved
         away in the end."""
         for directory in (self.partial, self.output, self.final):
             if directory.is_dir():

@@ -76,7 +76,7 @@ class Backbone:
 
 
 def open_backbone(output: Output, source: Source) -> Backbone:
-    """The backbone of ``output``, whose files are ``source``. Raises VerificationError where a
+    """The backbone of ``output``, whose files are ``source``. Raises VerificationError if a
     tensor is missing, or of another dtype or shape than the manifest says."""
     stored = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
     matrices, parts = {}, {}

@@ -24,7 +24,7 @@ class Embeddings:
     """``weights``: what becomes of embeddings, and of what is as long as they are, by name;
     ``added``: those of these names that the backbone lacks; ``dropped``: names of the adapter's
     whole tensors that the result does not need. ``rows`` of the input embedding, ``was`` before.
-    ``untied``: the result has two embeddings where the backbone had one."""
+    ``untied``: the result has two embeddings if the backbone had one."""
 
     weights: Mapping[str, Weight] = field(default_factory=dict)
     added: Sequence[str] = ()
@@ -255,7 +255,7 @@ def _bias_of_its_own(
     vocabulary: Vocabulary,
 ) -> dict[str, Weight]:
     """The bias of ``head`` under the name beside it: transformers ties that to another name only
-    where it ties the embeddings."""
+    if it ties the embeddings."""
     own = f"{head.removesuffix('weight')}bias"
     if own in backbone.shapes or not vocabulary.biases or not vocabulary.is_bias(own):
         return {}

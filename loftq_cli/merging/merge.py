@@ -61,8 +61,8 @@ def merge(
     """Merge the conversion in ``directory`` with ``adapter`` (None: its own) into ``output``.
 
     ``dtype`` is that of the merged matrices, None the one they had before the conversion. Returns
-    what ``--json`` prints. Raises InputError where backbone or adapter are damaged or do not belong
-    together, VerificationError where ``adapter`` is None and training replaced the conversion's,
+    what ``--json`` prints. Raises InputError if backbone or adapter are damaged or do not belong
+    together, VerificationError if ``adapter`` is None and training replaced the conversion's,
     UsageError for an output inside the input or a dtype that cannot hold a value,
     OutputConflictError, EnvironmentFailure.
     """
@@ -113,7 +113,7 @@ def _check_room(plan: MergePlan, workspace: Workspace) -> None:
 
 
 def _keep_adapter(output: Path, final: Path, trained: TrainedAdapter) -> None:
-    """Raise UsageError where --overwrite would delete the adapter with the old output."""
+    """Raise UsageError if --overwrite would delete the adapter with the old output."""
     home = trained.file.resolve().parent
     if final == home or final in home.parents:
         raise UsageError(
@@ -219,7 +219,7 @@ def _value(plan: MergePlan, item: Merged) -> torch.Tensor:
 
 
 def _base(plan: MergePlan, item: Merged) -> torch.Tensor:
-    """What a merged matrix is without the adapter's pair, float32, zero where nothing is stored."""
+    """What a merged matrix is without the adapter's pair, float32, zero if nothing is stored."""
     first, second = item.weight.base
     if isinstance(second, StoredTensor):
         assert isinstance(first, Path)

@@ -77,7 +77,7 @@ class MergePlan:
 
     @property
     def dtype(self) -> str | None:
-        """The dtype tag of the computed tensors, None where they differ."""
+        """The dtype tag of the computed tensors, None if they differ."""
         tags = {item.spec.dtype for item in self.merged}
         return tags.pop() if len(tags) == 1 else None
 
@@ -88,8 +88,8 @@ def make_merge_plan(
     """Give every tensor of ``adapter`` its place in the backbone of ``output``, whose files are
     ``source``; ``dtype`` is a tag, None the one that each matrix had before the conversion.
 
-    Raises VerificationError where the backbone is not what the manifest says, InputError where the
-    adapter does not belong to it, UnsupportedInputError where one name would stand for two tensors.
+    Raises VerificationError if the backbone is not what the manifest says, InputError if the
+    adapter does not belong to it, UnsupportedInputError if one name would stand for two tensors.
     """
     refuse_other_conversion(output, adapter.file, adapter.config)
     backbone = open_backbone(output, source)
@@ -136,7 +136,7 @@ def make_merge_plan(
 
 def _names(backbone: Backbone, adapter: TrainedAdapter) -> tuple[Names, Vocabulary]:
     """How the adapter names what the backbone's files hold, and what of that has an entry per
-    token. transformers is asked where the manifest does not say all, and about embeddings if the
+    token. transformers is asked if the manifest does not say all, and about embeddings if the
     adapter holds more than pairs."""
     known: Mapping[str, str] = recorded(backbone.output)
     names = match_names(adapter, backbone.shapes, known)

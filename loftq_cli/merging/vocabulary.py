@@ -23,7 +23,7 @@ class Vocabulary:
     """``inputs`` and ``outputs``: names of the input and output embeddings (tokens, dim) in the
     backbone; ``biases`` of the outputs, (tokens,); ``shape`` is that of the first input. ``tied``:
     the model uses its input embedding for its output, under a name that the files may lack.
-    ``tables``: what the class calls them; where that is not known, names decide."""
+    ``tables``: what the class calls them; if that is not known, names decide."""
 
     inputs: Sequence[str]
     outputs: Sequence[str]
@@ -49,7 +49,7 @@ class Vocabulary:
         return bool(self.shape and (name in self.tables.biases or _HEAD_BIAS.search(name)))
 
     def may_have(self, name: str, shape: tuple[int, ...], own: tuple[int, ...] | None) -> bool:
-        """Whether the tensor ``name`` may come in ``shape`` where the backbone has ``own``, or
+        """Whether the tensor ``name`` may come in ``shape`` if the backbone has ``own``, or
         nothing."""
         if self.has(name):
             return len(shape) == 2 and shape[1:] == (own or self.shape)[1:]

@@ -4,7 +4,7 @@
     B_t, A_t = rank-r SVD of (W - Q_t),  B = U sqrt(S),  A = sqrt(S) V^T
 
 Every residual is of the values as they will be stored: A and B rounded to the adapter's dtype,
-scales to theirs, Q to the dense dtype where the backbone is written dense. The next step starts
+scales to theirs, Q to the dense dtype if the backbone is written dense. The next step starts
 from the same rounded values, so what is written is what was measured.
 
 With ``momentum`` the quantizer is given more than the last step's change of the adapter: of
@@ -19,7 +19,7 @@ With second moments H of the layer's input the low-rank step minimises ||W - Q_t
 of the Frobenius norm, and the iterate that is best in that norm is kept; the quantizer is the same.
 With ``feedback`` and a full H the last step goes on: it quantizes W - B_T A_T at the scales it has,
 with each column's error fed back to those that come after it
-(:mod:`loftq_cli.numerics.feedback`), and fits the adapter to that. Where this leaves more, the step
+(:mod:`loftq_cli.numerics.feedback`), and fits the adapter to that. If this leaves more, the step
 remains what it was.
 
 The passes over a matrix are in :mod:`loftq_cli.numerics.sweep`, the products in
@@ -89,7 +89,7 @@ class _WeightedTrace(_Trace):
         self._seen = True
 
     def see_step(self, remains: torch.Tensor | None, product: Product) -> None:
-        """``remains`` = R - product. Where nothing was seen before, R is W - quantize(W)."""
+        """``remains`` = R - product. If nothing was seen before, R is W - quantize(W)."""
         assert remains is not None
         if self._seen:
             self.steps.append(self._weighting.norm(remains))
@@ -116,7 +116,7 @@ def decompose(
     pair; ``weighting`` (in) on its device.
 
     The weight must be finite (see :func:`loftq_cli.numerics.metrics.first_non_finite`). Raises
-    ScaleRangeError where a scale does not fit float16, InputError where values are too large for
+    ScaleRangeError if a scale does not fit float16, InputError if values are too large for
     float32 arithmetic or for the dtype they are to be stored in.
     """
     sweep = make_sweep(weight, quantizer, procedure)
@@ -188,8 +188,8 @@ def _fed_back(
     procedure: Procedure,
     weighting: Weighting,
 ) -> _Fed | None:
-    """What becomes of ``iterate`` where the quantizer follows its adapter once more, with feedback;
-    None where a value is too large for the dtype it is to be stored in."""
+    """What becomes of ``iterate`` if the quantizer follows its adapter once more, with feedback;
+    None if a value is too large for the dtype it is to be stored in."""
     parameters = iterate.parameters
     assert parameters is not None
     feedback = make_feedback(weighting, iterate.lora_A.float())
@@ -208,7 +208,7 @@ def _fed_back(
 
 
 def make_sweep(weight: torch.Tensor, quantizer: Quantizer, procedure: Procedure) -> Sweep:
-    """In the compiled kernels where they can run this quantizer, else in tensor operations."""
+    """In the compiled kernels if they can run this quantizer, else in tensor operations."""
     # The exact SVD multiplies nothing but float32.
     products = torch.float32 if procedure.svd == "exact" else procedure.products
     if quantizer.search() is None or weight.device.type != "cpu":

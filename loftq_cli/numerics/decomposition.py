@@ -64,7 +64,7 @@ class Decomposition:
     """Q, A, B of one matrix and how close they are.
 
     ``lora_A`` (rank, in) and ``lora_B`` (out, rank) in the adapter's dtype, to be applied as
-    ``scaling * B @ A``; ``frobenius`` the plain norms, ``weighted`` those in ||.||_H where second
+    ``scaling * B @ A``; ``frobenius`` the plain norms, ``weighted`` those in ||.||_H if second
     moments were given; ``step`` the t that was kept (1-based, 0 when iters = 0).
     """
 

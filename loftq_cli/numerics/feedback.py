@@ -59,7 +59,7 @@ def make_feedback(weighting: Weighting, lora_A: torch.Tensor) -> Feedback:
     """The feedback under full second moments, before an adapter with rows near those of
     ``lora_A`` float32 (r, in).
 
-    Raises InputError where the moments are none: not positive semidefinite.
+    Raises InputError if the moments are none: not positive semidefinite.
     """
     moments = weighting.moments
     taken = _taken(moments, lora_A)
@@ -104,8 +104,8 @@ def requantize(
 ) -> tuple[Quantized, float]:
     """Quantize ``weight`` (out, in) - ``product`` again, at given parameters and with feedback.
 
-    ``dtype``: what values are rounded to, where the backbone is stored dense. Leaves R = W - Q in
-    the sweep; returns Q and ||R||^2, which is not finite where a value overflowed.
+    ``dtype``: what values are rounded to, if the backbone is stored dense. Leaves R = W - Q in
+    the sweep; returns Q and ||R||^2, which is not finite if a value overflowed.
     """
     order, quantizer = feedback.order, sweep.quantizer
     back = torch.empty_like(order)

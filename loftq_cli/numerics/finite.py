@@ -9,7 +9,7 @@ from loftq_cli.numerics.metrics import first_non_finite
 
 
 def computable(weight: torch.Tensor, where: str, *, sampled: bool = False) -> torch.Tensor:
-    """``weight`` as it is, or in float32 where it is float64.
+    """``weight`` as it is, or in float32 if it is float64.
 
     Raises NonFiniteWeightError for NaN, Inf and values that float32 cannot hold. ``where`` names
     file and tensor; the place in it is named too, unless the rows are ``sampled``.

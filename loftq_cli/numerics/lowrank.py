@@ -16,7 +16,7 @@ one pass. The residual changes most from the first step to the second, which tak
 ones need none. What is carried is the orthonormal basis, never V*sqrt(sigma): its columns keep
 their weight however small their sigma.
 
-The products may be in bfloat16, where the device is faster at it. Rounding then moves the basis
+The products may be in bfloat16, if the device is faster at it. Rounding then moves the basis
 and the projection by 0.4 % at most, which enters the residual squared: 1e-5 of what the adapter
 holds, against a remainder of a third and more.
 """
@@ -169,9 +169,9 @@ def _orthonormal(rows: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.
     value).
 
     By the Cholesky factor of the Gram matrix, which a device computes without waiting for the
-    host. A ``ridge``, in parts of the trace, keeps it positive where rows depend on each other;
+    host. A ``ridge``, in parts of the trace, keeps it positive if rows depend on each other;
     directions below it are left short, not blown up to one. The value is the mean of all, squared,
-    weighted with their 32nd negative powers: at most a few percent too large, and zero where it is
+    weighted with their 32nd negative powers: at most a few percent too large, and zero if it is
     not above the ridge.
     """
     gram = (rows @ rows.T).double()
@@ -206,7 +206,7 @@ def _balanced(
 
 
 def fastest_products(device: torch.device) -> torch.dtype:
-    """bfloat16 where ``device`` has instructions for it, else float32."""
+    """bfloat16 if ``device`` has instructions for it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)

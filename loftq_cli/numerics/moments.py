@@ -35,7 +35,7 @@ class Moments:
     def add(self, inputs: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Add ``inputs`` (…, in_features), of any floating dtype, on any device.
 
-        ``mask`` (…), the shape of ``inputs`` without its last side, is zero or False where a token
+        ``mask`` (…), the shape of ``inputs`` without its last side, is zero or False if a token
         is not to count, as padding. Raises UsageError for another shape or dtype and
         NonFiniteActivationError for NaN or Inf, before anything of ``inputs`` is counted.
         """
@@ -68,7 +68,7 @@ class Moments:
 
     def value(self) -> torch.Tensor:
         """The moments on the CPU, float32 (in_features,) or (in_features, in_features), the latter
-        exactly symmetric. Raises UsageError where nothing was added."""
+        exactly symmetric. Raises UsageError if nothing was added."""
         if self._sum is None:
             raise UsageError("no inputs were added", hint="")
         mean = torch.empty(self._sum.shape, dtype=torch.float32, device=self._sum.device)
@@ -88,7 +88,7 @@ class Moments:
 
 
 def _products(rows: torch.Tensor) -> torch.Tensor:
-    """rows^T rows: products in float32, or float64 where those overflow."""
+    """rows^T rows: products in float32, or float64 if those overflow."""
     values = rows.float()
     product = values.T @ values
     if not bool(torch.isfinite(product.diagonal()).all()):

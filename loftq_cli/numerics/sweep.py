@@ -48,7 +48,7 @@ class Swept:
 
 class Sweep(Protocol):
     """``residual`` R float32 (out, in) and ``narrow``, the same in the products' dtype (the same
-    tensor where that is float32), as the last :meth:`quantize` left them; ``remains``, unless it
+    tensor if that is float32), as the last :meth:`quantize` left them; ``remains``, unless it
     is None, receives R - product, in the dtype of ``narrow``, from either pass that is given one.
     ``quantizer``: as the last :meth:`quantize` prepared it."""
 
@@ -67,7 +67,7 @@ class Sweep(Protocol):
 
 class TensorSweep:
     """A sweep in tensor operations, on any device. Values are rounded to ``backbone_dtype`` before
-    they are subtracted, where the backbone is stored dense; scales as ``scale_dtype`` stores them
+    they are subtracted, if the backbone is stored dense; scales as ``scale_dtype`` stores them
     before the codes are chosen."""
 
     def __init__(

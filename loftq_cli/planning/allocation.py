@@ -11,7 +11,7 @@ relaxation finds, few choices but the cheapest in that sense can be part of an o
 a choice exceeds its group's minimum by adds to the bound; a state whose bound is above the best
 solution known is dropped. That solution comes from completing states with the groups' minima.
 
-The lists stay short where many groups are of equal costs (few distinct sums), as well as where all
+The lists stay short where many groups are of equal costs (few distinct sums), as well as if all
 differ (the bound is tight). Time is bounded all the same: beyond _MOST_STATES the states with the
 least bounds are kept. Deterministic.
 """
@@ -68,7 +68,7 @@ def allocate(groups: Sequence[Sequence[Choice]], budget: int) -> list[int]:
     """For each of ``groups`` the number of its choice: the sum of costs is at most ``budget``, the
     sum of errors the least possible. A choice that costs more without a smaller error is not taken.
 
-    Raises ValueError where not even the cheapest choices fit.
+    Raises ValueError if not even the cheapest choices fit.
     """
     kept = [_undominated(group) for group in groups]
     price, greedy = _relax(groups, kept, budget)
@@ -112,7 +112,7 @@ def _relax(
     groups: Sequence[Sequence[Choice]], kept: Sequence[Sequence[int]], budget: int
 ) -> tuple[float, list[int]]:
     """(price, a solution): upgrades along each group's convex hull, the most error per cost first.
-    The price is that of the first one that does not fit, 0 where all do."""
+    The price is that of the first one that does not fit, 0 if all do."""
     upgrades = []
     for index, numbers in enumerate(kept):
         hull = _hull([groups[index][k] for k in numbers])
@@ -151,7 +151,7 @@ def _hull(choices: Sequence[Choice]) -> list[int]:
 
 def _search(groups: Sequence[_Group], budget: int, bound: float, error: float) -> list[int] | None:
     """The choices, as places within their groups, of a solution with less than ``error``; None
-    where there is none."""
+    if there is none."""
     slack = _ROUNDING * (error + abs(bound))
     best = _Best(error, -1, 0)
     costs, errors, excess = _whole([0]), _real([0]), _real([0])
@@ -216,7 +216,7 @@ def _pareto(costs: torch.Tensor, errors: torch.Tensor, states: torch.Tensor) -> 
 def _complete(
     best: _Best, stage: int, costs: torch.Tensor, errors: torch.Tensor, budget: int
 ) -> None:
-    """Take the best of these solutions where it is better than ``best``."""
+    """Take the best of these solutions if it is better than ``best``."""
     errors = torch.where(costs <= budget, errors, torch.inf)
     state = int(errors.argmin())
     if float(errors[state]) < best.error:

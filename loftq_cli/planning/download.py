@@ -13,7 +13,7 @@ from loftq_cli.machine.resources import check_space
 @dataclass(frozen=True)
 class Download:
     """``nbytes`` in ``files`` shards go into ``directory``, where they take ``disk_bytes`` more
-    than there is now, at most: all of it, or two at a time where they do not stay."""
+    than there is now, at most: all of it, or two at a time if they do not stay."""
 
     files: int
     nbytes: int
@@ -35,7 +35,7 @@ def planned_download(source: Source) -> Download:
 
 
 def check_disks(source: Source, output: Path, needed: int) -> None:
-    """Raise EnvironmentFailure where the disk of ``output`` lacks ``needed`` bytes, or that of the
+    """Raise EnvironmentFailure if the disk of ``output`` lacks ``needed`` bytes, or that of the
     downloads lacks room for them."""
     download = planned_download(source)
     shared = 0

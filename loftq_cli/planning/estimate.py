@@ -36,7 +36,7 @@ def estimate(
     inputs were as large as those of the others are on average. Reads sampled rows of these matrices
     only, but has whole shards brought for that. Raises what their supply raises, what
     ``Statistics.moments`` raises, NonFiniteWeightError for NaN or Inf among the rows, InputError
-    where values are too large for float32 arithmetic.
+    if values are too large for float32 arithmetic.
     """
     tensors = {
         shard.name: [tensor for tensor in shard.header.tensors if tensor.name in widths]

@@ -50,7 +50,7 @@ class PlannedShard:
 @dataclass(frozen=True)
 class Plan:
     """A conversion, before it starts. ``auto_layout``: the layout may still be changed to
-    ``loftq`` where a scale turns out not to fit float16. ``unsettled``: matrices that have the
+    ``loftq`` if a scale turns out not to fit float16. ``unsettled``: matrices that have the
     narrowest width until the recipe's target has settled theirs (see target.py)."""
 
     source: Source

@@ -54,7 +54,7 @@ def source_remarks(plan: Plan) -> list[str]:
 
 
 def statistics_note(plan: Plan, preset: str) -> str | None:
-    """What narrow codes without statistics usually lose, None where that is not so or asked for
+    """What narrow codes without statistics usually lose, None if that is not so or asked for
     (docs/statistics.md has the figures)."""
     narrow = any(item.matrix.bits <= _NARROW for item in plan.matrices.values())
     if plan.statistics is not None or preset == "paper" or not narrow or not plan.recipe.iters:
@@ -123,7 +123,7 @@ def _without(source: Source) -> str:
     name = str((source.config.content.get("architectures") or ["the class"])[0])
     found = find_spec("transformers")
     if found is None or found.origin is None:
-        return f"where transformers has no {name} of its own, {copy}"
+        return f"if transformers has no {name} of its own, {copy}"
     # Read and not imported: a conversion neither needs transformers nor waits for it.
     tables = Path(found.origin).parent.glob("models/auto/*.py")
     if any(f'"{name}"' in path.read_text("utf-8") for path in tables):

@@ -47,7 +47,7 @@ def headroom(plan: Plan) -> int:
 
 
 def settle(plan: Plan, observer: Observer) -> Plan:
-    """The plan with every width settled, by a pass over the weights where the target leaves a
+    """The plan with every width settled, by a pass over the weights if the target leaves a
     choice. Raises what :func:`loftq_cli.planning.estimate.estimate` raises."""
     forms = _forms(plan)
     budget = _budget(plan) - _stored(plan)

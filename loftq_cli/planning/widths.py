@@ -20,10 +20,10 @@ from loftq_cli.settings.table import MIXED, Settings
 def assign_widths(
     settings: Settings, names: Sequence[str], tensors: Sequence[str]
 ) -> dict[str, int | None]:
-    """The width of each of ``names``, the matrices; None where a target is yet to settle it.
+    """The width of each of ``names``, the matrices; None if a target is yet to settle it.
 
     ``tensors`` are all names in the checkpoint, from which the blocks of a stack are counted.
-    Raises PatternError or UsageError where the map does not fit the names.
+    Raises PatternError or UsageError if the map does not fit the names.
     """
     mapped = maps.apply("--bits-map", settings.bits_map, names)
     rest = [name for name in names if name not in mapped]

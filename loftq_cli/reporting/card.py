@@ -46,7 +46,7 @@ the weights are, not how good the model is.
 
 def metadata(output: Output) -> dict[str, Any]:
     """The fields by which the hub lists the model as a quantization of its base, and as an adapter
-    of it. Without a base where the source was a directory, which says nothing to others."""
+    of it. Without a base if the source was a directory, which says nothing to others."""
     source = output.manifest["source"]
     base = source["id"] if source["revision"] else None
     tags = [

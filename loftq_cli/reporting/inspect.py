@@ -58,7 +58,7 @@ def inspect(place: Place, *, verify: bool = False) -> dict[str, Any]:
 
 def snippet(output: Output, place: str | None = None, revision: str | None = None) -> str:
     """Python that loads the backbone and attaches the adapter for training, from ``place``, by
-    default the output's directory, or from a ``revision`` of it where it is on the hub."""
+    default the output's directory, or from a ``revision`` of it if it is on the hub."""
     place = place or str(output.directory)
     at = "" if revision is None else f", revision={revision!r}"
     runs = ", trust_remote_code=True" if brings_code(output) else ""

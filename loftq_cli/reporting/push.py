@@ -28,8 +28,8 @@ def push(
     """Verify the conversion in ``directory`` and send its files, and no others, with a model card;
     what ``--json`` prints. Nothing is written to ``directory``.
 
-    Raises UsageError for a malformed id, InputError and VerificationError where the conversion is
-    not finished or was altered, OutputConflictError where the repository holds something else, and
+    Raises UsageError for a malformed id, InputError and VerificationError if the conversion is
+    not finished or was altered, OutputConflictError if the repository holds something else, and
     EnvironmentFailure (no token, access, network).
     """
     # Imported here: the other reports need no hub client.

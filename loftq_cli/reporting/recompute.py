@@ -49,10 +49,10 @@ def recompute(
     output: Output, model: str, stats: str | None = None, *, offline: bool = False
 ) -> dict[str, tuple[Norms, Weighted | None]]:
     """Norms of every matrix, from the stored bytes and the weights of ``model``; weighted ones
-    where there are statistics of it in the file ``stats``. A model on the hub that was converted is
+    if there are statistics of it in the file ``stats``. A model on the hub that was converted is
     read at the commit that it was converted from.
 
-    Raises InputError where either is not what was converted, or cannot be read.
+    Raises InputError if either is not what was converted, or cannot be read.
     """
     stated = output.manifest["source"]
     converted = model in (stated["id"], stated.get("resolved_from")) and not is_path(model)

@@ -40,7 +40,7 @@ def error_report(
     ``stats`` beside it, of a conversion without statistics too. ``offline``: a
     source on the hub is taken from the hub cache. Raises UsageError for ``stats`` alone, InputError
     for a source of another model or other statistics than were converted with, and
-    VerificationError, with every matrix concerned, where the manifest disagrees.
+    VerificationError, with every matrix concerned, if the manifest disagrees.
     """
     if stats is not None and source is None:
         raise UsageError("--stats needs --source", hint="name the original checkpoint as well")
@@ -79,7 +79,7 @@ def error_report(
 
 
 def _compare(output: Output, layers: Sequence[Mapping[str, Any]]) -> None:
-    """Raise VerificationError where the manifest disagrees with the recomputed ``layers``, or with
+    """Raise VerificationError if the manifest disagrees with the recomputed ``layers``, or with
     itself."""
     wrong = []
     for record, layer in zip(output.records, layers, strict=True):

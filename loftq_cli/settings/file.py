@@ -81,7 +81,7 @@ def save(path: Path, recipe: Mapping[str, Any]) -> None:
 
 
 def check_writable(path: Path, *, dry_run: bool) -> None:
-    """Raise UsageError or EnvironmentFailure where no recipe can be saved at ``path``."""
+    """Raise UsageError or EnvironmentFailure if no recipe can be saved at ``path``."""
     if dry_run:
         raise UsageError(f"--save-recipe {path}: --dry-run writes nothing")
     if path.is_dir() or not path.parent.is_dir():

@@ -51,7 +51,7 @@ def parse(option: str, entries: Sequence[str]) -> dict[str, int]:
 def apply(option: str, entries: Sequence[str], names: Sequence[str]) -> dict[str, int]:
     """Name to number, for those of ``names`` that a pattern matches; the last match wins.
 
-    Raises PatternError where a pattern matches none of them, and UsageError where later entries
+    Raises PatternError if a pattern matches none of them, and UsageError if later entries
     overrule one everywhere, which only a mistake explains.
     """
     values: dict[str, int] = {}

@@ -161,7 +161,7 @@ class Settings:
         registry.AUTO,
         group="how",
         help="How the backbone is stored.",
-        default_help="auto, which is what stock transformers loads (bnb, gptq) where that holds "
+        default_help="auto, which is what stock transformers loads (bnb, gptq) if that holds "
         "every matrix, else loftq",
         settled={"$ref": "#/$defs/layout"},
     )
@@ -229,7 +229,7 @@ class Settings:
         group="statistics",
         help="With full statistics, let the last step make up for the rounding error of each "
         "column in those after it.",
-        default_help="yes, where scales are fitted",
+        default_help="yes, if scales are fitted",
         absent=False,
     )
     lora_alpha: float | None = _setting(

@@ -45,9 +45,9 @@ def open_statistics(path: str | os.PathLike[str], source: Source | None = None) 
     ``source`` is the checkpoint that they are for; without it an importance matrix cannot be read,
     because its names are those of another format. Reads the header only.
 
-    Raises SourceNotFoundError where there is no such file, CorruptFileError where it is broken,
-    UnsupportedInputError where it is something else or of a newer version, StatisticsError where
-    it is not well-formed, EnvironmentFailure where the extra [gguf] is needed and not installed.
+    Raises SourceNotFoundError if there is no such file, CorruptFileError if it is broken,
+    UnsupportedInputError if it is something else or of a newer version, StatisticsError if
+    it is not well-formed, EnvironmentFailure if the extra [gguf] is needed and not installed.
     """
     path = Path(path)
     if not os.path.exists(path):
@@ -78,7 +78,7 @@ def model_sha256(source: Source) -> str:
 
 
 def statistics_for(source: Source, path: str) -> Statistics:
-    """The file at ``path``, opened for ``source``. Raises StatisticsError where it says that it is
+    """The file at ``path``, opened for ``source``. Raises StatisticsError if it says that it is
     of another model, and what :func:`open_statistics` raises."""
     statistics = open_statistics(path, source)
     if statistics.model is not None and statistics.model.sha256 != model_sha256(source):
@@ -163,7 +163,7 @@ def _model(path: Path, metadata: Mapping[str, str]) -> MeasuredModel | None:
 
 
 def _text(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What is said of the text, where that is a JSON object: others may write anything."""
+    """What is said of the text, if that is a JSON object: others may write anything."""
     try:
         found = strict_json(metadata.get("text", "{}").encode())
     except ValueError:

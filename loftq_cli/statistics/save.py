@@ -23,7 +23,7 @@ def measured_model(source: Source) -> MeasuredModel:
 
 def contents_sha256(source: Source) -> str | None:
     """sha256 of what measuring reads, weights, configuration and tokenizer: of the compact JSON of
-    the sorted [name, sha256] of these files. None where a shard is not there, and the hub does not
+    the sorted [name, sha256] of these files. None if a shard is not there, and the hub does not
     say what is in it. Raises EnvironmentFailure."""
     small = [source.directory / name for name in companions(source.directory) if is_input(name)]
     files = []
@@ -78,8 +78,8 @@ def save_statistics(
 
 
 def write_entry(writer: StatisticsWriter, names: list[str], moments: Moments) -> None:
-    """Add an entry. Raises StatisticsError where the inputs were never anything but zero, and
-    UsageError where there were none."""
+    """Add an entry. Raises StatisticsError if the inputs were never anything but zero, and
+    UsageError if there were none."""
     if not moments.tokens:
         raise UsageError(f"{names[0]}: no inputs were measured", hint="")
     value = moments.value()

@@ -47,7 +47,7 @@ class MeasuredModel:
 @dataclass(frozen=True)
 class Statistics:
     """An opened file. ``matrices``: names of weight tensors to names in ``entries``; ``model`` is
-    None where the file does not say; ``text`` is what it says of the text, if anything."""
+    None if the file does not say; ``text`` is what it says of the text, if anything."""
 
     path: Path
     matrices: Mapping[str, str]
@@ -57,7 +57,7 @@ class Statistics:
 
     @property
     def sha256(self) -> str:
-        """Of the whole file. Raises EnvironmentFailure where it cannot be read."""
+        """Of the whole file. Raises EnvironmentFailure if it cannot be read."""
         return self._hashed[0]
 
     @cached_property
@@ -68,7 +68,7 @@ class Statistics:
             return file_sha256(self.path), looks
 
     def check_unchanged(self) -> None:
-        """Raise SourceChangedError where the file is not the one any more that ``sha256`` is of."""
+        """Raise SourceChangedError if the file is not the one any more that ``sha256`` is of."""
         with explained(self.path):
             now = _looks(self.path)
         if now != self._hashed[1]:
@@ -115,11 +115,11 @@ class Statistics:
         """The second moments of the inputs of the weight tensor ``name``, on the CPU.
 
         float32, (in,): E[x_j^2], or (in, in): E[x x^T], as :meth:`kind` says. Read and checked
-        anew at every call. ``in_features``, where given, is what the matrix has.
+        anew at every call. ``in_features``, if given, is what the matrix has.
 
-        Raises MissingStatisticsError where there is no entry; StatisticsError for another width,
+        Raises MissingStatisticsError if there is no entry; StatisticsError for another width,
         values that are not finite, negative squares, an asymmetric matrix, or nothing but zeros;
-        CorruptFileError and EnvironmentFailure where the file cannot be read.
+        CorruptFileError and EnvironmentFailure if the file cannot be read.
         """
         entry = self.entry(name)
         if in_features is not None:

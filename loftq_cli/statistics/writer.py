@@ -31,7 +31,7 @@ class StatisticsWriter:
     (anything JSON) are recorded. ``overwrite`` replaces an earlier file of statistics, and nothing
     else. A context manager: what was not published is removed.
 
-    Raises OutputConflictError where ``path`` is taken, EnvironmentFailure from the disk.
+    Raises OutputConflictError if ``path`` is taken, EnvironmentFailure from the disk.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class StatisticsWriter:
 
 
 def refuse_taken(path: Path, overwrite: bool) -> None:
-    """Raise OutputConflictError where ``path`` exists and may not be replaced."""
+    """Raise OutputConflictError if ``path`` exists and may not be replaced."""
     if not os.path.lexists(path):
         return
     try:

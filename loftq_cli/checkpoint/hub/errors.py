@@ -29,7 +29,7 @@ def explained(
     sending: bool = False,
 ) -> Iterator[None]:
     """Around what asks the hub or reads its cache, and nothing else: all of that block's errors
-    become ``EnvironmentFailure``, or ``CorruptFileError`` where a file has the wrong size.
+    become ``EnvironmentFailure``, or ``CorruptFileError`` if a file has the wrong size.
     ``place`` is where the file goes if not into the hub cache; ``sending`` is for uploads."""
     try:
         yield

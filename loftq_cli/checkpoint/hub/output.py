@@ -53,7 +53,7 @@ def fetch_output(
 
     ``everything``: all files that its manifest lists; otherwise the manifest and config.json.
 
-    Raises SourceNotFoundError where the repository holds no conversion, CorruptFileError where it
+    Raises SourceNotFoundError if the repository holds no conversion, CorruptFileError if it
     holds a part of one, VerificationError for a broken manifest, EnvironmentFailure (access,
     network, disk, an incomplete cache).
     """
@@ -69,7 +69,7 @@ def fetch_adapter(
     repo_id: str, *, revision: str | None = None, offline: bool, listener: Listener
 ) -> Path:
     """The directory in the hub cache of an adapter that PEFT saved, at one commit of the repository
-    that it was sent to. Raises what :func:`fetch_output` does, and UnsupportedInputError where only
+    that it was sent to. Raises what :func:`fetch_output` does, and UnsupportedInputError if only
     pickled weights are there."""
     return _fetch(
         repo_id,

@@ -1,4 +1,4 @@
-"""Waiting where the hub limits the rate of requests.
+"""Waiting if the hub limits the rate of requests.
 
 huggingface_hub waits by itself while it downloads and uploads, but not while it lists.
 """
@@ -21,7 +21,7 @@ _Answer = TypeVar("_Answer")
 
 def patiently(ask: Callable[[], _Answer], say: Callable[[str], None]) -> _Answer:
     """The answer of ``ask``, asked again after as long as the hub's headers say. Raises what
-    ``ask`` raises, a refusal for the rate too where the hub does not say how long it lasts."""
+    ``ask`` raises, a refusal for the rate too if the hub does not say how long it lasts."""
     for _ in range(_TRIES - 1):
         try:
             return ask()

@@ -59,9 +59,9 @@ class HubSnapshot:
     """One commit of a hub repository, in the hub cache.
 
     ``directory`` holds the small files, ``repo_id`` is the repository whose files they are,
-    ``revision`` its commit hash, and ``resolved_from`` the id that was asked for where the twin
+    ``revision`` its commit hash, and ``resolved_from`` the id that was asked for if the twin
     ``<id>-hf`` was used instead. ``shards`` are the files of the weights, which may not be there
-    yet. ``left_behind`` are the repository's other files, where they are known.
+    yet. ``left_behind`` are the repository's other files, if they are known.
     """
 
     directory: Path
@@ -194,7 +194,7 @@ def _names_of_shards(listing: Listing, entry: str) -> list[str]:
 
 def _companions(listing: Listing, directory: Path) -> list[str]:
     """The files to copy as they are. modules.json is brought into ``directory`` first, to see what
-    it names. Raises CorruptFileError where they are too large or too many."""
+    it names. Raises CorruptFileError if they are too large or too many."""
     if MODULES in listing.files:
         _modules_file(listing)
     folders = module_folders(directory)

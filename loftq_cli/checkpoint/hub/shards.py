@@ -1,6 +1,6 @@
 """The shards of a model on the hub: headers at once, the rest when it is asked for.
 
-A shard goes into the hub cache, as other tools expect it there, or, where it is not to stay, into
+A shard goes into the hub cache, as other tools expect it there, or, if it is not to stay, into
 a directory of ours. It is compared with the hub's sha256 before it is used. What was in the cache
 before is never deleted.
 """
@@ -31,7 +31,7 @@ class HubSupply(Supply):
     """The shards of ``snapshot``; in the hub cache, or those that are not there yet in the
     directory ``passing`` until they are released.
 
-    Raises EnvironmentFailure where headers cannot be read.
+    Raises EnvironmentFailure if headers cannot be read.
     """
 
     def __init__(self, snapshot: HubSnapshot, passing: Path | None = None) -> None:

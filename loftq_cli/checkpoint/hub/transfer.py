@@ -32,7 +32,7 @@ def download(
     into: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """A file's path in the hub cache, or in the directory ``into``, downloaded where it is not
+    """A file's path in the hub cache, or in the directory ``into``, downloaded if it is not
     there. Without ``progress`` the library shows its own bar.
 
     Raises EnvironmentFailure (access, network, disk), CorruptFileError (a wrong size).

@@ -49,11 +49,11 @@ def push_folder(
     message: str,
     say: Callable[[str], None],
 ) -> Pushed:
-    """Make the repository ``repo_id`` (and the branch ``revision``) where it is not there, and
+    """Make the repository ``repo_id`` (and the branch ``revision``) if it is not there, and
     bring the files ``names`` of ``folder`` into it.
 
-    Weights that are in the repository under other names are deleted with it where it holds a file
-    ``marker``; else OutputConflictError. So it is for a public repository where ``private`` is
+    Weights that are in the repository under other names are deleted with it if it holds a file
+    ``marker``; else OutputConflictError. So it is for a public repository if ``private`` is
     asked for. Raises EnvironmentFailure (no token, access, network).
     """
     _check_access()

@@ -24,7 +24,7 @@ _MOST_ITEMS = 64  # of a tuple; torch.save writes seven, or one a dimension
 _MOST_ATTRIBUTES = 16  # settings of an object's attributes; torch.save writes one, _metadata
 _NEWEST_PROTOCOL = 3
 _MORE = "its pickle holds more than tensors"
-HINT = "load it where you trust it, and save it with safetensors: save_pretrained(DIR)"
+HINT = "load it, if you trust it, and save it with safetensors: save_pretrained(DIR)"
 _DICT = "collections OrderedDict"
 _REBUILDS = {
     f"torch._utils {name}"
@@ -55,7 +55,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def check(content: bytes) -> None:
-    """Raises HeaderError, which says what it is, where ``content`` is no pickle or asks for
+    """Raises HeaderError, which says what it is, if ``content`` is no pickle or asks for
     anything but dicts, lists, numbers, text and tensors."""
     follower = _Follower()
     try:
@@ -176,7 +176,7 @@ def _is_storage(name: str) -> bool:
 
 
 def _known(name: str) -> str:
-    """``name``, as the opcode has it ("module attribute"), where torch.save writes it."""
+    """``name``, as the opcode has it ("module attribute"), if torch.save writes it."""
     module, _, attribute = name.partition(" ")
     if name == _DICT or name in _REBUILDS or _is_storage(name):
         return name

@@ -43,7 +43,7 @@ def read_header(path: Path) -> Header:
     may lie over each other. ``data_start`` is the first tensor's place, ``sha256`` of what is
     before it.
 
-    Raises HeaderError where it is no zip file of torch.save, holds anything but contiguous
+    Raises HeaderError if it is no zip file of torch.save, holds anything but contiguous
     tensors, or does not agree with itself; OSError.
     """
     status = os.stat(path)

@@ -49,11 +49,11 @@ class Quantizer(Protocol):
         ``fit`` quantizes, as :meth:`fit` does or faster."""
 
     def search(self) -> Search | None:
-        """What the compiled kernels need to do the same, or None where they are not to."""
+        """What the compiled kernels need to do the same, or None if they are not to."""
 
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
-        """Quantize float32 (rows, in), beginning the search at ``start`` where scales are
-        searched for. Raises ScaleRangeError where a scale does not fit its storage dtype."""
+        """Quantize float32 (rows, in), beginning the search at ``start`` if scales are
+        searched for. Raises ScaleRangeError if a scale does not fit its storage dtype."""
 
     def encode(self, rows: torch.Tensor, parameters: Parameters) -> Fitted:
         """Quantize float32 contiguous (rows, in) at the given scales and zero points."""
@@ -61,7 +61,7 @@ class Quantizer(Protocol):
     def encode_at(
         self, x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes uint8, values float32) of float32 ``x`` of any shape; ``scales`` and, where there
+        """(codes uint8, values float32) of float32 ``x`` of any shape; ``scales`` and, if there
         are any, ``zeros`` float32, an element's own or one that is broadcast."""
 
     def block_index(self, rows: slice, chosen: torch.Tensor, columns: int) -> torch.Tensor:

@@ -117,5 +117,5 @@ def multiply_reciprocal(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Ten
 
 
 def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """numerator / denominator, finite where the denominator is zero."""
+    """numerator / denominator, finite if the denominator is zero."""
     return numerator / denominator.clamp_min(TINY)

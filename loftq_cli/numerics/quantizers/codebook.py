@@ -94,7 +94,7 @@ class CodebookQuantizer:
 
     def _blocks(self, rows: torch.Tensor) -> list[tuple[torch.Tensor, slice]]:
         """Views of the blocks of contiguous ``rows``, (count, size), and their numbers: the whole
-        ones, and the short last one where there is one."""
+        ones, and the short last one if there is one."""
         flat, size = rows.reshape(-1), self.block_size
         count = flat.numel() // size
         whole = flat[: count * size].view(count, size), slice(0, count)

@@ -1,12 +1,12 @@
 """Packed codes to the matrix they mean, as layout ``loftq`` stores both.
 
-On the CPU the compiled kernels do it, where there are any (native_decoding.py). Without them a
+On the CPU the compiled kernels do it, if there are any (native_decoding.py). Without them a
 whole byte is looked up at once: a table holds the levels of the four 2-bit or two
 4-bit codes in it, side by side, and one gather moves them as a single element of 16 or 8 bytes. At
 3 bits three bytes are two 12-bit numbers of four codes each. That is a table of at most 64 KiB, and
 no tensor of indices as long as the matrix. The work goes in chunks that stay in cache.
 
-Elsewhere, and where torch.compile fuses the steps anyway, codes are unpacked and decoded one by
+Elsewhere, and if torch.compile fuses the steps anyway, codes are unpacked and decoded one by
 one. All give the same bits: a level, or code - zero, times the scale, rounded once.
 """
 
@@ -54,7 +54,7 @@ def _decode_chunks(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     if packed.zeros is not None:
         offsets = torch.empty(_whole(scales.numel()))
         numbers.fill(offsets, packed.zeros)
-    # What a chunk consists of: blocks, or rows where the last block of each is short.
+    # What a chunk consists of: blocks, or rows if the last block of each is short.
     ragged = offsets is not None and shape[1] % block_size != 0
     unit = shape[1] if ragged else block_size or 1
     step = 8 * unit * max(1, _CHUNK // (8 * unit))  # codes that end with a byte

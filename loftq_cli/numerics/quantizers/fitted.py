@@ -65,7 +65,7 @@ class FittedQuantizer(CodebookQuantizer):
     def _best_levels(
         self, sample: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
     ) -> torch.Tensor | None:
-        """Float32 (2**bits,) ascending, the largest magnitude 1; None where there are none better
+        """Float32 (2**bits,) ascending, the largest magnitude 1; None if there are none better
         to be had (too few distinct values)."""
         size = self.block_size
         flat = sample.reshape(-1).double()

@@ -33,7 +33,7 @@ _DISPLACEMENTS = {2: 0.25, 3: 0.12, 4: 0.05, 8: 0.004}
 
 
 def grid(bits: int, *, warm: bool, mirrored: bool = False) -> tuple[float, ...]:
-    """Multiples of the base scale to begin at: of the previous step's where ``warm``. ``mirrored``:
+    """Multiples of the base scale to begin at: of the previous step's if ``warm``. ``mirrored``:
     scales of the other sign are worth trying."""
     if not warm:
         if not mirrored:
@@ -48,7 +48,7 @@ def grid(bits: int, *, warm: bool, mirrored: bool = False) -> tuple[float, ...]:
 @dataclass(frozen=True)
 class Search:
     """A quantizer with searched scales, as the compiled kernels take it: a codebook ``table``
-    (blocks over the flattened matrix), or zero points where it is None (along each row)."""
+    (blocks over the flattened matrix), or zero points if it is None (along each row)."""
 
     bits: int
     block_size: int

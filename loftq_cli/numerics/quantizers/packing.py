@@ -44,7 +44,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _pack_bytes(flat: torch.Tensor, bits: int) -> torch.Tensor:
-    """As :func:`pack`, where no code crosses a byte."""
+    """As :func:`pack`, if no code crosses a byte."""
     padding = -flat.numel() % (8 // bits)
     if padding:
         flat = torch.nn.functional.pad(flat, (0, padding))

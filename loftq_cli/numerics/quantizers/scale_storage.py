@@ -45,7 +45,7 @@ def pack_scales(
     steps = (largest / _TOP).to(torch.bfloat16)
     divisor = torch.where(steps == 0, torch.ones_like(largest), steps.float())
     codes = (magnitudes / divisor).round_().clamp_(1, _TOP)
-    # By rounding alone it would be less where the step is subnormal, and of few digits.
+    # By rounding alone it would be less if the step is subnormal, and of few digits.
     codes = torch.where(magnitudes == largest, torch.full_like(codes, _TOP), codes)
     codes = torch.where(steps == 0, torch.zeros_like(codes), codes) * groups.sign()
     return codes.to(torch.int8).view(-1)[:count], steps.view(-1)

@@ -102,7 +102,7 @@ class UniformQuantizer:
 
     def _areas(self, columns: int) -> list[tuple[slice, slice, int]]:
         """(columns, numbers within a row, width) of the whole groups, and of the short last one
-        where there is one."""
+        if there is one."""
         size = self.block_size
         whole = columns // size
         body = slice(0, whole * size), slice(0, whole), size
