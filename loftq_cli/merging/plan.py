@@ -17,7 +17,7 @@ from loftq_cli.families.token_tables import token_tables
 from loftq_cli.layouts.trained import TrainedAdapter
 from loftq_cli.loading.trained_beside import refuse_other_conversion
 from loftq_cli.merging.backbone import Backbone, Weight, open_backbone
-from loftq_cli.merging.embeddings import Embeddings, settle_embeddings
+from loftq_cli.merging.embeddings import Embeddings, Parts, settle_embeddings
 from loftq_cli.merging.match import place, refuse_incomplete
 from loftq_cli.merging.names import Names, match_names, places_all, recorded
 from loftq_cli.merging.tokenizer import merged_companions
@@ -96,7 +96,7 @@ def make_merge_plan(
     names, vocabulary = _names(backbone, adapter)
     placed = place(adapter, names, backbone, vocabulary)
     refuse_incomplete(adapter, names, backbone.matrices, placed)
-    embeddings = settle_embeddings(backbone, adapter, placed, vocabulary)
+    embeddings = settle_embeddings(Parts(backbone, adapter, placed, vocabulary))
     texts = merged_companions(output, adapter, embeddings)
 
     def settle(name: str) -> Copied | Merged:
