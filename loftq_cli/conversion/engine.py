@@ -27,6 +27,7 @@ from loftq_cli.conversion.shard_output import ShardOutput
 from loftq_cli.conversion.workspace import ConversionWorkspace
 from loftq_cli.errors import InputError, ScaleRangeError
 from loftq_cli.families.kinds import turned
+from loftq_cli.families.tasks import task_type
 from loftq_cli.layouts import adapter
 from loftq_cli.machine.durable import explained, pretty_json, write_file
 from loftq_cli.machine.observer import Observer
@@ -250,7 +251,7 @@ class Conversion:
         plan = self.plan
         names = plan.source.config.content.get("architectures") or [plan.anatomy.architecture]
         architecture = names[0] if names[0] and str(names[0]).isidentifier() else None
-        task = adapter.task_type([architecture or ""], takes_text=plan.anatomy.takes_text)
+        task = task_type([architecture or ""], takes_text=plan.anatomy.takes_text)
         return adapter.config(
             {item.matrix.adapted: item.rank for item in plan.matrices.values()},
             plan.recipe.rank,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.families.blocks import layers_by_stack
 from loftq_cli.families.experts import MISTAKEN, is_expert, mistaken
 from loftq_cli.families.kinds import Kind
 
@@ -32,6 +33,49 @@ _LANGUAGE_MODELS = (
 _OUTPUT_EMBEDDING = re.compile(
     r"(?:^|\.)(?:lm_head|embed_out|output_projection|predictions\.decoder|proj_out)\.weight$"
 )
+
+TEXT_CONFIGS = ("thinker_config", "text_encoder", "decoder", "generator", "text_config")
+"""Where transformers looks for the config of the text model (PreTrainedConfig.get_text_config); the
+first is of models that have it one level deeper."""
+
+NORM = re.compile(r"(?:norm|(?:^|\.)ln_?\w*)\.weight$", re.IGNORECASE)
+HEAD = re.compile(
+    r"(?:^|\.)(?:lm_head|embed_out|classifier|classification_heads?|pooler|score|qa_outputs|heads?)\."
+)
+HEAD_BIAS = re.compile(
+    r"(?:^|\.)(?:lm_head|embed_out|output_projection|predictions|proj_out)(?:\.decoder)?\.bias$"
+)
+FINAL_BIAS = re.compile(r"(?:^|\.)final_logits_bias$")
+"""What BART and its kin add to the logits, (1, tokens); transformers resizes it with zeros."""
+
+ADDED_HEADS = (
+    "classification_head",
+    "classifier",
+    "cls",
+    "decoder",
+    "discriminator_predictions",
+    "embed_out",
+    "generator_lm_head",
+    "generator_predictions",
+    "head",
+    "lm_head",
+    "lm_loss",
+    "lm_predictions",
+    "logits_proj",
+    "output_projection",
+    "pooler",
+    "pre_classifier",
+    "pred_layer",
+    "predictions",
+    "proj_out",
+    "qa_outputs",
+    "score",
+    "sop_classifier",
+    "vocab_projector",
+    "vocab_transform",
+)
+"""Heads that the model class has and the checkpoint may not: those that a task adds to a bare
+model, and those tied to the embeddings."""
 
 # transformers' Conv1D, which stores its weight transposed, is used by these families, for the
 # layers of these names.
@@ -67,7 +111,6 @@ _MAMBA_MODELS = (  # the first five PEFT refuses by name
 )
 _MAMBA_OUT = re.compile(r"(?:^|\.)(?:mamba\w*|mixer)\.out_proj\.weight$")
 
-_NUMBERED = re.compile(r"((?:.*?\.)??(?:layers?|blocks?|h))\.(\d+)\.")
 _LAYER_COUNT = re.compile(r"layer|depth|block")
 _PREDICTION = re.compile(r"(?:^|\.)(?:mtp|mtp_layers|mtp_block|nextn)\.")
 _PREDICTION_COUNTS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
@@ -121,21 +164,12 @@ def _beyond_the_model(names: Collection[str], config: Mapping[str, Any]) -> set[
     parts = (config, text if isinstance(text, Mapping) else {})
     counts = [part["num_hidden_layers"] for part in parts if "num_hidden_layers" in part]
     known = set(_numbers(config, _LAYER_COUNT.search))
-    for blocks in _stacks(names).values():
+    for blocks in layers_by_stack(names).values():
         size = len(blocks)
         first = next((n for n in counts if type(n) is int and 0 < size - n <= further), None)
         if first is not None and size not in known and set(blocks) == set(range(size)):
             found |= {name for number in range(first, size) for name in blocks[number]}
     return found
-
-
-def _stacks(names: Collection[str]) -> dict[str, dict[int, list[str]]]:
-    """The names in each stack of blocks, by the number of the block."""
-    stacks: dict[str, dict[int, list[str]]] = {}
-    for name in names:
-        if match := _NUMBERED.match(name):
-            stacks.setdefault(match[1], {}).setdefault(int(match[2]), []).append(name)
-    return stacks
 
 
 def _numbers(config: Mapping[str, Any], wanted: Callable[[str], object]) -> Iterator[int]:
@@ -209,3 +243,10 @@ def is_decoder_only(config: Mapping[str, Any], stacks: Collection[str]) -> bool:
     name = architectures[0] if architectures and isinstance(architectures[0], str) else ""
     causal = name.endswith(("ForCausalLM", "LMHeadModel"))
     return causal and not config.get("is_encoder_decoder") and len(stacks) == 1
+
+
+def initialised(config: Mapping[str, Any]) -> str | None:
+    """Why a library that hides weights cannot load this model, or None."""
+    if config.get("model_type") == "gpt_bigcode":
+        return "transformers initialises gpt_bigcode through weights that gptqmodel hides"
+    return None

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from loftq_cli.families.tasks import is_of_text, task_type
+
 AUTO_CLASSES = (
     ("ForCausalLM", "AutoModelForCausalLM"),
     ("LMHeadModel", "AutoModelForCausalLM"),
@@ -79,3 +81,33 @@ def _auto_classes(architecture: str) -> list[str]:
     if architecture.endswith("ForConditionalGeneration"):
         found += _GENERATING
     return [*found, "AutoModel"]
+
+
+def brings_code(config: Mapping[str, Any]) -> bool:
+    """Whether ``config``, the content of a config.json, names code of the model's own for its
+    architecture."""
+    names, stated = config.get("architectures"), config.get("auto_map")
+    return (
+        isinstance(names, list)
+        and isinstance(stated, dict)
+        and any(str(value).endswith(f".{names[0]}") for value in stated.values() if names)
+    )
+
+
+def auto_class(config: Mapping[str, Any]) -> str:
+    """The transformers auto class for the architecture that ``config`` names, or that class itself
+    if an auto class may take it for another."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if brings_code(config):
+        return own_class(config) or "AutoModel"
+    if not isinstance(name, str) or not name.isidentifier():
+        return "AutoModel"
+    if task_type([name]) == "SEQ_2_SEQ_LM" and name.endswith("ForConditionalGeneration"):
+        return "AutoModelForSeq2SeqLM"
+    for end, result in AUTO_CLASSES:
+        if name.endswith(end) and is_of_text(name):
+            return result
+    kind = "".join(filter(str.isalnum, str(config.get("model_type", "")).lower()))
+    bare = name.lower() in (kind, f"{kind}model") if kind else name.endswith("Model")
+    return "AutoModel" if bare else name

@@ -17,40 +17,11 @@ import torch
 
 from loftq_cli.checkpoint.dtypes import computed, name_of
 from loftq_cli.checkpoint.header import TensorSpec
-from loftq_cli.families.architecture import unreplaceable
+from loftq_cli.families.architecture import ADDED_HEADS, unreplaceable
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
 from loftq_cli.numerics.quantizers.blocks import Quantized
 
 _METHOD = "nf"
-
-# Heads that the model class has and the checkpoint may not: those that a task adds to a bare model,
-# and those tied to the embeddings. bitsandbytes would quantize them.
-_HEADS = (
-    "classification_head",
-    "classifier",
-    "cls",
-    "decoder",
-    "discriminator_predictions",
-    "embed_out",
-    "generator_lm_head",
-    "generator_predictions",
-    "head",
-    "lm_head",
-    "lm_loss",
-    "lm_predictions",
-    "logits_proj",
-    "output_projection",
-    "pooler",
-    "pre_classifier",
-    "pred_layer",
-    "predictions",
-    "proj_out",
-    "qa_outputs",
-    "score",
-    "sop_classifier",
-    "vocab_projector",
-    "vocab_transform",
-)
 
 
 class BnbLayout(Layout):
@@ -123,7 +94,7 @@ class BnbLayout(Layout):
         bare = [name.partition(".")[2] for name in kept if "." in name]
         added = [
             key
-            for key in (*bare, *_HEADS)
+            for key in (*bare, *ADDED_HEADS)
             if not any(_skips(key, matrix.adapted) for matrix in matrices)
         ]
         return {

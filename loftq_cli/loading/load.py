@@ -21,9 +21,11 @@ from loftq_cli.errors import (
     SourceNotFoundError,
     UnsupportedInputError,
 )
+from loftq_cli.families.blocks import stack_of
 from loftq_cli.families.classes import model_class, takes_text
 from loftq_cli.families.experts import is_expert
 from loftq_cli.families.names import key_mapping, places, prefix_of, tied
+from loftq_cli.families.tasks import task_type
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.layouts.registry import layout_class
@@ -156,9 +158,7 @@ def _attach(
     patterns = {re.escape(old): re.escape(new) for old, new in names.items()}
     config.rank_pattern = _renamed(config.rank_pattern, patterns)
     config.alpha_pattern = _renamed(config.alpha_pattern, patterns)
-    config.task_type = adapters.task_type(
-        [type(backbone).__name__], takes_text=takes_text(backbone)
-    )
+    config.task_type = task_type([type(backbone).__name__], takes_text=takes_text(backbone))
     model = peft.PeftModel.from_pretrained(
         backbone,
         directory,
@@ -204,7 +204,7 @@ def _new_modules(
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     directory = output.directory
     quantized = places(backbone, (matrix_of(record).module for record in output.records))
-    stacks = {stack for name in quantized.values() if (stack := _stack_of(name))}
+    stacks = {stack for name in quantized.values() if (stack := stack_of(name))}
     new = sorted({name.rpartition(".")[0] for name in missing})
     for module in new:
         own = {f"{module}.{key}" for key, _ in backbone.get_submodule(module).named_parameters()}
@@ -215,19 +215,13 @@ def _new_modules(
                 hint="load the class that config.json names, without auto_class; "
                 "--layout loftq converts for other classes too",
             )
-        if _stack_of(f"{module}.") in stacks:
+        if stack_of(f"{module}.") in stacks:
             raise InputError(
                 f"{directory}: {type(backbone).__name__} does not find {', '.join(sorted(own))} in "
                 "it, a part of a block",
                 hint="the checkpoint that was converted is not whole, or the class is another",
             )
     return new
-
-
-def _stack_of(name: str) -> str | None:
-    """What precedes the first number in a name."""
-    match = re.match(r"(.*?)\.?\d+\.", name)
-    return match and match[1]
 
 
 def _model_class(directory: Path, transformers: Any, *, remote: bool) -> Any:

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.dtypes import name_of
-from loftq_cli.checkpoint.output import Output
+from loftq_cli.checkpoint.source import CONFIG, read_json
+from loftq_cli.families.architecture import TEXT_CONFIGS
+from loftq_cli.families.classes import auto_class, brings_code
+from loftq_cli.families.tasks import CLASSIFIERS, LABELS
 from loftq_cli.machine.durable import explained, file_sha256
 from loftq_cli.merging.plan import MergePlan
-from loftq_cli.reporting.inspect import auto_class, brings_code
 from loftq_cli.version import VERSION
 
 FORMAT_VERSION = 1
-
-# The layer of a classification head that has an output per label.
-_LABELS = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj)?\.weight")
-# Where transformers looks for the config of the text model (PreTrainedConfig.get_text_config);
-# the first is of models that have it one level deeper.
-_TEXT = ("thinker_config", "text_encoder", "decoder", "generator", "text_config")
-_CLASSIFIERS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 
 
 def dtype_name(tag: str | None) -> str | None:
@@ -53,7 +43,7 @@ def merged_config(plan: MergePlan) -> dict[str, Any]:
     if isinstance(trained, dict) and str(trained.get("parent_library")).startswith("transformers."):
         config["architectures"] = [str(trained.get("base_model_class"))]
     for spec in plan.added:
-        if _LABELS.search(spec.name) and len(spec.shape) == 2:
+        if LABELS.search(spec.name) and len(spec.shape) == 2:
             config |= _labels(config, spec.shape[0])
     return config
 
@@ -83,12 +73,12 @@ def _with_vocabulary(config: dict[str, Any], was: int | None, rows: int) -> dict
             for key, value in part.items()
         }
 
-    text = next((key for key in _TEXT if isinstance(config.get(key), dict)), None)
+    text = next((key for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), None)
     config = repeated(config)
     if text is None:
         return {**config, "vocab_size": rows}
     inner = config[text]
-    if not any(isinstance(inner.get(key), dict) for key in _TEXT):
+    if not any(isinstance(inner.get(key), dict) for key in TEXT_CONFIGS):
         return {**config, text: {**inner, "vocab_size": rows}}
     return {**config, text: _with_vocabulary(inner, was, rows)}
 
@@ -98,7 +88,7 @@ def _untied(config: dict[str, Any]) -> dict[str, Any]:
     inner = {
         key: {**value, "tie_word_embeddings": False}
         for key, value in config.items()
-        if key in _TEXT and isinstance(value, dict)
+        if key in TEXT_CONFIGS and isinstance(value, dict)
     }
     return {**config, **inner, "tie_word_embeddings": False}
 
@@ -129,10 +119,10 @@ def provenance(plan: MergePlan) -> dict[str, Any]:
 def snippet(plan: MergePlan, output: Path, final: Path) -> str:
     """Python that loads the result."""
     task = plan.adapter.config.get("task_type")
-    name = _CLASSIFIERS.get(str(task)) if plan.added else None
-    merged = Output(final, plan.output.manifest)
-    name = name or auto_class(merged)
-    runs = ", trust_remote_code=True" if brings_code(merged) else ""
+    name = CLASSIFIERS.get(str(task)) if plan.added else None
+    config = read_json(final / CONFIG).content
+    name = name or auto_class(config)
+    runs = ", trust_remote_code=True" if brings_code(config) else ""
     return (
         f"from transformers import {name}\n\nmodel = {name}.from_pretrained({str(output)!r}{runs})"
     )

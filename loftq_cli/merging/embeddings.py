@@ -13,11 +13,11 @@ from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.errors import InputError, UnsupportedInputError
-from loftq_cli.families.architecture import is_embedding
+from loftq_cli.families.architecture import FINAL_BIAS, is_embedding
 from loftq_cli.layouts.trained import SAVE_BOTH, Pair, TrainedAdapter
 from loftq_cli.merging.backbone import Backbone, Place, Weight
 from loftq_cli.merging.match import OTHER, Placed
-from loftq_cli.merging.vocabulary import FINAL_BIAS, Vocabulary, same_bytes
+from loftq_cli.merging.vocabulary import Vocabulary, same_bytes
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loftq_cli.checkpoint.reader import TensorFile
-from loftq_cli.families.architecture import has_output_embedding, shared_with
+from loftq_cli.families.architecture import HEAD_BIAS, has_output_embedding, shared_with
 from loftq_cli.families.token_tables import TokenTables
 from loftq_cli.merging.backbone import Backbone, Place
-
-_HEAD_BIAS = re.compile(
-    r"(?:^|\.)(?:lm_head|embed_out|output_projection|predictions|proj_out)(?:\.decoder)?\.bias$"
-)
-FINAL_BIAS = re.compile(r"(?:^|\.)final_logits_bias$")
-"""What BART and its kin add to the logits, (1, tokens); transformers resizes it with zeros."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class Vocabulary:
 
     def is_bias(self, name: str) -> bool:
         """Whether ``name`` is a bias of an output embedding, in the backbone or not."""
-        return bool(self.shape and (name in self.tables.biases or _HEAD_BIAS.search(name)))
+        return bool(self.shape and (name in self.tables.biases or HEAD_BIAS.search(name)))
 
     def may_have(self, name: str, shape: tuple[int, ...], own: tuple[int, ...] | None) -> bool:
         """Whether the tensor ``name`` may come in ``shape`` if the backbone has ``own``, or

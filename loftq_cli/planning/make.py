@@ -13,6 +13,7 @@ from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import CorruptFileError
 from loftq_cli.families.anatomy import Anatomy, anatomy
+from loftq_cli.families.blocks import stacks
 from loftq_cli.families.experts import check_ranks
 from loftq_cli.families.kinds import turned_shape
 from loftq_cli.layouts import registry
@@ -28,7 +29,7 @@ from loftq_cli.planning.choices import (
     resolve_method,
 )
 from loftq_cli.planning.plan import Plan, PlannedMatrix, PlannedShard
-from loftq_cli.planning.selection import Selection, select, stacks
+from loftq_cli.planning.selection import Selection, select
 from loftq_cli.planning.widths import assign_ranks, assign_widths
 from loftq_cli.settings.recipe import Recipe
 from loftq_cli.settings.table import Settings

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +18,10 @@ from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.errors import PatternError, UnsupportedInputError, UsageError, printable
 from loftq_cli.families.anatomy import Anatomy
-from loftq_cli.families.architecture import EMBEDDING, kind_of, left_alone, shared_with
+from loftq_cli.families.architecture import EMBEDDING, HEAD, NORM, kind_of, left_alone, shared_with
+from loftq_cli.families.blocks import is_in_block
 from loftq_cli.families.experts import check, is_expert
 from loftq_cli.families.kinds import Kind
-
-_BLOCK = re.compile(r"(?:^|\.)\d+\.")
-_NORM = re.compile(r"(?:norm|(?:^|\.)ln_?\w*)\.weight$", re.IGNORECASE)
-_HEAD = re.compile(
-    r"(?:^|\.)(?:lm_head|embed_out|classifier|classification_heads?|pooler|score|qa_outputs|heads?)\."
-)
 
 
 @dataclass(frozen=True)
@@ -163,17 +157,6 @@ def _refuse_shared(
             )
 
 
-def stacks(names: Iterable[str]) -> list[str]:
-    """The paths of the stacks of blocks that ``names`` lie in: what precedes the first number."""
-    return sorted({place[0] for name in names if (place := block_of(name))})
-
-
-def block_of(name: str) -> tuple[str, int] | None:
-    """(path of the stack of blocks, number of the block) of a tensor, None outside of stacks."""
-    match = re.match(r"(.*?)\.?(\d+)\.", name)
-    return (match.group(1), int(match.group(2))) if match else None
-
-
 def _not_a_matrix(tensor: StoredTensor) -> str | None:
     if not tensor.name.endswith(".weight"):
         return "not a weight"
@@ -189,14 +172,14 @@ def _not_a_matrix(tensor: StoredTensor) -> str | None:
 def _outside_rule(name: str) -> str | None:
     for pattern, reason in (
         (EMBEDDING, "embedding"),
-        (_NORM, "normalisation"),
-        (_HEAD, "head"),
+        (NORM, "normalisation"),
+        (HEAD, "head"),
     ):
         if pattern.search(name):
             return reason
     if is_expert(name):
         return "expert: consumers fuse these in memory"
-    return None if _BLOCK.search(name) else "outside the repeated blocks"
+    return None if is_in_block(name) else "outside the repeated blocks"
 
 
 def _matches(option: str, pattern: str, names: Sequence[str], eligible: set[str]) -> list[str]:

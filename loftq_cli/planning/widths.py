@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from loftq_cli.errors import UsageError
-from loftq_cli.planning.selection import block_of
+from loftq_cli.families.blocks import block_of
 from loftq_cli.settings import maps
 from loftq_cli.settings.table import MIXED, Settings
 

@@ -12,7 +12,7 @@ from loftq_cli.checkpoint.locate import Place
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.source import CONFIG, read_json
 from loftq_cli.errors import InputError
-from loftq_cli.families.classes import AUTO_CLASSES, own_class
+from loftq_cli.families.classes import auto_class, brings_code
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.layouts.needs import needs
@@ -61,54 +61,17 @@ def snippet(output: Output, place: str | None = None, revision: str | None = Non
     default the output's directory, or from a ``revision`` of it if it is on the hub."""
     place = place or str(output.directory)
     at = "" if revision is None else f", revision={revision!r}"
-    runs = ", trust_remote_code=True" if brings_code(output) else ""
+    runs = ", trust_remote_code=True" if brings_code(_config(output)) else ""
     registers = any(
         "loftq_cli" in layout_class(record["layout"]).imports for record in output.records
     )
     return (
         ("import loftq_cli\n" if registers else "") + "from peft import PeftModel\n"
-        f"from transformers import {auto_class(output)}\n\n"
-        f"model = {auto_class(output)}.from_pretrained({place!r}{at}{runs})\n"
+        f"from transformers import {auto_class(_config(output))}\n\n"
+        f"model = {auto_class(_config(output))}.from_pretrained({place!r}{at}{runs})\n"
         f"model = PeftModel.from_pretrained(model, {place!r}{at}, "
         'subfolder="loftq_init", is_trainable=True)'
     )
-
-
-def brings_code(output: Output) -> bool:
-    """Whether config.json names code of the model's own for its architecture."""
-    try:
-        config = read_json(output.directory / CONFIG).content
-    except InputError:
-        return False
-    names, stated = config.get("architectures"), config.get("auto_map")
-    return (
-        isinstance(names, list)
-        and isinstance(stated, dict)
-        and any(str(value).endswith(f".{names[0]}") for value in stated.values() if names)
-    )
-
-
-def auto_class(output: Output) -> str:
-    """The transformers auto class for the architecture in the output's config.json, or that class
-    itself if an auto class may take it for another."""
-    try:
-        config = read_json(output.directory / CONFIG).content
-        names = config["architectures"]
-        name = names[0] if isinstance(names, list) else None
-    except (InputError, LookupError):
-        return "AutoModel"
-    if brings_code(output):
-        return own_class(config) or "AutoModel"
-    if not isinstance(name, str) or not name.isidentifier():
-        return "AutoModel"
-    if adapter.task_type([name]) == "SEQ_2_SEQ_LM" and name.endswith("ForConditionalGeneration"):
-        return "AutoModelForSeq2SeqLM"
-    for end, result in AUTO_CLASSES:
-        if name.endswith(end) and adapter.is_of_text(name):
-            return result
-    kind = "".join(filter(str.isalnum, str(config.get("model_type", "")).lower()))
-    bare = name.lower() in (kind, f"{kind}model") if kind else name.endswith("Model")
-    return "AutoModel" if bare else name
 
 
 def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,3 +95,11 @@ def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, An
         "backbone_bytes": round(record["bits_per_weight"] * elements / 8),
         "adapter_bytes": adapter_bytes,
     }
+
+
+def _config(output: Output) -> Mapping[str, Any]:
+    """What config.json says, nothing if it cannot be read."""
+    try:
+        return read_json(output.directory / CONFIG).content
+    except InputError:
+        return {}

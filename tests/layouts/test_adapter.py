@@ -12,6 +12,7 @@ from torch import nn
 
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.checkpoint.writer import spec_of
+from loftq_cli.families.tasks import task_type
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import Matrix
 
@@ -111,6 +112,6 @@ def test_an_alpha_of_the_users_is_one_for_all():
     ],
 )
 def test_task_types_are_pefts(architectures, expected):
-    actual = adapter.task_type(architectures)
+    actual = task_type(architectures)
     assert actual == expected
     assert actual is None or actual in set(peft.TaskType)

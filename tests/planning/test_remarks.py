@@ -77,7 +77,7 @@ def test_code_that_the_output_needs(tmp_path):
 def test_without_transformers_nobody_knows(tmp_path, monkeypatch):
     monkeypatch.setattr(remarks, "find_spec", lambda name: None)
     (line,) = remarked(tmp_path, {**LLAMA, "auto_map": LOCAL})
-    assert line.endswith(f"where transformers has no LlamaForCausalLM of its own, {COPY}")
+    assert line.endswith(f"if transformers has no LlamaForCausalLM of its own, {COPY}")
 
 
 def test_code_of_another_repository_is_found_there(tmp_path):

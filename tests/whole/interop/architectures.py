@@ -13,10 +13,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import loftq_cli
-from loftq_cli.checkpoint.output import open_output
+from loftq_cli.checkpoint.source import read_json
+from loftq_cli.families.classes import auto_class
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.layouts.registry import layout_of
-from loftq_cli.reporting.inspect import auto_class
 from tests.support import models
 
 QUICK: dict[str, Any] = {"bits": 2, "rank": 8, "iters": 1, "threads": 1, "layout": "loftq"}
@@ -174,7 +174,9 @@ def model_class(directory: Path) -> Any:
 
 def the_plain_way(directory: Path) -> Any:
     """As ``loftq inspect`` shows it."""
-    backbone = getattr(transformers, auto_class(open_output(directory))).from_pretrained(directory)
+    backbone = getattr(
+        transformers, auto_class(read_json(directory / "config.json").content)
+    ).from_pretrained(directory)
     return peft.PeftModel.from_pretrained(
         backbone, directory, subfolder="loftq_init", is_trainable=True
     )
