@@ -38,6 +38,19 @@ def choice(*names: str) -> click.Choice[str]:
     return click.Choice(names)
 
 
+class _Asked(click.Choice):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """Choices that are asked for when they are needed: layouts and methods may be registered after
+    this module was imported."""
+
+    def __init__(self, kind: Choice) -> None:
+        self.kind = kind
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.kind.choices
+
+
 def _flags(entry: Entry) -> list[str]:
     name = flag(entry.name)
     if isinstance(entry.kind, Truth) and entry.default:
@@ -55,7 +68,7 @@ def _keywords(entry: Entry) -> dict[str, Any]:
     elif kind.repeats:
         found["multiple"] = True
     elif isinstance(kind, Choice) and kind.type is str:
-        found["type"] = choice(*kind.choices)
+        found["type"] = _Asked(kind)
     else:
         found["type"] = kind.type
     return found

@@ -210,9 +210,14 @@ def _stated(config: Mapping[str, Any]) -> list[object]:
     return [part.get("tie_word_embeddings") for part in parts if isinstance(part, Mapping)]
 
 
+def is_shared_by_stacks(name: str) -> bool:
+    """Whether encoder and decoder have this embedding in common, under a name of its own."""
+    return name.endswith("shared.weight")
+
+
 def shared_with(name: str, config: Mapping[str, Any], names: Collection[str]) -> str | None:
     """What else of the model uses the word embedding ``name``, None if nothing does."""
-    if name.endswith("shared.weight"):
+    if is_shared_by_stacks(name):
         return "the embeddings of encoder and decoder"
     # Stored twice but said to be tied: transformers ties them again.
     if ties_embeddings(config, names) or (True in _stated(config) and _has_head(config)):

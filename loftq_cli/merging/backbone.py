@@ -3,47 +3,111 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.output import Output
+from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import Source
-from loftq_cli.checkpoint.stored import Stored, find
+from loftq_cli.checkpoint.stored import Stored, find, read
 from loftq_cli.families.architecture import kind_of
-from loftq_cli.families.kinds import Kind
+from loftq_cli.families.kinds import Kind, turned
 from loftq_cli.layouts.base import Layout, Matrix, matrix_of
 from loftq_cli.layouts.registry import layout_of
 from loftq_cli.layouts.trained import Pair, TokenRows
 
-Place = tuple[Path, StoredTensor]
-"""A tensor in a file."""
+
+@dataclass(frozen=True)
+class InFile:
+    """A tensor in a file."""
+
+    file: Path
+    tensor: StoredTensor
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype tag."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def in_file(self) -> InFile:
+        return self
+
+    def read(self) -> torch.Tensor:
+        """The tensor in float32."""
+        with TensorFile(self.file) as file:
+            return file.read(self.tensor).float()
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized matrix, whose parts are ``stored`` in the output in ``directory``."""
+
+    layout: Layout
+    matrix: Matrix
+    directory: Path
+    stored: Stored = field(compare=False, repr=False)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype tag that it had in the source."""
+        return self.matrix.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the source has it."""
+        return self.matrix.stored_shape
+
+    @property
+    def in_file(self) -> None:
+        return None
+
+    def read(self) -> torch.Tensor:
+        """The matrix in float32, as the source stores it. Raises VerificationError if a part is
+        missing or of another dtype or shape."""
+        specs = self.layout.specs(self.matrix)
+        parts = {spec.name: read(self.directory, self.stored, spec) for spec in specs}
+        return turned(self.layout.decode(self.matrix, parts), self.matrix.kind).contiguous()
 
 
 @dataclass(frozen=True)
 class Weight:
-    """What a tensor of the result is made of: ``base``, which is quantized or in a file, plus the
-    product of ``pair``, or with ``tokens`` in the place of rows. Where ``shape`` has more columns
-    than the base, they are zero."""
+    """What a tensor of the result is made of: ``base``, plus the product of ``pair``, or with
+    ``tokens`` in the place of rows. If ``shape`` has more columns than the base, they are zero."""
 
-    base: Place | tuple[Layout, Matrix]
+    base: InFile | Quantized
     shape: tuple[int, ...]
     pair: Pair | None = None
     tokens: TokenRows | None = None
 
     @property
     def is_quantized(self) -> bool:
-        return not isinstance(self.base[1], StoredTensor)
+        return self.base.in_file is None
 
     @property
-    def copied(self) -> Place | None:
+    def copied(self) -> InFile | None:
         """The tensor whose bytes are the result, None if something is computed."""
-        first, second = self.base
-        if self.pair or self.tokens or not isinstance(second, StoredTensor):
-            return None
-        assert isinstance(first, Path)
-        return (first, second) if second.shape == self.shape else None
+        plain = not self.pair and not self.tokens and self.base.shape == self.shape
+        return self.base.in_file if plain else None
+
+    def read_base(self) -> torch.Tensor:
+        """The base (``shape``) in float32, as the source stores it."""
+        value = self.base.read()
+        missing = self.shape[-1] - value.shape[-1]
+        return torch.nn.functional.pad(value, (0, missing)) if missing else value
+
+
+def as_it_is(file: Path, tensor: StoredTensor) -> Weight:
+    """A ``tensor`` of a ``file`` and nothing else."""
+    return Weight(InFile(file, tensor), tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -55,7 +119,7 @@ class Backbone:
     output: Output
     source: Source
     stored: Stored
-    matrices: Mapping[str, tuple[Layout, Matrix]]
+    matrices: Mapping[str, Quantized]
     parts: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     kinds: Mapping[str, Kind]
@@ -67,12 +131,11 @@ class Backbone:
 
     def weight(self, name: str, pair: Pair | None = None) -> Weight:
         """The tensor ``name``, plus the product of ``pair``."""
-        return Weight(self.matrices.get(name) or self.stored[name], self.shapes[name], pair)
+        return Weight(self.base(name), self.shapes[name], pair)
 
-    def dtype(self, name: str) -> str:
-        """The dtype tag of the tensor ``name``, of a matrix that of the source."""
-        held = self.matrices.get(name)
-        return held[1].dtype if held else self.stored[name][1].dtype
+    def base(self, name: str) -> InFile | Quantized:
+        """The tensor ``name`` before training."""
+        return self.matrices.get(name) or InFile(*self.stored[name])
 
 
 def open_backbone(output: Output, source: Source) -> Backbone:
@@ -83,7 +146,7 @@ def open_backbone(output: Output, source: Source) -> Backbone:
     for record in output.records:
         matrix = matrix_of(record)
         layout = layout_of(record, output.manifest["recipe"])
-        matrices[matrix.name] = layout, matrix
+        matrices[matrix.name] = Quantized(layout, matrix, output.directory, stored)
         for spec in layout.specs(matrix):
             find(output.directory, stored, spec)
             parts[spec.name] = matrix.name
@@ -91,7 +154,7 @@ def open_backbone(output: Output, source: Source) -> Backbone:
         spec = TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
         find(output.directory, stored, spec)
     shapes = {name: tensor.shape for name, (_, tensor) in stored.items() if name not in parts}
-    shapes |= {name: matrix.stored_shape for name, (_, matrix) in matrices.items()}
+    shapes |= {name: quantized.shape for name, quantized in matrices.items()}
     kinds = {name: kind_of(name, source.config.content) for name in shapes}
-    kinds |= {name: matrix.kind for name, (_, matrix) in matrices.items()}
+    kinds |= {name: quantized.matrix.kind for name, quantized in matrices.items()}
     return Backbone(output, source, stored, matrices, parts, shapes, kinds)

@@ -3,8 +3,9 @@ refused, with its name."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor
@@ -12,12 +13,29 @@ from loftq_cli.errors import InputError
 from loftq_cli.families.kinds import turned_shape
 from loftq_cli.layouts.adapter import PREFIX
 from loftq_cli.layouts.trained import Pair, TokenRows, TrainedAdapter
-from loftq_cli.merging.backbone import Backbone
+from loftq_cli.merging.backbone import Backbone, InFile
 from loftq_cli.merging.names import Names
-from loftq_cli.merging.vocabulary import Vocabulary, same_bytes
+from loftq_cli.merging.same import same_bytes
+from loftq_cli.merging.vocabulary import Vocabulary
 
 _MOST_SHOWN = 5
 OTHER = "give the adapter that was trained on this conversion"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is merged: a backbone, an adapter, how that names what the backbone's files hold, and
+    what of the backbone has an entry per token."""
+
+    backbone: Backbone
+    adapter: TrainedAdapter
+    names: Names
+    vocabulary: Vocabulary
+
+    @property
+    def file(self) -> Path:
+        """The adapter's."""
+        return self.adapter.file
 
 
 @dataclass(frozen=True)
@@ -34,21 +52,20 @@ class Placed:
         return any(name in part for part in (self.pairs, self.whole, self.frozen, self.tokens))
 
 
-def place(
-    adapter: TrainedAdapter, names: Names, backbone: Backbone, vocabulary: Vocabulary
-) -> Placed:
-    """Every tensor of ``adapter`` in its place.
+def place(parts: Parts) -> Placed:
+    """Every tensor of the adapter in its place.
 
     Raises InputError for one that has none, or that is of another shape: only what is as long as
-    the ``vocabulary`` may have another length.
+    the vocabulary may have another length.
     """
+    names, backbone, vocabulary = parts.names, parts.backbone, parts.vocabulary
     placed = Placed(
-        _pairs(adapter, names, backbone, vocabulary),
-        _whole(adapter, names, backbone, vocabulary),
-        {names.find(name, backbone.stored): t for name, t in adapter.frozen.items()},
+        _pairs(parts),
+        _whole(parts),
+        {names.find(name, backbone.stored): t for name, t in parts.adapter.frozen.items()},
         {
             names.find(f"{module}.weight", backbone.shapes): rows
-            for module, rows in adapter.tokens.items()
+            for module, rows in parts.adapter.tokens.items()
         },
     )
     homeless = [
@@ -57,20 +74,19 @@ def place(
         if name not in backbone.stored and not vocabulary.has(name)
     ]
     homeless += [r.values.name for name, r in placed.tokens.items() if not vocabulary.has(name)]
-    _refuse_homeless(adapter, homeless)
+    _refuse_homeless(parts.file, homeless)
     if both := sorted(set(placed.whole) & set(placed.pairs)):
-        raise InputError(f"{adapter.file}: {', '.join(both[:5])}: a whole tensor and a pair for it")
+        raise InputError(f"{parts.file}: {', '.join(both[:5])}: a whole tensor and a pair for it")
     return placed
 
 
-def _pairs(
-    adapter: TrainedAdapter, names: Names, backbone: Backbone, vocabulary: Vocabulary
-) -> dict[str, Pair]:
+def _pairs(parts: Parts) -> dict[str, Pair]:
+    backbone, vocabulary = parts.backbone, parts.vocabulary
     placed, homeless = {}, []
-    for module, pair in adapter.pairs.items():
-        name = names.of_backbone(f"{module}.weight")
+    for module, pair in parts.adapter.pairs.items():
+        name = parts.names.of_backbone(f"{module}.weight")
         if name not in backbone.shapes and not vocabulary.has(name):
-            name = names.find(f"{module}.weight", backbone.shapes)
+            name = parts.names.find(f"{module}.weight", backbone.shapes)
         placed[name] = pair
         own = backbone.shapes.get(name)
         if vocabulary.may_have(name, pair.shape, own):
@@ -79,83 +95,73 @@ def _pairs(
             homeless += [pair.lora_A.name, pair.lora_B.name]
         elif own != turned_shape(pair.shape, backbone.kinds[name]):
             raise InputError(
-                f"{adapter.file}: tensor {pair.lora_A.name!r}: {name!r} is {list(own)}, the "
+                f"{parts.file}: tensor {pair.lora_A.name!r}: {name!r} is {list(own)}, the "
                 f"product of the pair {list(pair.shape)}",
                 hint=OTHER,
             )
-        elif backbone.dtype(name) not in FLOATS:
+        elif (dtype := backbone.base(name).dtype) not in FLOATS:
             raise InputError(
-                f"{adapter.file}: tensor {pair.lora_A.name!r} is for {name!r}, which is of dtype "
-                f"{backbone.dtype(name)}"
+                f"{parts.file}: tensor {pair.lora_A.name!r} is for {name!r}, which is of dtype "
+                f"{dtype}"
             )
-    _refuse_homeless(adapter, homeless)
+    _refuse_homeless(parts.file, homeless)
     return placed
 
 
-def _whole(
-    adapter: TrainedAdapter, names: Names, backbone: Backbone, vocabulary: Vocabulary
-) -> dict[str, StoredTensor]:
+def _whole(parts: Parts) -> dict[str, StoredTensor]:
+    backbone, vocabulary = parts.backbone, parts.vocabulary
     placed: dict[str, StoredTensor] = {}
     homeless = []
-    for trained, tensor in adapter.whole.items():
-        name = names.find(trained, backbone.shapes)
+    for trained, tensor in parts.adapter.whole.items():
+        name = parts.names.find(trained, backbone.shapes)
         if name not in backbone.shapes and vocabulary.is_bias(name) and len(vocabulary.biases) == 1:
             name = vocabulary.biases[0]  # tied: the same under another name
-        if name in placed and not _is_same_bias(adapter, name, (tensor, placed[name]), vocabulary):
-            raise InputError(f"{adapter.file}: tensor {tensor.name!r}: {name!r} is there twice")
+        if name in placed and not _is_same_bias(parts, name, tensor, placed[name]):
+            raise InputError(f"{parts.file}: tensor {tensor.name!r}: {name!r} is there twice")
         placed[name] = tensor
         own = backbone.shapes.get(name)
         if vocabulary.may_have(name, tensor.shape, own):
             continue
         # A second output embedding would leave the one that the model uses as it was.
         second = bool(vocabulary.outputs) and vocabulary.is_output(name)
-        if own is None and (second or not adapter.saves(trained)):
+        if own is None and (second or not parts.adapter.saves(trained)):
             homeless.append(tensor.name)
         elif own is not None and own != tensor.shape:
             raise InputError(
-                f"{adapter.file}: tensor {tensor.name!r} is {list(tensor.shape)}, "
+                f"{parts.file}: tensor {tensor.name!r} is {list(tensor.shape)}, "
                 f"{name!r} of the backbone {list(own)}",
                 hint=OTHER,
             )
-    _refuse_homeless(adapter, homeless)
+    _refuse_homeless(parts.file, homeless)
     return placed
 
 
-def _is_same_bias(
-    adapter: TrainedAdapter,
-    name: str,
-    both: tuple[StoredTensor, StoredTensor],
-    vocabulary: Vocabulary,
-) -> bool:
-    """Whether two tensors of ``adapter`` are the bias ``name`` of the output embedding, which some
+def _is_same_bias(parts: Parts, name: str, first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors of the adapter are the bias ``name`` of the output embedding, which some
     models have under two names."""
-    first, second = ((adapter.file, tensor) for tensor in both)
-    return vocabulary.is_bias(name) and same_bytes(first, second)
+    file = parts.file
+    return parts.vocabulary.is_bias(name) and same_bytes(InFile(file, first), InFile(file, second))
 
 
-def _refuse_homeless(adapter: TrainedAdapter, names: Sequence[str]) -> None:
+def _refuse_homeless(file: Path, names: Sequence[str]) -> None:
     if names:
         more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
         listed = ", ".join(repr(name) for name in names[:_MOST_SHOWN])
-        raise InputError(
-            f"{adapter.file}: the backbone has no place for {listed}{more}", hint=OTHER
-        )
+        raise InputError(f"{file}: the backbone has no place for {listed}{more}", hint=OTHER)
 
 
-def refuse_incomplete(
-    adapter: TrainedAdapter, names: Names, matrices: Collection[str], placed: Placed
-) -> None:
+def refuse_incomplete(parts: Parts, placed: Placed) -> None:
     """Raise InputError if a quantized matrix lacks the pair that the adapter's config names."""
     lacking = []
-    for name in matrices:
-        trained = names.of_trained(name)
+    for name in parts.backbone.matrices:
+        trained = parts.names.of_trained(name)
         if trained is not None and name not in placed.pairs and name not in placed.whole:
             module = trained.removesuffix(".weight")
-            lacking += [module] * adapter.targets(module)
+            lacking += [module] * parts.adapter.targets(module)
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise InputError(
-            f"{adapter.file}: tensor '{PREFIX}{lacking[0]}.lora_A.weight'{more} missing, "
+            f"{parts.file}: tensor '{PREFIX}{lacking[0]}.lora_A.weight'{more} missing, "
             "the adapter's target_modules name it",
             hint="give the complete adapter of this conversion",
         )

@@ -15,14 +15,11 @@ import torch
 
 from loftq_cli.checkpoint.companions import copy_files
 from loftq_cli.checkpoint.dtypes import tag_named, torch_dtype
-from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.output import open_output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
-from loftq_cli.checkpoint.stored import read
 from loftq_cli.checkpoint.writer import GrowingShard
 from loftq_cli.errors import NonFiniteWeightError, UsageError
-from loftq_cli.families.kinds import turned
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
 from loftq_cli.loading.intact import check_start
@@ -191,7 +188,7 @@ def _write_tensor(
 def _value(plan: MergePlan, item: Merged) -> torch.Tensor:
     """A merged matrix, as the source stores it, in its final dtype."""
     name, directory = item.spec.name, plan.output.directory
-    value = _base(plan, item)
+    value = item.weight.read_base()
     pair, tokens = item.weight.pair, item.weight.tokens
     with TensorFile(plan.adapter.file) as file:
         if pair is not None:
@@ -216,21 +213,6 @@ def _value(plan: MergePlan, item: Merged) -> torch.Tensor:
             hint="use --dtype float32, or for values up to 3e38 --dtype bfloat16",
         )
     return result
-
-
-def _base(plan: MergePlan, item: Merged) -> torch.Tensor:
-    """What a merged matrix is without the adapter's pair, float32, zero if nothing is stored."""
-    first, second = item.weight.base
-    if isinstance(second, StoredTensor):
-        assert isinstance(first, Path)
-        with TensorFile(first) as file:
-            value = file.read(second).float()
-        missing = item.spec.shape[-1] - value.shape[-1]
-        return torch.nn.functional.pad(value, (0, missing)) if missing else value
-    assert not isinstance(first, Path)
-    specs = first.specs(second)
-    parts = {spec.name: read(plan.output.directory, plan.stored, spec) for spec in specs}
-    return turned(first.decode(second, parts), second.kind).contiguous()
 
 
 def _index(plan: MergePlan) -> dict[str, Any]:

@@ -10,15 +10,14 @@ from pathlib import Path
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.source import Shard, Source
-from loftq_cli.checkpoint.stored import Stored
 from loftq_cli.checkpoint.writer import place as place_in_file
 from loftq_cli.families.anatomy import anatomy
 from loftq_cli.families.token_tables import token_tables
 from loftq_cli.layouts.trained import TrainedAdapter
 from loftq_cli.loading.trained_beside import refuse_other_conversion
-from loftq_cli.merging.backbone import Backbone, Weight, open_backbone
-from loftq_cli.merging.embeddings import Embeddings, Parts, settle_embeddings
-from loftq_cli.merging.match import place, refuse_incomplete
+from loftq_cli.merging.backbone import Backbone, Weight, as_it_is, open_backbone
+from loftq_cli.merging.embeddings import Embeddings, settle_embeddings
+from loftq_cli.merging.match import Parts, Placed, place, refuse_incomplete
 from loftq_cli.merging.names import Names, match_names, places_all, recorded
 from loftq_cli.merging.tokenizer import merged_companions
 from loftq_cli.merging.vocabulary import Vocabulary, vocabulary_of
@@ -52,7 +51,6 @@ class MergePlan:
     output: Output
     backbone: Source
     adapter: TrainedAdapter
-    stored: Stored
     shards: Sequence[tuple[str, Sequence[Copied | Merged]]]
     added: Sequence[TensorSpec]
     replaced: Sequence[str]
@@ -93,45 +91,63 @@ def make_merge_plan(
     """
     refuse_other_conversion(output, adapter.file, adapter.config)
     backbone = open_backbone(output, source)
-    names, vocabulary = _names(backbone, adapter)
-    placed = place(adapter, names, backbone, vocabulary)
-    refuse_incomplete(adapter, names, backbone.matrices, placed)
-    embeddings = settle_embeddings(Parts(backbone, adapter, placed, vocabulary))
-    texts = merged_companions(output, adapter, embeddings)
-
-    def settle(name: str) -> Copied | Merged:
-        weight = embeddings.weights.get(name)
-        if weight is None and name in placed.whole:
-            return _copied(name, adapter.file, placed.whole[name])
-        if weight is None:
-            weight = backbone.weight(name, placed.pairs.get(name))
-        if weight.copied is not None:
-            return _copied(name, *weight.copied)
-        known = name if name in backbone.shapes else vocabulary.inputs[0]
-        pair = weight.pair
-        turned = pair is not None and (pair.embedding or backbone.kinds[known] == "conv1d")
-        spec = TensorSpec(name, dtype or backbone.dtype(known), weight.shape)
-        return Merged(spec, weight, turned)
-
+    parts = Parts(backbone, adapter, *_names(backbone, adapter))
+    placed = place(parts)
+    refuse_incomplete(parts, placed)
+    embeddings = settle_embeddings(parts, placed)
+    result = _Result(parts, placed, embeddings, dtype)
     shards = [
-        (shard.name, [settle(name) for name in _in_order(shard, backbone)])
+        (shard.name, [result.tensor(name) for name in _in_order(shard, backbone)])
         for shard in source.shards
     ]
-    new = [name for name in placed.whole if name not in backbone.shapes]
-    new = [name for name in new if name not in embeddings.dropped]
-    added = [settle(name) for name in dict.fromkeys((*new, *embeddings.added))]
+    added = [result.tensor(name) for name in result.added]
     shards[-1][1].extend(added)
     return MergePlan(
         output=output,
         backbone=source,
         adapter=adapter,
-        stored=backbone.stored,
         shards=shards,
         added=[item.spec for item in added],
         replaced=[name for name in placed.whole if name in backbone.shapes],
         embeddings=embeddings,
-        companions=texts,
+        companions=merged_companions(output, adapter, embeddings),
     )
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What the tensors of the result are made of; ``dtype`` as in :func:`make_merge_plan`."""
+
+    parts: Parts
+    placed: Placed
+    embeddings: Embeddings
+    dtype: str | None
+
+    @property
+    def added(self) -> list[str]:
+        """The names of the tensors that the backbone lacks."""
+        shapes, dropped = self.parts.backbone.shapes, self.embeddings.dropped
+        new = [name for name in self.placed.whole if name not in shapes and name not in dropped]
+        return list(dict.fromkeys((*new, *self.embeddings.added)))
+
+    def tensor(self, name: str) -> Copied | Merged:
+        """How the tensor ``name`` comes about."""
+        backbone = self.parts.backbone
+        weight = self._weight(name)
+        if (copied := weight.copied) is not None:
+            return Copied(TensorSpec(name, copied.dtype, copied.shape), copied.file, copied.tensor)
+        known = name if name in backbone.shapes else self.parts.vocabulary.inputs[0]
+        pair = weight.pair
+        turned = pair is not None and (pair.embedding or backbone.kinds[known] == "conv1d")
+        spec = TensorSpec(name, self.dtype or backbone.base(known).dtype, weight.shape)
+        return Merged(spec, weight, turned)
+
+    def _weight(self, name: str) -> Weight:
+        if name in self.embeddings.weights:
+            return self.embeddings.weights[name]
+        if name in self.placed.whole:
+            return as_it_is(self.parts.file, self.placed.whole[name])
+        return self.parts.backbone.weight(name, self.placed.pairs.get(name))
 
 
 def _names(backbone: Backbone, adapter: TrainedAdapter) -> tuple[Names, Vocabulary]:
@@ -156,7 +172,3 @@ def _in_order(shard: Shard, backbone: Backbone) -> list[str]:
     """The names of what a shard holds: of a matrix, which has several parts, once."""
     tensors = shard.header.tensors
     return list(dict.fromkeys(backbone.parts.get(t.name, t.name) for t in tensors))
-
-
-def _copied(name: str, file: Path, tensor: StoredTensor) -> Copied:
-    return Copied(TensorSpec(name, tensor.dtype, tensor.shape), file, tensor)

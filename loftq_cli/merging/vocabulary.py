@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.families.architecture import HEAD_BIAS, has_output_embedding, shared_with
 from loftq_cli.families.token_tables import TokenTables
-from loftq_cli.merging.backbone import Backbone, Place
+from loftq_cli.merging.backbone import Backbone, InFile
+from loftq_cli.merging.same import same_bytes
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,5 @@ def vocabulary_of(backbone: Backbone, tables: TokenTables | None) -> Vocabulary:
     tied = tables.tied if tables and tables.outputs else named
     if tied and outputs:  # stored twice; transformers ties what is the same
         first, second = (backbone.stored.get(name) for name in (inputs[0], outputs[0]))
-        tied = first is not None and second is not None and same_bytes(first, second)
+        tied = bool(first and second and same_bytes(InFile(*first), InFile(*second)))
     return replace(found, outputs=outputs, biases=biases, tied=tied)
-
-
-def same_bytes(first: Place, second: Place) -> bool:
-    """Whether two tensors in files are the same in dtype, shape and bytes."""
-    (path, ours), (other, theirs) = first, second
-    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
-        return False
-    with TensorFile(path) as one, TensorFile(other) as two:
-        return all(
-            mine == yours for mine, yours in zip(one.pieces(ours), two.pieces(theirs), strict=True)
-        )

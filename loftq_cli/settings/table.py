@@ -57,7 +57,7 @@ class Entry:
     ``paper``: its default under that preset. ``group``, ``help``, ``metavar``, ``short`` and
     ``default_help`` make the option; without a group there is none. ``absent``: what a manifest
     without it meant, if it may be without. ``settled``: the schema of its value in a manifest, if
-    that is not what may be asked for; ``optional``: None is a value.
+    that is not what may be asked for.
     """
 
     name: str
@@ -74,11 +74,6 @@ class Entry:
 
     def default_of(self, preset: str) -> Any:
         return self.paper if preset == "paper" and self.paper is not _SAME else self.default
-
-    @property
-    def optional(self) -> bool:
-        """Whether None is one of its values."""
-        return self.default is None or self.name == "bits"
 
     @property
     def required(self) -> bool:

@@ -67,6 +67,7 @@ TESTED_BY = {
     "merging/match.py": "merging/test_merge_errors.py",
     "merging/names.py": "merging/test_trained.py",
     "merging/plan.py": "merging/test_heads.py",
+    "merging/same.py": "merging/test_vocabulary.py",
     "merging/tokenizer.py": "merging/test_vocabulary.py",
     "numerics/decomposition.py": "numerics/test_alternation.py",
     "numerics/finite.py": "conversion/test_float64.py",

@@ -68,6 +68,14 @@ def test_they_convert_inspect_and_report(model: Path, tmp_path: Path) -> None:
     merge(tmp_path)
 
 
+def test_the_command_knows_them_too(model: Path, tmp_path: Path) -> None:
+    words = ["convert", str(model), "-o", str(tmp_path / "out"), "--layout", LAYOUT]
+    more = ["--method", METHOD, "--bits", "3", "--dry-run"]
+    result = CliRunner().invoke(main, [*words, *more])
+    assert result.exit_code == 0, result.output
+    assert LAYOUT in CliRunner().invoke(main, ["convert", "--help"]).output
+
+
 def test_what_is_merged_is_what_the_toys_mean(model: Path, tmp_path: Path) -> None:
     """From the files alone: scale times power of two, plus B A."""
     loftq_cli.convert(model, tmp_path / "out", **SETTINGS)
