@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.dtypes import name_of
-from loftq_cli.checkpoint.source import CONFIG, read_json
 from loftq_cli.families.architecture import TEXT_CONFIGS
 from loftq_cli.families.classes import auto_class, brings_code
 from loftq_cli.families.tasks import CLASSIFIERS, LABELS
@@ -116,11 +115,11 @@ def provenance(plan: MergePlan) -> dict[str, Any]:
     }
 
 
-def snippet(plan: MergePlan, output: Path, final: Path) -> str:
+def snippet(plan: MergePlan, output: Path) -> str:
     """Python that loads the result."""
     task = plan.adapter.config.get("task_type")
     name = CLASSIFIERS.get(str(task)) if plan.added else None
-    config = read_json(final / CONFIG).content
+    config = merged_config(plan)
     name = name or auto_class(config)
     runs = ", trust_remote_code=True" if brings_code(config) else ""
     return (

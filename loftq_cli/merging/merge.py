@@ -88,7 +88,7 @@ def merge(
         "bytes": plan.tensor_bytes,
         "directory": str(directory),
         "dtype": dtype_name(plan.dtype),
-        "loading": snippet(plan, output, final),
+        "loading": snippet(plan, output),
         "matrices": len(plan.merged),
         "output": str(output),
         "replaced": sorted(plan.replaced),
