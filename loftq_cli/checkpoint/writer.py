@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -55,6 +56,15 @@ def place(
         placed[spec.name] = StoredTensor(spec.name, spec.dtype, spec.shape, position)
         position += spec.nbytes
     return header, placed
+
+
+def index_of(files: Iterable[tuple[str, Iterable[TensorSpec]]]) -> dict[str, Any]:
+    """The content of model.safetensors.index.json: which of several files holds which tensor."""
+    held = [(spec, name) for name, specs in files for spec in specs]
+    return {
+        "metadata": {"total_size": sum(spec.nbytes for spec, _ in held)},
+        "weight_map": {spec.name: name for spec, name in held},
+    }
 
 
 def pieces_of(tensor: torch.Tensor) -> Iterator[memoryview]:

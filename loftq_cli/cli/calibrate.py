@@ -71,7 +71,7 @@ def calibrate(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Measure what the linear layers of MODEL take in when it reads text.
+    """Measure the inputs of MODEL's linear layers while it reads text.
 
     MODEL is a checkpoint directory or a hub id, as for convert. The file weights the error that
     convert makes small. Needs the extra [train].

@@ -38,10 +38,7 @@ def inspection(found: Mapping[str, Any], *, as_json: bool) -> None:
         ("widths", show.kinds(found["layers"])),
         ("parameters", f"{totals['parameters']:,}"),
         ("passed through", f"{found['passed_through']} tensors"),
-        (
-            "backbone",
-            show.shrinking(totals),
-        ),
+        ("backbone", show.shrinking(totals)),
         ("adapter", console.size(totals["adapter_bytes"])),
         (
             "bits per weight",

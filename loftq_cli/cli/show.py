@@ -99,10 +99,7 @@ def outcome(manifest: Mapping[str, Any], output: str, *, again: bool, as_json: b
         [
             ("matrices", f"{len(manifest['matrices'])}, {kinds(manifest['matrices'])}"),
             ("layout", manifest["matrices"][0]["layout"]),
-            (
-                "backbone",
-                shrinking(totals),
-            ),
+            ("backbone", shrinking(totals)),
             ("adapter", console.size(totals["adapter_bytes"])),
             ("bits per weight", f"{totals['bits_per_weight']:.3f}"),
             ("residual", f"{final:.4f} with the adapter, {plain:.4f} without (of the weights)"),

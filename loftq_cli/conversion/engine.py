@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -18,7 +17,7 @@ from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.output import MANIFEST
 from loftq_cli.checkpoint.reader import ShardReader
 from loftq_cli.checkpoint.source import CONFIG, INDEX
-from loftq_cli.checkpoint.writer import GrowingShard
+from loftq_cli.checkpoint.writer import GrowingShard, index_of
 from loftq_cli.conversion import record as manifests
 from loftq_cli.conversion.journal import Journal, ReadShard, Subject, Unit
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
@@ -88,11 +87,11 @@ class Conversion:
                 self._convert_shard(shard, journal, adapters, deliveries)
                 deliveries.done(shard.source.name)
         copy_companions(plan.source.directory, output)
-        write_file(output / CONFIG, _json(self._config()))
+        write_file(output / CONFIG, pretty_json(self._config(), in_order=True))
         write_file(output / adapter.DIRECTORY / adapter.CONFIG, pretty_json(self._adapter_config()))
         if len(plan.shards) > 1:
-            index = output / INDEX
-            write_file(index, pretty_json(self._index()))
+            index = index_of((shard.name, shard.specs) for shard in plan.shards)
+            write_file(output / INDEX, pretty_json(index))
         with explained(output):
             value = manifests.build(
                 plan,
@@ -263,13 +262,6 @@ class Conversion:
             and any(item.matrix.kind == "conv1d" for item in plan.matrices.values()),
         )
 
-    def _index(self) -> dict[str, Any]:
-        weight_map = {spec.name: shard.name for shard in self.plan.shards for spec in shard.specs}
-        return {
-            "metadata": {"total_size": self.plan.backbone_bytes},
-            "weight_map": weight_map,
-        }
-
     def _environment(self, seconds: float) -> dict[str, Any]:
         device = self.plan.device
         cuda = device.type == "cuda"
@@ -286,8 +278,3 @@ def _described(record: Mapping[str, Any]) -> str:
     norms = record["frobenius"]
     left = norms["final"] / (norms["weight"] or 1.0)
     return f"{record['name']}: converted, residual {left:.4f} of the weight, step {record['step']}"
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    """The config in the source's own key order."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

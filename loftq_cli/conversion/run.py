@@ -156,7 +156,8 @@ class _Work:
             raise
         finally:
             self.observer.end()
-        self.observer.note(f"layout loftq, because gptq cannot hold it: {message}")
+        taken, left = self.fallback.layout.name, self.plan.layout.name
+        self.observer.note(f"layout {taken}, because {left} cannot hold it: {message}")
         return replace(self, plan=self.fallback).finish()
 
 

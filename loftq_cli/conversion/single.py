@@ -6,7 +6,7 @@ import torch
 
 from loftq_cli.checkpoint.dtypes import resolve, tag_of
 from loftq_cli.errors import NonFiniteWeightError, StatisticsError, UsageError
-from loftq_cli.layouts import registry
+from loftq_cli.layouts import adapter, registry
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.numerics.decomposition import Decomposition
 from loftq_cli.numerics.metrics import first_non_finite
@@ -51,11 +51,10 @@ def decompose(
     matrix = Matrix("", (rows, columns), tag, method, bits, settings.block_size)
     layout = registry.holding_everything()
     recipe = settled(settings, layout.name, method, weight.device)
-    alpha = settings.lora_alpha
     item = PlannedMatrix(
         matrix,
         settings.rank,
-        1.0 if alpha is None else alpha / settings.rank,
+        adapter.scaling(settings.lora_alpha, settings.rank),
         resolve(settings.adapter_dtype, tag),
         (),
     )

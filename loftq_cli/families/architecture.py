@@ -250,7 +250,7 @@ def is_decoder_only(config: Mapping[str, Any], stacks: Collection[str]) -> bool:
     return causal and not config.get("is_encoder_decoder") and len(stacks) == 1
 
 
-def initialised(config: Mapping[str, Any]) -> str | None:
+def initialised_through_weights(config: Mapping[str, Any]) -> str | None:
     """Why a library that hides weights cannot load this model, or None."""
     if config.get("model_type") == "gpt_bigcode":
         return "transformers initialises gpt_bigcode through weights that gptqmodel hides"

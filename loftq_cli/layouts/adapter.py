@@ -65,6 +65,11 @@ def sides(
     return (second.T, first.T) if matrix.kind == "embedding" else (first, second)
 
 
+def scaling(lora_alpha: float | None, rank: int) -> float:
+    """What PEFT multiplies B A with. ``lora_alpha`` None: the rank."""
+    return 1.0 if lora_alpha is None else lora_alpha / rank
+
+
 def config(
     ranks: Mapping[str, int],
     rank: int,

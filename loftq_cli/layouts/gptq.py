@@ -16,7 +16,11 @@ import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.errors import CorruptFileError
-from loftq_cli.families.architecture import initialised, is_decoder_only, unreplaceable
+from loftq_cli.families.architecture import (
+    initialised_through_weights,
+    is_decoder_only,
+    unreplaceable,
+)
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
 from loftq_cli.numerics.quantizers.packing import pack, unpack
@@ -72,7 +76,9 @@ class GptqLayout(Layout):
         if len(surroundings.stacks) != 1:
             stacks = ", ".join(surroundings.stacks) or "none"
             return f"optimum loads gptq layers from one stack of blocks, this model has: {stacks}"
-        return initialised(surroundings.config) or unreplaceable(surroundings.config)
+        return initialised_through_weights(surroundings.config) or unreplaceable(
+            surroundings.config
+        )
 
     def specs(self, matrix: Matrix) -> list[TensorSpec]:
         out_features, in_features = matrix.shape

@@ -119,8 +119,8 @@ class PackedLayout(Layout):
 
 
 def stored_block_size(matrix: Matrix) -> int:
-    """The block size that decoding uses: 0, one block for
-    everything, if the method has one scale."""
+    """The block size that decoding uses: 0, one block for everything, if the method has one
+    scale."""
     return 0 if method(matrix.method).one_scale else matrix.block_size
 
 

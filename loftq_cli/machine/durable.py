@@ -17,6 +17,8 @@ from typing import Any
 from loftq_cli.errors import EnvironmentFailure
 
 _PIECE = 16 << 20
+# What is wrong with a path, whoever reads it and from whatever disk.
+_OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @contextmanager
@@ -29,6 +31,22 @@ def explained(path: Path) -> Iterator[None]:
         raise EnvironmentFailure(
             f"{error.filename or path}: {reason}",
             hint="free space or fix the permissions; the same command then resumes",
+        ) from error
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block that says nothing of the file's contents, such as a lack of
+    permission or a failing disk, into an EnvironmentFailure. One of a path that names no file
+    stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _OF_THE_PATH:
+            raise
+        raise EnvironmentFailure(
+            f"{path}: {error.strerror or error}",
+            hint="check that it may be read, and that its disk is well",
         ) from error
 
 
@@ -117,8 +135,8 @@ def utc(nanoseconds: int) -> str:
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09}Z"
 
 
-def pretty_json(value: Any) -> bytes:
-    """UTF-8, sorted keys, two spaces, a final newline."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+def pretty_json(value: Any, *, in_order: bool = False) -> bytes:
+    """UTF-8, two spaces, a final newline; keys sorted, or ``in_order`` as they are."""
+    text = json.dumps(value, indent=2, sort_keys=not in_order, ensure_ascii=False) + "\n"
     # What UTF-8 cannot hold, lone surrogates from file names, becomes JSON's own escape.
     return text.encode("utf-8", "backslashreplace")

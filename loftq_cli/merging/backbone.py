@@ -48,7 +48,7 @@ class InFile:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class StoredMatrix:
     """A quantized matrix, whose parts are ``stored`` in the output in ``directory``."""
 
     layout: Layout
@@ -83,7 +83,7 @@ class Weight:
     """What a tensor of the result is made of: ``base``, plus the product of ``pair``, or with
     ``tokens`` in the place of rows. If ``shape`` has more columns than the base, they are zero."""
 
-    base: InFile | Quantized
+    base: InFile | StoredMatrix
     shape: tuple[int, ...]
     pair: Pair | None = None
     tokens: TokenRows | None = None
@@ -119,7 +119,7 @@ class Backbone:
     output: Output
     source: Source
     stored: Stored
-    matrices: Mapping[str, Quantized]
+    matrices: Mapping[str, StoredMatrix]
     parts: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     kinds: Mapping[str, Kind]
@@ -133,7 +133,7 @@ class Backbone:
         """The tensor ``name``, plus the product of ``pair``."""
         return Weight(self.base(name), self.shapes[name], pair)
 
-    def base(self, name: str) -> InFile | Quantized:
+    def base(self, name: str) -> InFile | StoredMatrix:
         """The tensor ``name`` before training."""
         return self.matrices.get(name) or InFile(*self.stored[name])
 
@@ -146,7 +146,7 @@ def open_backbone(output: Output, source: Source) -> Backbone:
     for record in output.records:
         matrix = matrix_of(record)
         layout = layout_of(record, output.manifest["recipe"])
-        matrices[matrix.name] = Quantized(layout, matrix, output.directory, stored)
+        matrices[matrix.name] = StoredMatrix(layout, matrix, output.directory, stored)
         for spec in layout.specs(matrix):
             find(output.directory, stored, spec)
             parts[spec.name] = matrix.name

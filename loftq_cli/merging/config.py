@@ -24,7 +24,7 @@ def dtype_name(tag: str | None) -> str | None:
 def merged_config(plan: MergePlan) -> dict[str, Any]:
     """The backbone's config.json without its quantization, with the dtype that the matrices have
     now; if tokens or a head were added, with their number and the class that was trained."""
-    config = dict(plan.backbone.config.content)
+    config = dict(plan.source.config.content)
     config.pop("quantization_config", None)
     name = dtype_name(plan.dtype)
     if name:

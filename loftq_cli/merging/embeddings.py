@@ -1,5 +1,5 @@
 """The input and output embedding of a merged model: trained in full, by rows, with a pair; resized;
-tied or not. What comes out is what the trained model computes with, or a refusal."""
+tied or not. The result is what the trained model computes with, or a refusal."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ rounded once; all other tensors are copied. One matrix is in memory at a time.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from loftq_cli.checkpoint.dtypes import tag_named, torch_dtype
 from loftq_cli.checkpoint.output import open_output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
-from loftq_cli.checkpoint.writer import GrowingShard
+from loftq_cli.checkpoint.writer import GrowingShard, index_of
 from loftq_cli.errors import NonFiniteWeightError, UsageError
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
@@ -162,12 +161,10 @@ def _write(plan: MergePlan, target: Path, observer: Observer) -> None:
     finally:
         observer.end()
     if len(plan.shards) > 1:
-        write_file(target / INDEX, pretty_json(_index(plan)))
+        index = index_of((name, [item.spec for item in items]) for name, items in plan.shards)
+        write_file(target / INDEX, pretty_json(index))
     copy_files(plan.companions, target)
-    text = (
-        json.dumps(merged_config(plan), indent=2, ensure_ascii=False) + "\n"
-    )  # in the source's order
-    write_file(target / CONFIG, text.encode())
+    write_file(target / CONFIG, pretty_json(merged_config(plan), in_order=True))
     write_file(target / MARKER, pretty_json(provenance(plan)))
 
 
@@ -213,10 +210,3 @@ def _value(plan: MergePlan, item: Merged) -> torch.Tensor:
             hint="use --dtype float32, or for values up to 3e38 --dtype bfloat16",
         )
     return result
-
-
-def _index(plan: MergePlan) -> dict[str, Any]:
-    return {
-        "metadata": {"total_size": plan.tensor_bytes},
-        "weight_map": {item.spec.name: name for name, items in plan.shards for item in items},
-    }

@@ -49,7 +49,7 @@ class MergePlan:
     are copied along, by relative name."""
 
     output: Output
-    backbone: Source
+    source: Source
     adapter: TrainedAdapter
     shards: Sequence[tuple[str, Sequence[Copied | Merged]]]
     added: Sequence[TensorSpec]
@@ -104,7 +104,7 @@ def make_merge_plan(
     shards[-1][1].extend(added)
     return MergePlan(
         output=output,
-        backbone=source,
+        source=source,
         adapter=adapter,
         shards=shards,
         added=[item.spec for item in added],

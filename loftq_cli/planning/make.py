@@ -16,7 +16,7 @@ from loftq_cli.families.anatomy import Anatomy, anatomy
 from loftq_cli.families.blocks import stacks
 from loftq_cli.families.experts import check_ranks
 from loftq_cli.families.kinds import turned_shape
-from loftq_cli.layouts import registry
+from loftq_cli.layouts import adapter, registry
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
 from loftq_cli.layouts.registry import make_layout
 from loftq_cli.numerics.quantizers import methods
@@ -213,7 +213,7 @@ def _stored(
         planned[matrix.name] = PlannedMatrix(
             matrix,
             rank,
-            1.0 if recipe.lora_alpha is None else recipe.lora_alpha / rank,
+            adapter.scaling(recipe.lora_alpha, rank),
             dtypes.resolve(recipe.adapter_dtype, matrix.dtype),
             tuple(layout.specs(matrix)),
         )

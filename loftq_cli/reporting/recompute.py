@@ -140,8 +140,7 @@ def _residual(
         for spec in adapter.specs(matrix, record["rank"], adapter_dtype)
     )
     lora_A, lora_B = adapter.sides(matrix, first, second)
-    alpha = recipe["lora_alpha"]
-    scaling = 1.0 if alpha is None else alpha / record["rank"]
+    scaling = adapter.scaling(recipe["lora_alpha"], record["rank"])
     residual = weight - layout.decode(matrix, tensors)
     return residual.addmm_(lora_B.float() * scaling, lora_A.float(), alpha=-1)
 

@@ -55,8 +55,9 @@ class Options:
             settings.update({"momentum": False, "feedback": False, **given})
         if "target_bpw" in given and "bits" not in given:
             settings["bits"] = None
-        _check_together(Settings(**settings), given)
-        return Settings(**settings)
+        resolved = Settings(**settings)
+        _check_together(resolved, given)
+        return resolved
 
 
 def _check_together(settings: Settings, given: Mapping[str, Any]) -> None:
