@@ -29,7 +29,7 @@ from loftq_cli.errors import (
     UsageError,
 )
 from loftq_cli.families.kinds import turned_shape
-from loftq_cli.machine.durable import explained
+from loftq_cli.machine.durable import explained, readable
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.resources import check_space, memory_explained
 from loftq_cli.machine.workspace import Workspace
@@ -264,7 +264,8 @@ def read_text(option: str, path: Path) -> Text:
     empty, no UTF-8, or a pointer of git-lfs."""
     refuse_pointer(path)
     try:
-        raw = path.read_bytes()
+        with readable(path):
+            raw = path.read_bytes()
     except FileNotFoundError:
         raise SourceNotFoundError(
             f"{option} {path}: no such file", hint="give a text file"

@@ -29,7 +29,7 @@ class Course:
 def course_of(model: nn.Module, run: Run, layers: Mapping[str, str]) -> Course:
     """Where ``model`` calls ``layers``, names to modules of it.
 
-    Calls the model on window 0, twice: as it is, and block by block. There are no blocks where one
+    Calls the model on window 0, twice: as it is, and block by block. There are no blocks if one
     is called twice, or if a block or a layer in it gets another input than in the model as it
     is.
     """

@@ -1,4 +1,4 @@
-"""What linear layers take in while a model runs, with layers that share an input kept together."""
+"""The inputs of linear layers while a model runs, with layers that share an input kept together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LayerInputs:
     """The moments of the inputs of ``layers`` (names to in_features).
 
     The distinct inputs of a window are numbered in the order in which layers see them. Two layers
-    share their moments where they see the same numbers; a layer that is called more than once sees
+    share their moments if they see the same numbers; a layer that is called more than once sees
     several. ``full`` as in Moments.
     """
 
@@ -33,7 +33,7 @@ class LayerInputs:
 
     @contextmanager
     def watched(self, model: nn.Module, modules: Mapping[str, str]) -> Iterator[None]:
-        """Count what the layers take in; ``modules``: where each of them is in ``model``."""
+        """Count the layers' inputs; ``modules``: where each of them is in ``model``."""
         handles = []
         for name in self._widths:
 
@@ -77,9 +77,10 @@ class LayerInputs:
         ]
 
     def _see(self, name: str, inputs: torch.Tensor) -> None:
-        if inputs.shape[-1] != self._widths[name]:
+        given, held = inputs.shape[-1], self._widths[name]
+        if given != held:
             raise UnsupportedInputError(
-                f"{name} takes in {inputs.shape[-1]} features, its weight has {self._widths[name]}"
+                f"{name}: its inputs have {given} features, its weight {held}"
             )
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
         # The version tells of writes in place. Nothing else can come to lie at the same address

@@ -15,11 +15,11 @@ from loftq_cli.checkpoint.companions import is_vocabulary
 from loftq_cli.errors import InputError, SourceNotFoundError, UnsupportedInputError
 from loftq_cli.families.classes import model_class
 from loftq_cli.machine.packages import missing_extra, required
+from loftq_cli.machine.resources import available_memory
 
 _DOING = "calibrating"
 # Shares of the free memory that weights may take; the rest is for activations and moments.
 _WHOLE, _PART = 0.7, 0.5
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -66,7 +66,7 @@ def load_model(
     """The model of ``directory``, of the class ``loaded_as``, in ``dtype``, for evaluation.
 
     ``nbytes`` is what its weights take. If they do not fit on ``device``, blocks are left in
-    host memory, and where they do not fit there, on disk (``offload_folder``, if the files of
+    host memory, and if they do not fit there, on disk (``offload_folder``, if the files of
     the checkpoint cannot be read directly). Raises InputError if transformers cannot load it
     or finds no weights for a block.
     """
@@ -104,28 +104,23 @@ def _check_complete(model: Any, report: Mapping[str, Any], directory: Path) -> N
 
 def _placement(nbytes: int, device: torch.device, folder: Path) -> dict[str, Any]:
     """Arguments of from_pretrained that put the weights where there is room."""
-    host = free_host_memory()
+    room = _room(torch.device("cpu"))
     if device.type == "cpu":
-        if nbytes <= _WHOLE * host:
+        if room is None or nbytes <= _WHOLE * room:
             return {}
-        limits: dict[int | str, int] = {"cpu": int(_PART * host)}
+        limits: dict[int | str, int] = {}
     else:
-        free = torch.cuda.mem_get_info(device)[0]
-        if nbytes <= _WHOLE * free:
+        free = _room(device)
+        if free is None or nbytes <= _WHOLE * free:
             return {"device_map": {"": device}}
-        limits = {device.index or 0: int(_PART * free), "cpu": int(_PART * host)}
+        limits = {device.index or 0: int(_PART * free)}
+    limits["cpu"] = nbytes if room is None else int(_PART * room)
     return {"device_map": "auto", "max_memory": limits, "offload_folder": str(folder)}
 
 
-def free_host_memory() -> int:
-    """Bytes that this process may still take, in its container if it is in one."""
-    psutil = required("psutil", "train", _DOING)
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        free = min(free, limit - used)
-    return free
+def _room(device: torch.device) -> int | None:
+    """Bytes for weights: every block is read once a window, which swap would make slow."""
+    return available_memory(device, swap=False)
 
 
 @contextlib.contextmanager

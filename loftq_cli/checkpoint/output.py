@@ -13,7 +13,7 @@ from loftq_cli.checkpoint.lfs import refuse_pointer, refuse_pointers
 from loftq_cli.checkpoint.names import is_plain_name
 from loftq_cli.checkpoint.schema import faults, manifest_schema
 from loftq_cli.errors import InputError, SourceNotFoundError, VerificationError
-from loftq_cli.machine.durable import file_sha256
+from loftq_cli.machine.durable import file_sha256, readable
 
 MANIFEST = "loftq_manifest.json"
 FORMAT_VERSION = 1
@@ -66,12 +66,15 @@ def open_output(directory: Path) -> Output:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest at ``path``. Raises VerificationError if it is broken, CorruptFileError if
-    it is a pointer of git-lfs, InputError if it is of a newer format."""
+    it is a pointer of git-lfs, InputError if it is of a newer format, EnvironmentFailure if it
+    cannot be read."""
     refuse_pointer(path)
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise VerificationError(f"{path}: larger than 256 MiB")
-        manifest = strict_json(path.read_bytes())
+        with readable(path):
+            if path.stat().st_size > MAX_MANIFEST_BYTES:
+                raise VerificationError(f"{path}: larger than 256 MiB")
+            raw = path.read_bytes()
+        manifest = strict_json(raw)
     except OSError as error:
         raise VerificationError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -91,20 +94,24 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def verify(output: Output) -> int:
     """Re-hash every file of ``output``; the number of files. Raises VerificationError with every
-    file that is missing or altered, CorruptFileError if there are pointers of git-lfs."""
+    file that is missing or altered, CorruptFileError if there are pointers of git-lfs,
+    EnvironmentFailure if a file cannot be read."""
     faults = []
     entries = output.manifest["outputs"]
     refuse_pointers(output.directory, (entry["name"] for entry in entries))
     for entry in entries:
         path = output.directory / entry["name"]
         try:
-            size = path.stat().st_size
-            if size != entry["size"]:
-                faults.append(f"{entry['name']}: {size} bytes, the manifest says {entry['size']}")
-            elif file_sha256(path) != entry["sha256"]:
-                faults.append(f"{entry['name']}: the contents were altered")
+            with readable(path):
+                size = path.stat().st_size
+                altered = size == entry["size"] and file_sha256(path) != entry["sha256"]
         except OSError as error:
             faults.append(f"{entry['name']}: {error.strerror or error}")
+            continue
+        if size != entry["size"]:
+            faults.append(f"{entry['name']}: {size} bytes, the manifest says {entry['size']}")
+        elif altered:
+            faults.append(f"{entry['name']}: the contents were altered")
     if faults:
         raise VerificationError(f"{output.directory}: " + "; ".join(faults))
     return len(entries)

@@ -16,6 +16,7 @@ from loftq_cli.checkpoint.header import shown, strict_json
 from loftq_cli.checkpoint.lfs import refuse_pointer
 from loftq_cli.checkpoint.names import ADAPTER_FOLDER, is_plain_name
 from loftq_cli.errors import CorruptFileError, SourceNotFoundError
+from loftq_cli.machine.durable import readable
 
 MODULES = "modules.json"
 _LARGEST = 1_000_000
@@ -41,15 +42,15 @@ def module_folders(directory: Path) -> tuple[str, ...]:
 
 def modules(directory: Path) -> list[dict[str, Any]]:
     """The entries of modules.json; empty if there are none. Raises CorruptFileError if it
-    cannot be read, is not JSON, or is a pointer of git-lfs: sentence-transformers would fail."""
+    is not JSON or is a pointer of git-lfs, sentence-transformers would fail; EnvironmentFailure if
+    it cannot be read."""
     path = directory / MODULES
     try:
-        if not path.is_file() or os.path.getsize(path) > _LARGEST:
-            return []
-        refuse_pointer(path)
-        content = strict_json(path.read_bytes())
-    except OSError as error:
-        raise CorruptFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+        with readable(path):
+            if not path.is_file() or os.path.getsize(path) > _LARGEST:
+                return []
+            refuse_pointer(path)
+            content = strict_json(path.read_bytes())
     except ValueError as error:
         raise CorruptFileError(
             f"{path}: not valid JSON: {error}", hint="download it again, or take the file away"

@@ -25,6 +25,7 @@ from loftq_cli.checkpoint.pipeline import refuse_parent
 from loftq_cli.checkpoint.strays import refuse_links_to_nothing, strays
 from loftq_cli.checkpoint.supply import PICKLED, Supply
 from loftq_cli.errors import CorruptFileError, SourceNotFoundError, UnsupportedInputError
+from loftq_cli.machine.durable import readable
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -157,7 +158,9 @@ def _read_shards(names: Sequence[str], supply: Supply) -> tuple[list[Shard], lis
     shards, faults = [], []
     for name in names:
         try:
-            shards.append(Shard(name, supply.path(name), supply.header(name)))
+            path = supply.path(name)
+            with readable(path):
+                shards.append(Shard(name, path, supply.header(name)))
         except FileNotFoundError:
             faults.append(f"{name}: missing, the index names it")
         except HeaderError as error:
@@ -261,15 +264,17 @@ def _can_be_written(value: object, levels: int) -> bool:
 
 
 def read_json(path: Path) -> SmallFile:
-    """A JSON object from a file. Raises SourceNotFoundError and CorruptFileError."""
+    """A JSON object from a file. Raises SourceNotFoundError, CorruptFileError, and
+    EnvironmentFailure if the file may not or cannot be read."""
     refuse_pointer(path)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptFileError(f"{path}: not a regular file")
-        if status.st_size > _MAX_JSON_BYTES:
-            raise CorruptFileError(f"{path}: larger than 100 MB")
-        raw = path.read_bytes()
+        with readable(path):
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptFileError(f"{path}: not a regular file")
+            if status.st_size > _MAX_JSON_BYTES:
+                raise CorruptFileError(f"{path}: larger than 100 MB")
+            raw = path.read_bytes()
     except FileNotFoundError:
         raise SourceNotFoundError(
             f"{path}: missing", hint="a checkpoint directory needs its config.json"

@@ -12,6 +12,7 @@ from loftq_cli.checkpoint.output import Output, verify
 from loftq_cli.errors import VerificationError
 from loftq_cli.layouts import adapter
 from loftq_cli.loading.trained_beside import START, start_is_replaced, trained_beside
+from loftq_cli.machine.durable import readable
 
 
 def check_files(output: Output, *, start: bool = True) -> None:
@@ -28,7 +29,8 @@ def check_files(output: Output, *, start: bool = True) -> None:
             continue
         file = output.directory / entry["name"]
         try:
-            size = file.stat().st_size
+            with readable(file):
+                size = file.stat().st_size
         except OSError as error:
             raise VerificationError(f"{file}: {error.strerror or error}") from error
         if size != entry["size"]:
@@ -59,7 +61,8 @@ def check_start(output: Output, taken: str) -> None:
     made; ``taken``: how to take one that training put there."""
     file = output.directory / START
     try:
-        replaced, size = start_is_replaced(output), file.stat().st_size
+        with readable(file):
+            replaced, size = start_is_replaced(output), file.stat().st_size
     except OSError as error:
         raise VerificationError(f"{file}: {error.strerror or error}") from error
     if replaced:

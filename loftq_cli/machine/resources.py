@@ -56,21 +56,22 @@ def check_memory(needed: int, what: str, device: torch.device) -> None:
         )
 
 
-def available_memory(device: torch.device) -> int | None:
+def available_memory(device: torch.device, *, swap: bool = True) -> int | None:
     """Bytes of memory that this process can still get on ``device``. On the host: of the machine,
-    swap included, of its control groups and of its own limit. None if nothing says."""
+    with its ``swap`` or without, of its control groups and of its own limit. None if nothing
+    says."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = [_of_machine(), *_of_groups(), _of_limit()]
+    found = [_of_machine(swap), *_of_groups(), _of_limit()]
     return min((size for size in found if size is not None), default=None)
 
 
-def _of_machine() -> int | None:
+def _of_machine(swap: bool) -> int | None:
     values = _values(Path("/proc/meminfo"))
     if "MemAvailable:" not in values:
         return None
-    return (values["MemAvailable:"] + values.get("SwapFree:", 0)) * 1024
+    return (values["MemAvailable:"] + (values.get("SwapFree:", 0) if swap else 0)) * 1024
 
 
 def _of_groups() -> Iterator[int]:

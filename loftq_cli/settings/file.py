@@ -16,7 +16,7 @@ from loftq_cli.checkpoint.header import strict_json
 from loftq_cli.checkpoint.lfs import refuse_pointer
 from loftq_cli.checkpoint.output import MANIFEST, MAX_MANIFEST_BYTES, read_manifest
 from loftq_cli.errors import EnvironmentFailure, InputError, SourceNotFoundError, UsageError
-from loftq_cli.machine.durable import write_file
+from loftq_cli.machine.durable import readable, write_file
 from loftq_cli.machine.resources import check_permissions
 from loftq_cli.settings.options import Options
 from loftq_cli.settings.recipe import settings_of
@@ -105,9 +105,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _raw(path: Path, most: int) -> bytes:
     try:
-        if path.stat().st_size > most:
-            raise InputError(f"{path}: larger than {most >> 20} MiB, this is no recipe")
-        return path.read_bytes()
+        with readable(path):
+            if path.stat().st_size > most:
+                raise InputError(f"{path}: larger than {most >> 20} MiB, this is no recipe")
+            return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 

@@ -98,8 +98,8 @@ class StatisticsWriter:
             os.close(self._file)
 
     def add(self, matrices: Sequence[str], moments: torch.Tensor, tokens: int) -> None:
-        """Append an entry: ``moments``, float32 (in,) or (in, in) over ``tokens`` tokens, of what
-        the layers of all ``matrices`` take in."""
+        """Append an entry: ``moments``, float32 (in,) or (in, in) over ``tokens`` tokens, of the
+        inputs that the layers of all ``matrices`` share."""
         entry = matrices[0].removesuffix(".weight")
         kind = DIAGONAL if moments.dim() == 1 else FULL
         spec = TensorSpec(f"{entry}.{kind}", "F32", tuple(moments.shape))

@@ -96,7 +96,7 @@ def _converted(
 
 @torch.inference_mode()
 def _inputs(model: Any, number: int, batches: list[Any]) -> Inputs:
-    """What the layers of a block take in, float32 (tokens, in), padding left out."""
+    """The inputs of the layers of a block, float32 (tokens, in), padding left out."""
     seen: dict[str, list[torch.Tensor]] = {layer: [] for layer in _LAYERS}
     for batch in batches:
         mask = batch["attention_mask"].bool()

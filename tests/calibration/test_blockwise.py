@@ -315,5 +315,5 @@ def test_what_is_not_finite_or_of_another_width_names_the_layer() -> None:
     with inputs.watched(model, each), torch.no_grad():
         with pytest.raises(NonFiniteActivationError, match="left: the inputs hold NaN or Inf"):
             model["left"](torch.full((2, WIDTH), torch.inf))
-        with pytest.raises(UnsupportedInputError, match="right takes in 3 features"):
+        with pytest.raises(UnsupportedInputError, match="right: its inputs have 3 features"):
             model["right"](torch.ones(2, 3))

@@ -56,6 +56,7 @@ def test_the_machine_has_memory_and_swap(machine: Path) -> None:
     text = "MemTotal: 9000 kB\nMemAvailable: 1000 kB\nSwapFree: 24 kB\nHugePages_Total: 0\n"
     (machine / "proc/meminfo").write_text(text)
     assert resources.available_memory(CPU) == 1024 * 1024
+    assert resources.available_memory(CPU, swap=False) == 1000 * 1024
 
 
 def test_every_control_group_around_the_process_counts(machine: Path) -> None:

@@ -110,7 +110,7 @@ def test_numerics_is_pure_torch():
             {"transformers", "peft"},
             {"families/names.py", *(f"loading/{n}.py" for n in ("beside", "load", "quantizer"))},
         ),
-        ({"gguf", "accelerate", "psutil", "tokenizers"}, set()),  # through machine/packages.py
+        ({"gguf", "accelerate", "tokenizers"}, set()),  # through machine/packages.py
         ({"pickle"}, {"checkpoint/pickles/reader.py"}),  # for its exception
         ({"numpy", "bitsandbytes", "gptqmodel", "safetensors"}, set()),
     ],

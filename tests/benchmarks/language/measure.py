@@ -44,8 +44,8 @@ def distance(
 
 
 class Originals:
-    """The matrices of the original, by module: ``weights`` (out, in), ``moments`` (in, in) of what
-    they take in."""
+    """The matrices of the original, by module: ``weights`` (out, in), ``moments`` (in, in) of
+    their inputs."""
 
     def __init__(
         self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]

@@ -23,7 +23,7 @@ def prepare(name: str, model: Path, work: Path) -> Path:
 
 
 def moments(file: Path) -> dict[str, torch.Tensor]:
-    """{module: full moments (in, in) of what it takes in}, one tensor for each distinct input."""
+    """{module: full moments (in, in) of its inputs}, one tensor for each distinct input."""
     opened = open_statistics(file)
     first: dict[str, str] = {}
     for matrix, entry in opened.matrices.items():

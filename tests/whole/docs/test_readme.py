@@ -58,7 +58,7 @@ def test_the_documents_exist():
 
 
 def test_the_output_directory_is_as_shown(converted):
-    block = README.split("## What comes out")[1].split("| layout |")[0]
+    block = README.split("## The output")[1].split("| layout |")[0]
     shown = set(re.findall(r"^      ([\w./]+\.\w+)", block, flags=re.MULTILINE))
     written = {p.relative_to(converted / "out").as_posix() for p in converted.glob("out/**/*")}
     assert len(shown) == 6
