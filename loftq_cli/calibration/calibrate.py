@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,11 +139,7 @@ def measure(
             output, job.widths, model=measured_model(source), text=text, overwrite=overwrite
         ) as writer:
             written, entries = _write(writer, calibration, full, observer)
-            if not written:
-                raise UnsupportedInputError(
-                    f"{source.directory}: text goes through none of its {len(job.widths)} matrices",
-                    hint=OWN_LOOP,
-                )
+            _refuse_nothing(written, source, len(job.widths))
             nbytes = writer.publish()
     missing = [name for name in job.widths if name not in written]
     _tell_of_missing(missing, observer)
@@ -257,6 +253,13 @@ def _write(
     finally:
         observer.end()
     return written, entries
+
+
+def _refuse_nothing(written: Collection[str], source: Source, matrices: int) -> None:
+    if not written:
+        raise UnsupportedInputError(
+            f"{source.directory}: text goes through none of its {matrices} matrices", hint=OWN_LOOP
+        )
 
 
 def read_text(option: str, path: Path) -> Text:

@@ -38,8 +38,9 @@ def locate(request: Request, say: Callable[[str], None]) -> Source:
         )
     # Imported here: a local conversion needs no hub client.
     from loftq_cli.checkpoint.hub import repository, shards
+    from loftq_cli.checkpoint.hub.listing import looks_like_hub_id
 
-    if not repository.looks_like_hub_id(model):
+    if not looks_like_hub_id(model):
         raise SourceNotFoundError(f"{model}: no such directory, and not a hub id")
     snapshot = repository.fetch(request, say)
     return _in_full_precision(
@@ -126,7 +127,7 @@ def _is_on_hub(place: str | os.PathLike[str]) -> bool:
     unfinished work. A Path object is a path."""
     if not isinstance(place, str) or is_path(place) or place.count("/") != 1:
         return False
-    from loftq_cli.checkpoint.hub.repository import looks_like_hub_id
+    from loftq_cli.checkpoint.hub.listing import looks_like_hub_id
 
     owner, name = place.split("/")
     return not os.path.exists(f"{owner}/.{name}.loftq-partial") and looks_like_hub_id(place)

@@ -11,7 +11,8 @@ from typing import Any
 from loftq_cli.checkpoint.header import shown
 from loftq_cli.checkpoint.lfs import refuse_pointers
 from loftq_cli.checkpoint.output import MANIFEST, read_manifest
-from loftq_cli.checkpoint.source import WEIGHTS, Source, read_json
+from loftq_cli.checkpoint.small_file import read_json
+from loftq_cli.checkpoint.source import WEIGHTS, Source
 from loftq_cli.errors import InputError, UnsupportedInputError
 
 ADAPTER_CONFIG = "adapter_config.json"

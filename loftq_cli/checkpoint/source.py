@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from loftq_cli.checkpoint.companions import companions, left_behind, present
 from loftq_cli.checkpoint.header import (
@@ -17,11 +14,11 @@ from loftq_cli.checkpoint.header import (
     StoredTensor,
     is_text,
     shown,
-    strict_json,
 )
-from loftq_cli.checkpoint.lfs import refuse_pointer, refuse_pointers
+from loftq_cli.checkpoint.lfs import refuse_pointers
 from loftq_cli.checkpoint.names import is_plain_name
 from loftq_cli.checkpoint.pipeline import refuse_parent
+from loftq_cli.checkpoint.small_file import SmallFile, read_json
 from loftq_cli.checkpoint.strays import refuse_links_to_nothing, strays
 from loftq_cli.checkpoint.supply import PICKLED, Supply
 from loftq_cli.errors import CorruptFileError, SourceNotFoundError, UnsupportedInputError
@@ -34,18 +31,7 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 CONFIG = "config.json"
 WEIGHTS = (SINGLE, INDEX, PICKLED_SINGLE, PICKLED_INDEX)
 """The files that lead to a model's weights."""
-_MAX_JSON_BYTES = 100_000_000
 _MAX_NESTING = 50  # of config.json; the JSON writer recurses
-
-
-@dataclass(frozen=True)
-class SmallFile:
-    """A JSON file that was read whole."""
-
-    name: str
-    size: int
-    sha256: str
-    content: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -117,17 +103,14 @@ def open_source(
     # Of the hub's cache, shards that lead nowhere are downloaded.
     refuse_links_to_nothing(directory, copied if revision else (*names, *copied))
     refuse_pointers(directory, (CONFIG, *names, *copied))
-    config = read_json(directory / CONFIG)
-    _check_config(directory / CONFIG, config.content)
+    config = _read_config(directory)
     read = [CONFIG, *([index.name] if index else []), *names]
     # The hub's cache is trusted: its blobs may themselves be links to a store that it shares.
     faults, hint = ([], None) if revision else strays(directory, read, copied)
     shards, broken = _read_shards(names, supply)
     faults += broken
     faults += _cross_check(shards, index, complete=len(shards) == len(names))
-    if faults:
-        count = f"{len(faults)} faults: " if len(faults) > 1 else ""
-        raise CorruptFileError(f"{directory}: {count}" + "; ".join(faults), hint=hint)
+    _refuse(directory, faults, hint)
     return Source(
         directory,
         source_id or str(directory),
@@ -140,6 +123,12 @@ def open_source(
         requested_revision,
         left_behind(present(directory), {*read, *copied}) if left is None else left,
     )
+
+
+def _refuse(directory: Path, faults: Sequence[str], hint: str | None) -> None:
+    if faults:
+        count = f"{len(faults)} faults: " if len(faults) > 1 else ""
+        raise CorruptFileError(f"{directory}: {count}" + "; ".join(faults), hint=hint)
 
 
 def _check_directory(directory: Path) -> None:
@@ -241,8 +230,12 @@ def _cross_check(shards: list[Shard], index: SmallFile | None, *, complete: bool
     return faults
 
 
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    """That it can be written again, and that ``architectures``, which many read, is what it is."""
+def _read_config(directory: Path) -> SmallFile:
+    """config.json, which can be written again, and whose ``architectures``, which many read, are
+    what they should be."""
+    path = directory / CONFIG
+    read = read_json(path)
+    config = read.content
     if not _can_be_written(config, _MAX_NESTING):
         raise CorruptFileError(f"{path}: not valid Unicode, or nested too deeply")
     names = config.get("architectures")
@@ -251,6 +244,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if kind is not None and not isinstance(kind, str):
         raise CorruptFileError(f"{path}: model_type {shown(kind)} is not a name")
+    return read
 
 
 def _can_be_written(value: object, levels: int) -> bool:
@@ -261,30 +255,3 @@ def _can_be_written(value: object, levels: int) -> bool:
     if isinstance(value, list):
         return levels > 0 and all(_can_be_written(item, levels - 1) for item in value)
     return True
-
-
-def read_json(path: Path) -> SmallFile:
-    """A JSON object from a file. Raises SourceNotFoundError, CorruptFileError, and
-    EnvironmentFailure if the file may not or cannot be read."""
-    refuse_pointer(path)
-    try:
-        with readable(path):
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise CorruptFileError(f"{path}: not a regular file")
-            if status.st_size > _MAX_JSON_BYTES:
-                raise CorruptFileError(f"{path}: larger than 100 MB")
-            raw = path.read_bytes()
-    except FileNotFoundError:
-        raise SourceNotFoundError(
-            f"{path}: missing", hint="a checkpoint directory needs its config.json"
-        ) from None
-    except OSError as error:
-        raise CorruptFileError(f"{path}: cannot be read: {error.strerror or error}") from error
-    try:
-        content = strict_json(raw)
-    except ValueError as error:
-        raise CorruptFileError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CorruptFileError(f"{path}: not a JSON object")
-    return SmallFile(path.name, len(raw), hashlib.sha256(raw).hexdigest(), content)

@@ -17,7 +17,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header
-from loftq_cli.checkpoint.source import read_json
+from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.errors import (
     CorruptFileError,
     EnvironmentFailure,

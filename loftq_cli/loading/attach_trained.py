@@ -12,7 +12,7 @@ import torch
 from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
-from loftq_cli.checkpoint.source import read_json
+from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.errors import CorruptFileError, InputError, SourceNotFoundError
 from loftq_cli.families.names import key_mapping, places, prefix_of
 from loftq_cli.families.token_tables import input_embeddings

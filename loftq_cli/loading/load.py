@@ -14,7 +14,7 @@ import torch
 from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.reader import TensorFile
-from loftq_cli.checkpoint.source import read_json
+from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.errors import (
     CorruptFileError,
     InputError,

@@ -9,7 +9,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.companions import companions, is_of_tokenizer
 from loftq_cli.checkpoint.output import Output
-from loftq_cli.checkpoint.source import read_json
+from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.errors import InputError
 from loftq_cli.layouts.trained import SAVE_BOTH, TrainedAdapter
 from loftq_cli.machine.durable import file_sha256

@@ -125,8 +125,7 @@ def decompose(
     plain = _Trace(math.sqrt(squared_norm(weight)))
     weighted = None if weighting is None else _WeightedTrace(weighting, weight)
     deciding = weighted or plain
-    previous: _Iterate | None = None
-    earlier: _Iterate | None = None
+    previous = earlier = None
     if procedure.iters == 0 or procedure.order == "svd-first":
         quantized, plain.quantized, _ = _quantize(sweep, None, procedure)
         if weighted is not None:
@@ -135,8 +134,7 @@ def decompose(
             drawn = _Iterate(quantized, *drawn_adapter(quantized.shape, weight.device, procedure))
             return _finish(procedure, drawn, 0, plain, weighted)
         previous = _of_the_weight(weight, plain.weight, procedure, weighting)
-    basis: lowrank.Basis | None = None
-    best: _Best | None = None
+    basis = best = None
     for step in range(1, procedure.iters + 1):
         quantized, norm, adapted = _quantize(sweep, previous, procedure, earlier, step)
         if step > 1:
@@ -152,12 +150,12 @@ def decompose(
     assert previous is not None
     product = _product(previous, procedure)
     plain.steps.append(math.sqrt(sweep.remainder(product)))
-    if weighted is not None:
+    if weighted is not None and weighting is not None:
         weighted.see_step(sweep.remains, product)
-    if weighted is not None and weighting is not None and procedure.feedback and weighting.is_full:
-        fed = _fed_back(sweep, weight, previous, basis, procedure, weighting)
-        if fed is not None and fed.weighted < weighted.steps[-1]:
-            previous, plain.steps[-1], weighted.steps[-1] = fed.iterate, fed.plain, fed.weighted
+        if procedure.feedback and weighting.is_full:
+            fed = _fed_back(sweep, weight, previous, basis, procedure, weighting)
+            if fed is not None and fed.weighted < weighted.steps[-1]:
+                previous, plain.steps[-1], weighted.steps[-1] = fed.iterate, fed.plain, fed.weighted
     best = _better(best, deciding.steps[-1], procedure.iters, previous, procedure.keep)
     return _finish(procedure, best.iterate, best.step, plain, weighted)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from loftq_cli.checkpoint.companions import companions
 from loftq_cli.checkpoint.pipeline import modules
-from loftq_cli.checkpoint.source import Source, read_json
+from loftq_cli.checkpoint.small_file import read_json
+from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import InputError
 from loftq_cli.families import experts
 from loftq_cli.planning.plan import Plan

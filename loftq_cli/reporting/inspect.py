@@ -10,7 +10,8 @@ from loftq_cli.checkpoint import dtypes
 from loftq_cli.checkpoint.dtypes import BITS
 from loftq_cli.checkpoint.locate import Place
 from loftq_cli.checkpoint.output import Output, open_output
-from loftq_cli.checkpoint.source import CONFIG, read_json
+from loftq_cli.checkpoint.small_file import read_json
+from loftq_cli.checkpoint.source import CONFIG
 from loftq_cli.errors import InputError
 from loftq_cli.families.classes import auto_class, brings_code
 from loftq_cli.layouts import adapter

@@ -33,7 +33,7 @@ def push(
     EnvironmentFailure (no token, access, network).
     """
     # Imported here: the other reports need no hub client.
-    from loftq_cli.checkpoint.hub.repository import looks_like_hub_id
+    from loftq_cli.checkpoint.hub.listing import looks_like_hub_id
     from loftq_cli.checkpoint.hub.upload import front_matter, push_folder
 
     if not looks_like_hub_id(repo_id):

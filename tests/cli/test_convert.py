@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from loftq_cli.checkpoint.hub import repository as hub
-from loftq_cli.checkpoint.hub.repository import HubSnapshot
+from loftq_cli.checkpoint.hub.listing import HubSnapshot
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.cli.narrator import Narrator
 from loftq_cli.conversion.prepare import prepare

@@ -18,7 +18,7 @@ import pytest
 from loftq_cli import errors
 from loftq_cli.checkpoint.hub import repository as hub
 from loftq_cli.checkpoint.hub import upload as hub_upload
-from loftq_cli.checkpoint.hub.repository import HubSnapshot
+from loftq_cli.checkpoint.hub.listing import HubSnapshot
 from loftq_cli.checkpoint.hub.upload import Pushed
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.cli.commands import main

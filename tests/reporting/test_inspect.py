@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import loftq_cli
 from loftq_cli.checkpoint.output import open_output
-from loftq_cli.checkpoint.source import read_json
+from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.families.classes import auto_class
 from loftq_cli.reporting.inspect import snippet
 from tests.reporting.conftest import CASES

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from click.testing import Result
 
-from loftq_cli.checkpoint.hub.repository import HubSnapshot, RemoteFile
+from loftq_cli.checkpoint.hub.listing import HubSnapshot, RemoteFile
 
 QUICK = ("--rank", "4", "--iters", "2", "-t", "1")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loftq_cli.checkpoint.hub import repository as hub
-from loftq_cli.checkpoint.hub.repository import HubSnapshot
+from loftq_cli.checkpoint.hub.listing import HubSnapshot
 from loftq_cli.checkpoint.hub.shards import HubSupply
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.errors import LoftqError

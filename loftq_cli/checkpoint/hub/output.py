@@ -9,7 +9,8 @@ from typing import Protocol
 from huggingface_hub import constants
 
 from loftq_cli.checkpoint.header import shown
-from loftq_cli.checkpoint.hub.repository import Listing, cached_directory, list_files
+from loftq_cli.checkpoint.hub.cache import cached_directory
+from loftq_cli.checkpoint.hub.listing import Listing, list_files
 from loftq_cli.checkpoint.hub.transfer import download
 from loftq_cli.checkpoint.output import MANIFEST, read_manifest
 from loftq_cli.checkpoint.source import CONFIG, INDEX, SINGLE

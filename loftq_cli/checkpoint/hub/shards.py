@@ -18,7 +18,7 @@ from huggingface_hub import close_session
 
 from loftq_cli.checkpoint.header import Header, read_header
 from loftq_cli.checkpoint.hub.errors import explained
-from loftq_cli.checkpoint.hub.repository import HubSnapshot
+from loftq_cli.checkpoint.hub.listing import HubSnapshot
 from loftq_cli.checkpoint.hub.transfer import download, read_remote_header
 from loftq_cli.checkpoint.supply import Progress, Supply
 from loftq_cli.errors import CorruptFileError

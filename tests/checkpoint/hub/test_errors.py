@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from loftq_cli.checkpoint.hub.repository import looks_like_hub_id
+from loftq_cli.checkpoint.hub.listing import looks_like_hub_id
 from loftq_cli.errors import EnvironmentFailure, SourceNotFoundError
 from tests.support.hub_fixtures import use_endpoint
 from tests.support.hub_models import SINGLE, SMALL, failure, weights

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loftq_cli.checkpoint.hub.repository import HubSnapshot, RemoteFile
+from loftq_cli.checkpoint.hub.listing import HubSnapshot, RemoteFile
 from loftq_cli.errors import CorruptFileError, SourceNotFoundError
 from tests.support.hub_models import (
     INDEX,

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import loftq_cli
-from loftq_cli.checkpoint.source import read_json
+from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.families.classes import auto_class
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.layouts.registry import layout_of
