@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.stored import Stored, read
 from loftq_cli.errors import InputError, LoftqError, VerificationError
 from loftq_cli.families.kinds import turned
 from loftq_cli.layouts import adapter
-from loftq_cli.layouts.base import matrix_of
+from loftq_cli.layouts.base import Matrix, matrix_of
 from loftq_cli.layouts.registry import layout_of, make_layout
 from loftq_cli.numerics.finite import computable
 from loftq_cli.numerics.metrics import squared_norm
@@ -30,7 +30,7 @@ from loftq_cli.statistics.statistics import Kind, Statistics
 
 
 @dataclass(frozen=True)
-class Norms:
+class Recomputed:
     """Absolute Frobenius norms of one matrix."""
 
     weight: float
@@ -39,7 +39,7 @@ class Norms:
 
 
 @dataclass(frozen=True)
-class Weighted(Norms):
+class Weighted(Recomputed):
     """The same norms of the layer's outputs, with statistics of this kind."""
 
     kind: Kind
@@ -47,7 +47,7 @@ class Weighted(Norms):
 
 def recompute(
     output: Output, model: str, stats: str | None = None, *, offline: bool = False
-) -> dict[str, tuple[Norms, Weighted | None]]:
+) -> dict[str, tuple[Recomputed, Weighted | None]]:
     """Norms of every matrix, from the stored bytes and the weights of ``model``; weighted ones
     if there are statistics of it in the file ``stats``. A model on the hub that was converted is
     read at the commit that it was converted from.
@@ -84,7 +84,7 @@ def recompute(
         with TensorFile(path) as file:
             weight = computable(file.read(tensor), f"{model}: tensor {name!r}").float()
         weight = turned(weight, matrix.kind).contiguous()
-        norms[name] = _norms(output, record, weight, stored, decomposer)
+        norms[name] = _norms(output, record, matrix, weight, stored, decomposer)
     return norms
 
 
@@ -105,12 +105,12 @@ def _decomposer(output: Output, statistics: Statistics | None) -> Decomposer:
 def _norms(
     output: Output,
     record: Mapping[str, Any],
+    matrix: Matrix,
     weight: torch.Tensor,
     stored: Stored,
     decomposer: Decomposer,
-) -> tuple[Norms, Weighted | None]:
-    matrix = matrix_of(record)
-    residual = _residual(output, record, weight, stored)
+) -> tuple[Recomputed, Weighted | None]:
+    residual = _residual(output, record, matrix, weight, stored)
     final = math.sqrt(squared_norm(residual))
     try:
         plain = decomposer.quantize(weight, matrix)
@@ -119,7 +119,7 @@ def _norms(
             f"tensor {matrix.name!r}: {error.message}",
             hint="give the checkpoint that was converted",
         ) from error
-    norms = Norms(plain.weight_norm, plain.quantized_norm, final)
+    norms = Recomputed(plain.weight_norm, plain.quantized_norm, final)
     kind, weighting = decomposer.kind(matrix), decomposer.weighting(matrix)
     if kind is None or weighting is None or plain.weighted is None:
         return norms, None
@@ -128,10 +128,14 @@ def _norms(
 
 
 def _residual(
-    output: Output, record: Mapping[str, Any], weight: torch.Tensor, stored: Stored
+    output: Output,
+    record: Mapping[str, Any],
+    matrix: Matrix,
+    weight: torch.Tensor,
+    stored: Stored,
 ) -> torch.Tensor:
     """W - Q - B A of a matrix, as it is stored."""
-    recipe, matrix = output.manifest["recipe"], matrix_of(record)
+    recipe = output.manifest["recipe"]
     layout = layout_of(record, recipe)
     tensors = {spec.name: read(output.directory, stored, spec) for spec in layout.specs(matrix)}
     adapter_dtype = resolve(recipe["adapter_dtype"], matrix.dtype)

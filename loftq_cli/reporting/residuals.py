@@ -16,7 +16,7 @@ from loftq_cli.checkpoint.locate import Place
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.errors import UsageError, VerificationError
 from loftq_cli.machine.paths import expanded
-from loftq_cli.reporting.recompute import Norms, Weighted, recompute
+from loftq_cli.reporting.recompute import Recomputed, Weighted, recompute
 
 WORST = 5
 """How many layers are listed as the worst."""
@@ -53,7 +53,7 @@ def error_report(
     for record in output.records:
         stated = record["frobenius"]
         norms, weighted = (
-            (Norms(stated["weight"], stated["quantized"], stated["final"]), None)
+            (Recomputed(stated["weight"], stated["quantized"], stated["final"]), None)
             if recomputed is None
             else recomputed[record["name"]]
         )
@@ -121,7 +121,9 @@ def _totals(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _layer(record: Mapping[str, Any], norms: Norms, weighted: Weighted | None) -> dict[str, Any]:
+def _layer(
+    record: Mapping[str, Any], norms: Recomputed, weighted: Weighted | None
+) -> dict[str, Any]:
     weight = norms.weight or 1.0
     stated = record.get("weighted")
     return {
