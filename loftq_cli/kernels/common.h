@@ -62,4 +62,15 @@ static inline float as_float16(float x) {
     return x;
 }
 
+/* The nearest portable scale (quantizers/portable.py): 7 significant bits, multiples of 2^-24; 0 or
+ * infinite if x is too small or too large. */
+static inline float as_portable(float x) {
+    uint32_t u;
+    if (fabsf(x) < 7.62939453125e-06f) return rintf(x * 16777216.0f) / 16777216.0f; /* 2^-17 */
+    memcpy(&u, &x, 4);
+    u = (u + 0xffffu + ((u >> 17) & 1u)) & ~0x1ffffu;
+    memcpy(&x, &u, 4);
+    return fabsf(x) > 65504.0f ? copysignf(INFINITY, x) : x;
+}
+
 #endif

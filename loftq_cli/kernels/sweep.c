@@ -142,7 +142,7 @@ static int quantize_run(const Sweep *s, const float *weight, const float *target
             scale = codebook_fit(s->codebook, &s->search, x, n, start, codes, values);
         else
             scale = uniform_fit(&s->uniform, &s->search, x, n, start, codes, zero, values);
-        if (s->uniform.half_scales && isnan(scale)) return SCALE_LOST;
+        if (s->uniform.portable && isnan(scale)) return SCALE_LOST;
         s->scales[block] = scale;
         *total += subtract_values(s, at + offset, n, weight + offset, values);
     }

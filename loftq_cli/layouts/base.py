@@ -88,8 +88,8 @@ class Layout(ABC):
     """The packages that have to be importable if an output is to be loaded and trained."""
     extra: ClassVar[str] = "train"
     """Our extra that installs them."""
-    scale_dtype: ClassVar[torch.dtype] = torch.float32
-    """What a quantizer rounds each scale to as it fits it."""
+    portable: ClassVar[bool] = False
+    """Whether a quantizer rounds each scale to a portable one as it fits it."""
     scale_dtypes: ClassVar[tuple[ScaleDtype, ...]] = ("float32",)
     """What scales can be stored in, if somebody asks for less than the layout has."""
     settings: ClassVar[tuple[str, ...]] = ()

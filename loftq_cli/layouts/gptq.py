@@ -46,7 +46,7 @@ class GptqLayout(Layout):
     name = "gptq"
     imports = ("transformers", "peft", "accelerate", "optimum", "gptqmodel")
     extra = "gptq"
-    scale_dtype = torch.float16
+    portable = True
     mixes = False  # optimum builds every layer in the config's one width
     auto_rank = 2
 
@@ -101,7 +101,9 @@ class GptqLayout(Layout):
         return {
             f"{matrix.module}.qweight": _words(quantized.codes, matrix.bits).T.contiguous(),
             f"{matrix.module}.qzeros": _words(zeros, matrix.bits),
-            f"{matrix.module}.scales": quantized.scales.view(out_features, -1).T.contiguous(),
+            f"{matrix.module}.scales": quantized.scales.view(out_features, -1)
+            .T.contiguous()
+            .half(),
             f"{matrix.module}.g_idx": _group_index(matrix).to(torch.int32),
         }
 

@@ -39,7 +39,11 @@ class _Codebook(ctypes.Structure):
 
 
 class _Uniform(ctypes.Structure):
-    _fields_ = (("top", ctypes.c_int32), ("half_scales", ctypes.c_int32))
+    _fields_ = (
+        ("top", ctypes.c_int32),
+        ("portable", ctypes.c_int32),
+        ("symmetric", ctypes.c_int32),
+    )
 
 
 class _Search(ctypes.Structure):
@@ -140,20 +144,19 @@ class NativeSweep:
         if fixed:
             assert start is not None
             zeros = start.zeros
-        begin = None if start is None else start.scales.float()
+        begin = None if start is None else start.scales
         mirrored = table is not None and not table.symmetric
         multiples = torch.tensor(grid(search.bits, warm=start is not None, mirrored=mirrored))
         book = None
         if table is not None:
             cell_code = table.cell_code.int()  # to be kept until the kernel is done
             book = _codebook(table, cell_code)
-        half = search.scale_dtype == torch.float16
         call = _Sweep(
             size=search.block_size,
             flattened=table is not None,
             store=self._store,
             codebook=None if book is None else ctypes.pointer(book),
-            uniform=_Uniform(2**search.bits - 1, half),
+            uniform=_Uniform(2**search.bits - 1, search.portable, search.symmetric),
             search=_Search(multiples.data_ptr(), multiples.numel(), REFINEMENTS),
             narrow=None if self.narrow is self.residual else self.narrow.data_ptr(),
             start=None if begin is None else begin.data_ptr(),
@@ -163,7 +166,7 @@ class NativeSweep:
             zeros=None if zeros is None else zeros.data_ptr(),
         )
         before, after = self._run(call, product)
-        parameters = Parameters(scales.to(search.scale_dtype), zeros)
+        parameters = Parameters(scales, zeros)
         return Swept(self.quantizer.assemble(codes, parameters), after, before)
 
     def remainder(self, product: Product) -> float:

@@ -112,7 +112,7 @@ class Decomposer:
             matrix.bits,
             matrix.block_size,
             self._recipe.scale,
-            self._layout.scale_dtype,
+            self._layout.portable,
             native=self._variant.native and native.available(),
         )
 

@@ -55,7 +55,7 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
         anatomy=survey.anatomy,
         recipe=recipe,
         layout=layout,
-        auto_layout=settings.layout == registry.AUTO and layout.scale_dtype == torch.float16,
+        auto_layout=settings.layout == registry.AUTO and layout.portable,
         layout_note=note,
         selection=survey.selection,
         surroundings=survey.surroundings,

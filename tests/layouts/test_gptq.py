@@ -22,13 +22,13 @@ CASES = [
 
 def stored(bits: int, group: int, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
     matrix = Matrix("m.weight", shape, "F32", "uniform", bits, group)
-    return GptqLayout().encode(matrix, drawn(matrix, torch.float16))
+    return GptqLayout().encode(matrix, drawn(matrix, portable=True))
 
 
 @pytest.mark.parametrize(("bits", "group", "shape"), CASES)
 def test_the_formats_own_decoder_reads_it(bits, group, shape):
     matrix = Matrix("m.weight", shape, "F32", "uniform", bits, group)
-    quantized = drawn(matrix, torch.float16)
+    quantized = drawn(matrix, portable=True)
     tensors = GptqLayout().encode(matrix, quantized)
     expected = torch.tensor(plain.gptq(tensors, "m", bits))
     assert torch.equal(quantized.decode(), expected)

@@ -11,6 +11,7 @@ from loftq_cli.errors import InputError, ScaleRangeError
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Decomposition, Procedure
 from loftq_cli.numerics.quantizers.methods import make_quantizer
+from loftq_cli.numerics.quantizers.portable import is_portable
 from tests.support.quantizing import METHODS, effective, fit, gaussian, recomputed
 from tests.support.synthetic import llm_like
 
@@ -84,11 +85,11 @@ def test_residuals_are_of_the_rounded_backbone(method, dtype, iters):
     assert d.quantized_norm == pytest.approx(float((weight - plain).norm()), rel=1e-5)
 
 
-def test_float16_scales_are_stored_and_measured():
+def test_portable_scales_are_stored_and_measured():
     weight = llm_like(96, 128)
-    quantizer = make_quantizer("uniform", 2, 64, "mse", torch.float16)
+    quantizer = make_quantizer("uniform", 2, 64, "mse", portable=True)
     d = decompose(weight, quantizer, Procedure(rank=8, iters=3))
-    assert d.quantized.scales.dtype == torch.float16
+    assert is_portable(d.quantized.scales)
     assert d.final == pytest.approx(recomputed(d, weight), rel=1e-5)
 
 
@@ -199,7 +200,7 @@ def test_a_backbone_that_float16_cannot_hold_is_refused(svd, iters):
 
 @pytest.mark.parametrize("factor", [1e9, 1e-12])
 def test_scales_that_float16_cannot_hold_are_refused(factor):
-    quantizer = make_quantizer("uniform", 2, 64, "mse", torch.float16)
+    quantizer = make_quantizer("uniform", 2, 64, "mse", portable=True)
     with pytest.raises(ScaleRangeError):
         decompose(gaussian(48, 64) * factor, quantizer, Procedure(rank=4, iters=1))
 

@@ -13,6 +13,7 @@ from loftq_cli.numerics.alternation import make_sweep
 from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.quantizers.blocks import Parameters
+from loftq_cli.numerics.quantizers.portable import is_portable
 from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep
 from tests.support.quantizing import SEARCHES, gaussian, needs_kernels, quantizer_of
 from tests.support.synthetic import llm_like
@@ -146,14 +147,14 @@ def test_without_narrow_products_nothing_is_held_twice(scale):
 
 @every_search
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_float16_scales_are_rounded_before_the_codes_are_chosen(scale, bits):
+def test_portable_scales_are_rounded_before_the_codes_are_chosen(scale, bits):
     weight = llm_like(40, 96) * torch.logspace(-2, 6, 40)[:, None]
-    quantizer = quantizer_of("uniform", bits, 32, scale, torch.float16)
+    quantizer = quantizer_of("uniform", bits, 32, scale, portable=True)
     sweep = make_sweep(weight, quantizer, Procedure(rank=1, iters=1))
     quantized = sweep.quantize(None, None).quantized
-    assert quantized.scales.dtype == torch.float16
+    assert is_portable(quantized.scales)
     assert torch.equal(sweep.residual, weight - quantized.decode())
-    rounded = (weight / quantized.scales.float().view(40, 3).repeat_interleave(32, 1)).round()
+    rounded = (weight / quantized.scales.view(40, 3).repeat_interleave(32, 1)).round()
     zeros = quantized.zeros.float().view(40, 3).repeat_interleave(32, 1)
     expected = (rounded + zeros).clamp(0, 2**bits - 1).to(torch.uint8)
     assert torch.equal(quantized.codes, expected)
@@ -162,7 +163,7 @@ def test_float16_scales_are_rounded_before_the_codes_are_chosen(scale, bits):
 @every_search
 @pytest.mark.parametrize("factor", [1e8, 1e-8])
 def test_scales_outside_float16_are_refused(scale, factor):
-    quantizer = quantizer_of("uniform", 2, 32, scale, torch.float16)
+    quantizer = quantizer_of("uniform", 2, 32, scale, portable=True)
     sweep = make_sweep(gaussian(8, 64) * factor, quantizer, Procedure(rank=1, iters=1))
     with pytest.raises(ScaleRangeError):
         sweep.quantize(None, None)

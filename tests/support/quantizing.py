@@ -19,8 +19,9 @@ from loftq_cli.numerics.quantizers.methods import make_quantizer
 PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
 
 CODEBOOK_METHODS = ("nf", "nf-symmetric", "uniform-block")
-METHODS = (*CODEBOOK_METHODS, "uniform", "uniform-tensor")
-SCALED_METHODS = ("nf", "nf-symmetric", "uniform")  # those that can search for scales
+METHODS = (*CODEBOOK_METHODS, "uniform", "uniform-symmetric", "uniform-tensor")
+# Those that can search for scales.
+SCALED_METHODS = ("nf", "nf-symmetric", "uniform", "uniform-symmetric")
 WIDTHS = (2, 3, 4, 8)
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no compiled kernels here")
@@ -33,12 +34,12 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def quantizer_of(
-    method: str, bits: int, block_size: int, scale: str, dtype: torch.dtype = torch.float32
+    method: str, bits: int, block_size: int, scale: str, portable: bool = False
 ) -> Quantizer:
     """A quantizer; scale "mse-native" is "mse" searched by the compiled kernels."""
     search: Any
     search, _, kernels = scale.partition("-")
-    return make_quantizer(method, bits, block_size, search, dtype, native=kernels == "native")
+    return make_quantizer(method, bits, block_size, search, portable, native=kernels == "native")
 
 
 def prepared(quantizer: Quantizer, weight: torch.Tensor, step: int | None = None) -> Quantizer:

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.codebooks import evenly_spaced, normal_float
+from loftq_cli.numerics.quantizers.methods import method
+from loftq_cli.numerics.quantizers.portable import portable as rounded
 
 BITS = (2, 3, 4, 8)
 CODEBOOKS = ("nf", "nf-symmetric", "uniform-block")
 
 
-def drawn(matrix: Matrix, scale_dtype: torch.dtype = torch.float32, seed: int = 0) -> Quantized:
+def drawn(matrix: Matrix, *, portable: bool = False, seed: int = 0) -> Quantized:
     """Random codes, scales and zero points for ``matrix``, every value of them possible."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = matrix.shape
@@ -23,13 +25,17 @@ def drawn(matrix: Matrix, scale_dtype: torch.dtype = torch.float32, seed: int = 
         return torch.randint(lowest, top, shape, generator=generator).to(torch.uint8)
 
     def scales(count: int) -> torch.Tensor:
-        return torch.randn(count, generator=generator).to(scale_dtype)
+        values = torch.randn(count, generator=generator)
+        return rounded(values) if portable else values
 
     size = matrix.block_size
     body = codes(0, rows, columns)
-    if matrix.method == "uniform":
+    if method(matrix.method).decoding == "affine":
         count = rows * -(-columns // size)
-        return Quantized(matrix.bits, size, body, scales(count), codes(1, count))
+        zeros = codes(1, count)
+        if method(matrix.method).symmetric:
+            zeros.fill_(top // 2)
+        return Quantized(matrix.bits, size, body, scales(count), zeros)
     if matrix.method == "uniform-tensor":
         levels = torch.linspace(-0.3, 0.4, top)
         return Quantized(matrix.bits, 0, body, scales(1), None, levels)

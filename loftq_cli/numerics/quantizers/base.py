@@ -6,9 +6,10 @@ What is stored and what it decodes to:
   ``block_size`` over the row-major flattened matrix, the last one short (bitsandbytes' order).
 - ``FittedQuantizer``: the same with levels of the matrix's own.
 - ``UniformQuantizer``: ``w = scale * (code - zero)``, groups of ``block_size`` along in_features,
-  the last one of each row short (GPTQ's order). The scale is rounded to its storage dtype before
-  the codes are chosen. The zero point is an integer in [1, 2**bits - 1]: GPTQ's format stores
-  ``zero - 1``, and consumers disagree about what a stored -1 means.
+  the last one of each row short (GPTQ's order). A scale is rounded, if it is to be portable,
+  before the codes are chosen. The zero point is an integer in [1, 2**bits - 1]: GPTQ's format
+  stores ``zero - 1``, and consumers disagree about what a stored -1 means. Symmetric, it is
+  2**(bits - 1), and the scale has either sign.
 - ``TensorUniformQuantizer``: one table of evenly spaced levels for the whole matrix.
 
 Scales are ``absmax`` (the reference: largest magnitude, for uniform the min-max range) or ``mse``:

@@ -14,7 +14,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Parameters:
-    """Per-block parameters as stored: ``scales`` float32 or float16 (blocks,), ``zeros`` uint8
+    """Per-block parameters as stored: ``scales`` float32 (blocks,), ``zeros`` uint8
     (blocks,) for affine decoding, else None."""
 
     scales: torch.Tensor
@@ -48,7 +48,7 @@ Fit = Callable[[Any, torch.Tensor, Parameters | None], Fitted]
 class Quantized:
     """A quantized matrix, independent of any file layout.
 
-    ``codes`` uint8 (out, in); ``scales`` float32 or float16: (blocks,) over the flattened matrix
+    ``codes`` uint8 (out, in); ``scales`` float32: (blocks,) over the flattened matrix
     with a codebook, (out * groups,) row by row with zero points; ``zeros`` uint8, same length, or
     None; ``levels`` float32 (2**bits,) or None. ``block_size`` 0 means one block for everything.
     """

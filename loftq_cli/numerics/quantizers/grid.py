@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from loftq_cli.numerics.quantizers.codebooks import Table
 
 LARGEST_BLOCK = 256
@@ -48,9 +46,11 @@ def grid(bits: int, *, warm: bool, mirrored: bool = False) -> tuple[float, ...]:
 @dataclass(frozen=True)
 class Search:
     """A quantizer with searched scales, as the compiled kernels take it: a codebook ``table``
-    (blocks over the flattened matrix), or zero points if it is None (along each row)."""
+    (blocks over the flattened matrix), or zero points if it is None (along each row), then with
+    ``portable`` scales or not, and with the zero point in the middle if ``symmetric``."""
 
     bits: int
     block_size: int
     table: Table | None
-    scale_dtype: torch.dtype = torch.float32
+    portable: bool = False
+    symmetric: bool = False

@@ -14,8 +14,6 @@ from loftq_cli.checkpoint import schema
 from loftq_cli.errors import UnsupportedInputError
 
 if TYPE_CHECKING:
-    import torch
-
     from loftq_cli.numerics.quantizers.base import Quantizer, Scale
 
 AUTO = "auto"
@@ -29,13 +27,13 @@ WIDTHS = (2, 3, 4, 8)
 class Wanted:
     """What a quantizer is made for. ``scale``: "mse" fits scales to the least squared error,
     "absmax" takes the largest magnitude, "fixed" is for methods that have a rule of their own.
-    ``scale_dtype``: what scales are rounded to as they are fitted, None for float32 (of methods
-    with zero points only). ``native``: the compiled kernels may search for scales."""
+    ``portable``: scales are rounded as they are fitted (of methods with zero points only; see
+    portable.py). ``native``: the compiled kernels may search for scales."""
 
     bits: int
     block_size: int
     scale: Scale
-    scale_dtype: torch.dtype | None = None
+    portable: bool = False
     native: bool = False
 
 
@@ -47,7 +45,8 @@ class Method:
     (scale times code less zero point, blocks along each row). ``widths``: what it has codes of,
     and ``limit`` why of no others. ``auto_widths``: where method auto takes it. ``own_scale``: it
     defines its scales itself; ``searches``: it does so by searching for the least error.
-    ``one_scale``: the whole matrix has one, whatever the block size.
+    ``one_scale``: the whole matrix has one, whatever the block size. ``symmetric``: every zero
+    point is 2**(bits - 1).
     """
 
     name: str
@@ -59,6 +58,7 @@ class Method:
     own_scale: bool = False
     searches: bool = False
     one_scale: bool = False
+    symmetric: bool = False
 
 
 _METHODS: dict[str, Method] = {}
@@ -115,7 +115,7 @@ def make_quantizer(
     bits: int,
     block_size: int,
     scale: Scale,
-    scale_dtype: torch.dtype | None = None,
+    portable: bool = False,
     native: bool = False,
 ) -> Quantizer:
     """The quantizer of the method ``name``; the others are those of :class:`Wanted`. Raises
@@ -123,7 +123,7 @@ def make_quantizer(
     found = method(name)
     if scale == "fixed" and not found.own_scale:
         raise ValueError(f"method {name} needs a rule for its scales")
-    return found.make(Wanted(bits, block_size, scale, scale_dtype, native))
+    return found.make(Wanted(bits, block_size, scale, portable, native))
 
 
 def _normal_float(wanted: Wanted, *, symmetric: bool = False) -> Quantizer:
@@ -147,14 +147,17 @@ def _fitted(wanted: Wanted) -> Quantizer:
     return FittedQuantizer(table, wanted.bits, wanted.block_size, "mse", wanted.native)
 
 
-def _uniform(wanted: Wanted) -> Quantizer:
-    import torch
-
+def _uniform(wanted: Wanted, *, symmetric: bool = False) -> Quantizer:
     from loftq_cli.numerics.quantizers.uniform import UniformQuantizer
 
     assert wanted.scale != "fixed"
-    stored = wanted.scale_dtype or torch.float32
-    return UniformQuantizer(wanted.bits, wanted.block_size, wanted.scale, stored, wanted.native)
+    return UniformQuantizer(
+        wanted.bits, wanted.block_size, wanted.scale, wanted.portable, symmetric, wanted.native
+    )
+
+
+def _uniform_symmetric(wanted: Wanted) -> Quantizer:
+    return _uniform(wanted, symmetric=True)
 
 
 def _uniform_block(wanted: Wanted) -> Quantizer:
@@ -183,6 +186,7 @@ _OURS = (
         searches=True,
     ),
     Method("uniform", _uniform, "affine", auto_widths=(2, 3, 8)),
+    Method("uniform-symmetric", _uniform_symmetric, "affine", symmetric=True),
     # The uniform quantizers of the LoftQ authors' code.
     Method("uniform-block", _uniform_block, own_scale=True),
     Method("uniform-tensor", _uniform_tensor, own_scale=True, one_scale=True),

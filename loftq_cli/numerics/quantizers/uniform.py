@@ -1,4 +1,8 @@
-"""Quantizers with evenly spaced levels: ``scale * (code - zero)``, and one table per matrix."""
+"""Quantizers with evenly spaced levels: ``scale * (code - zero)``, and one table per matrix.
+
+The zero point is chosen, or fixed in the middle, at 2^(bits - 1) (``symmetric``): then one code
+lies below it more than above, and a scale of either sign says which side of a group that is.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +26,22 @@ from loftq_cli.numerics.quantizers.blocks import (
     ratio,
 )
 from loftq_cli.numerics.quantizers.grid import LARGEST_BLOCK, REFINEMENTS, Search, grid
+from loftq_cli.numerics.quantizers.portable import portable
 
 
 @dataclass(frozen=True)
 class UniformQuantizer:
-    """``scale * (code - zero)`` in groups along in_features; ``scale_dtype`` is what is stored.
+    """``scale * (code - zero)`` in groups along in_features.
 
-    ``native``: on a CPU the compiled kernels may search.
+    ``portable``: scales are rounded to portable ones as they are fitted. ``symmetric``: the zero
+    point is 2**(bits - 1). ``native``: on a CPU the compiled kernels may search.
     """
 
     bits: int
     block_size: int
     scale: Literal["mse", "absmax"]
-    scale_dtype: torch.dtype = torch.float32
+    portable: bool = False
+    symmetric: bool = False
     native: bool = False
 
     def row_step(self, columns: int) -> int:
@@ -51,19 +58,19 @@ class UniformQuantizer:
     def search(self) -> Search | None:
         if not self.native or self.scale != "mse" or self.block_size > LARGEST_BLOCK:
             return None
-        return Search(self.bits, self.block_size, None, self.scale_dtype)
+        return Search(self.bits, self.block_size, None, self.portable, self.symmetric)
 
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
         count, columns = rows.shape
         groups = block_count(columns, self.block_size)
         codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
         values = torch.empty_like(rows)
-        scales = torch.empty((count, groups), dtype=self.scale_dtype, device=rows.device)
+        scales = torch.empty((count, groups), device=rows.device)
         zeros = torch.empty((count, groups), dtype=torch.uint8, device=rows.device)
         for area, chosen, width in self._areas(columns):
             begin = None
             if start is not None:
-                begin = start.scales.view(count, groups)[:, chosen].reshape(-1).float()
+                begin = start.scales.view(count, groups)[:, chosen].reshape(-1)
             part = self._fit(rows[:, area].reshape(-1, width), begin)
             codes[:, area] = part.codes.view(count, -1)
             values[:, area] = part.values.view(count, -1)
@@ -80,7 +87,7 @@ class UniformQuantizer:
         codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
         values = torch.empty_like(rows)
         for area, chosen, width in self._areas(columns):
-            scales = all_scales[:, chosen].reshape(-1).float()
+            scales = all_scales[:, chosen].reshape(-1)
             zeros = all_zeros[:, chosen].reshape(-1).float()
             blocks = rows[:, area].reshape(-1, width)
             part_codes, part_values = self.encode_at(blocks, scales[:, None], zeros[:, None])
@@ -113,20 +120,22 @@ class UniformQuantizer:
         top = 2**self.bits - 1
         absmax = blocks.abs().amax(dim=1)
         unit = divide(blocks, absmax)
-        carried = None if begin is None else (begin / nonzero(absmax)).clamp_max_(1.0)
-        relative, zeros = self._search(unit, top, carried)
+        # At a scale far too large every code would stay at zero.
+        carried = None if begin is None else (begin.abs() / nonzero(absmax)).clamp_max_(1.0)
+        search = self._search_symmetric if self.symmetric else self._search
+        relative, zeros = search(unit, top, carried)
         scales = self._stored(relative * absmax, absmax)
-        stored = scales.float()
-        codes, values = self.encode_at(blocks, stored[:, None], zeros[:, None])
+        codes, values = self.encode_at(blocks, scales[:, None], zeros[:, None])
         return Fitted(codes, Parameters(scales, zeros.to(torch.uint8)), values)
 
     def _stored(self, scales: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-        """``scales`` in the storage dtype. Raises ScaleRangeError."""
-        stored = scales.to(self.scale_dtype)
-        if self.scale_dtype == torch.float16:
-            lost = torch.isinf(stored) | ((stored == 0) & (absmax > 0))
-            if bool(lost.any()):
-                raise ScaleRangeError("a group's scale does not fit float16")
+        """``scales`` as they are stored. Raises ScaleRangeError."""
+        if not self.portable:
+            return scales
+        stored = portable(scales)
+        lost = torch.isinf(stored) | ((stored == 0) & (absmax > 0))
+        if bool(lost.any()):
+            raise ScaleRangeError("a group's scale does not fit float16")
         return stored
 
     @staticmethod
@@ -142,8 +151,7 @@ class UniformQuantizer:
         """(scales, zeros) relative to ``unit``: min-max rounded to the nearest zero point for
         absmax; for mse the best of a grid, with the zero point on either side, refined.
 
-        ``carried``: the previous step's scales, at most 1 (at a scale far too large every code
-        would stay at zero).
+        ``carried``: the magnitudes of the previous step's scales, at most 1.
         """
         low = unit.amin(dim=1).clamp_max_(0)
         high = unit.amax(dim=1).clamp_min_(0)
@@ -165,10 +173,40 @@ class UniformQuantizer:
                 best = torch.where(better, ratio(numerator, denominator), best)
                 best_zeros = torch.where(better, zeros, best_zeros)
                 best_gain = torch.where(better, gain, best_gain)
+        return self._refined(unit, best, best_zeros, top), best_zeros
+
+    def _search_symmetric(
+        self, unit: torch.Tensor, top: int, carried: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`_search`, with the zero point in the middle and a scale of either sign: that
+        of the smaller step that keeps the range for absmax, the better of both for mse."""
+        zero = (top + 1) // 2
+        zeros = torch.full(unit.shape[:1], float(zero), device=unit.device)
+        low, high = unit.amin(dim=1).clamp_max_(0), unit.amax(dim=1).clamp_min_(0)
+        upright = torch.maximum(-low / zero, high / max(zero - 1, 1))
+        mirrored = torch.maximum(high / zero, -low / max(zero - 1, 1))
+        base = torch.where(mirrored < upright, -mirrored, upright)
+        if self.scale == "absmax":
+            return base, zeros
+        best, best_gain = base, torch.zeros_like(base)
+        for sign, step in ((1.0, upright), (-1.0, mirrored)):
+            begin = step if carried is None else torch.where(carried > TINY, carried, step)
+            for multiple in grid(self.bits, warm=carried is not None):
+                numerator, denominator = self._products(unit, begin * (multiple * sign), zeros, top)
+                gain = ratio(numerator.square(), denominator)
+                better = (gain > best_gain) & (numerator * sign > 0)
+                best = torch.where(better, ratio(numerator, denominator), best)
+                best_gain = torch.where(better, gain, best_gain)
+        return self._refined(unit, best, zeros, top), zeros
+
+    def _refined(
+        self, unit: torch.Tensor, best: torch.Tensor, zeros: torch.Tensor, top: int
+    ) -> torch.Tensor:
+        """Least-squares scales of the codes at ``best``, some times over."""
         for _ in range(REFINEMENTS):
-            numerator, denominator = self._products(unit, best, best_zeros, top)
-            best = torch.where(numerator > 0, ratio(numerator, denominator), best)
-        return best, best_zeros
+            numerator, denominator = self._products(unit, best, zeros, top)
+            best = torch.where(numerator * best > 0, ratio(numerator, denominator), best)
+        return best
 
     def _products(
         self, unit: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int

@@ -48,7 +48,7 @@ def test_decode_is_what_fit_returned(shape, method, scale):
         assert fitted.codes.dtype == torch.uint8
         assert int(fitted.codes.max()) < 2**bits
         assert torch.equal(quantized.decode(), fitted.values)
-        if method == "uniform":
+        if method in ("uniform", "uniform-symmetric"):
             assert quantized.scales.numel() == shape[0] * block_count(shape[1], block_size)
         elif method != "uniform-tensor":
             assert quantized.scales.numel() == block_count(weight.numel(), block_size)
@@ -192,7 +192,7 @@ def test_subnormal_matrices_are_quantized_as_well_as_their_large_multiples(metho
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
-# -- scales stored as float16 ----------------------------------------------------------------------
+# -- portable scales ---------------------------------------------------------------------------
 
 
 @every_scale
@@ -200,15 +200,15 @@ def test_subnormal_matrices_are_quantized_as_well_as_their_large_multiples(metho
 @pytest.mark.parametrize("factor", [1e9, 1e-12], ids=["overflow", "underflow"])
 def test_a_scale_that_float16_cannot_hold_is_refused(scale, bits, factor):
     weight = torch.cat([gaussian(4, 128), gaussian(1, 128) * factor])
-    quantizer = quantizer_of("uniform", bits, 64, scale, torch.float16)
+    quantizer = quantizer_of("uniform", bits, 64, scale, portable=True)
     with pytest.raises(ScaleRangeError, match="float16"):
         quantizer.fit(weight, None)
 
 
 @every_scale
-def test_float16_scales_hold_zero_groups_and_float16_maxima(scale):
+def test_portable_scales_hold_zero_groups_and_float16_maxima(scale):
     weight = torch.cat([torch.zeros(1, 128), HOSTILE["half-maxima"]])
-    fitted = fit(quantizer_of("uniform", 4, 64, scale, torch.float16), weight)
+    fitted = fit(quantizer_of("uniform", 4, 64, scale, portable=True), weight)
     assert bool(torch.isfinite(fitted.values).all())
     assert not fitted.values[0].any()
     error = (fitted.values - weight).abs().amax()

@@ -12,7 +12,7 @@ import torch
 from loftq_cli.numerics.quantizers.blocks import block_count
 from loftq_cli.numerics.quantizers.methods import make_quantizer
 from tests.support import textbook
-from tests.support.quantizing import WIDTHS, best_possible, fit, gaussian
+from tests.support.quantizing import SEARCHES, WIDTHS, best_possible, fit, gaussian, quantizer_of
 from tests.support.synthetic import llm_like
 
 WEIGHTS = {
@@ -145,12 +145,70 @@ def test_uniform_zero_points_and_codes_stay_in_range(bits, scale, sign):
 
 @every_width
 @pytest.mark.parametrize("scale", ["absmax", "mse"])
-def test_uniform_in_float16_decodes_from_the_rounded_scale(bits, scale):
+def test_uniform_decodes_from_the_portable_scale(bits, scale):
     weight = llm_like(64, 192)
-    fitted = fit(make_quantizer("uniform", bits, 64, scale, torch.float16), weight)
+    fitted = fit(make_quantizer("uniform", bits, 64, scale, portable=True), weight)
     scales, zeros = fitted.parameters.scales, fitted.parameters.zeros
-    assert scales.dtype == torch.float16
+    assert torch.equal(scales, scales.half().float())
+    assert torch.equal(scales, scales.bfloat16().float())
     assert scales.numel() == zeros.numel() == 64 * block_count(192, 64)
     offsets = torch.arange(2**bits) - zeros[:, None].double()
     levels = (offsets * scales[:, None].double())[:, None, :]
     assert_nearest(fitted.values.view(-1, 64), weight.view(-1, 64), levels)
+
+
+# -- symmetric: the zero point in the middle, a scale of either sign -------------------------------
+
+
+def best_symmetric(block: torch.Tensor, bits: int) -> float:
+    """The least squared error of float64 ``block`` at any scale, by a fine search."""
+    zero = 2 ** (bits - 1)
+    scales = torch.linspace(0.05, 1.3, 2501, dtype=torch.float64) * float(block.abs().max()) / zero
+    scales = torch.cat([scales, -scales])[:, None]
+    codes = (block / scales).round().clamp(-zero, zero - 1)
+    return float((block - codes * scales).square().sum(dim=1).min())
+
+
+@every_width
+@pytest.mark.parametrize("scale", ["absmax", *SEARCHES])
+def test_symmetric_codes_are_the_nearest_around_a_zero_point_in_the_middle(bits, scale):
+    weight = llm_like(64, 192)
+    fitted = fit(quantizer_of("uniform-symmetric", bits, 64, scale), weight)
+    scales, zeros = fitted.parameters.scales, fitted.parameters.zeros
+    assert set(zeros.tolist()) == {2 ** (bits - 1)}
+    assert 0.2 < float((scales < 0).float().mean()) < 0.8
+    levels = torch.arange(2**bits) - 2 ** (bits - 1)
+    stored = (levels * scales[:, None].double())[:, None, :]
+    assert_nearest(fitted.values.view(-1, 64), weight.view(-1, 64), stored)
+
+
+@every_width
+def test_symmetric_absmax_keeps_the_range_at_the_smaller_step(bits):
+    weight = torch.cat([gaussian(8, 64), gaussian(8, 64).abs(), -gaussian(8, 64).abs()])
+    scales = fit(quantizer_of("uniform-symmetric", bits, 64, "absmax"), weight).parameters.scales
+    below, above = 2 ** (bits - 1), 2 ** (bits - 1) - 1
+    low, high = weight.amin(1).clamp(max=0).double(), weight.amax(1).clamp(min=0).double()
+    upright = torch.maximum(-low / below, high / above)
+    mirrored = torch.maximum(high / below, -low / above)
+    expected = torch.where(mirrored < upright, -mirrored, upright)
+    torch.testing.assert_close(scales.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("scale", SEARCHES)
+def test_symmetric_scales_are_near_the_best_there_is(bits, scale):
+    weight = llm_like(32, 64)
+    fitted = fit(quantizer_of("uniform-symmetric", bits, 64, scale), weight)
+    best = sum(best_symmetric(row, bits) for row in weight.double())
+    assert float((fitted.values - weight).double().square().sum()) < 1.02 * best
+
+
+@every_width
+@pytest.mark.parametrize("scale", SEARCHES)
+def test_a_matrix_of_the_other_sign_has_the_same_codes_and_scales_of_the_other_sign(bits, scale):
+    weight = llm_like(32, 128)
+    quantizer = quantizer_of("uniform-symmetric", bits, 64, scale)
+    one, other = fit(quantizer, weight), fit(quantizer, -weight)
+    same = one.parameters.scales == -other.parameters.scales
+    assert float(same.float().mean()) > 0.95  # ties between the signs aside
+    assert torch.equal(one.values[same.view(32, 2).all(1)], -other.values[same.view(32, 2).all(1)])
