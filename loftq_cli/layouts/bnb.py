@@ -36,8 +36,8 @@ class BnbLayout(Layout):
     def method_at(cls, bits: int) -> str | None:
         return _METHOD
 
-    def suits(self, method: str, bits: int, surroundings: Surroundings) -> bool:
-        return method == _METHOD and bits == 4
+    def suits(self, name: str, bits: int, surroundings: Surroundings) -> bool:
+        return name == _METHOD and bits == 4
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         if matrix.kind == "embedding":

@@ -4,7 +4,8 @@
 (groups, out*bits/32) holding zero - 1, packed along out_features; ``X.scales`` float16
 (groups, out); ``X.g_idx`` int32 (in,). ``w[o, i] = scales[g, o] * (code - zero)``, g = g_idx[i].
 The words hold, at every width, the little-endian bit stream of
-:mod:`loftq_cli.numerics.quantizers.packing`.
+:mod:`loftq_cli.numerics.quantizers.packing`. With ``sym: true`` in the config every zero point is
+2^(bits - 1), and consumers may leave ``X.qzeros`` unread.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from loftq_cli.families.architecture import (
 )
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
+from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.numerics.quantizers.packing import pack, unpack
 
-_METHOD = "uniform"
 GROUP_SIZES = (32, 64, 128)
 
 # The stacks that optimum recognises by itself (optimum.gptq.constants.BLOCK_PATTERNS).
@@ -41,7 +42,7 @@ _KNOWN_STACKS = (
 
 
 class GptqLayout(Layout):
-    """Asymmetric GPTQ at 2, 3, 4 and 8 bits."""
+    """GPTQ at 2, 3, 4 and 8 bits, symmetric or not."""
 
     name = "gptq"
     imports = ("transformers", "peft", "accelerate", "optimum", "gptqmodel")
@@ -52,10 +53,12 @@ class GptqLayout(Layout):
 
     @classmethod
     def method_at(cls, bits: int) -> str | None:
-        return _METHOD
+        return "uniform"
 
-    def suits(self, method: str, bits: int, surroundings: Surroundings) -> bool:
-        return method == _METHOD and is_decoder_only(surroundings.config, surroundings.stacks)
+    def suits(self, name: str, bits: int, surroundings: Surroundings) -> bool:
+        return method(name).decoding == "affine" and is_decoder_only(
+            surroundings.config, surroundings.stacks
+        )
 
     def cannot_hold(self, matrix: Matrix) -> str | None:
         if matrix.kind == "embedding":
@@ -63,7 +66,7 @@ class GptqLayout(Layout):
         if matrix.kind == "conv1d":
             return "gptq is not written for Conv1D layers, GPT-2's cannot be loaded"
         out_features, in_features = matrix.shape
-        if matrix.method != _METHOD:
+        if method(matrix.method).decoding != "affine":
             return f"gptq holds uniform codes, not {matrix.method}"
         if matrix.block_size not in GROUP_SIZES:
             return f"gptq holds groups of 32, 64 or 128, not {matrix.block_size}"
@@ -127,7 +130,7 @@ class GptqLayout(Layout):
             "bits": matrices[0].bits,
             "group_size": matrices[0].block_size,
             "desc_act": False,
-            "sym": False,
+            "sym": method(matrices[0].method).symmetric,
             "checkpoint_format": "gptq",
         }
         if stack not in _KNOWN_STACKS:

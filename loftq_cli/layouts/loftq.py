@@ -80,19 +80,20 @@ class PackedLayout(Layout):
             tensors[f"{matrix.name}_levels"] = quantized.levels
         return tensors
 
-    def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def packed(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> Packed:
         steps = tensors.get(f"{matrix.name}_scale_steps")
-        return decode(
-            Packed(
-                matrix.shape,
-                matrix.bits,
-                stored_block_size(matrix),
-                tensors[matrix.name],
-                unpack_scales(tensors[f"{matrix.name}_scales"], steps),
-                tensors.get(f"{matrix.name}_zeros"),
-                tensors.get(f"{matrix.name}_levels"),
-            )
+        return Packed(
+            matrix.shape,
+            matrix.bits,
+            stored_block_size(matrix),
+            tensors[matrix.name],
+            unpack_scales(tensors[f"{matrix.name}_scales"], steps),
+            tensors.get(f"{matrix.name}_zeros"),
+            tensors.get(f"{matrix.name}_levels"),
         )
+
+    def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return decode(self.packed(matrix, tensors))
 
     def quantization_config(
         self, matrices: Sequence[Matrix], surroundings: Surroundings

@@ -27,10 +27,11 @@ from loftq_cli.families.experts import is_expert
 from loftq_cli.families.names import key_mapping, places, prefix_of, tied
 from loftq_cli.families.tasks import task_type
 from loftq_cli.layouts import adapter as adapters
-from loftq_cli.layouts.base import matrix_of
+from loftq_cli.layouts.base import Layout, matrix_of
 from loftq_cli.layouts.registry import layout_class
 from loftq_cli.loading import guard, hook
 from loftq_cli.loading.attach_trained import attach_trained
+from loftq_cli.loading.container import contained_modules
 from loftq_cli.loading.intact import check_files
 from loftq_cli.loading.trained_beside import TrainedBeside, leave_beside
 from loftq_cli.loading.warned import DetachedAdapter
@@ -96,12 +97,29 @@ def _backbone(chosen: Any, output: Output, options: Mapping[str, Any]) -> tuple[
             warnings.simplefilter("ignore", DetachedAdapter)
             warnings.simplefilter("ignore", TrainedBeside)
             backbone, report = chosen.from_pretrained(
-                output.directory, output_loading_info=True, **options
+                output.directory,
+                output_loading_info=True,
+                **{**options, **_kept_packed(output, layout, options)},
             )
     except ImportError as error:
         raise missing_extra(error, layout.extra, "loading") from error
     guard.tell_of_resizing(backbone)
     return backbone, report
+
+
+def _kept_packed(
+    output: Output, layout: type[Layout], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The config that has our own modules hold what transformers would decode."""
+    if not layout.packs:
+        return {}
+    transformers = required("transformers", "train", "loading")
+    config = options.get("config") or transformers.AutoConfig.from_pretrained(
+        output.directory, trust_remote_code=bool(options.get("trust_remote_code"))
+    )
+    modules = contained_modules(output.manifest)
+    config.quantization_config = {"quant_method": "loftq", "format_version": 1, "modules": modules}
+    return {"config": config}
 
 
 def _train_in_full(peft: Any, model: Any, backbone: Any, modules: Iterable[str]) -> None:

@@ -91,6 +91,17 @@ class PackedWeight(nn.Module):
         self.register_buffer("weight_levels", levels)
         self.register_buffer("weight_zeros", zeros)
 
+    def let_go(self) -> None:
+        """Hold nothing, until :meth:`take`."""
+        for name in _PACKED:
+            setattr(self, name, None)
+
+    def take(self, packed: Packed) -> None:
+        """Hold the tensors of ``packed``, which is of this format."""
+        self.weight = nn.Parameter(packed.codes, requires_grad=False)
+        self.weight_scales, self.weight_zeros = packed.scales, packed.zeros
+        self.weight_levels = packed.levels
+
     @property
     def W_q(self) -> torch.Tensor:
         """The packed codes. Where a layer has this name, PEFT asks ``dequantize()`` for the weight

@@ -22,6 +22,7 @@ from loftq_cli.families.names import key_mapping, places, prefix_of, tied
 from loftq_cli.layouts.loftq import FORMAT_VERSION
 from loftq_cli.loading import guard
 from loftq_cli.loading.beside import adapter_targets, lost_targets
+from loftq_cli.loading.container import CONTAINER, take_over_all, wait, waiting
 from loftq_cli.loading.packed_weight import PackedWeight
 from loftq_cli.loading.replacement import packed
 from loftq_cli.loading.trained_beside import warn_of_attached
@@ -99,6 +100,8 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         for name, entry in config.modules.items():
             module = packed(model.get_submodule(name), entry)
+            if CONTAINER in entry:
+                wait(module, *entry[CONTAINER])
             # A module that is not in the file would be initialised, which packed codes cannot be;
             # after loading, what is missing is an error instead.
             module._is_hf_initialized = True  # type: ignore[assignment]
@@ -114,10 +117,12 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
                     for key, tensor in tensors.items()
                     if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False))
                 ]
+        missing += waiting(model, self.quantization_config.modules)
         if missing:
             raise CorruptFileError(
                 f"the checkpoint lacks {_listed(missing)}", hint="convert the model again"
             )
+        take_over_all(model, self.quantization_config.modules)
         _refuse_shared(model)
         guard.watch(model)
         guard.refuse_to_resize(model)
@@ -170,7 +175,10 @@ def _checked(name: str, entry: Any) -> Mapping[str, Any]:
     where = f"quantization_config: module {name!r}"
     if not isinstance(entry, Mapping) or not {"bits", "block_size", "decoding"} <= set(entry):
         raise CorruptFileError(f"{where}: expected bits, block_size and decoding")
-    _refuse_unknown(where, set(entry) - {"bits", "block_size", "decoding", "scales", "kind"})
+    known = {"bits", "block_size", "decoding", "scales", "kind"}
+    if isinstance(entry.get(CONTAINER), tuple):  # no file's
+        known.add(CONTAINER)
+    _refuse_unknown(where, set(entry) - known)
     for key, names in (("decoding", _DECODINGS), ("scales", _SCALES), ("kind", _KINDS)):
         if key in entry and entry[key] not in names:
             raise UnsupportedInputError(

@@ -9,11 +9,13 @@ from loftq_cli.loading.embedding import PackedEmbedding
 from loftq_cli.loading.linear import PackedLinear
 from loftq_cli.loading.packed_weight import PackedFormat, PackedWeight
 
+_FORMAT = ("bits", "block_size", "decoding", "scales")
+
 
 def packed(module: Any, entry: Mapping[str, Any]) -> PackedWeight:
     """The packed module for ``module``, of the kind that the config's ``entry`` names; a transposed
     linear layer becomes an ordinary one."""
-    packing = PackedFormat(**{key: value for key, value in entry.items() if key != "kind"})
+    packing = PackedFormat(**{key: entry[key] for key in _FORMAT if key in entry})
     dtype = module.weight.dtype
     kind = entry.get("kind", "linear")
     if kind == "embedding":

@@ -103,6 +103,12 @@ def _check_layout(
         raise LayoutError(f"--layout {wanted.name} cannot hold " + "; ".join(obstacles))
     if mixed and not wanted.mixes:
         raise LayoutError(f"--layout {wanted.name} cannot hold matrices of several widths")
+    together = wanted.cannot_combine(matrices)
+    if together:
+        raise LayoutError(
+            f"--layout {wanted.name} cannot hold {together}",
+            hint="give them one width in --bits-map, or use --layout loftq",
+        )
 
 
 def _obstacles(layout: Layout, matrices: Sequence[Matrix], surroundings: Surroundings) -> list[str]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from fractions import Fraction
 
 from loftq_cli.errors import UsageError
+from loftq_cli.families.fused import fused_parts
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.machine.observer import Observer
 from loftq_cli.numerics.quantizers import methods
@@ -27,6 +29,7 @@ def check(plan: Plan) -> None:
         return
     if not plan.unsettled and not plan.recipe.widths:
         raise UsageError(f"--bits-map leaves no matrix to --target-bpw {target}")
+    _refuse_half_settled(plan)
     # As planned, those that are not settled have the least.
     if _stored(plan) > _budget(plan):
         least = math.ceil(Fraction(_stored(plan) * 8, _elements(plan)) * 10_000) / 10_000
@@ -60,17 +63,54 @@ def settle(plan: Plan, observer: Observer) -> Plan:
         )
         return with_widths(plan, widths)
     errors = estimate(plan, forms, observer)
+    together = _together(plan, forms)
     groups = [
-        [Choice(cost - costs[name][0], error) for cost, error in zip(costs[name], errors[name])]
-        for name in forms
+        [
+            Choice(
+                sum(costs[name][number] - costs[name][0] for name in names),
+                sum(errors[name][number] for name in names),
+            )
+            for number in range(len(forms[names[0]]))
+        ]
+        for names in together
     ]
     chosen = allocate(groups, budget)
-    widths = {name: forms[name][number].bits for name, number in zip(forms, chosen, strict=True)}
+    widths = {
+        name: forms[name][number].bits
+        for names, number in zip(together, chosen, strict=True)
+        for name in names
+    }
     counts = sorted(Counter(widths.values()).items())
     listed = ", ".join(f"{count} matrices at {bits} bits" for bits, count in counts)
     settled = with_widths(plan, widths)
     observer.note(f"settled: {listed}; {settled.bits_per_weight:.4f} stored bits per weight")
     return settled
+
+
+def _together(plan: Plan, forms: Collection[str]) -> list[list[str]]:
+    """The names of ``forms``, those together that have to have one width."""
+    if not plan.layout.holds_fused_alike:
+        return [[name] for name in forms]
+    first = {name: parts[0] for parts in fused_parts(forms) for name in parts}
+    found: dict[str, list[str]] = {}
+    for name in forms:
+        found.setdefault(first.get(name, name), []).append(name)
+    return list(found.values())
+
+
+def _refuse_half_settled(plan: Plan) -> None:
+    """Raise UsageError if a map gives some of the layers a width that have to have one."""
+    if not plan.layout.holds_fused_alike:
+        return
+    for parts in fused_parts(plan.matrices):
+        fixed = [name for name in parts if name not in plan.unsettled]
+        left = [name for name in parts if name in plan.unsettled]
+        if fixed and left and not plan.recipe.widths:
+            raise UsageError(
+                f"--bits-map gives {fixed[0]} a width and leaves {left[0]} to --target-bpw: layout "
+                f"{plan.layout.name} holds both in one, as servers fuse them",
+                hint="have the map match all of them or none",
+            )
 
 
 def _forms(plan: Plan) -> dict[str, list[Matrix]]:

@@ -48,13 +48,17 @@ def drawn(matrix: Matrix, *, portable: bool = False, seed: int = 0) -> Quantized
 @st.composite
 def matrices(draw: st.DrawFn, layout: str) -> Matrix:
     """Any matrix that ``layout`` can hold."""
-    method = draw(st.sampled_from([*CODEBOOKS, "uniform", "uniform-tensor"]))
+    affine = ["uniform", "uniform-symmetric"]
+    method = draw(st.sampled_from([*CODEBOOKS, *affine, "uniform-tensor"]))
     bits, size = draw(st.sampled_from(BITS)), draw(st.sampled_from([32, 64, 128, 256]))
     rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 300))
     if layout == "bnb":
         method, bits, size, columns = "nf", 4, 64, 64 * draw(st.integers(1, 4))
+    if layout == "compressed":
+        method, size = draw(st.sampled_from(affine)), min(size, 128)
+        rows, columns = 8 + rows, size * draw(st.integers(1, 4))
     if layout == "gptq":
-        method, size = "uniform", min(size, 128)
+        method, size = draw(st.sampled_from(affine)), min(size, 128)
         rows, columns = 32 * draw(st.integers(1, 3)), 32 * draw(st.integers(1, 9))
     dtype = draw(st.sampled_from(["F32", "F16", "BF16"]))
     return Matrix("model.layers.0.proj.weight", (rows, columns), dtype, method, bits, size)

@@ -43,8 +43,7 @@ def test_the_quick_ones_are_of_every_folder_but_the_slow_ones() -> None:
     modules = list(TESTS.rglob("test_*.py"))
     folders = {path.parent.relative_to(TESTS).as_posix() for path in modules}
     quick = {path.parent.relative_to(TESTS).as_posix() for path in modules if not is_slow(path)}
-    # Of families every test needs transformers.
-    assert folders - quick == {*FOLDERS, "families", "whole"} & folders
+    assert folders - quick == {*FOLDERS, "whole"} & folders
     assert all((TESTS / name).is_dir() for name in FOLDERS)
     assert all((TESTS / name).is_file() for name in MODULES)
 
