@@ -171,6 +171,45 @@ def merge(
     )
 
 
+def export(
+    directory: _Path = "out",
+    output: _Path = "exported",
+    *,
+    layout: str,
+    adapter: _Path | None = None,
+    pad_ranks: bool = False,
+    base_model: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the codes of a conversion in another ``layout``; what it cannot hold exactly is
+    refused.
+
+    ``directory`` and ``adapter`` may be hub ids, as text. ``adapter``, which training saved, goes
+    to the folder ``adapter`` of the output; ``pad_ranks`` gives every pair one rank, by zeros;
+    ``base_model`` is what the adapters' configs call the backbone, None the output's path.
+    """
+    from loftq_cli.checkpoint.locate import locate_adapter
+    from loftq_cli.exporting.export import export as run
+    from loftq_cli.machine.observer import Logged
+
+    place = located(directory, revision, offline, everything=True)
+    trained = None
+    if adapter is not None:
+        trained = locate_adapter(adapter, offline=offline, listener=Logged())
+    return run(
+        place.directory,
+        _expanded(output),
+        layout,
+        adapter=trained,
+        pad_ranks=pad_ranks,
+        base_model=base_model,
+        overwrite=overwrite,
+        observer=Logged(),
+    )
+
+
 def push(
     directory: _Path, repo_id: str, *, private: bool = False, revision: str | None = None
 ) -> dict[str, Any]:

@@ -33,6 +33,13 @@ class Output:
         return str(self.manifest["fingerprint"])
 
     @property
+    def origin(self) -> str:
+        """The fingerprint of the conversion that this one's codes are of: an export's are another
+        one's."""
+        exported = self.manifest.get("exported", {})
+        return str(exported.get("fingerprint", self.fingerprint))
+
+    @property
     def records(self) -> list[dict[str, Any]]:
         """The manifest's entries of the quantized matrices."""
         return list(self.manifest["matrices"])

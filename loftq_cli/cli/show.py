@@ -127,6 +127,22 @@ def merge(result: Mapping[str, Any], *, as_json: bool) -> None:
     loading(result["loading"])
 
 
+def exported(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The summary at the end of ``loftq export``."""
+    if as_json:
+        console.json_object(result)
+        return
+    pairs = [
+        ("matrices", f"{result['matrices']}, exactly as in {', '.join(result['from'])}"),
+        ("layout", result["layout"]),
+        ("size", console.size(result["bytes"])),
+        ("time", f"{result['seconds']:.1f} s"),
+    ]
+    if result["adapter"] is not None:
+        pairs.insert(2, ("trained adapter", result["adapter"]))
+    console.pairs(f"wrote {result['output']}", pairs)
+
+
 def calibration(result: Mapping[str, Any], *, as_json: bool) -> None:
     """The summary at the end of ``loftq calibrate``, and what to type next."""
     if as_json:

@@ -103,6 +103,8 @@ class Layout(ABC):
     """Whether PEFT can put adapters on experts that are stored so."""
     holds_fused_alike: ClassVar[bool] = False
     """Whether layers that servers fuse, such as q, k and v, have to have one width."""
+    holds_codes: ClassVar[bool] = True
+    """Whether :meth:`quantized` gives them back."""
     packs: ClassVar[bool] = False
     """Whether :meth:`packed` gives what our own modules keep in memory."""
     keeps_conv1d: ClassVar[bool] = False
@@ -155,6 +157,11 @@ class Layout(ABC):
         """Q, float32 (out, in), from stored tensors of the dtypes and shapes of :meth:`specs`.
 
         Raises CorruptFileError if their values make no sense."""
+
+    def quantized(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> Quantized | None:
+        """Codes and parameters of stored tensors, None unless the layout ``holds_codes``. Raises as
+        :meth:`decode`."""
+        return None
 
     def packed(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> Packed:
         """What our own modules keep in memory of stored tensors, if the layout ``packs``. Raises

@@ -75,7 +75,7 @@ class BnbLayout(Layout):
             f"{matrix.name}.quant_state.bitsandbytes__nf4": state,
         }
 
-    def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def quantized(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> Quantized:
         packed = tensors[matrix.name].reshape(-1)
         codes = torch.stack([packed >> 4, packed & 15], dim=1).view(matrix.shape)
         return Quantized(
@@ -84,7 +84,10 @@ class BnbLayout(Layout):
             codes=codes,
             scales=tensors[f"{matrix.name}.absmax"],
             levels=tensors[f"{matrix.name}.quant_map"],
-        ).decode()
+        )
+
+    def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self.quantized(matrix, tensors).decode()
 
     def quantization_config(
         self, matrices: Sequence[Matrix], surroundings: Surroundings

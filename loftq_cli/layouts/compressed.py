@@ -118,6 +118,9 @@ class CompressedLayout(Layout):
             matrix.shape, bits, matrix.block_size, codes, scales.reshape(-1), packed_zeros
         )
 
+    def quantized(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> Quantized:
+        return self.packed(matrix, tensors).unpacked()
+
     def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return decode(self.packed(matrix, tensors))
 

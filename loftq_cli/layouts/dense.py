@@ -22,6 +22,7 @@ class DenseLayout(Layout):
     imports = ("transformers", "peft")
     settings = ("dense_dtype",)
     holds_experts = True
+    holds_codes = False
     keeps_conv1d = True
 
     def __init__(self, dtype: str) -> None:

@@ -110,6 +110,20 @@ class GptqLayout(Layout):
             f"{matrix.module}.g_idx": _group_index(matrix).to(torch.int32),
         }
 
+    def quantized(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> Quantized:
+        if not torch.equal(tensors[f"{matrix.module}.g_idx"].long(), _group_index(matrix)):
+            raise CorruptFileError(
+                f"tensor '{matrix.module}.g_idx' has the groups in another order"
+            )
+        zeros = _codes(tensors[f"{matrix.module}.qzeros"], matrix.bits).T + 1
+        return Quantized(
+            matrix.bits,
+            matrix.block_size,
+            _codes(tensors[f"{matrix.module}.qweight"].T, matrix.bits),
+            tensors[f"{matrix.module}.scales"].float().T.reshape(-1),
+            zeros.reshape(-1),
+        )
+
     def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         codes = _codes(tensors[f"{matrix.module}.qweight"].T, matrix.bits).float()
         zeros = _codes(tensors[f"{matrix.module}.qzeros"], matrix.bits).float().T + 1

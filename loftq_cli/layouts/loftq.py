@@ -92,6 +92,9 @@ class PackedLayout(Layout):
             tensors.get(f"{matrix.name}_levels"),
         )
 
+    def quantized(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> Quantized:
+        return self.packed(matrix, tensors).unpacked()
+
     def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return decode(self.packed(matrix, tensors))
 

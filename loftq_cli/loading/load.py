@@ -91,7 +91,7 @@ def load(
 def _backbone(chosen: Any, output: Output, options: Mapping[str, Any]) -> tuple[Any, Any]:
     """The backbone of ``output`` in the class ``chosen``, and transformers' report. Raises
     EnvironmentFailure if a package is not installed."""
-    layout = layout_class(output.manifest["recipe"]["layout"])
+    layout = layout_class(output.records[0]["layout"])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DetachedAdapter)

@@ -104,7 +104,7 @@ def refuse_other_conversion(output: Output, file: Path, config: Mapping[str, Any
         other = open_output(Path(base))
     except (LoftqError, OSError, ValueError):
         return  # moved, renamed, or never a path: nothing can be said
-    if other.fingerprint != output.fingerprint:
+    if other.origin != output.origin:
         raise InputError(
             f"{file}: trained on {base}, another conversion than {output.directory}",
             hint="take that one, or correct base_model_name_or_path in its config",

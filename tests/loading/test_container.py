@@ -60,7 +60,7 @@ def test_stock_transformers_decodes_the_weights_that_we_keep_packed(
 def test_what_is_kept_takes_the_bytes_of_layout_loftq(converted) -> None:
     directory = converted("llama", method="uniform", bits=3, **COMPRESSED)
     for module in packed(loftq_cli.load(directory)).values():
-        rows, columns = module.out_features, module.in_features
+        rows, columns = module.dequantize().shape
         scales = rows * columns // 32
         held = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
         assert held == rows * columns * 3 // 8 + scales * 4 + -(-scales * 3 // 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def continued(base: Any, output: Path) -> Any:
 
 def begun(base: Any, **config: Any) -> Any:
     """``base`` with an adapter of its own, of this LoraConfig, trained."""
+    config = copy.deepcopy(config)  # PEFT changes the lists that it is given
     return train(peft.get_peft_model(base, peft.LoraConfig(**config)))
 
 

@@ -40,6 +40,8 @@ TESTED_BY = {
     "conversion/single.py": "test_twins.py",
     "conversion/subject.py": "conversion/test_journal.py",
     "errors.py": "cli/test_guard.py",
+    "exporting/adapter.py": "exporting/test_export.py",
+    "exporting/plan.py": "exporting/test_export.py",
     "families/architecture.py": "planning/test_selection.py",
     "families/blocks.py": "planning/test_widths.py",
     "families/experts.py": "whole/interop/test_experts.py",

@@ -16,7 +16,16 @@ ROOT = Path(loftq_cli.__file__).parent
 MODULES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 # From the top of the house to its cellar: each folder knows itself and those below it.
 FOLDERS = (
-    *("cli", "conversion", "calibration", "merging", "reporting", "planning", "loading"),
+    *(
+        "cli",
+        "conversion",
+        "calibration",
+        "exporting",
+        "merging",
+        "reporting",
+        "planning",
+        "loading",
+    ),
     *("settings", "layouts", "families", "statistics", "numerics", "kernels", "checkpoint"),
     "machine",
 )

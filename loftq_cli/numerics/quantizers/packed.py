@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from loftq_cli.numerics.quantizers.blocks import Quantized
+from loftq_cli.numerics.quantizers.packing import unpack
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -24,6 +27,14 @@ class Packed:
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
     levels: torch.Tensor | None = None
+
+    def unpacked(self) -> Quantized:
+        """The same with a code an element."""
+        zeros = None
+        if self.zeros is not None:
+            zeros = unpack(self.zeros, self.bits, self.scales.numel())
+        codes = unpack(self.codes, self.bits, self.elements).view(self.shape)
+        return Quantized(self.bits, self.block_size, codes, self.scales, zeros, self.levels)
 
     @property
     def elements(self) -> int:

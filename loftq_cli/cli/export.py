@@ -1,0 +1,91 @@
+"""The command ``loftq export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loftq_cli.cli import show
+from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
+from loftq_cli.cli.narrator import Narrator
+from loftq_cli.cli.options import (
+    choice,
+    directory_argument,
+    json_option,
+    offline_option,
+    revision_option,
+)
+from loftq_cli.layouts import registry
+
+
+@click.command(context_settings=CONTEXT)
+@directory_argument
+@click.option("-o", "--output", required=True, type=ExpandedPath(), help="Directory to write.")
+@click.option(
+    "--layout", required=True, type=choice(*registry.names()), help="How the codes are stored."
+)
+@click.option(
+    "--adapter",
+    type=str,
+    metavar="PATH",
+    help="Directory, or adapter_model.safetensors in it, that training saved; or a hub id. It goes "
+    "to OUTPUT/adapter.",
+)
+@click.option("--pad-ranks", is_flag=True, help="Give every pair one rank, by zeros.")
+@click.option(
+    "--base-model",
+    type=str,
+    metavar="ID",
+    help="What the adapters' configs call the backbone.  [default: OUTPUT]",
+)
+@revision_option
+@offline_option
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion once done.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+@guarded
+def export(
+    directory: str,
+    output: Path,
+    layout: str,
+    adapter: str | None,
+    pad_ranks: bool,
+    base_model: str | None,
+    revision: str | None,
+    offline: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Write the codes of a conversion in another layout, nothing computed anew.
+
+    DIR is a directory or a hub id. What the layout cannot hold exactly is refused. The result is a
+    conversion, as `loftq convert` would have written it.
+
+    \b
+    loftq export out/ -o served --layout compressed
+    loftq export out/ -o served --layout compressed --adapter trained --pad-ranks
+    """
+    from loftq_cli.checkpoint.locate import locate_adapter, locate_output
+    from loftq_cli.exporting.export import export as run
+
+    narrator = Narrator(quiet=quiet, verbose=verbose)
+    place = locate_output(
+        directory, revision=revision, offline=offline, everything=True, listener=narrator
+    )
+    trained = (
+        None if adapter is None else locate_adapter(adapter, offline=offline, listener=narrator)
+    )
+    result = run(
+        place.directory,
+        output,
+        layout,
+        adapter=trained,
+        pad_ranks=pad_ranks,
+        base_model=base_model,
+        overwrite=overwrite,
+        observer=narrator,
+    )
+    show.exported(result, as_json=as_json)

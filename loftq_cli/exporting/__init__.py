@@ -1,0 +1,1 @@
+"""The codes of a finished conversion in another container."""

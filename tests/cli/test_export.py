@@ -1,0 +1,76 @@
+"""``loftq export``: what it takes, prints and refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import loftq_cli
+from loftq_cli.cli.commands import main
+from tests.support import checkpoints
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a conversion ``out`` and an adapter ``trained``."""
+    source = checkpoints.write(tmp_path / "model", checkpoints.llama(hidden=64, intermediate=32))
+    settings: dict[str, Any] = {"bits": 4, "method": "uniform", "block_size": 32, "threads": 1}
+    loftq_cli.convert(source, tmp_path / "out", layout="gptq", rank=4, iters=1, **settings)
+    shutil.copytree(tmp_path / "out/loftq_init", tmp_path / "trained")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(main, ["export", *words])
+
+
+def test_what_it_writes_is_shown(place: Path) -> None:
+    shown = run("-o", "one", "--layout", "compressed", "--adapter", "trained")
+    assert shown.exit_code == 0, shown.output
+    assert "matrices         7, exactly as in gptq" in shown.stdout
+    assert "trained adapter  one/adapter" in shown.stdout
+    assert sorted(path.name for path in (place / "one/adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_json_and_the_options_of_the_adapter(place: Path) -> None:
+    words = ("--layout", "loftq", "--overwrite", "--pad-ranks", "--base-model", "me/it")
+    told = run("out", "--output", "two", *words, "--json", "-q", "--offline")
+    assert told.exit_code == 0, told.output
+    keys = "adapter bytes directory from layout matrices output rank seconds"
+    found = json.loads(told.stdout)
+    assert sorted(found) == keys.split()
+    assert (found["rank"], found["layout"], found["from"]) == (4, "loftq", ["gptq"])
+    config = json.loads((place / "two/loftq_init/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "me/it"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--layout", "bnb", "--quiet"), 2, "bnb holds 4-bit nf, not 4-bit uniform"),
+        (("--layout", "loftq", "--revision", "main"), 2, "--revision main is for what lies on"),
+        (("--layout", "loftq", "--adapter", "model"), 3, "adapter_config.json"),
+        (("--layout", "nothing"), 2, "nothing"),
+        ((), 2, "--layout"),
+    ],
+)
+def test_what_is_refused(place: Path, words: tuple[str, ...], code: int, said: str) -> None:
+    refused = run("-o", "three", *words)
+    assert (refused.exit_code, refused.stdout) == (code, "")
+    assert said in " ".join(refused.stderr.split())
+    assert not (place / "three").exists()
+
+
+def test_verbose_shows_where_an_error_comes_from(place: Path) -> None:
+    refused = run("-o", "three", "--layout", "bnb", "-v")
+    assert "Traceback" in refused.stderr
+    assert "Traceback" in run("-o", "three", "--layout", "bnb", "--verbose").stderr

@@ -1,0 +1,269 @@
+"""Codes that move are those that a conversion to the other layout chooses, and mean the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loftq_cli
+from loftq_cli.errors import (
+    EnvironmentFailure,
+    InputError,
+    LayoutError,
+    OutputConflictError,
+    UsageError,
+    VerificationError,
+)
+from loftq_cli.exporting import export as exporting
+from loftq_cli.layouts.base import matrix_of
+from loftq_cli.layouts.registry import layout_of
+from tests.support import checkpoints
+
+UNIFORM: dict[str, Any] = {
+    "bits": 4,
+    "method": "uniform",
+    "rank": 4,
+    "iters": 2,
+    "threads": 1,
+    "block_size": 32,
+}
+CODES = ("gptq", "compressed", "loftq")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensors = checkpoints.llama(hidden=64, intermediate=32)
+    return checkpoints.write(tmp_path_factory.mktemp("source") / "model", tensors, cuts=(5,))
+
+
+def converted(source: Path, place: Path, layout: str, **settings: Any) -> Path:
+    output = place / layout
+    loftq_cli.convert(source, output, layout=layout, **{**UNIFORM, **settings})
+    return output
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def decoded(directory: Path) -> dict[str, torch.Tensor]:
+    """Q of every matrix, and the other tensors as they are."""
+    held = tensors(directory)
+    manifest = json.loads((directory / "loftq_manifest.json").read_text())
+    values = {}
+    for record in manifest["matrices"]:
+        matrix, layout = matrix_of(record), layout_of(record, manifest["recipe"])
+        parts = {spec.name: held.pop(spec.name) for spec in layout.specs(matrix)}
+        values[matrix.name] = layout.decode(matrix, parts)
+    return values | held
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+@pytest.mark.parametrize("method", ["uniform", "uniform-symmetric"])
+@pytest.mark.parametrize(("held", "wanted"), [("gptq", "compressed"), ("compressed", "gptq")])
+def test_an_export_is_what_a_conversion_to_that_layout_is(source, tmp_path, held, wanted, method):
+    first, direct = (converted(source, tmp_path, each, method=method) for each in (held, wanted))
+    loftq_cli.export(first, tmp_path / "moved", layout=wanted)
+    assert equal(tensors(tmp_path / "moved"), tensors(direct))
+    moved = tmp_path / "moved"
+    configs = [json.loads((place / "config.json").read_text()) for place in (moved, direct)]
+    assert configs[0] == configs[1]
+    weights = "loftq_init/adapter_model.safetensors"
+    assert equal(load_file(moved / weights), load_file(direct / weights))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("wanted", ["gptq", "loftq", "dense"])
+def test_values_stay_what_they_are_and_back_again(source, tmp_path, bits, wanted):
+    first = converted(source, tmp_path, "compressed", bits=bits)
+    loftq_cli.export(first, tmp_path / "moved", layout=wanted)
+    assert equal(decoded(tmp_path / "moved"), decoded(first))
+    if wanted != "dense":
+        loftq_cli.export(tmp_path / "moved", tmp_path / "back", layout="compressed")
+        assert equal(tensors(tmp_path / "back"), tensors(first))
+
+
+def test_nf_moves_between_bnb_and_loftq(tmp_path):
+    source = checkpoints.write(tmp_path / "model", checkpoints.llama(hidden=64, intermediate=128))
+    first = converted(source, tmp_path, "loftq", method="nf", block_size=64)
+    loftq_cli.export(first, tmp_path / "bnb-moved", layout="bnb")
+    direct = converted(source, tmp_path, "bnb", method="nf", block_size=64)
+    assert equal(tensors(tmp_path / "bnb-moved"), tensors(direct))
+    loftq_cli.export(direct, tmp_path / "back", layout="loftq")
+    assert equal(tensors(tmp_path / "back"), tensors(first))
+
+
+def test_the_result_is_a_whole_conversion(source, tmp_path):
+    first = converted(source, tmp_path, "gptq")
+    moved = tmp_path / "moved"
+    result = loftq_cli.export(first, moved, layout="compressed")
+    assert (result["from"], result["layout"], result["matrices"]) == (["gptq"], "compressed", 7)
+    seen = loftq_cli.inspect(moved, verify=True)
+    assert {layer["layout"] for layer in seen["layers"]} == {"compressed"}
+    before, after = (loftq_cli.error_report(d, source) for d in (first, moved))
+    assert before["totals"] == after["totals"]
+    for directory, to in ((first, "merged"), (moved, "merged-too")):
+        loftq_cli.merge(directory, tmp_path / to)
+    assert equal(tensors(tmp_path / "merged"), tensors(tmp_path / "merged-too"))
+    config = json.loads((moved / "loftq_init/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(moved)
+
+
+def trained(directory: Path, place: Path, **config: Any) -> Path:
+    """What training could have saved: other values in the same tensors."""
+    shutil.copytree(directory / "loftq_init", place)
+    held = load_file(place / "adapter_model.safetensors")
+    save_file({name: t + 0.01 for name, t in held.items()}, place / "adapter_model.safetensors")
+    written = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps({**written, **config}))
+    return place
+
+
+def products(folder: Path) -> dict[str, torch.Tensor]:
+    """scaling * B A by module, as PEFT defines it."""
+    held = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    found = {}
+    for name, first in held.items():
+        if ".lora_A." in name:
+            module = name.removeprefix("base_model.model.").partition(".lora_A.")[0]
+            key = module.replace(".", r"\.")
+            rank = config["rank_pattern"].get(key, config["r"])
+            alpha = config["alpha_pattern"].get(key, config["lora_alpha"])
+            assert first.shape[0] == rank
+            found[module] = held[name.replace("lora_A", "lora_B")] @ first * (alpha / rank)
+    return found
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_a_trained_adapter_comes_along(source, tmp_path, pad):
+    first = converted(source, tmp_path, "gptq", rank=48)  # more than some matrices have
+    adapter = trained(first, tmp_path / "trained")
+    moved = tmp_path / "moved"
+    loftq_cli.export(
+        first, moved, layout="compressed", adapter=adapter, pad_ranks=pad, base_model="me/served"
+    )
+    start = "loftq_init"
+    for folder, origin in ((moved / "adapter", adapter), (moved / start, first / start)):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "me/served"
+        assert bool(config["rank_pattern"]) is not pad
+        ours, theirs = products(folder), products(origin)
+        assert ours.keys() == theirs.keys()
+        for module, product in theirs.items():
+            torch.testing.assert_close(ours[module], product, rtol=1e-6, atol=1e-7)
+        if pad:
+            ranks = {
+                t.shape[0]
+                for n, t in load_file(folder / "adapter_model.safetensors").items()
+                if "lora_A" in n
+            }
+            assert ranks == {48}
+    loftq_cli.inspect(moved, verify=True)
+    loftq_cli.error_report(moved, source)
+
+
+def test_what_would_be_rounded_is_refused_and_nothing_is_left(source, tmp_path):
+    first = converted(source, tmp_path, "loftq")  # scales in float32
+    with pytest.raises(LayoutError, match=r"cannot hold model\.layers\.0\..*it would be rounded"):
+        loftq_cli.export(first, tmp_path / "moved", layout="gptq")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loftq"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings", "wanted", "words"),
+    [
+        ("dense", {}, "loftq", "layout dense holds values, no codes"),
+        ("loftq", {"method": "nf"}, "gptq", "gptq holds uniform codes, not nf; .*not nf"),
+        ("loftq", {"block_size": 256}, "compressed", "groups of 32, 64 or 128"),
+        ("compressed", {"bits_map": "*.mlp.*=2"}, "gptq", "matrices of several widths"),
+        ("loftq", {"bits_map": "*.q_proj.*=2"}, "compressed", "parts that servers fuse"),
+    ],
+)
+def test_what_a_layout_cannot_hold_is_listed(source, tmp_path, layout, settings, wanted, words):
+    first = converted(source, tmp_path, layout, **settings)
+    with pytest.raises(LayoutError, match=words):
+        loftq_cli.export(first, tmp_path / "moved", layout=wanted)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [layout]
+
+
+def test_an_adapter_of_something_else_is_refused(source, tmp_path):
+    first = converted(source, tmp_path, "gptq")
+    other = checkpoints.write(tmp_path / "other", checkpoints.llama(hidden=96, intermediate=160))
+    loftq_cli.convert(other, tmp_path / "its", layout="loftq", **UNIFORM)
+    adapter = trained(tmp_path / "its", tmp_path / "trained")
+    with pytest.raises(InputError, match=r"the pair of 'model\.layers\.0\.[^']*' is for"):
+        loftq_cli.export(first, tmp_path / "moved", layout="loftq", adapter=adapter)
+    named = trained(first, tmp_path / "named", base_model_name_or_path=str(tmp_path / "its"))
+    with pytest.raises(InputError, match=r"trained on .*its, another conversion"):
+        loftq_cli.export(first, tmp_path / "moved", layout="loftq", adapter=named)
+
+
+def test_an_adapter_that_was_trained_on_the_original_conversion_fits_its_export(source, tmp_path):
+    first = converted(source, tmp_path, "gptq")
+    adapter = trained(first, tmp_path / "trained", base_model_name_or_path=str(first))
+    loftq_cli.export(first, tmp_path / "moved", layout="compressed")
+    loftq_cli.merge(tmp_path / "moved", tmp_path / "one", adapter=adapter)
+    loftq_cli.merge(first, tmp_path / "other", adapter=adapter)
+    assert equal(tensors(tmp_path / "one"), tensors(tmp_path / "other"))
+
+
+def test_ranks_that_are_scaled_apart_cannot_be_padded(source, tmp_path):
+    first = converted(source, tmp_path, "gptq", rank=48, lora_alpha=8.0)
+    with pytest.raises(UsageError, match=r"--pad-ranks: .*scaled by \d factors"):
+        loftq_cli.export(first, tmp_path / "moved", layout="loftq", pad_ranks=True)
+
+
+def test_places_that_are_taken(source, tmp_path):
+    first = converted(source, tmp_path, "gptq")
+    with pytest.raises(UsageError, match="--output"):
+        loftq_cli.export(first, first, layout="loftq")
+    with pytest.raises(UsageError, match="--output"):
+        loftq_cli.export(first, first / "inside", layout="loftq")
+    loftq_cli.export(first, tmp_path / "moved", layout="loftq")
+    with pytest.raises(OutputConflictError, match="holds a conversion"):
+        loftq_cli.export(first, tmp_path / "moved", layout="compressed")
+    loftq_cli.export(first, tmp_path / "moved", layout="compressed", overwrite=True)
+    assert loftq_cli.inspect(tmp_path / "moved")["layers"][0]["layout"] == "compressed"
+
+
+def test_a_damaged_conversion_is_not_exported(source, tmp_path):
+    first = converted(source, tmp_path, "gptq")
+    file = next(first.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(VerificationError, match="the contents were altered"):
+        loftq_cli.export(first, tmp_path / "moved", layout="loftq")
+
+
+def test_what_is_interrupted_leaves_nothing_and_is_begun_anew(source, tmp_path, monkeypatch):
+    first = converted(source, tmp_path, "gptq")
+    written: list[object] = []
+    write = exporting._write_item
+
+    def failing(*given: Any) -> None:
+        written.append(given)
+        if len(written) == 4:
+            raise EnvironmentFailure("the disk is full")
+        write(*given)
+
+    monkeypatch.setattr(exporting, "_write_item", failing)
+    with pytest.raises(EnvironmentFailure):
+        loftq_cli.export(first, tmp_path / "moved", layout="compressed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gptq"]
+    monkeypatch.undo()
+    loftq_cli.export(first, tmp_path / "moved", layout="compressed")
+    assert equal(decoded(tmp_path / "moved"), decoded(first))
