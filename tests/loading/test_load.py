@@ -168,7 +168,8 @@ def test_a_missing_extra_is_named(converted, monkeypatch, package) -> None:
 @pytest.mark.parametrize(("layout", "extra"), [("bnb", "train"), ("gptq", "gptq")])
 def test_a_missing_consumer_is_named(copied, layout, extra) -> None:
     manifest = json.loads((copied / "loftq_manifest.json").read_text())
-    manifest["recipe"]["layout"] = layout
+    for record in manifest["matrices"]:
+        record["layout"] = layout
     (copied / "loftq_manifest.json").write_text(json.dumps(manifest))
 
     class Needy:
