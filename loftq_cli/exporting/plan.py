@@ -109,7 +109,7 @@ def make_export_plan(output: Output, source: Source, name: str) -> ExportPlan:
     VerificationError if the files are not what the manifest says.
     """
     recipe = output.manifest["recipe"]
-    wanted = make_layout(name, {**recipe, "scale_dtype": "float32", "dense_dtype": "source"})
+    wanted = make_layout(name, recipe)
     stored = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
     moved, parts = {}, {}
     for record in output.records:

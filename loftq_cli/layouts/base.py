@@ -140,6 +140,10 @@ class Layout(ABC):
         """Why these matrices, each of which it can hold, cannot be in one output, or None."""
         return None
 
+    def remark(self, matrices: Sequence[Matrix]) -> str | None:
+        """What whoever asks for this layout is to hear of an output with these, or None."""
+        return None
+
     def rounding(self, matrix: Matrix) -> torch.dtype | None:
         """The dtype that Q itself is rounded to, None if codes and scales are stored."""
         return None

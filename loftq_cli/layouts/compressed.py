@@ -72,6 +72,14 @@ class CompressedLayout(Layout):
                 return f"parts that servers fuse in several widths: {listed}"
         return None
 
+    def remark(self, matrices: Sequence[Matrix]) -> str | None:
+        if len({_form(matrix) for matrix in matrices}) == 1:
+            return None
+        return (
+            "layout compressed with several widths: transformers alone would decode all of them as "
+            "the first; loftq_cli.load and vLLM take each as it is"
+        )
+
     def specs(self, matrix: Matrix) -> list[TensorSpec]:
         out_features, in_features = matrix.shape
         name, groups = matrix.name, in_features // matrix.block_size

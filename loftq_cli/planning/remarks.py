@@ -37,6 +37,8 @@ def remarks(plan: Plan, options: Options, *, measuring: bool) -> tuple[str, ...]
             f"{len(plan.unmeasured)} of {len(plan.matrices)} matrices are not in "
             f"{plan.statistics.path} and are converted without statistics"
         )
+    if not plan.unsettled:
+        lines.append(plan.layout.remark([item.matrix for item in plan.matrices.values()]))
     lines += [plan.layout_note, experts.note(plan.selection.kept, plan.source.config.content)]
     lines += [None if measuring else statistics_note(plan, options.preset)]
     return tuple(line for line in (*lines, *unused_notes(options, plan.recipe)) if line)

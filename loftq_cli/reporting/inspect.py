@@ -63,9 +63,10 @@ def snippet(output: Output, place: str | None = None, revision: str | None = Non
     place = place or str(output.directory)
     at = "" if revision is None else f", revision={revision!r}"
     runs = ", trust_remote_code=True" if brings_code(_config(output)) else ""
-    registers = any(
-        "loftq_cli" in layout_class(record["layout"]).imports for record in output.records
-    )
+    layouts = [layout_class(record["layout"]) for record in output.records]
+    if any(layout.packs for layout in layouts):
+        return f"import loftq_cli\n\nmodel = loftq_cli.load({place!r}{at}{runs})"
+    registers = any("loftq_cli" in layout.imports for layout in layouts)
     return (
         ("import loftq_cli\n" if registers else "") + "from peft import PeftModel\n"
         f"from transformers import {auto_class(_config(output))}\n\n"

@@ -80,6 +80,7 @@ def test_a_directory_needs_no_connection(loftq: Command) -> None:
 NEEDS = {
     "bnb": ["transformers", "peft", "accelerate", "bitsandbytes"],
     "gptq": ["transformers", "peft", "accelerate", "optimum", "gptqmodel"],
+    "compressed": ["transformers", "peft", "loftq_cli"],
     "loftq": ["transformers", "peft", "loftq_cli"],
     "dense": ["transformers", "peft"],
 }
@@ -93,7 +94,7 @@ def test_what_the_output_needs_to_be_loaded_is_said(
     monkeypatch.setattr(
         "loftq_cli.layouts.needs.find_spec", lambda name: None if name == missing else object()
     )
-    method = ("--method", "uniform") if layout == "gptq" else ()
+    method = ("--method", "uniform") if layout in ("gptq", "compressed") else ()
     words = ("convert", "model", "--layout", layout, *method, *QUICK)
     install = f'pip install "loftq-cli[{"gptq" if layout == "gptq" else "train"}]"'
     line = f"{', '.join(NEEDS[layout])}: {install} ({missing} not installed here)"

@@ -132,6 +132,8 @@ def test_widths_become_groups_with_the_names_of_their_layers():
     found = {g["weights"]["num_bits"]: g["targets"] for g in groups.values()}
     assert found == {4: [m.module for m in attention], 2: [m.module for m in mlp]}
     assert LAYOUT.cannot_combine([*attention, *mlp]) is None
+    assert "several widths" in LAYOUT.remark([*attention, *mlp])
+    assert LAYOUT.remark(attention) is None
 
 
 def test_what_servers_fuse_has_one_width():

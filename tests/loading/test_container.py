@@ -107,6 +107,13 @@ def test_a_tensor_that_is_missing_is_named(converted, tmp_path, monkeypatch) -> 
         loftq_cli.load(directory)
 
 
+def test_what_inspect_shows_loads_it(converted) -> None:
+    directory = converted("llama", method="uniform", bits=4, **COMPRESSED)
+    held: dict[str, Any] = {}
+    exec(loftq_cli.inspect(directory)["loading"], held)
+    assert len(packed(held["model"])) == 14
+
+
 def test_no_file_can_ask_for_a_container() -> None:
     entry = {"bits": 4, "block_size": 32, "decoding": "affine", CONTAINER: ["compressed", {}]}
     config = {"quant_method": "loftq", "format_version": 1, "modules": {"a.b": entry}}
