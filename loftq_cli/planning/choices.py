@@ -51,6 +51,8 @@ def choose_layout(
     if settings.layout != registry.AUTO:
         wanted = registry.make_layout(settings.layout, asdict(settings))
         _check_layout(wanted, matrices, surroundings, mixed=mixed, experts=experts)
+        if settings.target_bpw is None or settings.widths:  # else widths are still to be settled
+            _check_together(wanted, matrices)
         return wanted.name, None
     if experts:
         holder = _holder_of_experts()
@@ -103,6 +105,9 @@ def _check_layout(
         raise LayoutError(f"--layout {wanted.name} cannot hold " + "; ".join(obstacles))
     if mixed and not wanted.mixes:
         raise LayoutError(f"--layout {wanted.name} cannot hold matrices of several widths")
+
+
+def _check_together(wanted: Layout, matrices: Sequence[Matrix]) -> None:
     together = wanted.cannot_combine(matrices)
     if together:
         raise LayoutError(

@@ -18,6 +18,7 @@ from loftq_cli.checkpoint.source import open_source
 from loftq_cli.conversion import engine, run
 from loftq_cli.conversion.prepare import prepare
 from loftq_cli.errors import LayoutError, NonFiniteWeightError, OutputConflictError, UsageError
+from loftq_cli.families.fused import fused_parts
 from loftq_cli.machine.observer import Observer
 from loftq_cli.planning import estimate, target
 from loftq_cli.planning.decomposer import Decomposer
@@ -258,6 +259,39 @@ def test_fitted_levels_have_at_most_four_bits(converting: Converting) -> None:
 def test_layouts_of_one_width_are_refused(layout: str, converting: Converting) -> None:
     with pytest.raises(LayoutError):
         converting(target_bpw=3.5, layout=layout)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Converting:
+    """As ``converting``, of a small Llama, whose layers servers fuse."""
+    source = checkpoints.write(tmp_path / "llama", checkpoints.llama(hidden=64, intermediate=128))
+    held = {"layout": "compressed", "method": "uniform", "block_size": 32}
+
+    def convert(**settings: Any) -> dict[str, Any]:
+        given = {**PLAIN, **held, **settings}
+        return loftq_cli.convert(source, tmp_path / "out", overwrite=True, **given)
+
+    return convert
+
+
+def test_layers_that_servers_fuse_get_one_width(llama: Converting) -> None:
+    manifest = llama(target_bpw=4.4)
+    assert manifest["totals"]["bits_per_weight"] <= 4.4
+    widths = {record["name"]: record["bits"] for record in manifest["matrices"]}
+    assert len(set(widths.values())) > 1
+    for parts in fused_parts(widths):
+        assert len({widths[name] for name in parts}) == 1, parts
+    assert any(len(parts) == 3 for parts in fused_parts(widths))
+
+
+def test_a_map_that_matches_some_of_them_is_refused(llama: Converting) -> None:
+    with pytest.raises(UsageError, match=r"--bits-map gives .*q_proj.* and leaves .*k_proj"):
+        llama(target_bpw=4.4, bits_map="*.q_proj.*=4")
+    with pytest.raises(LayoutError, match="parts that servers fuse in several widths"):
+        llama(bits=4, bits_map="*.q_proj.*=2")
+    manifest = llama(target_bpw=4.4, bits_map="*.[qkv]_proj.*=4")
+    fixed = {r["bits"] for r in manifest["matrices"] if "self_attn.o" not in r["name"]}
+    assert 4 in fixed
 
 
 @pytest.mark.parametrize("bpw", [0, -1, float("nan"), float("inf"), True, "3"])
