@@ -20,8 +20,10 @@ CASES = [
 ]
 
 
-def stored(bits: int, group: int, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
-    matrix = Matrix("m.weight", shape, "F32", "uniform", bits, group)
+def stored(
+    bits: int, group: int, shape: tuple[int, int], method: str = "uniform"
+) -> dict[str, torch.Tensor]:
+    matrix = Matrix("m.weight", shape, "F32", method, bits, group)
     return GptqLayout().encode(matrix, drawn(matrix, portable=True))
 
 
@@ -36,17 +38,18 @@ def test_the_formats_own_decoder_reads_it(bits, group, shape):
 
 
 @pytest.mark.gptq
+@pytest.mark.parametrize("method", ["uniform", "uniform-symmetric"])
 @pytest.mark.parametrize(("bits", "group", "shape"), CASES)
-def test_gptqmodel_decodes_it(bits, group, shape):
+def test_gptqmodel_decodes_it(bits, group, shape, method):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs, while importing
         qlinear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
         from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
-    tensors = stored(bits, group, shape)
+    tensors = stored(bits, group, shape, method)
     layer = qlinear.TorchLinear(
         bits=bits,
         group_size=group,
-        sym=False,
+        sym=method == "uniform-symmetric",
         desc_act=False,
         in_features=shape[1],
         out_features=shape[0],
@@ -65,6 +68,21 @@ def test_gptqmodel_decodes_it(bits, group, shape):
     decoded = layer.dequantize_weight().T
     expected = torch.tensor(plain.gptq(tensors, "m", bits), dtype=torch.float16)
     assert torch.equal(decoded.half(), expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_symmetric_config_says_so_and_its_zero_points_can_be_left_unread(bits):
+    """What vLLM and SGLang do: code - 2^(bits - 1), whatever qzeros holds."""
+    matrix = Matrix("m.weight", (64, 64), "F16", "uniform-symmetric", bits, 32)
+    quantized = drawn(matrix, portable=True)
+    tensors = GptqLayout().encode(matrix, quantized)
+    config = GptqLayout().quantization_config([matrix], Surroundings({}, [], ["model.layers"]))
+    assert config["sym"] is True
+    scales = tensors["m.scales"].float().T.repeat_interleave(32, dim=1)
+    assert torch.equal((quantized.codes.float() - 2 ** (bits - 1)) * scales, quantized.decode())
+    words = {word % 2**32 for word in tensors["m.qzeros"].flatten().tolist()}
+    stream = sum((2 ** (bits - 1) - 1) << (bits * k) for k in range(96 // bits))
+    assert words == {(stream >> (32 * k)) % 2**32 for k in range(96 // 32 if bits == 3 else 1)}
 
 
 @pytest.mark.parametrize("group", [-1, 2, 2**31 - 1])

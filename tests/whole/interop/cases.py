@@ -86,6 +86,7 @@ CASES = [
     _with(_bnb("llama-float16"), *_F16),
     *(_gptq("llama", bits, size) for bits in (2, 3, 4, 8) for size in (32, 64)),
     _gptq("llama-128x192", 2, 128),
+    *(_gptq("llama", bits, 32, method="uniform-symmetric") for bits in (4, 8)),
     _gptq("llama", 3, 64, exclude=("*.0.mlp.*", "*.v_proj.*")),
     _gptq("llama", 2, 64, **_CLAMPED),
     _gptq("llama", 2, 64, **_ALPHA),
