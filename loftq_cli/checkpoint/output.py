@@ -99,6 +99,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return found
 
 
+def file_entries(directory: Path) -> list[dict[str, Any]]:
+    """``outputs`` of a manifest: every file below ``directory``, by name."""
+    entries = []
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            path = Path(folder) / name
+            entries.append(
+                {
+                    "name": path.relative_to(directory).as_posix(),
+                    "size": path.stat().st_size,
+                    "sha256": file_sha256(path),
+                }
+            )
+    return sorted(entries, key=lambda entry: str(entry["name"]))
+
+
 def verify(output: Output) -> int:
     """Re-hash every file of ``output``; the number of files. Raises VerificationError with every
     file that is missing or altered, CorruptFileError if there are pointers of git-lfs,

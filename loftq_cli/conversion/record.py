@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.machine.durable import file_sha256
+from loftq_cli.checkpoint.output import file_entries
 from loftq_cli.numerics.decomposition import Decomposition
 from loftq_cli.planning.plan import Plan, PlannedMatrix
 from loftq_cli.version import VERSION
@@ -87,7 +86,7 @@ def build(
             "relative_residual": relative(records, "final"),
             "relative_residual_quantized": relative(records, "quantized"),
         },
-        "outputs": _outputs(output),
+        "outputs": file_entries(output),
         "environment": dict(environment),
     }
 
@@ -101,18 +100,3 @@ def relative(records: Sequence[Mapping[str, Any]], which: str) -> float:
     residual = math.fsum(record["frobenius"][which] ** 2 for record in records)
     weight = math.fsum(record["frobenius"]["weight"] ** 2 for record in records)
     return math.sqrt(residual / weight) if weight else 0.0
-
-
-def _outputs(output: Path) -> list[dict[str, Any]]:
-    entries = []
-    for directory, _, names in os.walk(output):
-        for name in names:
-            path = Path(directory) / name
-            entries.append(
-                {
-                    "name": path.relative_to(output).as_posix(),
-                    "size": path.stat().st_size,
-                    "sha256": file_sha256(path),
-                }
-            )
-    return sorted(entries, key=lambda entry: str(entry["name"]))

@@ -9,12 +9,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.companions import copy_files
-from loftq_cli.checkpoint.output import MANIFEST, open_output, verify
+from loftq_cli.checkpoint.output import MANIFEST, file_entries, open_output, verify
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
 from loftq_cli.checkpoint.writer import GrowingShard, index_of
@@ -22,7 +21,7 @@ from loftq_cli.errors import UsageError
 from loftq_cli.exporting.adapter import ExportedAdapter, exported
 from loftq_cli.exporting.plan import ExportPlan, Kept, Moved, make_export_plan, specs_of
 from loftq_cli.layouts import adapter as adapters
-from loftq_cli.machine.durable import explained, file_sha256, pretty_json, write_file
+from loftq_cli.machine.durable import explained, pretty_json, write_file
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.paths import check_output_path
 from loftq_cli.machine.resources import check_space, memory_explained
@@ -174,17 +173,5 @@ def _manifest(plan: ExportPlan, start: ExportedAdapter, target: Path) -> dict[st
     manifest["exported"] = {"fingerprint": origin}
     told = f"{origin} {plan.layout.name} {start.rank}"
     manifest["fingerprint"] = hashlib.sha256(told.encode()).hexdigest()
-    manifest["outputs"] = sorted(_outputs(target), key=lambda entry: str(entry["name"]))
+    manifest["outputs"] = file_entries(target)
     return manifest
-
-
-def _outputs(target: Path) -> list[Mapping[str, Any]]:
-    files = (path for path in target.rglob("*") if path.is_file())
-    return [
-        {
-            "name": path.relative_to(target).as_posix(),
-            "size": path.stat().st_size,
-            "sha256": file_sha256(path),
-        }
-        for path in files
-    ]

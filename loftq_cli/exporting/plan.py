@@ -68,7 +68,6 @@ class ExportPlan:
     ``layout``, None if it has none."""
 
     output: Output
-    source: Source
     layout: Layout
     stored: Stored
     shards: Sequence[tuple[str, Sequence[Kept | Moved]]]
@@ -126,7 +125,7 @@ def make_export_plan(output: Output, source: Source, name: str) -> ExportPlan:
         for shard in source.shards
     ]
     entry = wanted.quantization_config([item.matrix for item in moved.values()], surroundings)
-    return ExportPlan(output, source, wanted, stored, shards, config, entry)
+    return ExportPlan(output, wanted, stored, shards, config, entry)
 
 
 def _items(
