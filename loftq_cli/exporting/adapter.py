@@ -120,11 +120,7 @@ def _rank(adapter: TrainedAdapter) -> int:
             "one rank has one",
             hint="convert without --lora-alpha, which scales every pair by 1",
         )
-    return max(_own_rank(pair) for pair in adapter.pairs.values())
-
-
-def _own_rank(pair: Any) -> int:
-    return int(pair.lora_A.shape[0])
+    return max(pair.lora_A.shape[0] for pair in adapter.pairs.values())
 
 
 def _padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
