@@ -9,7 +9,6 @@ float32 (blocks,); ``X.weight.quant_map`` float32 (16,);
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,9 @@ import torch
 
 from loftq_cli.checkpoint.dtypes import computed, name_of
 from loftq_cli.checkpoint.header import TensorSpec
-from loftq_cli.families.architecture import ADDED_HEADS, unreplaceable
+from loftq_cli.families.architecture import unreplaceable
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
+from loftq_cli.layouts.skipped import skip_list
 from loftq_cli.numerics.quantizers.blocks import Quantized
 
 _METHOD = "nf"
@@ -93,13 +93,6 @@ class BnbLayout(Layout):
         self, matrices: Sequence[Matrix], surroundings: Surroundings
     ) -> dict[str, Any]:
         compute = surroundings.config.get("dtype") or surroundings.config.get("torch_dtype")
-        kept = [_as_pattern(name) for name in surroundings.kept_modules]
-        bare = [name.partition(".")[2] for name in kept if "." in name]
-        added = [
-            key
-            for key in (*bare, *ADDED_HEADS)
-            if not any(_skips(key, matrix.adapted) for matrix in matrices)
-        ]
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -108,7 +101,7 @@ class BnbLayout(Layout):
             "bnb_4bit_use_double_quant": False,
             "bnb_4bit_compute_dtype": compute if isinstance(compute, str) else "float32",
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": sorted({*kept, *added}),
+            "llm_int8_skip_modules": skip_list(matrices, surroundings),
         }
 
     @staticmethod
@@ -120,20 +113,6 @@ class BnbLayout(Layout):
             "shape": list(matrix.shape),
         }
         return json.dumps(state).encode()
-
-
-def _as_pattern(name: str) -> str:
-    """``name`` for the skip list, whose entries transformers takes for patterns."""
-    try:
-        re.compile(name)
-    except re.error:
-        return re.escape(name)
-    return name
-
-
-def _skips(key: str, module: str) -> bool:
-    """Whether transformers would skip ``module`` for the entry ``key`` of the skip list."""
-    return module.endswith(key) or re.match(rf"{key}(?:(?<=\.)|(?=\.|$))", module) is not None
 
 
 LAYOUT = BnbLayout

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 """The setting that leaves the choice to planning.choices."""
 
-_OURS = ("bnb", "gptq", "compressed", "loftq", "dense")
+_OURS = ("bnb", "gptq", "awq", "compressed", "loftq", "dense")
 _OTHERS: dict[str, type[Layout]] = {}
 
 

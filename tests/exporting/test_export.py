@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -33,7 +34,6 @@ UNIFORM: dict[str, Any] = {
     "threads": 1,
     "block_size": 32,
 }
-CODES = ("gptq", "compressed", "loftq")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,10 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("method", ["uniform", "uniform-symmetric"])
-@pytest.mark.parametrize(("held", "wanted"), [("gptq", "compressed"), ("compressed", "gptq")])
+@pytest.mark.parametrize(
+    ("held", "wanted"),
+    [("gptq", "compressed"), ("compressed", "gptq"), ("gptq", "awq"), ("awq", "compressed")],
+)
 def test_an_export_is_what_a_conversion_to_that_layout_is(source, tmp_path, held, wanted, method):
     first, direct = (converted(source, tmp_path, each, method=method) for each in (held, wanted))
     loftq_cli.export(first, tmp_path / "moved", layout=wanted)
@@ -84,9 +87,11 @@ def test_an_export_is_what_a_conversion_to_that_layout_is(source, tmp_path, held
     assert equal(load_file(moved / weights), load_file(direct / weights))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("wanted", ["gptq", "loftq", "dense"])
-def test_values_stay_what_they_are_and_back_again(source, tmp_path, bits, wanted):
+@pytest.mark.parametrize(
+    ("wanted", "bits"),
+    [*itertools.product(["gptq", "loftq", "dense"], [2, 3, 4, 8]), ("awq", 4)],
+)
+def test_values_stay_what_they_are_and_back_again(source, tmp_path, wanted, bits):
     first = converted(source, tmp_path, "compressed", bits=bits)
     loftq_cli.export(first, tmp_path / "moved", layout=wanted)
     assert equal(decoded(tmp_path / "moved"), decoded(first))
@@ -187,6 +192,7 @@ def test_what_would_be_rounded_is_refused_and_nothing_is_left(source, tmp_path):
     [
         ("dense", {}, "loftq", "layout dense holds values, no codes"),
         ("loftq", {"method": "nf"}, "gptq", "gptq holds uniform codes, not nf; .*not nf"),
+        ("gptq", {"bits": 3}, "awq", "awq holds 4-bit uniform codes, not 3-bit uniform; "),
         ("loftq", {"block_size": 256}, "compressed", "groups of 32, 64 or 128"),
         ("compressed", {"bits_map": "*.mlp.*=2"}, "gptq", "matrices of several widths"),
         ("loftq", {"bits_map": "*.q_proj.*=2"}, "compressed", "parts that servers fuse"),

@@ -91,6 +91,7 @@ def test_scales_in_fewer_bits_count_as_such():
         ("gptq", "uniform", 3, 32, 3072 + 256 * 2 + 256 * 3 // 8 + 128 * 4),
         ("gptq", "uniform", 8, 128, 8192 + 64 * 2 + 64 + 128 * 4),
         ("gptq", "uniform-symmetric", 4, 64, 4096 + 128 * 2 + 128 * 4 // 8 + 128 * 4),
+        ("awq", "uniform", 4, 64, 4096 + 128 * 2 + 128 * 4 // 8),
         ("compressed", "uniform", 3, 64, 3072 + 128 * 4 + 128 * 3 // 8 + 16),
         ("compressed", "uniform-symmetric", 4, 32, 4096 + 256 * 4 + 16),
         ("loftq", "uniform", 2, 64, 2048 + 128 * 4 + 128 * 2 // 8),
@@ -122,6 +123,11 @@ def test_everything_stored_counts_towards_bits_per_weight(name, method, bits, bl
         ("gptq", ((64, 48), "uniform", 3, 64), "in_features 48 x 3 bits"),
         ("gptq", ((40, 64), "uniform", 2, 64), "out_features 40 x 2 bits"),
         ("gptq", ((2, 64), "uniform", 8, 64), "out_features 2 x 8 bits"),
+        ("awq", ((64, 64), "nf", 4, 64), "4-bit uniform codes, not 4-bit nf"),
+        ("awq", ((64, 64), "uniform", 3, 64), "4-bit uniform codes, not 3-bit uniform"),
+        ("awq", ((64, 256), "uniform", 4, 256), "groups of 32, 64 or 128, not 256"),
+        ("awq", ((64, 96), "uniform", 4, 64), "in_features 96 is not a multiple of 64"),
+        ("awq", ((36, 64), "uniform", 4, 64), "out_features 36 is not a multiple of 8"),
     ],
 )
 def test_what_a_layout_cannot_hold(name, matrix, reason):

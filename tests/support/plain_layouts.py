@@ -22,6 +22,23 @@ def gptq(tensors: Tensors, module: str, bits: int) -> Matrix:
     ]
 
 
+def awq(tensors: Tensors, module: str, size: int) -> Matrix:
+    """w[o][i] = scales[g][o] * (code - zero), of words that hold outputs 0, 2, 4, 6, 1, 3, 5, 7."""
+
+    def row(words: list[int]) -> list[int]:
+        fields = [_fields([word], 32, 4) for word in words]
+        return [field[(0, 4, 1, 5, 2, 6, 3, 7)[k]] for field in fields for k in range(8)]
+
+    codes = [row(words) for words in tensors[f"{module}.qweight"].tolist()]
+    zeros = [row(words) for words in tensors[f"{module}.qzeros"].tolist()]
+    scales = tensors[f"{module}.scales"].tolist()
+    columns = [
+        [scales[i // size][o] * (code - zeros[i // size][o]) for o, code in enumerate(codes[i])]
+        for i in range(len(codes))
+    ]
+    return [list(values) for values in zip(*columns, strict=True)]
+
+
 def loftq(tensors: Tensors, name: str, shape: tuple[int, int], entry: Mapping[str, Any]) -> Matrix:
     """docs/output-format.md; ``entry`` is the module's in the quantization_config."""
     rows, columns = shape

@@ -57,6 +57,9 @@ def matrices(draw: st.DrawFn, layout: str) -> Matrix:
     if layout == "compressed":
         method, size = draw(st.sampled_from(affine)), min(size, 128)
         rows, columns = 8 + rows, size * draw(st.integers(1, 4))
+    if layout == "awq":
+        method, bits, size = draw(st.sampled_from(affine)), 4, min(size, 128)
+        rows, columns = 8 * draw(st.integers(1, 5)), size * draw(st.integers(1, 4))
     if layout == "gptq":
         method, size = draw(st.sampled_from(affine)), min(size, 128)
         rows, columns = 32 * draw(st.integers(1, 3)), 32 * draw(st.integers(1, 9))

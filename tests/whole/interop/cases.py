@@ -7,6 +7,13 @@ from typing import Any
 
 import pytest
 
+LIBRARY = {
+    "bnb": "bitsandbytes",
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "loftq": "loftq_cli",
+    "dense": "torch",
+}
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "bert": "BertModel",
@@ -16,6 +23,12 @@ CLASSES = {
     "falcon": "FalconForCausalLM",
     "minilm": "BertModel",
 }
+
+
+# Ranks above a matrix's small side are clamped, matrix by matrix.
+_CLAMPED = {"rank": 48}
+_ALPHA = {"rank": 48, "lora_alpha": 8}
+_BF16, _F16 = ("bfloat16", 4e-2), ("float16", 5e-3)
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,12 @@ def _gptq(source: str, bits: int, block_size: int, **settings: Any) -> Case:
     return Case(source, "gptq", chosen, tolerance=2e-3)
 
 
+def _awq(source: str, block_size: int, **settings: Any) -> Case:
+    """Evaluated in bfloat16 on a CPU, whatever the model's dtype."""
+    chosen = {"bits": 4, "method": "uniform", "block_size": block_size, **settings}
+    return Case(source, "awq", chosen, tolerance=_BF16[1])
+
+
 def _loftq(source: str, bits: int, method: str, block_size: int, **settings: Any) -> Case:
     chosen = {"bits": bits, "method": method, "block_size": block_size, **settings}
     return Case(source, "loftq", chosen)
@@ -64,11 +83,6 @@ def _loftq(source: str, bits: int, method: str, block_size: int, **settings: Any
 def _with(case: Case, dtype: str, tolerance: float) -> Case:
     return Case(case.source, case.layout, case.settings, dtype, tolerance)
 
-
-# Ranks above a matrix's small side are clamped, matrix by matrix.
-_CLAMPED = {"rank": 48}
-_ALPHA = {"rank": 48, "lora_alpha": 8}
-_BF16, _F16 = ("bfloat16", 4e-2), ("float16", 5e-3)
 
 CASES = [
     _bnb("llama"),
@@ -95,6 +109,14 @@ CASES = [
     _gptq("classifier", 2, 64),
     _with(_gptq("llama-bfloat16", 2, 64), *_BF16),
     _with(_gptq("llama-float16", 4, 64), *_F16),
+    *(_awq("llama-64x128", size) for size in (32, 64)),
+    _awq("llama-128x128", 128, method="uniform-symmetric"),
+    _awq("llama-64x128", 32, exclude=("*.0.mlp.*", "*.v_proj.*"), **_CLAMPED),
+    _awq("bert-64x128", 64),
+    _awq("classifier-64x128", 32, **_ALPHA),
+    _awq("bart-64x128", 32),
+    _with(_awq("llama-64x128-bfloat16", 64), *_BF16),
+    _with(_awq("llama-64x128-float16", 64), "float16", _BF16[1]),
     _loftq("llama-40x100", 2, "nf", 64),
     _loftq("llama-40x100", 3, "nf", 32),
     _loftq("llama-40x100", 4, "nf", 128),
@@ -144,6 +166,8 @@ CASES = [
 def parameters(cases: list[Case]) -> list[Any]:
     """``cases`` as pytest parameters, those for gptqmodel marked."""
     return [
-        pytest.param(case, id=case.name, marks=[pytest.mark.gptq] * (case.layout == "gptq"))
+        pytest.param(
+            case, id=case.name, marks=[pytest.mark.gptq] * (LIBRARY[case.layout] == "gptqmodel")
+        )
         for case in cases
     ]

@@ -56,6 +56,8 @@ def dequantized(module: Any) -> torch.Tensor | None:
         state = copy.copy(module.weight.quant_state)
         state.dtype = torch.float32
         return functional.dequantize_4bit(module.weight.data, state)
+    if hasattr(module, "awq_weight_dequantize"):
+        return module.awq_weight_dequantize("cpu", torch.float32).T
     if hasattr(module, "dequantize_weight"):
         return module.dequantize_weight().T.float()
     if hasattr(module, "weight_scales"):

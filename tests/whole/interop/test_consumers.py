@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.whole.interop.cases import CASES, parameters
+from tests.whole.interop.cases import CASES, LIBRARY, parameters
 
-LIBRARY = {"bnb": "bitsandbytes", "gptq": "gptqmodel", "loftq": "loftq_cli", "dense": "torch"}
 every_case = pytest.mark.parametrize("case", parameters(CASES))
 
 
