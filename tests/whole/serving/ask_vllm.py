@@ -18,33 +18,35 @@ def main(place: Path) -> int:
     wrong = 0
     for file in sorted(place.glob("uniform*.json")):
         expected: dict[str, Any] = json.loads(file.read_text())
-        llm = LLM(
-            expected["model"],
-            skip_tokenizer_init=True,
-            enable_lora=True,
-            max_lora_rank=expected["rank"],
-            max_model_len=128,
-            enforce_eager=True,
-            dtype="bfloat16",
-        )
-        count = len(expected["cases"][0]["tokens"][0])
+        count = len(expected["tokens"][0][0])
         sampling = SamplingParams(
             temperature=0, max_tokens=count, ignore_eos=True, detokenize=False
         )
         prompts = [{"prompt_token_ids": prompt} for prompt in expected["prompts"]]
-        for number, case in enumerate(expected["cases"], 1):
-            adapter = LoRARequest(f"adapter{number}", number, case["adapter"])
-            outputs = llm.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
-            found = [list(output.outputs[0].token_ids) for output in outputs]
-            same = sum(one == other for one, other in zip(found, case["tokens"], strict=True))
-            wrong += len(prompts) - same
-            name = Path(case["adapter"]).name
-            print(
-                f"vLLM {vllm.__version__}, {file.stem}, {name}: {same} of {len(prompts)} prompts "
-                f"have the same {count} tokens",
-                flush=True,
+        for model, adapters in zip(expected["models"], expected["adapters"], strict=True):
+            llm = LLM(
+                model,
+                skip_tokenizer_init=True,
+                enable_lora=True,
+                max_lora_rank=expected["rank"],
+                max_model_len=128,
+                enforce_eager=True,
+                dtype="bfloat16",
             )
-        del llm
+            for number, path in enumerate(adapters, 1):
+                adapter = LoRARequest(f"adapter{number}", number, path)
+                outputs = llm.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
+                found = [list(output.outputs[0].token_ids) for output in outputs]
+                wanted = expected["tokens"][number - 1]
+                same = sum(one == other for one, other in zip(found, wanted, strict=True))
+                wrong += len(prompts) - same
+                names = f"{Path(model).name}, {Path(path).name}"
+                print(
+                    f"vLLM {vllm.__version__}, {names}: {same} of {len(prompts)} prompts have the "
+                    f"same {count} tokens",
+                    flush=True,
+                )
+            del llm
     return 1 if wrong else 0
 
 

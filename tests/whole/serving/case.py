@@ -20,6 +20,8 @@ import loftq_cli
 
 VOCABULARY, LENGTH, TOKENS, PROMPTS, RANK = 256, 24, 64, 8, 8
 DTYPE = torch.bfloat16
+EXPORTED = {"uniform": "awq", "uniform-symmetric": "gptq"}
+"""The second layout in which vLLM gets what each method chose."""
 
 
 def permutation(seed: int) -> torch.Tensor:
@@ -99,20 +101,32 @@ def prepare(place: Path, method: str) -> None:
     )
     prompts = sequences(permutation(1), PROMPTS, torch.Generator().manual_seed(5))[:, :6].tolist()
     model = loftq_cli.load(output, dtype=DTYPE)
-    cases = [{"adapter": str(output / "loftq_init"), "tokens": generated(model.eval(), prompts)}]
+    tokens = [generated(model.eval(), prompts)]
     learner = loftq_cli.load(output, dtype=torch.float32)
     loss = train(learner.train(), permutation(2), 150, 3e-3)
     print(f"{method}: the adapter's loss {loss:.3f}", flush=True)
     learner.save_pretrained(trained)
     model = loftq_cli.load(output, adapter=trained, dtype=DTYPE)
-    cases.append({"adapter": str(trained), "tokens": generated(model.eval(), prompts)})
-    assert cases[0]["tokens"] != cases[1]["tokens"]
-    expected = {"model": str(output), "rank": RANK, "prompts": prompts, "cases": cases}
+    tokens.append(generated(model.eval(), prompts))
+    assert tokens[0] != tokens[1]
+    exported = place / f"{EXPORTED[method]}-{method}"
+    loftq_cli.export(
+        output, exported, layout=EXPORTED[method], adapter=trained, pad_ranks=True, overwrite=True
+    )
+    adapters = [[str(output / "loftq_init"), str(trained)]]
+    adapters.append([str(exported / folder) for folder in ("loftq_init", "adapter")])
+    expected = {
+        "models": [str(output), str(exported)],
+        "adapters": adapters,
+        "rank": RANK,
+        "prompts": prompts,
+        "tokens": tokens,
+    }
     (place / f"{method}.json").write_text(json.dumps(expected))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("place", type=Path)
-    for each in ("uniform", "uniform-symmetric"):
+    for each in EXPORTED:
         prepare(parser.parse_args().place, each)
