@@ -37,7 +37,8 @@ def convert(
 
     ``settings`` are the long options of ``loftq convert`` with underscores: bits, method, rank,
     iters, block_size, layout, scale, scale_dtype, order, svd, preset, include, exclude, embeddings,
-    bits_map, rank_map, target_bpw, lora_alpha, adapter_dtype, dense_dtype, device, threads, seed.
+    bits_map, rank_map, target_bpw, lora_alpha, base_model, adapter_dtype,
+    dense_dtype, device, threads, seed.
     ``recipe`` is a file that holds settings, TOML or JSON, or the manifest of an earlier
     conversion; settings given here win. ``discard_shards`` deletes each shard from the hub once it
     is converted; ``allow_pickle`` reads a directory's pickled weights if it has no others.

@@ -257,6 +257,7 @@ class Conversion:
             plan.recipe.lora_alpha,
             task,
             architecture=architecture,
+            base_model=plan.recipe.base_model,
             # Other layouts load transposed matrices as ordinary linear layers.
             transposed=plan.layout.keeps_conv1d
             and any(item.matrix.kind == "conv1d" for item in plan.matrices.values()),

@@ -77,6 +77,7 @@ def config(
     task_type: str | None,
     *,
     architecture: str | None = None,
+    base_model: str | None = None,
     transposed: bool = False,
 ) -> dict[str, Any]:
     """adapter_config.json for modules with the given ranks; ``transposed``: the backbone's weights
@@ -85,8 +86,9 @@ def config(
 
     ``lora_alpha`` None means alpha = rank everywhere, so that the scaling is 1; modules whose rank
     was clamped below ``rank`` are listed in rank_pattern (and alpha_pattern).
-    ``base_model_name_or_path`` stays empty: the adapter belongs to the backbone it lies in, not to
-    the model it was made from, and PEFT fills in the path the backbone was loaded from.
+    Without ``base_model``, the backbone's id or path, ``base_model_name_or_path`` stays empty: the
+    adapter belongs to the backbone it lies in, not to the model it was made from, and PEFT fills in
+    the path the backbone was loaded from.
     """
     auto_mapping = None
     if task_type is None and architecture is not None:
@@ -95,7 +97,7 @@ def config(
     return {
         "alpha_pattern": clamped if lora_alpha is None else {},
         "auto_mapping": auto_mapping,
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": transposed,
         "inference_mode": True,

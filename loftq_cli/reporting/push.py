@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.output import MANIFEST, Output, open_output
+from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.errors import UsageError
+from loftq_cli.layouts import adapter
 from loftq_cli.loading.intact import verified
-from loftq_cli.machine.durable import explained
+from loftq_cli.machine.durable import explained, file_sha256, pretty_json
 from loftq_cli.reporting.card import body, metadata
 
 _CARD = "README.md"
@@ -44,7 +46,7 @@ def push(
     if fields["base_model"] is None:
         say(f"{output.manifest['source']['id']} is no hub id: the card names no base model")
     with explained(directory), tempfile.TemporaryDirectory(prefix="loftq-push-") as folder:
-        names = _stage(output, Path(folder))
+        names = _stage(output, Path(folder), repo_id, revision)
         card = front_matter(fields) + body(output, repo_id)
         (Path(folder) / _CARD).write_text(card, "utf-8")
         pushed = push_folder(
@@ -61,12 +63,22 @@ def push(
     return {**asdict(pushed), "files": len(names) + 1, "bytes": size}
 
 
-def _stage(output: Output, folder: Path) -> list[str]:
-    """Links to what belongs to the conversion: what else came to lie in its directory, such as
-    checkpoints of a training, stays at home."""
-    names = [entry["name"] for entry in output.manifest["outputs"]] + [MANIFEST]
-    for name in names:
-        link = folder / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to((output.directory / name).absolute())
-    return names
+def _stage(output: Output, folder: Path, repo_id: str, revision: str | None) -> list[str]:
+    """What belongs to the conversion: what else came to lie in its directory, such as checkpoints
+    of a training, stays at home. Links, but for the configs of adapters, which say where the
+    backbone will be, and the manifest, which has their hashes."""
+    entries = []
+    for entry in output.manifest["outputs"]:
+        file = folder / entry["name"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.name == adapter.CONFIG:
+            config = read_json(output.directory / entry["name"]).content
+            told = {**config, "base_model_name_or_path": repo_id, "revision": revision}
+            file.write_bytes(pretty_json(told))
+            entry = {**entry, "size": file.stat().st_size, "sha256": file_sha256(file)}
+        else:
+            file.symlink_to((output.directory / entry["name"]).absolute())
+        entries.append(entry)
+    manifest = {**output.manifest, "outputs": entries}
+    (folder / MANIFEST).write_bytes(pretty_json(manifest))
+    return [*(entry["name"] for entry in entries), MANIFEST]

@@ -234,6 +234,16 @@ class Settings:
         help="lora_alpha of the adapter; B is divided by the scaling.",
         default_help="the rank",
     )
+    base_model: str | None = _setting(
+        Text("a hub id, or a path"),
+        None,
+        group="where",
+        metavar="ID",
+        help="What the adapter's config calls the backbone, such as the hub id it will have.",
+        default_help="nothing",
+        absent=None,
+        settled={"type": ["string", "null"]},
+    )
     adapter_dtype: str = _setting(Choice(DTYPES), "source", group="where", help="dtype of A and B.")
     dense_dtype: str = _setting(
         Choice(DTYPES), "source", group="where", help="dtype of the backbone in layout dense."

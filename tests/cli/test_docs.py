@@ -68,6 +68,7 @@ SET: dict[str, tuple[list[str], Any]] = {
     "exclude": (["*.q_proj.*"], ["*.q_proj.*"]),
     "feedback": ([], True),
     "lora_alpha": (["2.5"], 2.5),
+    "base_model": (["me/mine"], "me/mine"),
     "adapter_dtype": (["float16"], "float16"),
     "dense_dtype": (["float16"], "float16"),
     "device": (["cpu"], "cpu"),

@@ -178,6 +178,13 @@ def test_a_matrix_of_zeros_has_no_residual(converted: Converter) -> None:
     assert records[QUERY]["frobenius"]["final"] == 0.0
 
 
+def test_the_adapter_names_the_backbone_that_it_is_told(converted: Converter) -> None:
+    for told in (None, "me/mine"):
+        output = converted(checkpoints.llama(), base_model=told, overwrite=True)
+        config = json.loads((output / "loftq_init/adapter_config.json").read_bytes())
+        assert config["base_model_name_or_path"] == told
+
+
 def test_clamped_ranks_are_written_down(converted: Converter) -> None:
     output = converted(checkpoints.llama(intermediate=24), rank=40)
     config = json.loads((output / "loftq_init/adapter_config.json").read_bytes())

@@ -97,7 +97,11 @@ def test_all_files_and_a_card_arrive(server: HubServer, way: str, from_hub: Path
     files = sent(server)
     assert set(files) == {*before, "README.md"}
     assert {"1_Dense/config.json", "1_Dense/model.safetensors"} <= set(files)
-    assert {name: files[name] for name in before} == before
+    changed = {"loftq_init/adapter_config.json", "loftq_manifest.json"}
+    assert {name: data for name, data in files.items() if before.get(name) != data}.keys() == {
+        *changed,
+        "README.md",
+    }
     assert checkpoints.files(from_hub) == before
     assert bool(server.objects) == (way == "lfs")
     assert result == {
@@ -109,6 +113,22 @@ def test_all_files_and_a_card_arrive(server: HubServer, way: str, from_hub: Path
         "files": len(before) + 1,
         "bytes": sum(map(len, before.values())) - len(before["loftq_manifest.json"]),
     }
+
+
+@pytest.mark.parametrize("revision", [None, "two-bits"])
+def test_the_adapter_says_where_its_backbone_is(
+    server: HubServer, out: Path, tmp_path: Path, revision: str | None
+) -> None:
+    push(out, REPO, revision=revision, say=lambda line: None)
+    files = sent(server, revision or "main")
+    before = json.loads((out / "loftq_init/adapter_config.json").read_text())
+    config = json.loads(files["loftq_init/adapter_config.json"])
+    assert config == {**before, "base_model_name_or_path": REPO, "revision": revision}
+    there = tmp_path / "there"
+    for name, data in files.items():
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_bytes(data)
+    loftq_cli.inspect(there, verify=True)
 
 
 def test_the_card_makes_it_a_quantization_and_an_adapter_of_its_base(
