@@ -14,15 +14,15 @@ import torch
 from loftq_cli.checkpoint.companions import copy_companions
 from loftq_cli.checkpoint.deliveries import Deliveries
 from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.checkpoint.journal import Journal, ReadShard, Subject, Unit
 from loftq_cli.checkpoint.output import MANIFEST
 from loftq_cli.checkpoint.reader import ShardReader
+from loftq_cli.checkpoint.shard_output import ShardOutput
 from loftq_cli.checkpoint.source import CONFIG, INDEX
 from loftq_cli.checkpoint.writer import GrowingShard, index_of
 from loftq_cli.conversion import record as manifests
-from loftq_cli.conversion.journal import Journal, ReadShard, Subject, Unit
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
 from loftq_cli.conversion.reread import check_contents, check_prefix
-from loftq_cli.conversion.shard_output import ShardOutput
 from loftq_cli.conversion.workspace import ConversionWorkspace
 from loftq_cli.errors import InputError, ScaleRangeError
 from loftq_cli.families.kinds import turned
@@ -116,7 +116,7 @@ class Conversion:
             files = {shard.name: backbone, _ADAPTER_FILE: adapters}
             output = ShardOutput(journal, files, shard.name)
             tensors = shard.source.header.tensors
-            found = ((tensor.name, output.finished(tensor)) for tensor in tensors)
+            found = ((tensor.name, output.finished(tensor.name)) for tensor in tensors)
             finished = {name: unit for name, unit in found if unit is not None}
             for name, unit in finished.items():
                 self.observer.detail(f"{name}: kept, it was finished before")
@@ -207,7 +207,7 @@ class Conversion:
                         shard.name: self.plan.layout.encode(matrix, result.quantized),
                         _ADAPTER_FILE: adapter.tensors(matrix, result.lora_A, result.lora_B),
                     }
-                output.write(tensor, prefix, groups, record)
+                output.write(tensor.name, prefix, groups, record)
 
             behind.submit(write)
         elif item.piece is not None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from loftq_cli.calibration import first
 from loftq_cli.calibration.first import Texts
+from loftq_cli.checkpoint.differences import differences, differing_settings
 from loftq_cli.checkpoint.locate import is_path, locate
 from loftq_cli.checkpoint.request import Request
-from loftq_cli.conversion.differences import differences, differing_settings
 from loftq_cli.conversion.pin import pinned
 from loftq_cli.conversion.room import check_resources
 from loftq_cli.conversion.subject import subject

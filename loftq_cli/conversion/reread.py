@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from loftq_cli.checkpoint.journal import ReadShard, Unit
 from loftq_cli.checkpoint.reader import ShardReader
 from loftq_cli.checkpoint.source import Shard
-from loftq_cli.conversion.journal import ReadShard, Unit
 from loftq_cli.errors import SourceChangedError
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from loftq_cli.checkpoint.journal import is_damaged
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.conversion.engine import Conversion
-from loftq_cli.conversion.journal import is_damaged
 from loftq_cli.conversion.pin import pin
 from loftq_cli.conversion.room import check_resources
 from loftq_cli.conversion.subject import subject

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from loftq_cli.checkpoint.journal import Subject
 from loftq_cli.checkpoint.source import file_hashes
-from loftq_cli.conversion.journal import Subject
 from loftq_cli.planning.plan import Plan
 
 

@@ -9,34 +9,30 @@ Beside what every workspace has there are in ``.<name>.loftq-partial/``::
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.differences import different_settings
+from loftq_cli.checkpoint.journal import Subject, subject_in
 from loftq_cli.checkpoint.output import MANIFEST, Output, open_output
-from loftq_cli.conversion.differences import differences, different_settings
-from loftq_cli.conversion.journal import Subject, subject_in
-from loftq_cli.errors import InputError, OutputConflictError
-from loftq_cli.machine.durable import explained
-from loftq_cli.machine.workspace import Workspace
+from loftq_cli.checkpoint.unfinished import JournaledWorkspace
+from loftq_cli.errors import InputError
 
 
-class ConversionWorkspace(Workspace):
+class ConversionWorkspace(JournaledWorkspace):
     """Paths of one conversion and of the work on it."""
 
     suffix = "loftq-partial"
     marker = MANIFEST
     kind = "the output of a conversion"
     doing = "converting to"
+    work = "conversion"
 
     def __init__(self, output: Path) -> None:
         super().__init__(output)
-        self.journal = self.partial / "journal"
         self.pin = self.partial / "source"
         self.passing = self.partial / "shards"
-
-    def holds_work(self) -> bool:
-        return self.journal.exists()
 
     def complete_output(self) -> Output | None:
         """The output if it is there and readable, else None."""
@@ -55,35 +51,6 @@ class ConversionWorkspace(Workspace):
         if output is not None:
             yield output.manifest["recipe"], output.fingerprint
 
-    def keep_only(self, names: Collection[str]) -> None:
-        """Remove all files but these from the unfinished output: what a crash left of the files
-        that are written last must not be taken for theirs."""
-        kept = {self.output / name for name in names}
-        with explained(self.output):
-            for path in [path for path in self.output.rglob("*") if path.is_file()]:
-                if path not in kept:
-                    path.unlink()
-
-    def refuse_other_partial(self, accepted: dict[str, Subject], overwrite: bool) -> str | None:
-        """Whose work the partial directory holds: one of the ``accepted`` fingerprints, or None
-        if there is none. Work of something else is discarded under ``overwrite``, and
-        otherwise raises OutputConflictError with the settings that differ."""
-        found = subject_in(self.journal)
-        if found is None:
-            self.discard_work()
-            return None
-        if found.fingerprint in accepted:
-            return found.fingerprint
-        if not overwrite:
-            wanted = next(iter(accepted.values()))
-            raise OutputConflictError(
-                f"{self.partial} holds an unfinished conversion with other settings: "
-                + differences(found, wanted),
-                hint="finish it with its own settings, or discard it with --overwrite",
-            )
-        self.discard_work()
-        return None
-
     def discard_unless_other(self, accepted: dict[str, Subject]) -> None:
         """Remove the partial directory, unless it holds unfinished work of something else."""
         found = subject_in(self.journal)
@@ -99,13 +66,8 @@ class ConversionWorkspace(Workspace):
             what = error.message
         return f"another conversion: {what}"
 
-    def discard_work(self) -> None:
-        with explained(self.partial):
-            self.journal.unlink(missing_ok=True)
-        super().discard_work()
-
     def _folders(self) -> list[Path]:
         return [self.passing]
 
     def _files(self) -> list[Path]:
-        return [self.journal, self.pin]
+        return [*super()._files(), self.pin]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loftq_cli.checkpoint.header import read_header
-from loftq_cli.conversion.journal import Journal, Subject, subject_in
+from loftq_cli.checkpoint.journal import Journal, Subject, subject_in
 from tests.whole.crash.operations import Crash, DiesAt, watched
 from tests.whole.crash.scenarios import Scenario, convert, tensors
 from tests.whole.crash.stress import tell, times

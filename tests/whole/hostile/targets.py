@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from loftq_cli.checkpoint.header import HeaderError, read_header
+from loftq_cli.checkpoint.journal import Journal, Subject, _sealed, subject_in
 from loftq_cli.checkpoint.output import read_manifest
 from loftq_cli.checkpoint.pickles import reader as pickled
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
-from loftq_cli.conversion.journal import Journal, Subject, _sealed, subject_in
 from loftq_cli.errors import CorruptFileError, InputError
 from tests.support.makers import container, entry
 

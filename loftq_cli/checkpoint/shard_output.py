@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.checkpoint.journal import Journal, Unit
 from loftq_cli.checkpoint.writer import GrowingShard, TensorWriter
-from loftq_cli.conversion.journal import Journal, Unit
 
 _UNSYNCED_LIMIT = 64 << 20  # bytes of passed-through tensors between two journal entries
 
@@ -28,9 +28,9 @@ class ShardOutput:
     _unsynced: int = 0
     _copying: TensorWriter | None = None
 
-    def finished(self, tensor: StoredTensor) -> Unit | None:
+    def finished(self, tensor: str) -> Unit | None:
         """The journal's unit of ``tensor``, if its bytes on disk are those that it recorded."""
-        unit = self.journal.units.get(tensor.name)
+        unit = self.journal.units.get(tensor)
         if unit is not None and all(
             self.files[file].sha256_of(name) == digest
             for file, digests in unit.outputs.items()
@@ -57,17 +57,17 @@ class ShardOutput:
 
     def write(
         self,
-        tensor: StoredTensor,
+        tensor: str,
         prefix_sha256: str,
         groups: Mapping[str, Mapping[str, torch.Tensor]],
-        record: dict[str, object],
+        record: dict[str, object] | None,
     ) -> None:
         """The tensors that a quantized matrix became, by file, and its manifest entry."""
         outputs = {
             file: {name: self.files[file].write(name, value) for name, value in group.items()}
             for file, group in groups.items()
         }
-        self._pending.append(Unit(tensor.name, prefix_sha256, outputs, record))
+        self._pending.append(Unit(tensor, prefix_sha256, outputs, record))
         self.settle()
 
     def settle(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loftq_cli.conversion.journal import Subject
+from loftq_cli.checkpoint.journal import Subject
 
 _LONGEST = 200  # characters of a setting's value in a message
 
