@@ -178,6 +178,8 @@ def export(
     *,
     layout: str,
     adapter: _Path | None = None,
+    merge: bool = False,
+    stats: _Path | None = None,
     pad_ranks: bool = False,
     base_model: str | None = None,
     revision: str | None = None,
@@ -188,10 +190,13 @@ def export(
     refused.
 
     ``directory`` and ``adapter`` may be hub ids, as text. ``adapter``, which training saved, goes
-    to the folder ``adapter`` of the output; ``pad_ranks`` gives every pair one rank, by zeros;
-    ``base_model`` is what the adapters' configs call the backbone, None the output's path.
+    to the folder ``adapter`` of the output or, with ``merge``, into the codes, which are chosen
+    anew, with error feedback under the statistics in the file ``stats``; ``pad_ranks`` gives every
+    pair one rank, by zeros; ``base_model`` is what the adapters' configs call the backbone, None
+    the output's path.
     """
     from loftq_cli.checkpoint.locate import locate_adapter
+    from loftq_cli.exporting.export import Wanted
     from loftq_cli.exporting.export import export as run
     from loftq_cli.machine.observer import Logged
 
@@ -199,16 +204,9 @@ def export(
     trained = None
     if adapter is not None:
         trained = locate_adapter(adapter, offline=offline, listener=Logged())
-    return run(
-        place.directory,
-        _expanded(output),
-        layout,
-        adapter=trained,
-        pad_ranks=pad_ranks,
-        base_model=base_model,
-        overwrite=overwrite,
-        observer=Logged(),
-    )
+    file = None if stats is None else _expanded(stats)
+    wanted = Wanted(layout, trained, merge, file, pad_ranks, base_model)
+    return run(place.directory, _expanded(output), wanted, overwrite=overwrite, observer=Logged())
 
 
 def push(

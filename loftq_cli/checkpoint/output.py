@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.header import shown, strict_json
 from loftq_cli.checkpoint.lfs import refuse_pointer, refuse_pointers
-from loftq_cli.checkpoint.names import is_plain_name
+from loftq_cli.checkpoint.names import ADAPTER_FOLDER, is_plain_name
 from loftq_cli.checkpoint.schema import faults, manifest_schema
 from loftq_cli.errors import InputError, SourceNotFoundError, VerificationError
 from loftq_cli.machine.durable import file_sha256, readable
@@ -35,9 +37,17 @@ class Output:
     @property
     def origin(self) -> str:
         """The fingerprint of the conversion that this one's codes are of: an export's are another
-        one's."""
+        one's, unless a trained adapter was merged into them."""
         exported = self.manifest.get("exported", {})
+        if "merged" in exported:
+            return self.fingerprint
         return str(exported.get("fingerprint", self.fingerprint))
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is a start: codes that a trained adapter was merged into have none."""
+        start = f"{ADAPTER_FOLDER}/"
+        return any(entry["name"].startswith(start) for entry in self.manifest["outputs"])
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -97,6 +107,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = manifest
     _check(path, found)
     return found
+
+
+def relative(records: Sequence[Mapping[str, Any]], which: str) -> float:
+    """sqrt(sum of squared residuals / sum of squared weights); 0 if all weights are zero."""
+    residual = math.fsum(record["frobenius"][which] ** 2 for record in records)
+    weight = math.fsum(record["frobenius"]["weight"] ** 2 for record in records)
+    return math.sqrt(residual / weight) if weight else 0.0
 
 
 def file_entries(directory: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.journal import Journal, Unit
 from loftq_cli.checkpoint.writer import GrowingShard, TensorWriter
 
@@ -45,7 +45,7 @@ class ShardOutput:
             self._copying = self.files[self.backbone].tensor(name)
         self._copying.append(piece)
 
-    def end_copy(self, tensor: StoredTensor, prefix_sha256: str) -> None:
+    def end_copy(self, tensor: StoredTensor | TensorSpec, prefix_sha256: str) -> None:
         """All pieces of ``tensor`` were copied."""
         assert self._copying is not None
         outputs = {self.backbone: {tensor.name: self._copying.sha256}}

@@ -58,6 +58,12 @@ class JournaledWorkspace(Workspace):
         self.discard_work()
         return None
 
+    def discard_unless_other(self, accepted: dict[str, Subject]) -> None:
+        """Remove the partial directory, unless it holds unfinished work of something else."""
+        found = subject_in(self.journal)
+        if found is None or found.fingerprint in accepted:
+            self.discard()
+
     def discard_work(self) -> None:
         with explained(self.partial):
             self.journal.unlink(missing_ok=True)

@@ -32,6 +32,17 @@ from loftq_cli.layouts import registry
     help="Directory, or adapter_model.safetensors in it, that training saved; or a hub id. It goes "
     "to OUTPUT/adapter.",
 )
+@click.option(
+    "--merge",
+    is_flag=True,
+    help="Merge --adapter into the codes, which are chosen anew; no adapter is left.",
+)
+@click.option(
+    "--stats",
+    type=ExpandedPath(),
+    metavar="FILE",
+    help="Activation statistics (`loftq calibrate`), by which --merge feeds errors back.",
+)
 @click.option("--pad-ranks", is_flag=True, help="Give every pair one rank, by zeros.")
 @click.option(
     "--base-model",
@@ -50,6 +61,8 @@ def export(
     output: Path,
     layout: str,
     adapter: str | None,
+    merge: bool,
+    stats: Path | None,
     pad_ranks: bool,
     base_model: str | None,
     revision: str | None,
@@ -62,13 +75,16 @@ def export(
     """Write the codes of a conversion in another layout, nothing computed anew.
 
     DIR is a directory or a hub id. What the layout cannot hold exactly is refused. The result is a
-    conversion, as `loftq convert` would have written it.
+    conversion, as `loftq convert` would have written it. With --merge the codes are those of the
+    trained model, and the result has no adapter.
 
     \b
     loftq export out/ -o served --layout compressed
     loftq export out/ -o served --layout compressed --adapter trained --pad-ranks
+    loftq export out/ -o served --layout awq --adapter trained --merge --stats stats.safetensors
     """
     from loftq_cli.checkpoint.locate import locate_adapter, locate_output
+    from loftq_cli.exporting.export import Wanted
     from loftq_cli.exporting.export import export as run
 
     narrator = Narrator(quiet=quiet, verbose=verbose)
@@ -78,14 +94,6 @@ def export(
     trained = (
         None if adapter is None else locate_adapter(adapter, offline=offline, listener=narrator)
     )
-    result = run(
-        place.directory,
-        output,
-        layout,
-        adapter=trained,
-        pad_ranks=pad_ranks,
-        base_model=base_model,
-        overwrite=overwrite,
-        observer=narrator,
-    )
+    wanted = Wanted(layout, trained, merge, stats, pad_ranks, base_model)
+    result = run(place.directory, output, wanted, overwrite=overwrite, observer=narrator)
     show.exported(result, as_json=as_json)

@@ -132,14 +132,19 @@ def exported(result: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         console.json_object(result)
         return
+    merged = result["merged"]
+    how = "quantized again" if merged else f"exactly as in {', '.join(result['from'])}"
     pairs = [
-        ("matrices", f"{result['matrices']}, exactly as in {', '.join(result['from'])}"),
+        ("matrices", f"{result['matrices']}, {how}"),
         ("layout", result["layout"]),
         ("size", console.size(result["bytes"])),
         ("time", f"{result['seconds']:.1f} s"),
     ]
     if result["adapter"] is not None:
         pairs.insert(2, ("trained adapter", result["adapter"]))
+    if merged and merged["kept"] is not None:
+        plainly = f"{merged['plain']:.1%} without feedback" if merged["stats"] else "no statistics"
+        pairs.insert(2, ("of the training kept", f"{merged['kept']:.1%} ({plainly})"))
     console.pairs(f"wrote {result['output']}", pairs)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.output import file_entries
+from loftq_cli.checkpoint.output import file_entries, relative
 from loftq_cli.numerics.decomposition import Decomposition
 from loftq_cli.planning.plan import Plan, PlannedMatrix
 from loftq_cli.version import VERSION
@@ -93,10 +92,3 @@ def build(
 
 def _renamed(names: Mapping[str, str], name: str) -> dict[str, str]:
     return {"in_memory": names[name]} if name in names else {}
-
-
-def relative(records: Sequence[Mapping[str, Any]], which: str) -> float:
-    """sqrt(sum of squared residuals / sum of squared weights); 0 if all weights are zero."""
-    residual = math.fsum(record["frobenius"][which] ** 2 for record in records)
-    weight = math.fsum(record["frobenius"]["weight"] ** 2 for record in records)
-    return math.sqrt(residual / weight) if weight else 0.0

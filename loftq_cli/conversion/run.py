@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from loftq_cli.checkpoint.journal import is_damaged
 from loftq_cli.checkpoint.output import Output
@@ -30,6 +28,7 @@ from loftq_cli.loading.intact import verified
 from loftq_cli.machine.observer import Observer
 from loftq_cli.numerics.quantizers.methods import searches_scales
 from loftq_cli.planning import target
+from loftq_cli.planning.decomposer import threads
 from loftq_cli.planning.make import with_fallback, with_widths
 from loftq_cli.planning.plan import Plan
 from loftq_cli.settings import maps
@@ -120,7 +119,7 @@ def _settled(
                         return earlier
         workspace.refuse_other_output(overwrite, partial(workspace.described, subject(plan)))
         workspace.refuse_other_partial({plan.fingerprint: subject(plan)}, overwrite)
-    with _threads(plan.recipe.threads):
+    with threads(plan.recipe.threads):
         return target.settle(plan, observer)
 
 
@@ -138,7 +137,7 @@ class _Work:
         """Convert what is left, and publish."""
         identity = subject(self.plan)
         try:
-            with _threads(self.plan.recipe.threads):
+            with threads(self.plan.recipe.threads):
                 conversion = Conversion(self.plan, self.workspace, self.observer)
                 manifest = conversion.run(identity)
             self.workspace.publish(self.overwrite, partial(self.workspace.described, identity))
@@ -159,14 +158,3 @@ class _Work:
         taken, left = self.fallback.layout.name, self.plan.layout.name
         self.observer.note(f"layout {taken}, because {left} cannot hold it: {message}")
         return replace(self, plan=self.fallback).finish()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """The thread count of the recipe: it changes the last bits of matrix products."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

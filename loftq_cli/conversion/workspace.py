@@ -51,12 +51,6 @@ class ConversionWorkspace(JournaledWorkspace):
         if output is not None:
             yield output.manifest["recipe"], output.fingerprint
 
-    def discard_unless_other(self, accepted: dict[str, Subject]) -> None:
-        """Remove the partial directory, unless it holds unfinished work of something else."""
-        found = subject_in(self.journal)
-        if found is None or found.fingerprint in accepted:
-            self.discard()
-
     def described(self, wanted: Subject) -> str:
         """What an output of ours is that is not the ``wanted`` one."""
         try:

@@ -39,7 +39,7 @@ class ExportedAdapter:
         """Write it to ``target``; ``base`` is what its config calls the backbone, whose weights are
         stored (in, out) if ``transposed``."""
         folder = target / self.folder
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         tensors = self._tensors()
         with (
             TensorFile(self.adapter.file) as file,

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
-from loftq_cli.checkpoint.output import Output
-from loftq_cli.checkpoint.source import Source
+from loftq_cli.checkpoint.output import MANIFEST, Output
+from loftq_cli.checkpoint.source import CONFIG, INDEX, Source
 from loftq_cli.checkpoint.stored import Stored, find, read
 from loftq_cli.checkpoint.writer import place
 from loftq_cli.errors import LayoutError
 from loftq_cli.families.blocks import stacks
 from loftq_cli.families.experts import is_expert
+from loftq_cli.families.kinds import turned_shape
+from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings, matrix_of
 from loftq_cli.layouts.registry import layout_of, make_layout
+from loftq_cli.merging.config import merged_config
+from loftq_cli.merging.plan import Copied, Merged, MergePlan
 
-
-@dataclass(frozen=True)
-class Kept:
-    """A tensor whose bytes are taken as they are."""
-
-    file: Path
-    tensor: StoredTensor
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        tensor = self.tensor
-        return [TensorSpec(tensor.name, tensor.dtype, tensor.shape)]
+TRAINED = "adapter"
+"""The folder of an export that holds the adapter of --adapter."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +57,67 @@ class Moved:
 
 
 @dataclass(frozen=True)
+class Requantized:
+    """A quantized matrix and its trained adapter, ``merged``, to be quantized again."""
+
+    matrix: Matrix
+    wanted: Layout
+    merged: Merged
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        return self.wanted.specs(self.matrix)
+
+
+Item = Copied | Merged | Moved | Requantized
+"""What becomes of a tensor, or of a matrix, which is several: its bytes are taken as they are, it
+is computed as ``loftq merge`` does, moved, or quantized again."""
+
+
+def specs_of(items: Sequence[Item]) -> list[TensorSpec]:
+    """The tensors that ``items`` become, in order."""
+    return [
+        spec
+        for item in items
+        for spec in ([item.spec] if isinstance(item, (Copied, Merged)) else item.specs)
+    ]
+
+
+def name_of(item: Item) -> str:
+    """The name of the tensor or the matrix."""
+    return item.spec.name if isinstance(item, (Copied, Merged)) else item.matrix.name
+
+
+@dataclass(frozen=True)
 class ExportPlan:
-    """``shards``: (file name, its tensors in order). ``entry``: the quantization_config of
-    ``layout``, None if it has none."""
+    """``shards``: (file name, its items in order). ``config``: config.json without the
+    ``entry``, the quantization_config of ``layout``, None if it has none. ``companions``: files
+    that are copied along. ``merging``: the merge, if the result is to have no adapter."""
 
     output: Output
     layout: Layout
     stored: Stored
-    shards: Sequence[tuple[str, Sequence[Kept | Moved]]]
+    shards: Sequence[tuple[str, Sequence[Item]]]
     config: Mapping[str, Any]
     entry: Mapping[str, Any] | None
+    companions: Mapping[str, Path]
+    merging: MergePlan | None
 
     @property
     def matrices(self) -> list[Matrix]:
-        return [matrix_of(record) for record in self.output.records]
+        """In the manifest's order."""
+        found = {item.matrix.name: item.matrix for item in self._quantized()}
+        return [found[record["name"]] for record in self.output.records]
+
+    @property
+    def kept(self) -> list[TensorSpec]:
+        """The tensors that are not quantized."""
+        return [
+            item.spec
+            for _, items in self.shards
+            for item in items
+            if isinstance(item, (Copied, Merged))
+        ]
 
     @property
     def transposed(self) -> bool:
@@ -95,14 +136,16 @@ class ExportPlan:
         headers = sum(len(place(specs_of(items))[0]) for _, items in self.shards)
         return self.tensor_bytes + headers
 
+    def _quantized(self) -> Iterator[Moved | Requantized]:
+        for _, items in self.shards:
+            yield from (item for item in items if isinstance(item, (Moved, Requantized)))
 
-def specs_of(items: Sequence[Kept | Moved]) -> list[TensorSpec]:
-    """The tensors that ``items`` become, in order."""
-    return [spec for item in items for spec in item.specs]
 
-
-def make_export_plan(output: Output, source: Source, name: str) -> ExportPlan:
-    """How the conversion ``output``, whose files are ``source``, is written in layout ``name``.
+def make_export_plan(
+    output: Output, source: Source, name: str, merging: MergePlan | None = None
+) -> ExportPlan:
+    """How the conversion ``output``, whose files are ``source``, is written in layout ``name``,
+    its codes as they are or, with a ``merging``, quantized again.
 
     Raises LayoutError, with every matrix that the layout cannot hold and the reason, and
     VerificationError if the files are not what the manifest says.
@@ -117,15 +160,24 @@ def make_export_plan(output: Output, source: Source, name: str) -> ExportPlan:
         for spec in held.specs(matrix):
             find(output.directory, stored, spec)
             parts[spec.name] = matrix.name
-    config = {k: v for k, v in source.config.content.items() if k != "quantization_config"}
-    surroundings = _surroundings(output, config, [item.matrix for item in moved.values()])
-    _refuse(wanted, list(moved.values()), surroundings)
-    shards = [
-        (shard.name, list(_items(shard.header.tensors, shard.path, parts, moved)))
-        for shard in source.shards
-    ]
-    entry = wanted.quantization_config([item.matrix for item in moved.values()], surroundings)
-    return ExportPlan(output, wanted, stored, shards, config, entry)
+    if merging is None:
+        config = source.config.content
+        shards = [
+            (shard.name, list(_items(shard.header.tensors, shard.path, parts, moved)))
+            for shard in source.shards
+        ]
+        companions: Mapping[str, Path] = _companions(output, [name for name, _ in shards])
+    else:
+        config, companions = merged_config(merging), merging.companions
+        shards = [
+            (shard, [_requantized(item, moved) for item in items])
+            for shard, items in merging.shards
+        ]
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    plan = ExportPlan(output, wanted, stored, shards, config, None, companions, merging)
+    surroundings = _surroundings(plan)
+    _refuse(plan, list(moved.values()), surroundings)
+    return replace(plan, entry=wanted.quantization_config(plan.matrices, surroundings))
 
 
 def _items(
@@ -133,43 +185,67 @@ def _items(
     file: Path,
     parts: Mapping[str, str],
     moved: Mapping[str, Moved],
-) -> Iterator[Kept | Moved]:
+) -> Iterator[Item]:
     """What the tensors of a shard become; a matrix stands where its first part is."""
     seen = set()
     for tensor in tensors:
         name = parts.get(tensor.name)
         if name is None:
-            yield Kept(file, tensor)
+            spec = TensorSpec(tensor.name, tensor.dtype, tensor.shape)
+            yield Copied(spec, file, tensor)
         elif name not in seen:
             seen.add(name)
             yield moved[name]
 
 
-def _surroundings(
-    output: Output, config: Mapping[str, Any], matrices: Sequence[Matrix]
-) -> Surroundings:
+def _requantized(item: Copied | Merged, moved: Mapping[str, Moved]) -> Item:
+    known = moved.get(item.spec.name)
+    if known is None or isinstance(item, Copied):
+        return item
+    rows, columns = item.spec.shape  # tokens may have been added
+    matrix = replace(known.matrix, shape=turned_shape((rows, columns), known.matrix.kind))
+    return Requantized(matrix, known.wanted, item)
+
+
+def _companions(output: Output, shards: Sequence[str]) -> dict[str, Path]:
+    """Files that are copied as they are, by name."""
+    written = {CONFIG, INDEX, MANIFEST, *shards}
+    left_out = (f"{adapters.DIRECTORY}/", f"{TRAINED}/")
+    names = [entry["name"] for entry in output.manifest["outputs"]]
+    return {
+        name: output.directory / name
+        for name in names
+        if name not in written and not name.startswith(left_out)
+    }
+
+
+def _surroundings(plan: ExportPlan) -> Surroundings:
+    in_memory = {
+        entry["name"]: entry.get("in_memory", entry["name"])
+        for entry in plan.output.manifest["passed_through"]
+    }
     kept = [
-        entry.get("in_memory", entry["name"]).removesuffix(".weight")
-        for entry in output.manifest["passed_through"]
-        if entry["name"].endswith(".weight") and len(entry["shape"]) == 2
+        in_memory.get(spec.name, spec.name).removesuffix(".weight")
+        for spec in plan.kept
+        if spec.name.endswith(".weight") and len(spec.shape) == 2
     ]
-    names = [f"{matrix.adapted}.weight" for matrix in matrices]
+    names = [f"{matrix.adapted}.weight" for matrix in plan.matrices]
     outside = [name for name in names if not stacks([name])]
-    return Surroundings(config, kept, stacks(names) + outside)
+    return Surroundings(plan.config, kept, stacks(names) + outside)
 
 
-def _refuse(wanted: Layout, moved: Sequence[Moved], surroundings: Surroundings) -> None:
-    """Raise LayoutError if the headers tell already that ``wanted`` cannot hold what is there."""
-    matrices = [item.matrix for item in moved]
+def _refuse(plan: ExportPlan, moved: Sequence[Moved], surroundings: Surroundings) -> None:
+    """Raise LayoutError if the headers tell already that the layout cannot hold what is there."""
+    wanted, matrices = plan.layout, plan.matrices
     described = wanted.cannot_describe(surroundings)
     obstacles = [f"this model: {described}"] if described else []
-    for item in moved:
-        name = item.matrix.name
-        if not item.held.holds_codes:
+    for item, matrix in zip(moved, matrices, strict=True):
+        name = matrix.name
+        if plan.merging is None and not item.held.holds_codes:
             obstacles.append(f"{name}: layout {item.held.name} holds values, no codes")
         elif is_expert(name) and not wanted.holds_experts:
             obstacles.append(f"{name}: an expert")
-        elif reason := wanted.cannot_hold(item.matrix):
+        elif reason := wanted.cannot_hold(matrix):
             obstacles.append(f"{name}: {reason}")
     if not wanted.mixes and len({(matrix.method, matrix.bits) for matrix in matrices}) > 1:
         obstacles.append("matrices of several widths")
@@ -178,5 +254,5 @@ def _refuse(wanted: Layout, moved: Sequence[Moved], surroundings: Surroundings) 
     if obstacles:
         raise LayoutError(
             f"--layout {wanted.name} cannot hold " + "; ".join(obstacles),
-            hint="an export moves codes as they are; convert the model anew for another layout",
+            hint="an export keeps methods and widths; convert the model anew for another layout",
         )

@@ -60,20 +60,25 @@ def load(
     An adapter that training left in ``path`` itself is attached if it is asked for (``adapter`` is
     ``path``); otherwise a TrainedBeside warning names it.
 
-    Returns a ``peft.PeftModel``. Raises EnvironmentFailure if the extra [train] or [gptq] is not
-    installed, and InputError if ``path`` is not the complete output of a conversion, is of a
-    newer format, holds another conversion's adapter, or adapter tensors that the model has no place
-    for, or lacks a part of a module, or if the class ties another module to an adapted one.
+    Returns a ``peft.PeftModel``; of a conversion without an adapter (``loftq export --merge``) the
+    backbone alone, unless ``adapter`` names one. Raises EnvironmentFailure if the extra [train] or
+    [gptq] is not installed, and InputError if ``path`` is not the complete output of a conversion,
+    is of a newer format, holds another conversion's adapter, or adapter tensors that the model has
+    no place for, or lacks a part of a module, or if the class ties another module to an adapted
+    one.
     """
     directory = Path(path)
     output = open_output(directory)
-    check_files(output, start=adapter is None)
+    start = adapter is None and output.has_adapter
+    check_files(output, start=start)
     beside = leave_beside(output, adapter)
     peft, transformers = (required(name, "train", "loading") for name in ("peft", "transformers"))
     hook.install()
     remote = bool(from_pretrained.get("trust_remote_code"))
     chosen = auto_class or _model_class(directory, transformers, remote=remote)
     backbone, report = _backbone(chosen, output, {**beside, **from_pretrained})
+    if adapter is None and not start:
+        return backbone
     if adapter is None:
         names = _names(backbone, output)
         _refuse_tied(backbone, names, directory)

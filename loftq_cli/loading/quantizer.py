@@ -21,7 +21,7 @@ from loftq_cli.families.modules import kind_of
 from loftq_cli.families.names import key_mapping, places, prefix_of, tied
 from loftq_cli.layouts.loftq import FORMAT_VERSION
 from loftq_cli.loading import guard
-from loftq_cli.loading.beside import adapter_targets, lost_targets
+from loftq_cli.loading.beside import adapter_targets, is_merged, lost_targets
 from loftq_cli.loading.container import CONTAINER, take_over_all, wait, waiting
 from loftq_cli.loading.packed_weight import PackedWeight
 from loftq_cli.loading.replacement import packed
@@ -124,7 +124,8 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         take_over_all(model, self.quantization_config.modules)
         _refuse_shared(model)
-        guard.watch(model)
+        if not is_merged(model.config):
+            guard.watch(model)
         guard.refuse_to_resize(model)
         guard.tell_of_resizing(model)
         warn_of_attached(str(model.config._name_or_path))  # type: ignore[union-attr]

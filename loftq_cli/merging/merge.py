@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.companions import copy_files
-from loftq_cli.checkpoint.dtypes import tag_named, torch_dtype
+from loftq_cli.checkpoint.dtypes import tag_named
 from loftq_cli.checkpoint.output import open_output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
 from loftq_cli.checkpoint.writer import GrowingShard, index_of
-from loftq_cli.errors import NonFiniteWeightError, UsageError
+from loftq_cli.errors import UsageError
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
 from loftq_cli.loading.intact import check_start
@@ -30,7 +30,7 @@ from loftq_cli.machine.resources import check_memory, check_space, memory_explai
 from loftq_cli.machine.workspace import Workspace
 from loftq_cli.merging.config import dtype_name, merged_config, provenance, snippet
 from loftq_cli.merging.plan import Copied, Merged, MergePlan, make_merge_plan
-from loftq_cli.numerics.metrics import first_non_finite
+from loftq_cli.merging.value import merged_value
 
 MARKER = "loftq_merge.json"
 _MARGIN = 4 << 20  # room for config and the marker
@@ -59,12 +59,17 @@ def merge(
     ``dtype`` is that of the merged matrices, None the one they had before the conversion. Returns
     what ``--json`` prints. Raises InputError if backbone or adapter are damaged or do not belong
     together, VerificationError if ``adapter`` is None and training replaced the conversion's,
-    UsageError for an output inside the input or a dtype that cannot hold a value,
+    UsageError if it has none, for an output inside the input or a dtype that cannot hold a value,
     OutputConflictError, EnvironmentFailure.
     """
     started = time.monotonic()
     found = open_output(directory)
     own = directory / adapters.DIRECTORY
+    if adapter is None and not found.has_adapter:
+        raise UsageError(
+            f"{directory} has no adapter: one was merged into its codes",
+            hint="name another one with --adapter, or `loftq export --layout dense`",
+        )
     trained = open_adapter(own if adapter is None else adapter)
     if adapter is None:
         check_start(found, f"merged with --adapter {own}")
@@ -178,35 +183,5 @@ def _write_tensor(
     else:
         hint = "free memory for several float32 copies of this matrix"
         with memory_explained(f"tensor {item.spec.name!r}", hint=hint):
-            shard.write(item.spec.name, _value(plan, item))
+            shard.write(item.spec.name, merged_value(plan, item))
     observer.advance(item.spec.nbytes)
-
-
-def _value(plan: MergePlan, item: Merged) -> torch.Tensor:
-    """A merged matrix, as the source stores it, in its final dtype."""
-    name, directory = item.spec.name, plan.output.directory
-    value = item.weight.read_base()
-    pair, tokens = item.weight.pair, item.weight.tokens
-    with TensorFile(plan.adapter.file) as file:
-        if pair is not None:
-            # Product, scaling and sum are rounded one by one, as PEFT does.
-            product = file.read(pair.lora_B).float() @ file.read(pair.lora_A).float()
-            value += (product.T if item.transposed else product).mul_(pair.scaling)
-        if tokens is not None:
-            value[list(tokens.indices)] = file.read(tokens.values).float()
-    bad = first_non_finite(value)
-    if bad is not None:
-        raise NonFiniteWeightError(
-            f"{directory} and {plan.adapter.file}: tensor {name!r} becomes {bad[1]} "
-            f"at {list(bad[0])}",
-            hint="the backbone or the adapter is damaged, or its training diverged",
-        )
-    result = value.to(torch_dtype(item.spec.dtype))
-    bad = first_non_finite(result)
-    if bad is not None:
-        raise UsageError(
-            f"tensor {name!r}: {float(value[bad[0]]):.6g} at {list(bad[0])} does not fit "
-            f"{dtype_name(item.spec.dtype)}",
-            hint="use --dtype float32, or for values up to 3e38 --dtype bfloat16",
-        )
-    return result

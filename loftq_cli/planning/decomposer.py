@@ -6,11 +6,16 @@ weighting here, so that they mean the same by the same settings.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import torch
 
 from loftq_cli.checkpoint.dtypes import torch_dtype
 from loftq_cli.kernels import native
 from loftq_cli.layouts.base import Layout, Matrix
+from loftq_cli.numerics.alone import quantize
 from loftq_cli.numerics.alternation import decompose, make_sweep
 from loftq_cli.numerics.decomposition import Decomposition, Procedure
 from loftq_cli.numerics.quantizers.base import Quantizer
@@ -21,6 +26,17 @@ from loftq_cli.numerics.weighting import Weighting, make_weighting
 from loftq_cli.planning.plan import PlannedMatrix
 from loftq_cli.settings.recipe import Recipe
 from loftq_cli.statistics.statistics import Kind, Statistics
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """The thread count of the recipe: it changes the last bits of matrix products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Decomposer:
@@ -74,11 +90,12 @@ class Decomposer:
             weighting = make_weighting(moments.to(self._device), self._variant.products)
         return decompose(weight, self._quantizer(matrix), procedure, weighting)
 
-    def quantize(self, weight: torch.Tensor, matrix: Matrix) -> Decomposition:
-        """As :meth:`decompose`, quantization alone, with an adapter that is zero."""
-        return decompose(
-            weight, self._quantizer(matrix), self._alone(matrix), self.weighting(matrix)
-        )
+    def quantize(
+        self, weight: torch.Tensor, matrix: Matrix, *, feedback: bool = False
+    ) -> Decomposition:
+        """As :meth:`decompose`, quantization alone (:mod:`loftq_cli.numerics.alone`)."""
+        procedure = replace(self._alone(matrix), feedback=feedback)
+        return quantize(weight, self._quantizer(matrix), procedure, self.weighting(matrix))
 
     def sweep(self, rows: torch.Tensor, matrix: Matrix) -> Sweep:
         """For quantizing some float32 ``rows`` (some, in) of ``matrix`` alone."""
@@ -118,7 +135,7 @@ class Decomposer:
 
     def _alone(self, matrix: Matrix) -> Procedure:
         return Procedure(
-            rank=1,
+            rank=0,
             iters=0,
             backbone_dtype=self._layout.rounding(matrix),
             scale_dtype=self._recipe.scale_dtype,

@@ -19,9 +19,7 @@ _LONGEST = 200  # characters of a setting's value: some list hundreds of names
 _CARD = """
 # {name}
 
-{base}, quantized, with a LoRA adapter that makes up for the quantization
-([LoftQ](https://arxiv.org/abs/2310.08659)): Q + B·A ≈ W, matrix by matrix. Fine-tuning starts from
-the adapter in `{adapter}/` instead of from zero.
+{about}
 
 ```python
 {loading}
@@ -29,7 +27,7 @@ the adapter in `{adapter}/` instead of from zero.
 
 {facts}
 
-The residual is the norm of W - Q - B·A over all quantized matrices, relative to that of W: how near
+The residual is the norm of {residual} over all quantized matrices, relative to that of W: how near
 the weights are, not how good the model is.
 
 ## Recipe
@@ -44,6 +42,15 @@ the weights are, not how good the model is.
 """
 
 
+_START = """{base}, quantized, with a LoRA adapter that makes up for the quantization
+([LoftQ](https://arxiv.org/abs/2310.08659)): Q + B·A ≈ W, matrix by matrix. Fine-tuning starts from
+the adapter in `{adapter}/` instead of from zero."""
+
+_MERGED = """{base}, fine-tuned from a quantized start
+([LoftQ](https://arxiv.org/abs/2310.08659)), merged with what was trained and
+quantized once more."""
+
+
 def metadata(output: Output) -> dict[str, Any]:
     """The fields by which the hub lists the model as a quantization of its base, and as an adapter
     of it. Without a base if the source was a directory, which says nothing to others."""
@@ -51,11 +58,10 @@ def metadata(output: Output) -> dict[str, Any]:
     base = source["id"] if source["revision"] else None
     tags = [
         "loftq",
-        "lora",
-        "peft",
+        *(["lora", "peft"] if output.has_adapter else []),
         *sorted({f"{record['bits']}-bit" for record in output.records}),
     ]
-    if base is not None:
+    if base is not None and output.has_adapter:
         tags.append(f"base_model:adapter:{base}")  # as PEFT itself tags an adapter
     return {
         "base_model": base,
@@ -70,6 +76,7 @@ def body(output: Output, repo_id: str) -> str:
     found = inspect(Place(output.directory))
     source, totals = found["source"], found["totals"]
     base = f"`{source['id']}` at `{source['revision']}`" if source["revision"] else "A checkpoint"
+    about = _START if output.has_adapter else _MERGED
     settings = [
         (f"`{name}`", f"`{value}`")
         for name, value in found["recipe"].items()
@@ -78,8 +85,8 @@ def body(output: Output, repo_id: str) -> str:
     worst = sorted(output.records, key=lambda record: -_relative(record, "final"))[:WORST]
     return _CARD.format(
         name=repo_id.rpartition("/")[2],
-        base=base,
-        adapter=adapter.DIRECTORY,
+        about=about.format(base=base, adapter=adapter.DIRECTORY),
+        residual="W - Q - B·A" if output.has_adapter else "W - Q, W the trained weights,",
         loading=snippet(output, repo_id),
         facts=_table(("", ""), _facts(found, totals)),
         settings=_table(("setting", "value"), settings),

@@ -58,8 +58,9 @@ def inspect(place: Place, *, verify: bool = False) -> dict[str, Any]:
 
 
 def snippet(output: Output, place: str | None = None, revision: str | None = None) -> str:
-    """Python that loads the backbone and attaches the adapter for training, from ``place``, by
-    default the output's directory, or from a ``revision`` of it if it is on the hub."""
+    """Python that loads the backbone and attaches the adapter, if there is one, for training, from
+    ``place``, by default the output's directory, or from a ``revision`` of it if it is on the
+    hub."""
     place = place or str(output.directory)
     at = "" if revision is None else f", revision={revision!r}"
     runs = ", trust_remote_code=True" if brings_code(_config(output)) else ""
@@ -67,10 +68,16 @@ def snippet(output: Output, place: str | None = None, revision: str | None = Non
     if any(layout.packs for layout in layouts):
         return f"import loftq_cli\n\nmodel = loftq_cli.load({place!r}{at}{runs})"
     registers = any("loftq_cli" in layout.imports for layout in layouts)
+    loaded = auto_class(_config(output))
+    backbone = (
+        f"from transformers import {loaded}\n\n"
+        f"model = {loaded}.from_pretrained({place!r}{at}{runs})"
+    )
+    first = "import loftq_cli\n" if registers else ""
+    if not output.has_adapter:
+        return first + ("\n" if registers else "") + backbone
     return (
-        ("import loftq_cli\n" if registers else "") + "from peft import PeftModel\n"
-        f"from transformers import {auto_class(_config(output))}\n\n"
-        f"model = {auto_class(_config(output))}.from_pretrained({place!r}{at}{runs})\n"
+        f"{first}from peft import PeftModel\n{backbone}\n"
         f"model = PeftModel.from_pretrained(model, {place!r}{at}, "
         'subfolder="loftq_init", is_trainable=True)'
     )

@@ -54,6 +54,11 @@ def recompute(
 
     Raises InputError if either is not what was converted, or cannot be read.
     """
+    if "merged" in output.manifest.get("exported", {}):
+        raise InputError(
+            f"{output.directory}: a trained adapter was merged into its codes",
+            hint="its residuals are of that sum, which no checkpoint holds: leave out --source",
+        )
     stated = output.manifest["source"]
     converted = model in (stated["id"], stated.get("resolved_from")) and not is_path(model)
     revision = stated["revision"] if converted else None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.cli.commands import main
@@ -45,12 +48,31 @@ def test_json_and_the_options_of_the_adapter(place: Path) -> None:
     words = ("--layout", "loftq", "--overwrite", "--pad-ranks", "--base-model", "me/it")
     told = run("out", "--output", "two", *words, "--json", "-q", "--offline")
     assert told.exit_code == 0, told.output
-    keys = "adapter bytes directory from layout matrices output rank seconds"
+    keys = "adapter bytes directory from layout matrices merged output rank seconds"
     found = json.loads(told.stdout)
     assert sorted(found) == keys.split()
     assert (found["rank"], found["layout"], found["from"]) == (4, "loftq", ["gptq"])
     config = json.loads((place / "two/loftq_init/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "me/it"
+
+
+def test_what_is_kept_of_the_training_is_shown(place: Path) -> None:
+    manifest = json.loads((place / "out/loftq_manifest.json").read_text())
+    moments = {}
+    for name in [record["name"] for record in manifest["matrices"]]:
+        width = 32 if "down_proj" in name else 64
+        moments[name] = loftq_cli.Moments(width, full=True)
+        moments[name].add(torch.randn(200, width, generator=torch.Generator().manual_seed(1)))
+    loftq_cli.save_statistics(place / "stats", moments)
+    file = place / "trained/adapter_model.safetensors"
+    save_file({name: tensor + 0.3 for name, tensor in load_file(file).items()}, file)
+    words = ("--layout", "awq", "--adapter", "trained", "--merge")
+    shown = run("-o", "one", *words)
+    assert shown.exit_code == 0, shown.output
+    assert "matrices              7, quantized again" in shown.stdout
+    assert re.search(r"of the training kept  \d+\.\d% \(no statistics\)", shown.stdout)
+    shown = run("-o", "two", *words, "--stats", "stats")
+    assert re.search(r"kept  \d+\.\d% \(\d+\.\d% without feedback\)", shown.stdout)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_an_interruption_says_that_nothing_was_written(
     name: str, loftq: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number = getattr(signal, name)
-    monkeypatch.setattr(merging, "_value", lambda *arguments: os.kill(os.getpid(), number))
+    monkeypatch.setattr(merging, "merged_value", lambda *arguments: os.kill(os.getpid(), number))
     result = loftq("merge", "-o", "merged")
     assert result.exit_code == 128 + number
     assert result.stderr == f"loftq: error: interrupted by {name} (nothing was written)\n"

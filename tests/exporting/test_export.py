@@ -21,10 +21,12 @@ from loftq_cli.errors import (
     UsageError,
     VerificationError,
 )
-from loftq_cli.exporting import export as exporting
+from loftq_cli.exporting.export import Wanted, export
+from loftq_cli.exporting.plan import Moved
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.layouts.registry import layout_of
-from tests.support import checkpoints
+from loftq_cli.machine.observer import Observer
+from tests.support import checkpoints, makers
 
 UNIFORM: dict[str, Any] = {
     "bits": 4,
@@ -239,6 +241,9 @@ def test_places_that_are_taken(source, tmp_path):
     with pytest.raises(UsageError, match="--output"):
         loftq_cli.export(first, first / "inside", layout="loftq")
     loftq_cli.export(first, tmp_path / "moved", layout="loftq")
+    before = checkpoints.files(tmp_path / "moved")
+    loftq_cli.export(first, tmp_path / "moved", layout="loftq")  # finished already
+    assert checkpoints.files(tmp_path / "moved") == before
     with pytest.raises(OutputConflictError, match="holds a conversion"):
         loftq_cli.export(first, tmp_path / "moved", layout="compressed")
     loftq_cli.export(first, tmp_path / "moved", layout="compressed", overwrite=True)
@@ -255,21 +260,60 @@ def test_a_damaged_conversion_is_not_exported(source, tmp_path):
         loftq_cli.export(first, tmp_path / "moved", layout="loftq")
 
 
-def test_what_is_interrupted_leaves_nothing_and_is_begun_anew(source, tmp_path, monkeypatch):
-    first = converted(source, tmp_path, "gptq")
-    written: list[object] = []
-    write = exporting._write_item
+class Stopping(Observer):
+    """Ends the work before the tensor that comes as number ``at``; counts them."""
 
-    def failing(*given: Any) -> None:
-        written.append(given)
-        if len(written) == 4:
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.seen = at, list[str]()
+
+    def working_on(self, tensor: str) -> None:
+        if len(self.seen) == self.at:
             raise EnvironmentFailure("the disk is full")
-        write(*given)
+        self.seen.append(tensor)
 
-    monkeypatch.setattr(exporting, "_write_item", failing)
+
+def run(first: Path, output: Path, observer: Observer, **wanted: Any) -> dict[str, Any]:
+    settings = Wanted(**{"layout": "compressed", **wanted})
+    return export(first, output, settings, observer=observer)
+
+
+def test_what_is_interrupted_is_gone_on_with_to_the_same_bytes(source, tmp_path, monkeypatch):
+    first, target = converted(source, tmp_path, "gptq"), tmp_path / "moved"
+    run(first, target, Observer())
+    expected = checkpoints.files(target)
+    shutil.rmtree(target)
+    encoded, encode = list[str](), Moved.encoded
+
+    def counted(item: Moved, *given: Any) -> Any:
+        encoded.append(item.matrix.name)
+        return encode(item, *given)
+
+    monkeypatch.setattr(Moved, "encoded", counted)
+    for at in (9, 4, 10):
+        with pytest.raises(EnvironmentFailure):
+            run(first, target, Stopping(at))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".moved.loftq-export", "gptq"]
+    run(first, target, Observer())
+    assert checkpoints.files(target) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gptq", "moved"]
+    assert len(encoded) == len(set(encoded)) == 7
+
+
+def test_unfinished_work_is_not_mixed_with_other_work(source, tmp_path):
+    first, target = converted(source, tmp_path, "gptq"), tmp_path / "moved"
     with pytest.raises(EnvironmentFailure):
-        loftq_cli.export(first, tmp_path / "moved", layout="compressed")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gptq"]
-    monkeypatch.undo()
-    loftq_cli.export(first, tmp_path / "moved", layout="compressed")
-    assert equal(decoded(tmp_path / "moved"), decoded(first))
+        run(first, target, Stopping(9))
+    with pytest.raises(OutputConflictError, match=r"unfinished export .*layout 'compressed' there"):
+        run(first, target, Observer(), layout="awq")
+    loftq_cli.export(first, target, layout="awq", overwrite=True)
+    assert equal(decoded(target), decoded(first))
+
+
+def test_damage_to_what_was_written_is_written_again(source, tmp_path):
+    first, target = converted(source, tmp_path, "gptq"), tmp_path / "moved"
+    with pytest.raises(EnvironmentFailure):
+        run(first, target, Stopping(9))
+    for file in (tmp_path / ".moved.loftq-export/output").glob("*.safetensors"):
+        makers.flip_bit(file)
+    run(first, target, Observer())
+    assert equal(decoded(target), decoded(first))

@@ -21,6 +21,7 @@ import loftq_cli
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging import merge as merging
 from loftq_cli.merging.merge import merge
+from loftq_cli.merging.value import merged_value
 from tests.support import checkpoints, models
 from tests.support import plain_layouts as plain
 from tests.support.contents import FAST, manifest, product, stored
@@ -205,7 +206,7 @@ def test_one_matrix_is_in_memory_at_a_time(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
-    compute = merging._value
+    compute = merged_value
 
     def watched(*arguments: Any) -> torch.Tensor:
         assert not any(reference() is not None for reference in alive)
@@ -213,7 +214,7 @@ def test_one_matrix_is_in_memory_at_a_time(
         alive.append(weakref.ref(value))
         return value
 
-    monkeypatch.setattr(merging, "_value", watched)
+    monkeypatch.setattr(merging, "merged_value", watched)
     merged(sharded, tmp_path / "merged")
     assert len(alive) == len(manifest(sharded)["matrices"])
 

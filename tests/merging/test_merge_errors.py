@@ -304,7 +304,7 @@ def test_out_of_memory(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*arguments: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
-    monkeypatch.setattr(merging, "_value", exhausted)
+    monkeypatch.setattr(merging, "merged_value", exhausted)
     error = refused(EnvironmentFailure, "out of memory", out)
     assert f"'{LAYER}." in error.message
 

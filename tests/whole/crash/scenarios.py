@@ -15,6 +15,7 @@ from loftq_cli.checkpoint.output import open_output, verify
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.conversion.prepare import prepare
 from loftq_cli.conversion.run import run
+from loftq_cli.exporting.export import Wanted, export
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
 from loftq_cli.settings import file as recipe_file
@@ -142,6 +143,14 @@ def scenarios(home: Path) -> dict[str, Scenario]:
         directory.mkdir()
         merge(other, directory / "out", observer=Observer())
 
+    def exported(directory: Path) -> None:
+        wanted = Wanted("dense", conversion / "loftq_init", merge=True)
+        export(conversion, directory / "out", wanted, observer=Observer())
+
+    def exported_over(directory: Path) -> None:
+        wanted = Wanted("loftq", base_model="me/it")
+        export(conversion, directory / "out", wanted, overwrite=True, observer=Observer())
+
     def measured(directory: Path) -> None:
         moments = loftq_cli.Moments(32)
         moments.add(torch.eye(32))
@@ -167,6 +176,8 @@ def scenarios(home: Path) -> dict[str, Scenario]:
         "convert --overwrite": Scenario("out", with_output, converted_over, model),
         "merge": Scenario("out", nothing, merged),
         "merge --overwrite": Scenario("out", with_merged, merged_over),
+        "export": Scenario("out", nothing, exported),
+        "export --overwrite": Scenario("out", with_output, exported_over),
         "statistics": Scenario("stats.safetensors", with_measured, measured),
         "recipe": Scenario("recipe.toml", with_saved, saved, strays=(".recipe.toml.*.tmp",)),
     }

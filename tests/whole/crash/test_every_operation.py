@@ -20,6 +20,8 @@ LEAST = {
     "convert --overwrite": 110,
     "merge": 30,
     "merge --overwrite": 40,
+    "export": 50,
+    "export --overwrite": 60,
     "statistics": 8,
     "recipe": 5,
 }

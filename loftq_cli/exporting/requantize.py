@@ -1,0 +1,134 @@
+"""A trained model, merged and quantized again: what ``loftq export --merge`` writes.
+
+How much of the training is kept is told by norms: training moved a matrix by D, the products of its
+adapter after and before, and E is the error of quantizing the sum. If what was trained is where the
+loss is least, the loss grows with the square of a distance from there, and 1 - |E|^2 / |D|^2 of
+what training gained is kept; below zero the result is further off than the start was. Norms are
+||.||_H with statistics, which is how far outputs are off, and Frobenius without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.errors import InputError, ScaleRangeError
+from loftq_cli.exporting.plan import ExportPlan, Requantized
+from loftq_cli.families.kinds import turned
+from loftq_cli.layouts.trained import Pair, TrainedAdapter
+from loftq_cli.machine.resources import check_memory
+from loftq_cli.merging.value import product_of, summed
+from loftq_cli.numerics import feedback
+from loftq_cli.numerics.decomposition import Norms
+from loftq_cli.planning.decomposer import Decomposer
+from loftq_cli.settings.recipe import Recipe
+from loftq_cli.statistics.statistics import FULL, Statistics
+
+_COPIES = 5
+"""Of a matrix, in float32: the sum, its product, what a sweep holds."""
+
+
+class Requantizer:
+    """Quantizes what the merge of ``plan`` sums up, with the methods and widths that there are, on
+    ``device``. ``start`` is the adapter that training began with, None if it is not there."""
+
+    def __init__(
+        self,
+        plan: ExportPlan,
+        start: TrainedAdapter | None,
+        statistics: Statistics | None,
+        device: torch.device,
+    ) -> None:
+        self._plan, self._start, self._statistics = plan, start, statistics
+        self._device = device
+        recipe = Recipe.read(plan.output.manifest["recipe"])
+        self._decomposer = Decomposer(recipe, plan.layout, device, statistics)
+
+    def check(self) -> None:
+        """Raise StatisticsError if the statistics lack a matrix, EnvironmentFailure if memory is
+        too little."""
+        matrices = self._plan.matrices
+        if self._statistics is not None:
+            self._statistics.require({matrix.name: matrix.shape[1] for matrix in matrices})
+        needed = {}
+        for matrix in matrices:
+            needed[matrix.name] = _COPIES * 4 * matrix.elements
+            if self._decomposer.kind(matrix) == FULL:
+                moments = feedback.working_bytes(*matrix.shape, self._device)
+                needed[matrix.name] += moments + 8 * matrix.shape[1] ** 2
+        largest = max(needed, key=needed.__getitem__)
+        check_memory(needed[largest], f"tensor {largest!r}", self._device)
+
+    def requantize(self, item: Requantized) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensors of ``item``, and what the manifest's entry says otherwise than before. Raises
+        InputError if a value is not finite or too large."""
+        plan, matrix = self._plan, item.matrix
+        assert plan.merging is not None
+        value = summed(plan.merging, item.merged)
+        weight = turned(value, matrix.kind).contiguous().to(self._device)
+        try:
+            result = self._decomposer.quantize(weight, matrix, feedback=True)
+        except (ScaleRangeError, InputError) as error:
+            raise type(error)(f"{matrix.name}: {error.message}", hint=error.hint) from error
+        specs = item.specs
+        record: dict[str, Any] = {
+            "shape": list(matrix.shape),
+            "layout": plan.layout.name,
+            "bits_per_weight": 8 * sum(spec.nbytes for spec in specs) / matrix.elements,
+            "rank": 0,
+            "step": 0,
+            "frobenius": asdict(result.frobenius),
+            "moved": self._moved(item, result.weighted),
+        }
+        if result.weighted is not None:
+            kind = self._decomposer.kind(matrix)
+            record["weighted"] = {"kind": kind, **asdict(result.weighted)}
+        return item.wanted.encode(matrix, result.quantized), record
+
+    def _moved(self, item: Requantized, weighted: Norms | None) -> float | None:
+        """|D| of a matrix, None if the start is not known."""
+        if self._start is None:
+            return None
+        before = self._start.pairs.get(item.matrix.adapted)
+        after = item.merged.weight.pair
+        assert self._plan.merging is not None
+        change = torch.zeros(item.matrix.shape, device=self._device)
+        for pair, adapter, sign in (
+            (after, self._plan.merging.adapter, 1.0),
+            (before, self._start, -1.0),
+        ):
+            if pair is not None:
+                self._add(change, pair, adapter, sign)
+        weighting = None if weighted is None else self._decomposer.weighting(item.matrix)
+        if weighting is None:
+            return float(torch.linalg.vector_norm(change))
+        return weighting.norm(change)
+
+    def _add(self, change: torch.Tensor, pair: Pair, adapter: TrainedAdapter, sign: float) -> None:
+        """Add the product of ``pair``; rows of ``change`` beyond it are of added tokens."""
+        with TensorFile(adapter.file) as file:
+            product = product_of(pair, file)
+        product = product.T if pair.embedding else product
+        change[: len(product)].add_(product.to(self._device), alpha=sign * pair.scaling)
+
+
+def kept(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """How much of what training gained is kept, by the whole and, under ``plain``, if it had been
+    quantized without feedback; None if training moved nothing, or the start is not known."""
+    norms = "weighted" if all("weighted" in record for record in records) else "frobenius"
+    moves = [record["moved"] for record in records]
+    if None in moves or not (moved := _squares(moves)):
+        return {"kept": None, "plain": None}
+    return {
+        name: 1 - _squares(record[norms][which] for record in records) / moved
+        for name, which in (("kept", "final"), ("plain", "quantized"))
+    }
+
+
+def _squares(values: Iterable[float]) -> float:
+    return math.fsum(value * value for value in values)
