@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loftq_cli.checkpoint.decoding.find import decoded
 from loftq_cli.checkpoint.not_a_model import refuse_marked, refuse_unmerged
 from loftq_cli.checkpoint.quantized import refuse_quantized
 from loftq_cli.checkpoint.request import Request
@@ -26,7 +27,8 @@ def locate(request: Request, say: Callable[[str], None]) -> Source:
     line about each thing that is not as it was asked for.
 
     Raises UsageError for a revision of a directory; InputError for a bad checkpoint, or one that is
-    quantized already, or an adapter, or a conversion of ours; EnvironmentFailure for hub access.
+    quantized in a form that is not read, or an adapter, or a conversion of ours; EnvironmentFailure
+    for hub access.
     """
     model = request.model
     if is_path(model):
@@ -57,8 +59,10 @@ def locate(request: Request, say: Callable[[str], None]) -> Source:
 
 
 def _in_full_precision(source: Source) -> Source:
-    """The source itself. Raises UnsupportedInputError if it is not what can be converted."""
+    """The source, decoded if it is quantized itself. Raises UnsupportedInputError if it is not
+    what can be converted."""
     refuse_unmerged(source)
+    source = decoded(source)
     refuse_quantized(source)
     return source
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.header import shown
 from loftq_cli.checkpoint.lfs import refuse_pointers
+from loftq_cli.checkpoint.names import ADAPTER_FOLDER
 from loftq_cli.checkpoint.output import MANIFEST, read_manifest
 from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.checkpoint.source import WEIGHTS, Source
@@ -37,6 +38,12 @@ def refuse_marked(directory: Path, name: str, files: Collection[str] = ()) -> No
         raise UnsupportedInputError(
             f"{name} is the output of a conversion{_of(directory / MANIFEST)}, quantized already",
             hint="convert what it was made from; `loftq merge` makes an ordinary checkpoint of it",
+        )
+    if os.path.exists(directory / ADAPTER_FOLDER / ADAPTER_CONFIG):
+        raise UnsupportedInputError(
+            f"{name} is the output of a conversion without its {MANIFEST}, quantized already: its "
+            f"weights lack the adapter in {ADAPTER_FOLDER}",
+            hint="convert the full-precision checkpoint it was made from",
         )
     if not os.path.exists(directory / ADAPTER_CONFIG):
         names = (*WEIGHTS, *_ADAPTER_WEIGHTS)

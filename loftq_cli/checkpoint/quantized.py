@@ -17,7 +17,7 @@ from loftq_cli.checkpoint.header import shown
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import UnsupportedInputError
 
-_KEYS = ("quantization_config", "compression_config")
+KEYS = ("quantization_config", "compression_config")
 _MLX = "quantization"
 _NARROW = ("F8_", "F4", "F6_")
 _NOT_PACKED = (*FLOATS, "C64", "BOOL")
@@ -67,7 +67,7 @@ _ANY = _Sign(re.compile(r"(.+\.\d+\..+\.weight)"), r"\1", "codes in the place of
 def refuse_quantized(source: Source) -> None:
     """Raise UnsupportedInputError, which names the key or the tensor and the method as far as it is
     known, if ``source`` is quantized already."""
-    for key, value in _stated(source.config.content):
+    for key, value in stated(source.config.content):
         method = value.get("quant_method") if isinstance(value, Mapping) else value
         named = f" ({method})" if isinstance(method, str) else ""
         raise UnsupportedInputError(
@@ -112,15 +112,15 @@ def _refuse_signs(source: Source, signs: Sequence[_Sign]) -> None:
                     )
 
 
-def _stated(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
+def stated(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every key, at any depth, under which a config says how it is quantized, with what it says."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             here = f"{path}.{key}" if path else str(key)
-            if item and (key in _KEYS or (key == _MLX and isinstance(item, Mapping))):
+            if item and (key in KEYS or (key == _MLX and isinstance(item, Mapping))):
                 yield here, item
             else:
-                yield from _stated(item, here)
+                yield from stated(item, here)
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            yield from _stated(item, f"{path}[{number}]")
+            yield from stated(item, f"{path}[{number}]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from loftq_cli.checkpoint.dtypes import torch_dtype
+from loftq_cli.checkpoint.encoded import EncodedTensor, Part, length_in_file
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.source import Shard
 from loftq_cli.errors import CorruptFileError, EnvironmentFailure, SourceChangedError
@@ -71,12 +73,30 @@ class TensorFile:
 
     def pieces(self, tensor: StoredTensor) -> Iterator[bytearray]:
         """The bytes of ``tensor``, in order, PIECE at a time."""
+        if isinstance(tensor, EncodedTensor):
+            yield from map(bytearray, pieces_of(self.read(tensor)))
+            return
         for offset in range(0, tensor.nbytes, PIECE):
             yield self.read_range(tensor.start + offset, min(PIECE, tensor.nbytes - offset))
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
-        """The whole tensor, on the CPU, in its own dtype."""
+        """The whole tensor, on the CPU, in its own dtype; decoded, if it is held in codes."""
+        if isinstance(tensor, EncodedTensor):
+            return self._decoded(tensor)
         return as_tensor(tensor, self.read_range(tensor.start, tensor.nbytes))
+
+    def _decoded(self, tensor: EncodedTensor) -> torch.Tensor:
+        codes = self.read(tensor.main.tensor)
+        others = {key: self._other(part) for key, part in tensor.others.items()}
+        try:
+            return tensor.decode(codes, others)
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{self.path}: {error.message}", hint=error.hint) from error
+
+    def _other(self, part: Part) -> torch.Tensor:
+        """A part beside the codes, which may be in another file."""
+        with TensorFile(part.path) as file:
+            return file.read(part.tensor)
 
 
 class ShardReader(TensorFile):
@@ -107,6 +127,9 @@ class ShardReader(TensorFile):
             )
 
     def pieces(self, tensor: StoredTensor) -> Iterator[bytearray]:
+        if isinstance(tensor, EncodedTensor):
+            yield from map(bytearray, pieces_of(self.read(tensor)))
+            return
         self._go_to(tensor)
         position = tensor.start
         for piece in super().pieces(tensor):
@@ -114,7 +137,14 @@ class ShardReader(TensorFile):
             position += len(piece)
             yield piece
 
+    def pass_over(self, tensor: StoredTensor) -> None:
+        """Hash the bytes of ``tensor``, and nothing else."""
+        self._go_to(tensor)
+        self._skip_to(tensor.start + length_in_file(tensor))
+
     def read(self, tensor: StoredTensor) -> torch.Tensor:
+        if isinstance(tensor, EncodedTensor):
+            return self._decoded(tensor)
         self._go_to(tensor)
         buffer = self.read_range(tensor.start, tensor.nbytes)
         self._hash(buffer, tensor.start)
@@ -146,6 +176,15 @@ class ShardReader(TensorFile):
     def sha256(self) -> str:
         """Of all bytes up to the end of the last tensor that was read."""
         return self._digest.hexdigest()
+
+
+def pieces_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of ``tensor``, in order, as they are stored."""
+    host = tensor.detach().cpu().contiguous()
+    # Through ctypes, not numpy: torch does not need numpy, and neither do we.
+    view = memoryview((ctypes.c_ubyte * host.nbytes).from_address(host.data_ptr()))
+    for start in range(0, host.nbytes, PIECE):
+        yield view[start : start + PIECE]
 
 
 def as_tensor(spec: TensorSpec, buffer: bytearray) -> torch.Tensor:

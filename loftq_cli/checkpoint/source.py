@@ -49,7 +49,8 @@ class Source:
     ``resolved_from`` the id that was asked for if a twin repository was used instead,
     ``requested_revision`` the branch, tag or commit that was asked for. A shard may be read once
     ``supply`` has ensured that it is there. ``left_behind``: what else belongs to the model, by
-    name, and is neither read nor copied."""
+    name, and is neither read nor copied. ``encoded``: the formats of tensors that it holds in codes
+    (see decoding)."""
 
     directory: Path
     id: str
@@ -61,6 +62,7 @@ class Source:
     resolved_from: str | None = None
     requested_revision: str | None = None
     left_behind: tuple[str, ...] = ()
+    encoded: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> list[StoredTensor]:

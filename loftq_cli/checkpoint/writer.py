@@ -7,11 +7,10 @@ format's own writer does: consumers view the file's bytes in place and need them
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 
 from loftq_cli.checkpoint.dtypes import BITS, tag_of
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
-from loftq_cli.checkpoint.reader import PIECE, TensorFile
+from loftq_cli.checkpoint.reader import TensorFile, pieces_of
 from loftq_cli.machine.durable import explained, sync_directory, write_all
 
 _METADATA = {"format": "pt"}  # one key only: the library's order of several is random
@@ -65,15 +64,6 @@ def index_of(files: Iterable[tuple[str, Iterable[TensorSpec]]]) -> dict[str, Any
         "metadata": {"total_size": sum(spec.nbytes for spec, _ in held)},
         "weight_map": {spec.name: name for spec, name in held},
     }
-
-
-def pieces_of(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """The bytes of ``tensor``, in order, as they are stored."""
-    host = tensor.detach().cpu().contiguous()
-    # Through ctypes, not numpy: torch does not need numpy, and neither do we.
-    view = memoryview((ctypes.c_ubyte * host.nbytes).from_address(host.data_ptr()))
-    for start in range(0, host.nbytes, PIECE):
-        yield view[start : start + PIECE]
 
 
 class GrowingShard:

@@ -142,10 +142,19 @@ def exported(result: Mapping[str, Any], *, as_json: bool) -> None:
     ]
     if result["adapter"] is not None:
         pairs.insert(2, ("trained adapter", result["adapter"]))
-    if merged and merged["kept"] is not None:
-        plainly = f"{merged['plain']:.1%} without feedback" if merged["stats"] else "no statistics"
-        pairs.insert(2, ("of the training kept", f"{merged['kept']:.1%} ({plainly})"))
+    if merged:
+        pairs[2:2] = _distances(merged)
     console.pairs(f"wrote {result['output']}", pairs)
+
+
+def _distances(merged: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How far training and rounding went."""
+    what = "outputs" if merged["stats"] else "weights"
+    plainly = f", {merged['plain']:.2%} without feedback" if merged["stats"] else ""
+    found = [("the codes are off", f"{what} by {merged['off']:.2%}{plainly}")]
+    if merged["moved"] is not None:
+        found.insert(0, ("training moved", f"{what} by {merged['moved']:.2%}"))
+    return found
 
 
 def calibration(result: Mapping[str, Any], *, as_json: bool) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from loftq_cli.checkpoint.companions import copy_companions
 from loftq_cli.checkpoint.deliveries import Deliveries
+from loftq_cli.checkpoint.encoded import foreign
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.journal import Journal, ReadShard, Subject, Unit
 from loftq_cli.checkpoint.output import MANIFEST
@@ -83,9 +84,13 @@ class Conversion:
             if journal.damaged:
                 lines = "1 line" if journal.damaged == 1 else f"{journal.damaged} lines"
                 self.observer.detail(f"{lines} of the journal damaged: done again")
-            for shard in plan.shards:
+            sources = [shard.source for shard in plan.shards]
+            for number, shard in enumerate(plan.shards, 1):
                 self._convert_shard(shard, journal, adapters, deliveries)
-                deliveries.done(shard.source.name)
+                needed = {name for source in sources[number:] for name in foreign(source)}
+                for source in sources[:number]:
+                    if source.name not in needed:
+                        deliveries.done(source.name)
         copy_companions(plan.source.directory, output)
         write_file(output / CONFIG, pretty_json(self._config(), in_order=True))
         write_file(output / adapter.DIRECTORY / adapter.CONFIG, pretty_json(self._adapter_config()))
@@ -127,6 +132,8 @@ class Conversion:
                 self.source_hashes[shard.source.name] = known.sha256
                 self.observer.advance(sum(tensor.nbytes for tensor in tensors))
                 return
+            for name in sorted(foreign(shard.source)):
+                deliveries.take(name)
             deliveries.take(shard.source.name)
             with ShardReader(shard.source) as reader:
                 items = self._read(shard, reader, finished)
@@ -167,8 +174,7 @@ class Conversion:
         """The shard's tensors in file order: matrices whole, the others in pieces."""
         for tensor in shard.source.header.tensors:
             if tensor.name in finished:
-                for _ in reader.pieces(tensor):
-                    pass
+                reader.pass_over(tensor)
                 check_prefix(reader, finished[tensor.name])
                 yield _Item(tensor, reader.sha256)
             elif tensor.name in self.plan.matrices:

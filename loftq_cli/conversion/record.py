@@ -57,6 +57,8 @@ def build(
         for shard in source.shards
     ] + [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in small]
     origin: dict[str, Any] = {"id": source.id, "revision": source.revision}
+    if source.encoded:
+        origin["encoded"] = list(source.encoded)
     if source.resolved_from is not None:
         origin["resolved_from"] = source.resolved_from
     return {

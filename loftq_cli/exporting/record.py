@@ -10,7 +10,7 @@ from typing import Any
 from loftq_cli.checkpoint.output import file_entries, relative
 from loftq_cli.exporting.adapter import ExportedAdapter
 from loftq_cli.exporting.plan import ExportPlan
-from loftq_cli.exporting.requantize import kept
+from loftq_cli.exporting.requantize import distances
 
 
 def export_manifest(
@@ -48,7 +48,7 @@ def export_manifest(
             "relative_residual": relative(records, "final"),
             "relative_residual_quantized": relative(records, "quantized"),
         }
-        manifest["exported"]["merged"] = {**merged, **kept(list(changed.values()))}
+        manifest["exported"]["merged"] = {**merged, **distances(list(changed.values()))}
     manifest["fingerprint"] = fingerprint
     manifest["outputs"] = file_entries(target)
     return manifest

@@ -1,10 +1,7 @@
 """A trained model, merged and quantized again: what ``loftq export --merge`` writes.
 
-How much of the training is kept is told by norms: training moved a matrix by D, the products of its
-adapter after and before, and E is the error of quantizing the sum. If what was trained is where the
-loss is least, the loss grows with the square of a distance from there, and 1 - |E|^2 / |D|^2 of
-what training gained is kept; below zero the result is further off than the start was. Norms are
-||.||_H with statistics, which is how far outputs are off, and Frobenius without.
+How far training has moved the model, and how far its new codes are from it, is told by norms: of
+what layers put out if there are statistics, else of weights.
 """
 
 from __future__ import annotations
@@ -117,18 +114,19 @@ class Requantizer:
         change[: len(product)].add_(product.to(self._device), alpha=sign * pair.scaling)
 
 
-def kept(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """How much of what training gained is kept, by the whole and, under ``plain``, if it had been
-    quantized without feedback; None if training moved nothing, or the start is not known."""
+def distances(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """By how much training moved the weights, and by how much the new codes are off, also if they
+    had been chosen without feedback (``plain``): norms over all ``records``, relative to that of
+    the weights; ``moved`` None if the start is not known."""
     norms = "weighted" if all("weighted" in record for record in records) else "frobenius"
+    weight = _norm(record[norms]["weight"] for record in records) or 1.0
     moves = [record["moved"] for record in records]
-    if None in moves or not (moved := _squares(moves)):
-        return {"kept": None, "plain": None}
     return {
-        name: 1 - _squares(record[norms][which] for record in records) / moved
-        for name, which in (("kept", "final"), ("plain", "quantized"))
+        "moved": None if None in moves else _norm(moves) / weight,
+        "off": _norm(record[norms]["final"] for record in records) / weight,
+        "plain": _norm(record[norms]["quantized"] for record in records) / weight,
     }
 
 
-def _squares(values: Iterable[float]) -> float:
-    return math.fsum(value * value for value in values)
+def _norm(values: Iterable[float]) -> float:
+    return math.hypot(*values)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from loftq_cli.checkpoint.deliveries import Deliveries
+from loftq_cli.checkpoint.encoded import EncodedTensor, foreign
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.reader import TensorFile, as_tensor
 from loftq_cli.checkpoint.source import Shard
@@ -54,8 +55,8 @@ def estimate(
     try:
         with Deliveries(plan.source, names, observer) as deliveries:
             for shard in plan.source.shards:
-                if tensors[shard.name]:
-                    deliveries.take(shard.name)
+                for name in (*foreign(shard), shard.name) if tensors[shard.name] else ():
+                    deliveries.take(name)
                 for tensor in tensors[shard.name]:
                     observer.working_on(tensor.name)
                     forms = widths[tensor.name]
@@ -110,9 +111,14 @@ def _runs(rows: int) -> list[tuple[int, int]]:
     return [(middle - _RUN // 2, _RUN) for middle in middles]
 
 
+def _is_scattered(tensor: StoredTensor, matrix: Matrix) -> bool:
+    """Whether the rows of ``matrix`` are not together in the file, or are held in codes."""
+    return matrix.kind == "conv1d" or isinstance(tensor, EncodedTensor)
+
+
 def _sampled_bytes(tensor: StoredTensor, matrix: Matrix) -> int:
-    if matrix.kind == "conv1d":
-        return tensor.nbytes  # its rows are not together in the file
+    if _is_scattered(tensor, matrix):
+        return tensor.nbytes
     rows = tensor.shape[0]
     return tensor.nbytes // rows * sum(count for _, count in _runs(rows))
 
@@ -122,7 +128,7 @@ def _sample(shard: Shard, tensor: StoredTensor, matrix: Matrix) -> torch.Tensor:
     rows, columns = matrix.shape
     runs = _runs(rows)
     with TensorFile(shard.path) as file:
-        if matrix.kind == "conv1d":
+        if _is_scattered(tensor, matrix):
             whole = turned(file.read(tensor), matrix.kind)
             parts = [whole[first : first + count] for first, count in runs]
             sample = torch.cat(parts)

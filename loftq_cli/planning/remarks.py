@@ -47,6 +47,7 @@ def remarks(plan: Plan, options: Options, *, measuring: bool) -> tuple[str, ...]
 def source_remarks(plan: Plan) -> list[str]:
     """The lines about what transformers could not say, float64, what is left behind, and code."""
     found = [
+        _encoded(plan.source),
         *plan.anatomy.remarks,
         _float64(plan),
         _left_behind(plan.source),
@@ -54,6 +55,15 @@ def source_remarks(plan: Plan) -> list[str]:
         *_modules(plan.source),
     ]
     return [line for line in found if line]
+
+
+def _encoded(source: Source) -> str | None:
+    if not source.encoded:
+        return None
+    return (
+        f"{source.id} is itself quantized ({', '.join(source.encoded)}): its tensors are decoded, "
+        "and residuals are to those, not to the weights that they were made from"
+    )
 
 
 def statistics_note(plan: Plan, preset: str) -> str | None:

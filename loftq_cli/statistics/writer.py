@@ -15,7 +15,8 @@ from types import TracebackType
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
-from loftq_cli.checkpoint.writer import TensorWriter, pieces_of, place
+from loftq_cli.checkpoint.reader import pieces_of
+from loftq_cli.checkpoint.writer import TensorWriter, place
 from loftq_cli.errors import EnvironmentFailure, InputError, OutputConflictError
 from loftq_cli.machine.durable import explained, make_directory, sync_directory, write_all
 from loftq_cli.statistics.file import FORMAT, FORMAT_VERSION, compact_json, open_statistics

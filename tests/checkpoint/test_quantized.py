@@ -112,14 +112,6 @@ SIGNS: dict[str, tuple[dict[str, torch.Tensor], str, str]] = {
         ".weight_scale_inv",
         "FP8",
     ),
-    "mxfp4 experts": (
-        {
-            f"{EXPERTS}_blocks": zeros(2, 4, 2, 16, dtype=torch.uint8),
-            f"{EXPERTS}_scales": zeros(2, 4, 2, dtype=torch.uint8),
-        },
-        "_scales",
-        "MXFP4",
-    ),
     "experts in codes": (
         {
             EXPERTS: zeros(2, 4, 16, dtype=torch.int8),
@@ -157,14 +149,6 @@ SIGNS: dict[str, tuple[dict[str, torch.Tensor], str, str]] = {
             f"{BLOCK}.weight.absmax": zeros(64),
         },
         ".weight.absmax",
-        "bitsandbytes, 4 bit",
-    ),
-    "bitsandbytes, its state alone": (
-        {
-            f"{BLOCK}.weight": zeros(2048, 1, dtype=torch.uint8),
-            f"{BLOCK}.weight.quant_state.bitsandbytes__nf4": zeros(9, dtype=torch.uint8),
-        },
-        ".weight.quant_state.bitsandbytes__nf4",
         "bitsandbytes, 4 bit",
     ),
     "bitsandbytes in 8 bits": (

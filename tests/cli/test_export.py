@@ -56,7 +56,7 @@ def test_json_and_the_options_of_the_adapter(place: Path) -> None:
     assert config["base_model_name_or_path"] == "me/it"
 
 
-def test_what_is_kept_of_the_training_is_shown(place: Path) -> None:
+def test_how_far_training_moved_and_codes_are_off_is_shown(place: Path) -> None:
     manifest = json.loads((place / "out/loftq_manifest.json").read_text())
     moments = {}
     for name in [record["name"] for record in manifest["matrices"]]:
@@ -69,10 +69,12 @@ def test_what_is_kept_of_the_training_is_shown(place: Path) -> None:
     words = ("--layout", "awq", "--adapter", "trained", "--merge")
     shown = run("-o", "one", *words)
     assert shown.exit_code == 0, shown.output
-    assert "matrices              7, quantized again" in shown.stdout
-    assert re.search(r"of the training kept  \d+\.\d% \(no statistics\)", shown.stdout)
+    assert "7, quantized again" in shown.stdout
+    assert re.search(r"training moved +weights by \d+\.\d\d%", shown.stdout)
+    assert re.search(r"the codes are off +weights by \d+\.\d\d%\n", shown.stdout)
     shown = run("-o", "two", *words, "--stats", "stats")
-    assert re.search(r"kept  \d+\.\d% \(\d+\.\d% without feedback\)", shown.stdout)
+    assert re.search(r"training moved +outputs by \d+\.\d\d%", shown.stdout)
+    assert re.search(r"off +outputs by \d+\.\d\d%, \d+\.\d\d% without feedback", shown.stdout)
 
 
 @pytest.mark.parametrize(

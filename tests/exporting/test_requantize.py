@@ -115,7 +115,7 @@ def test_without_statistics_it_is_what_a_conversion_makes_of_the_merged_model(
     ours, theirs = tensors(tmp_path / "packed"), tensors(tmp_path / "plain")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert result["merged"]["kept"] == result["merged"]["plain"]
+    assert result["merged"]["off"] == result["merged"]["plain"]
     assert result["merged"]["stats"] is None
     assert not (tmp_path / "packed/loftq_init").exists()
     assert (result["adapter"], result["rank"]) == (None, None)
@@ -125,25 +125,28 @@ def test_without_statistics_it_is_what_a_conversion_makes_of_the_merged_model(
     assert {record["rank"] for record in found["matrices"]} == {0}
 
 
-def test_what_is_left_and_kept_is_what_the_files_say(place, tmp_path):
+def test_distances_are_those_of_the_files(place, tmp_path):
     """Against float64: E = Q' - (Q + B A), D = B A - B0 A0, both in ||.||_H."""
     result = export(place, tmp_path / "packed", stats=place / "stats")
     now, before = decoded(tmp_path / "packed"), decoded(place / "out")
     after, start = products(place / "trained"), products(place / "out/loftq_init")
-    errors = moves = 0.0
+    errors = moves = weights = 0.0
     for number, record in enumerate(manifest(tmp_path / "packed")["matrices"]):
         name = record["name"]
         X = inputs(number, record["shape"][1]).double()
         H = X.T @ X / len(X)
         E = now[name].double() - before[name].double() - after[name]
         D = after[name] - start[name]
-        error, move = (float((M @ H * M).sum().sqrt()) for M in (E, D))
+        W = before[name].double() + after[name]
+        error, move, weight = (float((M @ H * M).sum().sqrt()) for M in (E, D, W))
         assert record["weighted"]["final"] == pytest.approx(error, rel=2e-3)  # moments in bfloat16
         assert record["frobenius"]["final"] == pytest.approx(float(E.norm()), rel=1e-4)
         assert record["weighted"]["final"] < 0.95 * record["weighted"]["quantized"]
-        errors, moves = errors + error**2, moves + move**2
-    assert result["merged"]["kept"] == pytest.approx(1 - errors / moves, rel=1e-2)
-    assert result["merged"]["kept"] > result["merged"]["plain"]
+        errors, moves, weights = errors + error**2, moves + move**2, weights + weight**2
+    merged = result["merged"]
+    assert merged["off"] == pytest.approx(math.sqrt(errors / weights), rel=2e-3)
+    assert merged["moved"] == pytest.approx(math.sqrt(moves / weights), rel=2e-3)
+    assert merged["plain"] > 1.05 * merged["off"]
     totals = manifest(tmp_path / "packed")["totals"]
     records = manifest(tmp_path / "packed")["matrices"]
     squares = [

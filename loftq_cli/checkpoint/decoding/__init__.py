@@ -1,0 +1,1 @@
+"""Quantized sources, read as what they mean: one format a module."""

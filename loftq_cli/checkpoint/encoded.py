@@ -1,0 +1,48 @@
+"""A tensor that a checkpoint holds in codes, under the name, dtype and shape that it means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loftq_cli.checkpoint.header import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from loftq_cli.checkpoint.source import Shard
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor of a shard."""
+
+    shard: str
+    path: Path
+    tensor: StoredTensor
+
+
+@dataclass(frozen=True)
+class EncodedTensor(StoredTensor):
+    """``start`` is that of ``main``, the part with the codes; ``others`` by what they are to it,
+    perhaps in other shards. ``decode`` makes the tensor of all parts' values, and raises
+    CorruptFileError if these make no sense."""
+
+    main: Part
+    others: Mapping[str, Part] = field(hash=False)
+    decode: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor] = field(
+        compare=False, repr=False
+    )
+
+
+def foreign(shard: Shard) -> set[str]:
+    """The other shards that parts of the tensors of ``shard`` are in."""
+    encoded = (each for each in shard.header.tensors if isinstance(each, EncodedTensor))
+    return {part.shard for each in encoded for part in each.others.values()} - {shard.name}
+
+
+def length_in_file(tensor: StoredTensor) -> int:
+    """The bytes that ``tensor`` takes from its ``start`` on in its file."""
+    return tensor.main.tensor.nbytes if isinstance(tensor, EncodedTensor) else tensor.nbytes
