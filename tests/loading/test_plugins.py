@@ -53,6 +53,12 @@ config = {"lora_o_kernel": True}
 plugin.register(config)
 off = dict.fromkeys(["lora_mlp_kernel", "lora_qkv_kernel", "lora_embedding_kernel"], False)
 assert config == {"lora_o_kernel": True, **off}, config
+try:
+    plugin.register({"rl": "dpo", "lora_model_dir": "out/loftq_init"})
+except module.UsageError:
+    plugin.register({"rl": "dpo"})
+else:
+    raise AssertionError("the start is lost")
 assert not hasattr(module, "Another")
 """
     run(program + KNOWN, tmp_path)
