@@ -71,6 +71,8 @@ TESTED_BY = {
     "loading/attach_trained.py": "loading/test_trained_beside.py",
     "loading/beside.py": "loading/test_guard.py",
     "loading/packed_weight.py": "loading/test_linear.py",
+    "loading/plugins/for_axolotl.py": "loading/test_plugins.py",
+    "loading/plugins/for_swift.py": "loading/test_plugins.py",
     "loading/replacement.py": "loading/test_quantizer.py",
     "loading/warned.py": "loading/test_guard.py",
     "machine/observer.py": "test_twins.py",
