@@ -113,6 +113,11 @@ def _refuse_strangers(
 
 def _rank(adapter: TrainedAdapter) -> int:
     """The largest rank. Raises UsageError if the products are scaled in different ways."""
+    if adapter.fused:
+        raise UsageError(
+            f"--pad-ranks: {adapter.file} has experts in PEFT's fused form",
+            hint="leave it out: experts have one rank",
+        )
     factors = {pair.scaling for pair in adapter.pairs.values()}
     if len(factors) > 1:
         raise UsageError(

@@ -2,9 +2,10 @@
 
 transformers fuses the experts of a layer into two three-dimensional parameters. PEFT fuses
 adapters of single experts likewise: A stacked, B block-diagonal, ``gate_up_proj`` at twice the
-rank. It adds them to dense parameters only, all experts of the model at one rank, and takes every
-``gate_proj``, ``up_proj`` and ``down_proj`` of some families for an expert's (PEFT 0.21,
-utils/transformers_weight_conversion.py).
+rank. It gives all experts of the model one rank, and takes every ``gate_proj``, ``up_proj`` and
+``down_proj`` of some families for an expert's (PEFT 0.21, utils/transformers_weight_conversion.py).
+In layout ``loftq`` experts stay packed in memory (loading.experts), in ``dense`` they are what the
+family has.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ from loftq_cli.errors import UsageError
 MISTAKEN = "PEFT takes it for an expert"
 
 _PROJECTION = re.compile(r"\.(?:gate|up|down)_proj\.weight$")
-# Experts that were converted, loaded and trained; of other families they are passed through.
-_CONVERTED = ("mixtral", "qwen3_moe")
+# Experts that were converted, loaded, trained, saved and loaded again, packed; of other families
+# they are passed through.
+_CONVERTED = (
+    *("afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1"),
+    *("ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+    *("hunyuan_v1_moe", "mellum", "minimax", "minimax_m2", "mixtral", "olmoe", "qwen3_moe"),
+    *("qwen3_next", "solar_open"),
+)
 # Whose dense and shared layers PEFT mistakes: those it reads adapters of as Qwen-MoE's.
 _MISTAKEN = (
     *("afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32"),
@@ -30,6 +37,23 @@ _MISTAKEN = (
     *("qwen3_omni_moe_thinker", "qwen3_omni_moe_text", "qwen3_next", "hunyuan_v1_moe"),
     *("flex_olmo", "olmoe", "exaone_moe", "cohere2_moe"),
 )
+
+
+FUSED: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+"""The two parameters that transformers makes of the experts of a layer, and the names of the
+matrices of an expert that each is made of, in this order, by family."""
+
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+\.\w+)")
+
+
+def part_of(module: str) -> tuple[str, str] | None:
+    """(the module of all experts, what follows it) for the ``module`` of an expert's matrix, None
+    if it is none."""
+    match = _EXPERT.fullmatch(module)
+    return (match[1], match[2]) if match else None
 
 
 def is_expert(name: str) -> bool:
@@ -54,9 +78,9 @@ def check(matrices: Iterable[str], kept: Iterable[StoredTensor], config: Mapping
         return
     if config.get("model_type") not in _CONVERTED:
         raise UsageError(
-            f"--include: {experts[0]} is an expert, which is converted for "
-            f"{' and '.join(_CONVERTED)} only",
-            hint="narrow the pattern",
+            f"--include: {experts[0]} is an expert, and those of {config.get('model_type')} are "
+            "not converted yet",
+            hint=f"narrow the pattern; converted are those of {', '.join(_CONVERTED)}",
         )
     left = [tensor.name for tensor in kept if is_expert(tensor.name)]
     if left:
@@ -64,6 +88,14 @@ def check(matrices: Iterable[str], kept: Iterable[StoredTensor], config: Mapping
             f"{left[0]} is left out, but PEFT adapts all experts or none",
             hint="--include '*.experts.*' selects all of them",
         )
+
+
+def by_default(tensors: Iterable[StoredTensor], config: Mapping[str, Any], rank: int) -> bool:
+    """Whether the experts of a model are converted unless that is told otherwise: PEFT gives all
+    of them one ``rank``, which none may be too small for."""
+    matrices = [each for each in tensors if is_expert(each.name) and len(each.shape) == 2]
+    fits = all(rank <= min(each.shape) for each in matrices)
+    return bool(matrices) and fits and config.get("model_type") in _CONVERTED
 
 
 def check_ranks(ranks: Mapping[str, int], rank: int) -> None:
@@ -82,12 +114,13 @@ def note(kept: Iterable[tuple[StoredTensor, str]], config: Mapping[str, Any]) ->
     experts = [tensor for tensor, _ in tensors if is_expert(tensor.name)]
     others = sum(reason == MISTAKEN for _, reason in tensors)
     if not experts:
-        return None
+        mistaken_ones = f"{others} layers are passed through: PEFT takes them for experts"
+        return mistaken_ones if others else None
     parameters = sum(tensor.elements for tensor in experts)
     more = f", and {others} layers that PEFT takes for experts" if others else ""
     able = config.get("model_type") in _CONVERTED
-    how = "; --include '*.experts.*' converts them, in layout dense" if able and not others else ""
+    how = "; --include '*.experts.*' converts them, in layout loftq or dense" if able else ""
     return (
-        f"{len(experts)} tensors of experts with {parameters:,} weights{more} are passed through: "
-        f"no consumer adapts them packed{how}"
+        f"{len(experts)} tensors of experts with {parameters:,} weights{more} are passed "
+        f"through{how}"
     )

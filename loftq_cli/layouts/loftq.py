@@ -42,6 +42,7 @@ class PackedLayout(Layout):
     scale_dtypes = ("float32", "bfloat16", "int8")
     settings = ("scale_dtype",)
     holds_everything = True
+    holds_experts = True
 
     def __init__(self, scales: ScaleDtype = "float32") -> None:
         self._scales: ScaleDtype = scales

@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header
+from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.errors import (
     CorruptFileError,
@@ -25,6 +28,7 @@ from loftq_cli.errors import (
     SourceNotFoundError,
     UnsupportedInputError,
 )
+from loftq_cli.families.experts import is_expert
 from loftq_cli.layouts.adapter import CONFIG, PREFIX, WEIGHTS
 from loftq_cli.layouts.trained_config import check_config, token_indices
 
@@ -44,6 +48,48 @@ WRAPPERS = (".modules_to_save.", ".original_module.")
 
 
 @dataclass(frozen=True)
+class Slice:
+    """The ``rows`` from ``first`` on of the product of one ``expert`` of ``count``: PEFT stores A
+    of all experts of a layer as (count * r, in), and B as (out, r * count), the expert last."""
+
+    count: int
+    expert: int
+    first: int
+    rows: int
+
+    def of(self, lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, in) and B (rows, r) of this slice."""
+        stacked = lora_A.view(self.count, -1, lora_A.shape[1])
+        split = lora_B.view(len(lora_B), -1, self.count)
+        return stacked[self.expert], split[self.first : self.first + self.rows, :, self.expert]
+
+
+@dataclass(frozen=True)
+class FusedPair:
+    """A and B of all experts of a layer, of ``rank`` each."""
+
+    lora_A: StoredTensor
+    lora_B: StoredTensor
+    scaling: float
+    rank: int
+
+    @property
+    def count(self) -> int:
+        """The experts."""
+        return self.lora_A.shape[0] // self.rank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of what is added for an expert, (out, in)."""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
+    def part(self, expert: int, first: int, rows: int) -> Pair:
+        """Of the ``rows`` from ``first`` on of one expert's product."""
+        found = Slice(self.count, expert, first, rows)
+        return Pair(self.lora_A, self.lora_B, self.scaling, slice=found)
+
+
+@dataclass(frozen=True)
 class Pair:
     """A (rank, in) and B (out, rank) in the adapter's file, and the factor of their product; of an
     ``embedding`` (num, dim), which gets (B A)^T, A (rank, num) and B (dim, rank)."""
@@ -52,12 +98,20 @@ class Pair:
     lora_B: StoredTensor
     scaling: float
     embedding: bool = False
+    slice: Slice | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of what is added, (out, in) or (num, dim)."""
         rows, columns = self.lora_B.shape[0], self.lora_A.shape[1]
+        if self.slice is not None:
+            return self.slice.rows, columns
         return (columns, rows) if self.embedding else (rows, columns)
+
+    def read(self, file: TensorFile) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, float32, from the adapter's ``file``."""
+        lora_A, lora_B = file.read(self.lora_A).float(), file.read(self.lora_B).float()
+        return (lora_A, lora_B) if self.slice is None else self.slice.of(lora_A, lora_B)
 
 
 @dataclass(frozen=True)
@@ -71,7 +125,8 @@ class TokenRows:
 @dataclass(frozen=True)
 class TrainedAdapter:
     """``pairs`` by module, ``tokens`` by module, ``whole`` tensors by name, ``frozen`` ones, which
-    are what the backbone had under a pair, by name: all as the trained model names them."""
+    are what the backbone had under a pair, by name: all as the trained model names them. ``fused``:
+    those of a layer's experts, by their module and parameter."""
 
     file: Path
     config: Mapping[str, Any]
@@ -79,6 +134,7 @@ class TrainedAdapter:
     whole: Mapping[str, StoredTensor]
     frozen: Mapping[str, StoredTensor]
     tokens: Mapping[str, TokenRows]
+    fused: Mapping[str, Mapping[str, FusedPair]] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:
@@ -124,6 +180,7 @@ def open_adapter(path: Path) -> TrainedAdapter:
     except OSError as error:
         raise EnvironmentFailure(f"{file}: {error.strerror or error}") from error
     found = _sorted(file, tensors)
+    fused = _fused(file, config, found.pairs)
     if config.get("trainable_token_indices") and not found.tokens:
         raise CorruptFileError(
             f"{file}: {CONFIG} lists trainable_token_indices, and the file holds no such tokens",
@@ -136,6 +193,7 @@ def open_adapter(path: Path) -> TrainedAdapter:
         found.whole,
         found.frozen,
         {module: _rows(file, config, module, rows) for module, rows in found.tokens.items()},
+        fused,
     )
 
 
@@ -230,30 +288,65 @@ def _rows(file: Path, config: Mapping[str, Any], module: str, values: StoredTens
     return TokenRows(indices, values)
 
 
+def _fused(
+    file: Path, config: Mapping[str, Any], pairs: dict[str, dict[str, StoredTensor]]
+) -> dict[str, dict[str, FusedPair]]:
+    """Those of ``pairs``, taken out of them, that are of the experts of a layer: by the experts'
+    module, and the parameter that it adapts."""
+    if not config.get("target_parameters"):
+        return {}
+    found: dict[str, dict[str, FusedPair]] = {}
+    for module in [name for name in pairs if is_expert(f"{name}.")]:
+        # The wrapper of the second parameter lies around that of the first.
+        experts = module.removesuffix(".base_layer")
+        parameter = "down_proj" if experts == module else "gate_up_proj"
+        sides = pairs.pop(module)
+        rank = _by_pattern(config, "rank_pattern", "r", f"{experts}.{parameter}")
+        alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", f"{experts}.{parameter}")
+        lora_A, lora_B = (_side(file, module, sides, side) for side in "AB")
+        counts = lora_A.shape[0], lora_B.shape[1]
+        if rank < 1 or counts[0] != counts[1] or counts[0] % rank:
+            raise CorruptFileError(
+                f"{file}: tensor {lora_A.name!r} is {list(lora_A.shape)}, {lora_B.name!r} "
+                f"{list(lora_B.shape)}, and {CONFIG} says rank {rank} for each expert",
+                hint="give the adapter with the config that it was saved with",
+            )
+        root = math.sqrt(rank) if config.get("use_rslora") else rank
+        pair = FusedPair(lora_A, lora_B, alpha / root, rank)
+        found.setdefault(experts, {})[parameter] = pair
+    return found
+
+
+def _side(file: Path, module: str, sides: Mapping[str, StoredTensor], side: str) -> StoredTensor:
+    """A or B of ``module``, checked. Raises CorruptFileError, UnsupportedInputError."""
+    embedding = any(_EMBEDDING.fullmatch(tensor.name) for tensor in sides.values())
+    if side not in sides:
+        name = f"lora_embedding_{side}" if embedding else f"lora_{side}.weight"
+        raise CorruptFileError(f"{file}: tensor '{PREFIX}{module}.{name}' missing")
+    tensor = sides[side]
+    if len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
+        raise UnsupportedInputError(
+            f"{file}: tensor {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}, "
+            "not a floating-point matrix"
+        )
+    return tensor
+
+
 def _pair(
     file: Path, config: Mapping[str, Any], module: str, sides: Mapping[str, StoredTensor]
 ) -> Pair:
     embedding = any(_EMBEDDING.fullmatch(tensor.name) for tensor in sides.values())
-    for side in "AB":
-        if side not in sides:
-            name = f"lora_embedding_{side}" if embedding else f"lora_{side}.weight"
-            raise CorruptFileError(f"{file}: tensor '{PREFIX}{module}.{name}' missing")
-        tensor = sides[side]
-        if len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
-            raise UnsupportedInputError(
-                f"{file}: tensor {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}, "
-                "not a floating-point matrix"
-            )
+    lora_A, lora_B = (_side(file, module, sides, side) for side in "AB")
     rank = _by_pattern(config, "rank_pattern", "r", module)
     alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", module)
-    for side, found in (("A", sides["A"].shape[0]), ("B", sides["B"].shape[1])):
+    for tensor, found in ((lora_A, lora_A.shape[0]), (lora_B, lora_B.shape[1])):
         if found != rank or rank < 1:
             raise CorruptFileError(
-                f"{file}: tensor {sides[side].name!r} is of rank {found}, {CONFIG} says {rank}",
+                f"{file}: tensor {tensor.name!r} is of rank {found}, {CONFIG} says {rank}",
                 hint="give the adapter with the config that it was saved with",
             )
     root = math.sqrt(rank) if config.get("use_rslora") else rank
-    return Pair(sides["A"], sides["B"], alpha / root, embedding)
+    return Pair(lora_A, lora_B, alpha / root, embedding)
 
 
 def _by_pattern(config: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:

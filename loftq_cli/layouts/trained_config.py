@@ -9,6 +9,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.header import shown
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
+from loftq_cli.families.experts import FUSED
 
 _UNSUPPORTED = (
     "alora_invocation_tokens",
@@ -17,7 +18,6 @@ _UNSUPPORTED = (
     "layer_replication",
     "lora_bias",
     "monteclora_config",
-    "target_parameters",
     "use_bdlora",
     "use_dora",
     "use_qalora",
@@ -52,8 +52,21 @@ def check_config(file: Path, config: Mapping[str, Any]) -> None:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not _is_number(rank) or not _is_number(alpha):
         raise CorruptFileError(f"{file}: r is {shown(rank)} and lora_alpha {shown(alpha)}")
+    _check_parameters(file, config.get("target_parameters"))
     _check_patterns(file, config)
     check_tokens(file, config.get("trainable_token_indices"))
+
+
+def _check_parameters(file: Path, names: object) -> None:
+    """Parameters that PEFT adapts by their names: only those of fused experts are known."""
+    if names and not (
+        isinstance(names, list)
+        and all(isinstance(name, str) and name.rpartition(".")[2] in FUSED for name in names)
+    ):
+        raise UnsupportedInputError(
+            f"{file}: target_parameters is {shown(names)}, which cannot be merged",
+            hint="merge it with PEFT's merge_and_unload, if PEFT can",
+        )
 
 
 def _check_patterns(file: Path, config: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from loftq_cli.errors import UsageError
+from loftq_cli.loading.experts import PackedExperts, hand_over
 from loftq_cli.loading.packed_weight import PackedWeight
 from loftq_cli.loading.warned import DetachedAdapter, UnsavedEmbeddings
 
@@ -93,6 +94,8 @@ def _refuse_resizing(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def _on_registration(parent: Any, name: str, child: nn.Module | None) -> None:
+    if name == "base_layer" and hasattr(parent, "parameter_name"):
+        _on_wrapped(parent, child)
     if not isinstance(child, PackedWeight):
         return
     if setting := _IN_FULL.get(type(parent).__name__):
@@ -115,6 +118,18 @@ def _refuse_to_merge(*args: Any, **kwargs: Any) -> NoReturn:
         "an adapter cannot be merged into weights that are packed",
         hint=f"save the adapter, then run {_MERGE}",
     )
+
+
+def _on_wrapped(wrapper: Any, child: Any) -> None:
+    """``wrapper`` adapts a parameter of ``child``, perhaps inside another wrapper."""
+    while hasattr(child, "parameter_name"):
+        child = child.base_layer
+    if isinstance(child, PackedExperts):
+        hand_over(wrapper)
+        wrapper.merge = _refuse_to_merge
+        for module in child.modules():
+            if isinstance(module, PackedWeight):
+                module.adapted = True
 
 
 def _update_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeGuard
 
 from torch import nn
@@ -17,12 +18,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
+from loftq_cli.families.experts import FUSED, part_of
 from loftq_cli.families.modules import kind_of
-from loftq_cli.families.names import key_mapping, places, prefix_of, tied
+from loftq_cli.families.names import Naming, key_mapping, places, prefix_of, tied
 from loftq_cli.layouts.loftq import FORMAT_VERSION
 from loftq_cli.loading import guard
 from loftq_cli.loading.beside import adapter_targets, is_merged, lost_targets
 from loftq_cli.loading.container import CONTAINER, take_over_all, wait, waiting
+from loftq_cli.loading.experts import PackedExperts, take_over
 from loftq_cli.loading.packed_weight import PackedWeight
 from loftq_cli.loading.replacement import packed
 from loftq_cli.loading.trained_beside import warn_of_attached
@@ -86,11 +89,15 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
-        names = _names(config.modules, model)
-        config.modules = {names[name]: entry for name, entry in config.modules.items()}
+        of_experts = {name: entry for name, entry in config.modules.items() if part_of(name)}
+        others = {name: e for name, e in config.modules.items() if name not in of_experts}
+        names = _names(others, model)
         self._adapter_names = key_mapping(names, prefix_of(model))
         present = {name for name, _ in model.named_modules()}
-        lost = lost_targets(adapter_targets(model.config), self._adapter_names, present)
+        targets = [name for name in adapter_targets(model.config) if not part_of(name)]
+        lost = lost_targets(targets, self._adapter_names, present)
+        names |= _take_over_experts(of_experts, model)
+        config.modules = {names[name]: entry for name, entry in config.modules.items()}
         if lost:
             warnings.warn(
                 f"PeftModel.from_pretrained cannot attach the adapter of {_listed(lost)} to "
@@ -99,13 +106,21 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
                 stacklevel=2,
             )
         for name, entry in config.modules.items():
-            module = packed(model.get_submodule(name), entry)
+            module = model.get_submodule(name)
+            if not isinstance(module, PackedWeight):
+                module = packed(module, entry)
             if CONTAINER in entry:
                 wait(module, *entry[CONTAINER])
             # A module that is not in the file would be initialised, which packed codes cannot be;
             # after loading, what is missing is an error instead.
             module._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, module)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
+        """Those that fuse experts would take the packed ones apart from their names."""
+        held = [module for module in model.modules() if isinstance(module, PackedExperts)]
+        kept = [each for each in weight_conversions if not (held and _fuses(each))]
+        return super().update_weight_conversions(kept, model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         missing = []  # transformers marks what it loaded; on meta is what was offloaded to disk
@@ -124,6 +139,9 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         take_over_all(model, self.quantization_config.modules)
         _refuse_shared(model)
+        for module in model.modules():
+            if isinstance(module, PackedExperts):
+                module.put_stand_ins()
         if not is_merged(model.config):
             guard.watch(model)
         guard.refuse_to_resize(model)
@@ -158,6 +176,36 @@ def _names(modules: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[s
             hint="load it with the class that config.json names under architectures",
         )
     return found
+
+
+def _take_over_experts(
+    modules: Mapping[str, Mapping[str, Any]], model: nn.Module
+) -> dict[str, str]:
+    """Name in the checkpoint to name in ``model``, for every quantized matrix of an expert, whose
+    packed layers are put there. Raises UnsupportedInputError if the model has no place for one."""
+    naming = Naming(model, {f"{name}.{key}" for name, _ in model.named_modules() for key in FUSED})
+    by_place: dict[str, dict[str, str]] = {}
+    for name in modules:
+        place, part = naming.place(f"{name}.weight"), part_of(name)
+        if place is None or part is None:
+            raise UnsupportedInputError(
+                f"{type(model).__name__} has no experts {name}, which the checkpoint holds "
+                "quantized",
+                hint="load it with the class that config.json names under architectures",
+            )
+        by_place.setdefault(place.name.rpartition(".")[0], {})[part[1]] = name
+    names: dict[str, str] = {}
+    for path, parts in by_place.items():
+        formats = {part: partial(packed, entry=modules[name]) for part, name in parts.items()}
+        take_over(model.get_submodule(path), formats)
+        names |= {name: f"{path}.{part}" for part, name in parts.items()}
+    return names
+
+
+def _fuses(conversion: Any) -> bool:
+    """Whether transformers makes fused experts of tensors by ``conversion``."""
+    targets = getattr(conversion, "target_patterns", [])
+    return any(target.rpartition(".")[2] in FUSED and "experts" in target for target in targets)
 
 
 def _refuse_shared(model: nn.Module) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.errors import InputError
+from loftq_cli.families.experts import FUSED, part_of
 from loftq_cli.families.kinds import turned_shape
 from loftq_cli.layouts.adapter import PREFIX
-from loftq_cli.layouts.trained import Pair, TokenRows, TrainedAdapter
+from loftq_cli.layouts.trained import FusedPair, Pair, TokenRows, TrainedAdapter
 from loftq_cli.merging.backbone import Backbone, InFile
 from loftq_cli.merging.names import Names
 from loftq_cli.merging.same import same_bytes
@@ -105,7 +106,55 @@ def _pairs(parts: Parts) -> dict[str, Pair]:
                 f"{dtype}"
             )
     _refuse_homeless(parts.file, homeless)
+    return placed | _of_experts(parts)
+
+
+def _of_experts(parts: Parts) -> dict[str, Pair]:
+    """The pairs of single experts, of those that PEFT saved fused. Raises InputError for experts
+    that the backbone does not have."""
+    by_layer: dict[str, list[str]] = {}
+    for name in parts.backbone.shapes:
+        if part := part_of(name.removesuffix(".weight")):
+            by_layer.setdefault(_layer(part[0]), []).append(name)
+    placed: dict[str, Pair] = {}
+    for module, pairs in parts.adapter.fused.items():
+        disk = parts.names.of_backbone(f"{module}.weight").removesuffix(".weight")
+        names = by_layer.get(_layer(disk), [])
+        for parameter, pair in pairs.items():
+            found = _slices(names, parameter, pair, parts.backbone)
+            if not found:
+                raise InputError(
+                    f"{parts.file}: tensor {pair.lora_A.name!r} is for {pair.count} experts with "
+                    f"products of {list(pair.shape)}, and the backbone has no such {parameter}",
+                    hint=OTHER,
+                )
+            placed |= found
     return placed
+
+
+def _slices(
+    names: Sequence[str], parameter: str, pair: FusedPair, backbone: Backbone
+) -> dict[str, Pair]:
+    """What of ``pair`` is for each of the tensors ``names`` of a layer's experts, empty if they do
+    not fit it."""
+    for leaves in FUSED[parameter]:
+        found: dict[str, Pair] = {}
+        for name in names:
+            _, part = part_of(name.removesuffix(".weight")) or ("", "")
+            number, _, leaf = part.partition(".")
+            if leaf in leaves:
+                rows = pair.shape[0] // len(leaves)
+                found[name] = pair.part(int(number), leaves.index(leaf) * rows, rows)
+        whole = len(found) == pair.count * len(leaves)
+        if whole and all(backbone.shapes[name] == each.shape for name, each in found.items()):
+            return found
+    return {}
+
+
+def _layer(experts: str) -> str:
+    """The path of the layer that a module of experts is in: what it is called there differs on
+    disk and in memory."""
+    return experts.rpartition(".experts")[0].rpartition(".")[0]
 
 
 def _whole(parts: Parts) -> dict[str, StoredTensor]:

@@ -40,6 +40,6 @@ def same_weights(first: Weight, second: Weight, adapter: TrainedAdapter) -> bool
 
 def _product(file: TensorFile, pair: Pair) -> torch.Tensor:
     """The factors of a pair, (rank, dim) and (rank, tokens) whichever kind it is, in one."""
-    lora_A, lora_B = file.read(pair.lora_A), file.read(pair.lora_B)
+    lora_A, lora_B = pair.read(file)
     parts = (lora_B.T, lora_A) if pair.embedding else (lora_A, lora_B.T)
-    return torch.cat([part.float() * factor for part, factor in zip(parts, (1, pair.scaling))], 1)
+    return torch.cat([part * factor for part, factor in zip(parts, (1, pair.scaling))], 1)

@@ -14,7 +14,8 @@ from loftq_cli.numerics.metrics import first_non_finite
 
 def product_of(pair: Pair, file: TensorFile) -> torch.Tensor:
     """B A, float32, unscaled, of a ``pair`` in the adapter's ``file``."""
-    return file.read(pair.lora_B).float() @ file.read(pair.lora_A).float()
+    lora_A, lora_B = pair.read(file)
+    return lora_B @ lora_A
 
 
 def summed(plan: MergePlan, item: Merged) -> torch.Tensor:

@@ -56,7 +56,7 @@ def choose_layout(
         return wanted.name, None
     if experts:
         holder = _holder_of_experts()
-        return holder, f"layout {holder}, because PEFT adapts experts in floating point only"
+        return holder, f"layout {holder}, because others do not hold experts"
     ranked = [registry.make_layout(name, asdict(settings)) for name in _ranked()]
     last = registry.holding_everything().name
     if mixed:
@@ -96,8 +96,8 @@ def _check_layout(
     """Raise LayoutError if the layout that was asked for cannot hold what is selected."""
     if experts and not wanted.holds_experts:
         raise LayoutError(
-            f"--layout {wanted.name} cannot hold experts: transformers fuses them, and PEFT adapts "
-            "them in floating point only",
+            f"--layout {wanted.name} cannot hold experts: transformers fuses them, and the "
+            "libraries that read it know no such module",
             hint=f"use --layout {_holder_of_experts()}, or leave the experts out",
         )
     obstacles = _obstacles(wanted, matrices, surroundings)

@@ -14,7 +14,7 @@ from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import CorruptFileError
 from loftq_cli.families.anatomy import Anatomy, anatomy
 from loftq_cli.families.blocks import stacks
-from loftq_cli.families.experts import check_ranks
+from loftq_cli.families.experts import by_default, check_ranks
 from loftq_cli.families.kinds import turned_shape
 from loftq_cli.layouts import adapter, registry
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
@@ -163,6 +163,8 @@ def _survey(source: Source, settings: Settings, statistics: Statistics | None) -
         settings.exclude,
         settings.embeddings,
         found,
+        experts=settings.layout in (registry.AUTO, registry.holding_everything().name)
+        and by_default(source.tensors, source.config.content, settings.rank),
     )
     surroundings = _surroundings(source, selection, found)
     device = choose_device(settings.device)

@@ -42,16 +42,19 @@ def select(
     exclude: Sequence[str] = (),
     embeddings: bool = False,
     anatomy: Anatomy = Anatomy(),  # noqa: B008  (frozen)
+    *,
+    experts: bool = False,
 ) -> Selection:
     """Split ``tensors`` by the default rule, plus word ``embeddings``, plus ``include``, less
-    ``exclude`` (globs on names), less what ``anatomy`` or config.json rules out.
+    ``exclude`` (globs on names), less what ``anatomy`` or config.json rules out. ``experts``: those
+    of mixtures belong to the default.
 
     Raises PatternError if a pattern matches nothing it could apply to, UsageError if a matrix is
     asked for that cannot be quantized, UnsupportedInputError if no matrix is selected.
     """
     names = [tensor.name for tensor in tensors]
     ruled_out = {**anatomy.reasons, **left_alone(tensors, config)}
-    rule = _Rule.of(tensors, include, exclude, embeddings, ruled_out)
+    rule = _Rule.of(tensors, include, exclude, embeddings, ruled_out, experts)
     matrices, kept = [], []
     kinds: dict[str, Kind] = {}
     reasons: dict[str, str] = {}
@@ -84,6 +87,7 @@ class _Rule:
     excluded: Collection[str]
     embeddings: bool
     ruled_out: Mapping[str, str]
+    experts: bool
 
     @staticmethod
     def of(
@@ -92,17 +96,20 @@ class _Rule:
         exclude: Sequence[str],
         embeddings: bool,
         ruled_out: Mapping[str, str],
+        experts: bool,
     ) -> _Rule:
         names = [tensor.name for tensor in tensors]
         able = {tensor.name for tensor in tensors if _not_a_matrix(tensor) is None}
         included = {n for each in include for n in _matches("--include", each, names, able)}
         excluded = {n for each in exclude for n in _matches("--exclude", each, names, set(names))}
-        return _Rule(able, included, excluded, embeddings, ruled_out)
+        return _Rule(able, included, excluded, embeddings, ruled_out, experts)
 
     def default(self, tensor: StoredTensor, kind: Kind) -> tuple[bool, str]:
         """Whether a tensor is selected, and why or why not, patterns apart."""
         if self.embeddings and kind == "embedding" and tensor.name in self.quantizable:
             return True, "asked for by --embeddings"
+        if self.experts and is_expert(tensor.name) and tensor.name in self.quantizable:
+            return True, "expert"
         reason = _not_a_matrix(tensor) or _outside_rule(tensor.name)
         reason = reason or self.ruled_out.get(tensor.name)
         return (False, reason) if reason else (True, "linear layer of a block")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers
 
+from loftq_cli.families import experts
+
 _BASE = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -65,3 +67,35 @@ def make(kind: str) -> Any:
     config = getattr(transformers, config_name)(**_BASE | settings)
     torch.manual_seed(0)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+# Families whose experts are converted, built small: all the names that their configs have.
+_SMALL = {
+    **{key: value for key, value in _BASE.items() if key != "intermediate_size"},
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
+    **dict.fromkeys(("num_dense_layers", "num_shared_experts"), 1),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "moe_intermediate_size"), 32),
+    **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim"), 16),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("index_head_dim", "index_topk"), 16),
+    **dict.fromkeys(("linear_num_key_heads", "index_n_heads", "moe_k"), 2),
+    "intermediate_size": 96,
+    "linear_num_value_heads": 4,
+    "qk_rope_head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa")
+FAMILIES = experts._CONVERTED
+
+
+def family(kind: str) -> Any:
+    """A causal language model of the family, of two blocks with four experts each."""
+    made = transformers.models.auto.configuration_auto.CONFIG_MAPPING[kind]
+    settings = {key: value for key, value in _SMALL.items() if hasattr(made(), key)}
+    if kind in _LATENT:  # heads of their own sizes
+        settings["num_key_value_heads"] = 4
+        settings.pop("head_dim", None)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(made(**settings)).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.checkpoint.source import open_source
-from loftq_cli.errors import LayoutError, UnsupportedInputError, UsageError
+from loftq_cli.errors import LayoutError, NonFiniteWeightError, UsageError
 from loftq_cli.families import experts
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
@@ -28,7 +29,7 @@ pytestmark = [
 ]
 
 QUICK: dict[str, Any] = {"bits": 2, "rank": 8, "iters": 1, "threads": 1}
-EXPERTS: dict[str, Any] = {"include": ("*.experts.*",)}
+EXPERTS: dict[str, Any] = {"include": ("*.experts.*",), "layout": "dense"}
 TOKENS = (torch.arange(22).view(2, 11) * 7 + 3) % 90 + 3
 
 
@@ -83,7 +84,10 @@ def train(model: Any) -> tuple[float, float]:
     optimizer = torch.optim.SGD(trained, lr=1e-2)
     before = model(TOKENS, labels=TOKENS, use_cache=False).loss
     before.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".indexer." not in name:  # that chooses, and has no gradient
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
     optimizer.step()
     return before.item(), model(TOKENS, labels=TOKENS, use_cache=False).loss.item()
 
@@ -107,7 +111,7 @@ def test_experts_are_passed_through_and_the_rest_loads_and_trains(kind, saved, t
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "qwen3_moe_mixed"])
 @pytest.mark.parametrize("way", [adapted, loftq_cli.load])
-def test_experts_that_are_included_load_and_train(kind, way, saved, tmp_path) -> None:
+def test_experts_in_floating_point_load_and_train(kind, way, saved, tmp_path) -> None:
     source, output = saved(kind), tmp_path / "out"
     manifest = loftq_cli.convert(source, output=output, **EXPERTS, **QUICK)
     assert manifest["recipe"]["layout"] == "dense"
@@ -135,12 +139,70 @@ def test_a_merge_of_the_start_is_the_same_model(saved, tmp_path) -> None:
     torch.testing.assert_close(found, reference, rtol=0, atol=5e-6 * float(reference.abs().max()))
 
 
-def test_a_trained_fused_adapter_is_left_to_peft_by_name(saved, tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe_mixed"])
+def test_a_trained_fused_adapter_merges_as_peft_merges_it(kind, saved, tmp_path) -> None:
     output, trained = tmp_path / "out", tmp_path / "trained"
-    loftq_cli.convert(saved("mixtral"), output=output, **EXPERTS, **QUICK)
-    adapted(output).save_pretrained(trained)
-    with pytest.raises(UnsupportedInputError, match="target_parameters"):
-        merge(output, tmp_path / "merged", adapter=trained, observer=Observer())
+    loftq_cli.convert(saved(kind), output=output, **EXPERTS, **QUICK)
+    model = adapted(output)
+    train(model)
+    model.save_pretrained(trained)
+    merge(output, tmp_path / "merged", adapter=trained, observer=Observer())
+    theirs = logits(model.merge_and_unload())
+    ours = logits(model_class(output).from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("family", moe.FAMILIES)
+@pytest.mark.parametrize("way", [adapted, loftq_cli.load])
+def test_experts_of_every_family_stay_packed_and_train(family, way, tmp_path) -> None:
+    """Converted by default; loaded, trained, saved by PEFT, loaded again, and merged."""
+    source = models.save(moe.family(family), tmp_path / "source")
+    output, trained = tmp_path / "out", tmp_path / "trained"
+    manifest = loftq_cli.convert(source, output=output, **QUICK)
+    assert manifest["recipe"]["layout"] == "loftq"
+    assert any(".experts." in entry["name"] for entry in manifest["matrices"])
+    assert not any(".experts." in entry["name"] for entry in manifest["passed_through"])
+    merge(output, tmp_path / "merged", observer=Observer())
+    reference = logits(model_class(source).from_pretrained(tmp_path / "merged"))
+    model = way(output)
+    tolerance = 1e-5 * float(reference.abs().max())
+    torch.testing.assert_close(logits(model), reference, rtol=0, atol=tolerance)
+    before, after = train(model)
+    assert after < before
+    model.save_pretrained(trained)
+    again = logits(loftq_cli.load(output, adapter=trained))
+    assert torch.equal(again, logits(model))
+    merge(output, tmp_path / "both", adapter=trained, observer=Observer())
+    both = logits(model_class(source).from_pretrained(tmp_path / "both"))
+    torch.testing.assert_close(both, again, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout", "converted"),
+    [
+        ({}, "loftq", True),
+        ({"layout": "loftq"}, "loftq", True),
+        ({"exclude": ("*.experts.*",)}, "gptq", False),
+        ({"layout": "dense"}, "dense", False),
+        ({"layout": "compressed"}, "compressed", False),
+        ({"rank": 48}, "gptq", False),  # an expert has a side of 32
+    ],
+)
+def test_which_experts_are_converted(settings, layout, converted, saved, tmp_path) -> None:
+    manifest = loftq_cli.convert(saved("qwen3_moe"), tmp_path / "out", **{**QUICK, **settings})
+    assert manifest["recipe"]["layout"] == layout
+    found = [entry for entry in manifest["matrices"] if ".experts." in entry["name"]]
+    assert len(found) == (24 if converted else 0)
+
+
+def test_an_expert_with_nan_is_named(saved, tmp_path) -> None:
+    source = Path(shutil.copytree(saved("mixtral"), tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if ".experts.2." in name)
+    tensors[name][1, 2] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteWeightError, match=re.escape(name)):
+        loftq_cli.convert(source, tmp_path / "out", **QUICK)
 
 
 @pytest.mark.parametrize(
@@ -148,19 +210,19 @@ def test_a_trained_fused_adapter_is_left_to_peft_by_name(saved, tmp_path) -> Non
     [
         (
             "mixtral",
-            "24 tensors of experts with 196,608 weights are passed through: no consumer "
-            "adapts them packed; --include '*.experts.*' converts them, in layout dense",
+            "24 tensors of experts with 196,608 weights are passed through; --include "
+            "'*.experts.*' converts them, in layout loftq or dense",
         ),
         (
             "deepseek_v3",
             "12 tensors of experts with 24,576 weights, and 6 layers that PEFT takes "
-            "for experts are passed through: no consumer adapts them packed",
+            "for experts are passed through; --include '*.experts.*' converts them, in layout "
+            "loftq or dense",
         ),
         # A layer's two fused weights, and its two biases.
         (
             "gpt_oss",
-            "8 tensors of experts with 199,168 weights are passed through: no consumer "
-            "adapts them packed",
+            "8 tensors of experts with 199,168 weights are passed through",
         ),
         ("llama", None),
     ],
@@ -182,12 +244,11 @@ def test_layers_that_peft_mistakes_for_experts_say_so(saved, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "error", "words"),
     [
-        ("mixtral", {**EXPERTS, "layout": "gptq"}, LayoutError, "PEFT adapts them in floating"),
-        ("mixtral", {**EXPERTS, "layout": "loftq"}, LayoutError, "PEFT adapts them in floating"),
-        ("mixtral", {"include": ("*.experts.0.*",)}, UsageError, "all experts or none"),
+        ("mixtral", {**EXPERTS, "layout": "gptq"}, LayoutError, "cannot hold experts"),
+        ("mixtral", {"exclude": ("*.experts.0.*",)}, UsageError, "all experts or none"),
         ("qwen3_moe", {**EXPERTS, "rank": 48}, UsageError, "has rank 32"),
         ("mixtral", {**EXPERTS, "rank_map": "*.w1.*=4"}, UsageError, "has rank 4"),
-        ("qwen2_moe", EXPERTS, UsageError, "mixtral and qwen3_moe only"),
+        ("qwen2_moe", EXPERTS, UsageError, "those of qwen2_moe are not converted yet"),
         ("deepseek_v3", {"include": ("*.0.mlp.*",)}, UsageError, "takes it for an expert"),
     ],
 )

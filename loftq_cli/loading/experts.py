@@ -1,0 +1,201 @@
+"""Experts that stay packed in memory, in the place of a family's own module of fused experts.
+
+transformers holds the experts of a layer as two parameters, (experts, 2 inner, hidden) and
+(experts, hidden, inner), and PEFT adapts such a parameter by a wrapper around the module, which
+puts W + B A in its place for the time of a forward. Here every expert has packed layers of its own,
+under the names that a checkpoint has (``experts.3.gate_proj``); in the place of each parameter is a
+stand-in of its shape, dtype and device that takes no memory; and a wrapper hands A and B to the
+module, which applies them to the tokens of each expert that is hit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from loftq_cli.errors import UnsupportedInputError
+from loftq_cli.families.experts import FUSED
+
+Entry = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``lora_A`` (experts, r, in), ``lora_B`` (experts, out, r) of one adapter, to be applied as
+    ``scaling * B A``."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float
+
+    def add(self, output: torch.Tensor, input: torch.Tensor, expert: int) -> torch.Tensor:
+        """``output`` (tokens, out) plus what this adapter makes of ``input`` (tokens, in)."""
+        lora_A, lora_B = self.lora_A[expert].to(input.dtype), self.lora_B[expert].to(input.dtype)
+        return output + functional.linear(functional.linear(input, lora_A), lora_B) * self.scaling
+
+
+class PackedExperts(nn.Module):
+    """What goes in front of a family's class of experts (see :func:`take_over`)."""
+
+    num_experts: int
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    _stand_ins: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    _parts: dict[str, tuple[str, ...]]
+    _factors: dict[str, Sequence[Factors]]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k): the sum of
+        the chosen experts' outputs, (tokens, hidden)."""
+        result = torch.zeros_like(hidden_states)
+        for expert in sorted(set(top_k_index.flatten().tolist())):
+            if not 0 <= expert < self.num_experts:
+                continue  # what is masked out has a number beyond
+            tokens, places = torch.where(top_k_index == expert)
+            inputs = hidden_states[tokens]
+            gated = self._gated(self._project("gate_up_proj", inputs, expert))
+            outputs = self._project("down_proj", gated, expert)
+            weighted = outputs * top_k_weights[tokens, places, None]
+            result.index_add_(0, tokens, weighted.to(result.dtype))
+        return result
+
+    def _gated(self, both: torch.Tensor) -> torch.Tensor:
+        apply_gate = getattr(self, "_apply_gate", None)
+        if apply_gate is not None:
+            found: torch.Tensor = apply_gate(both)
+            return found
+        gate, up = both.chunk(2, dim=-1)
+        activated: torch.Tensor = self.act_fn(gate) * up
+        return activated
+
+    def _project(self, name: str, inputs: torch.Tensor, expert: int) -> torch.Tensor:
+        """What the fused parameter ``name`` and its adapters make of ``inputs`` (tokens, in)."""
+        layers: Any = getattr(self, str(expert))
+        outputs = [getattr(layers, part)(inputs) for part in self._parts[name]]
+        output = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+        for factors in self._factors.get(name, ()):
+            output = factors.add(output, inputs, expert)
+        return output
+
+    def put_stand_ins(self) -> None:
+        """Put in the place of each parameter one of its shape that takes no memory."""
+        device = next(self.buffers()).device
+        for name, (shape, dtype) in self._stand_ins.items():
+            one = torch.zeros((), dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(one.expand(shape), requires_grad=False))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # What a stand-in is moved to would be as large as it says.
+        held = [name for name in self._stand_ins if name in self._parameters]
+        for name in held:
+            shape, dtype = self._stand_ins[name]
+            self._stand_ins[name] = (shape, fn(torch.zeros(1, dtype=dtype)).dtype)
+            del self._parameters[name]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if held:
+            self.put_stand_ins()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._stand_ins:
+            destination.pop(f"{prefix}{name}", None)
+
+
+def take_over(
+    experts: nn.Module, formats: Mapping[str, Callable[[nn.Linear], nn.Module]]
+) -> dict[str, nn.Module]:
+    """Make ``experts``, of a family's class, packed: ``formats`` maps the name of each expert's
+    layer in it (``3.gate_proj``) to what makes a packed layer of a linear one on the meta device.
+    The packed layers by name. Raises UnsupportedInputError if this is no module of fused experts as
+    they are known, or if layers are missing."""
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    parts: dict[str, tuple[str, ...]] = {}
+    for name, alternatives in FUSED.items():
+        parameter = experts._parameters.get(name)
+        found = [each for each in alternatives if f"0.{each[0]}" in formats]
+        if parameter is None or parameter.dim() != 3 or not found or _is_odd(experts):
+            raise UnsupportedInputError(
+                f"{type(experts).__name__} does not hold its experts as they are converted",
+                hint="convert without them: --exclude '*.experts.*'",
+            )
+        shapes[name], parts[name] = (tuple(parameter.shape), parameter.dtype), found[0]
+    count = shapes["down_proj"][0][0]
+    wanted = {f"{e}.{leaf}" for e in range(count) for each in parts.values() for leaf in each}
+    if wanted != formats.keys():
+        lacking = sorted(wanted ^ formats.keys())[0]
+        raise UnsupportedInputError(
+            f"{type(experts).__name__} has {count} experts, the checkpoint differs in {lacking}",
+            hint="convert the model again",
+        )
+    held: Any = experts
+    held.__class__ = _subclass(type(experts))
+    held._stand_ins, held._parts, held._factors = shapes, parts, {}
+    held._is_hf_initialized = True  # there is no parameter to draw
+    made = {}
+    for name, (shape, dtype) in shapes.items():
+        del experts._parameters[name]
+        rows, columns = shape[1] // len(parts[name]), shape[2]
+        for expert in range(count):
+            if str(expert) not in experts._modules:
+                experts.add_module(str(expert), nn.Module())
+            for leaf in parts[name]:
+                linear = nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
+                layer = formats[f"{expert}.{leaf}"](linear)
+                experts.get_submodule(str(expert)).add_module(leaf, layer)
+                made[f"{expert}.{leaf}"] = layer
+    return made
+
+
+def _is_odd(experts: nn.Module) -> bool:
+    """Whether the family stores or computes otherwise than y = down(act(gate x) * up x)."""
+    transposed, bias = getattr(experts, "is_transposed", False), getattr(experts, "has_bias", False)
+    concatenated = getattr(experts, "is_concatenated", True)
+    gate, norm = getattr(experts, "has_gate", True), getattr(experts, "has_post_expert_norm", False)
+    return bool(transposed or bias or norm or not concatenated or not gate)
+
+
+_SUBCLASSES: dict[type, type] = {}
+
+
+def _subclass(own: type) -> type:
+    """A packed class for a family's ``own``, one for all its modules."""
+    if own not in _SUBCLASSES:
+        _SUBCLASSES[own] = type(f"Packed{own.__name__}", (PackedExperts, own), {})
+    return _SUBCLASSES[own]
+
+
+def hand_over(wrapper: Any) -> None:
+    """Have PEFT's ``wrapper`` of a stand-in hand its adapters to the experts, instead of putting
+    W + B A in its place."""
+    wrapper._activate_lora = functools.partial(_lent, wrapper)
+
+
+@contextmanager
+def _lent(wrapper: Any, active_adapters: Sequence[str]) -> Iterator[None]:
+    experts, name = wrapper.get_base_layer(), wrapper.parameter_name
+    found = [_factors(wrapper, each) for each in active_adapters if each in wrapper.lora_A]
+    experts._factors = {**experts._factors, name: found}
+    try:
+        yield
+    finally:
+        experts._factors = {key: held for key, held in experts._factors.items() if key != name}
+
+
+def _factors(wrapper: Any, adapter: str) -> Factors:
+    """PEFT stores A as (experts * r, in), and B as (out, r * experts), the expert last."""
+    lora_A, lora_B = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    count = wrapper.num_experts
+    return Factors(
+        lora_A.view(count, -1, lora_A.shape[1]),
+        lora_B.view(len(lora_B), -1, count).permute(2, 0, 1),
+        wrapper.scaling[adapter],
+    )
