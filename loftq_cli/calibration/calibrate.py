@@ -28,6 +28,7 @@ from loftq_cli.errors import (
     UnsupportedInputError,
     UsageError,
 )
+from loftq_cli.families.experts import by_default
 from loftq_cli.families.kinds import turned_shape
 from loftq_cli.machine.durable import explained, readable
 from loftq_cli.machine.observer import Observer
@@ -203,7 +204,8 @@ class _Job:
 
 def _job(source: Source, texts: Sequence[Text], wanted: Measuring, device: torch.device) -> _Job:
     content = source.config.content
-    selection = select(source.tensors, content, anatomy=anatomy_of(source))
+    experts = by_default(source.tensors, content, 1)
+    selection = select(source.tensors, content, anatomy=anatomy_of(source), experts=experts)
     widths = {
         tensor.name: turned_shape((tensor.shape[0], tensor.shape[1]), selection.kinds[tensor.name])[
             1

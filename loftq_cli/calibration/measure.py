@@ -12,6 +12,7 @@ from torch import nn
 
 from loftq_cli.calibration.blockwise import BlockRunner
 from loftq_cli.calibration.course import course_of
+from loftq_cli.calibration.expert_inputs import ExpertInputs
 from loftq_cli.calibration.layer_inputs import LayerInputs
 from loftq_cli.calibration.pretrained import class_of, load_model, load_tokenizer
 from loftq_cli.calibration.text_input import (
@@ -24,7 +25,8 @@ from loftq_cli.calibration.text_input import (
 )
 from loftq_cli.calibration.windows import cut
 from loftq_cli.errors import UsageError
-from loftq_cli.families.names import places
+from loftq_cli.families.experts import is_expert, is_plain
+from loftq_cli.families.names import places, places_of_experts
 from loftq_cli.numerics.moments import Moments
 
 DEFAULT_LENGTH = 512
@@ -33,13 +35,15 @@ DEFAULT_LENGTH = 512
 @dataclass(frozen=True)
 class Calibration:
     """A model that is ready to be measured. ``call`` runs it on token ids; ``windows``, int64
-    (samples, length); ``layers``: names of weight tensors to modules of the model; ``widths``:
-    in_features by weight tensor; ``directory``: of the checkpoint, for messages."""
+    (samples, length); ``layers``: names of weight tensors to modules of the model; ``experts``: of
+    each module of experts, the weight tensors by what follows its name; ``widths``: in_features by
+    weight tensor; ``directory``: of the checkpoint, for messages."""
 
     model: nn.Module
     call: Call
     windows: torch.Tensor
     layers: Mapping[str, str]
+    experts: Mapping[str, Mapping[str, str]]
     widths: Mapping[str, int]
     directory: Path
 
@@ -55,28 +59,33 @@ class Calibration:
         window, NonFiniteActivationError naming the tensor.
         """
         model, count = self.model, len(self.windows)
-        course = course_of(model, self._run_first, self.layers)
+        called = {**self.layers, **{name: name for name in self.experts}}
+        course = course_of(model, self._run_first, called)
         begin((len(course.blocks) + bool(course.others)) * count)
 
-        def watched(layers: Collection[str]) -> LayerInputs:
-            return LayerInputs({layer: self.widths[layer] for layer in layers}, full=full)
+        def watched(names: Collection[str]) -> tuple[LayerInputs, ExpertInputs]:
+            widths = {layer: self.widths[layer] for layer in names if layer in self.layers}
+            experts = {name: self.experts[name] for name in names if name in self.experts}
+            return LayerInputs(widths, full=full), ExpertInputs(experts, full=full)
 
         with BlockRunner(model, self.run, count) as runner:
             for block, layers in course.blocks.items():
-                inputs = watched(layers)
-                with inputs.watched(model, self.layers):
+                inputs, experts = watched(layers)
+                with inputs.watched(model, self.layers), experts.watched(model):
                     for _ in runner.windows(block):
                         inputs.end_window()
                         advance(block)
                 yield from _in_order(inputs)
+                yield from experts.groups()
         if course.others:
-            inputs = watched(course.others)
-            with inputs.watched(model, self.layers):
+            inputs, experts = watched(course.others)
+            with inputs.watched(model, self.layers), experts.watched(model):
                 for window in range(count):
                     self.run(window)
                     inputs.end_window()
                     advance("the whole model")
             yield from _in_order(inputs)
+            yield from experts.groups()
 
     def run(self, window: int) -> None:
         """Call the model on a window."""
@@ -135,7 +144,8 @@ def prepare(
     size = _length(length, [*told, *limits(model.config.to_dict()), *entry.limits])
     if size < windows.shape[1]:
         windows = cut(tokenizer, texts, length=size, samples=samples, seed=seed)
-    return Calibration(model, entry.call, windows, _layers(model, widths), widths, directory)
+    layers, experts = _layers(model, widths), _experts(model, widths)
+    return Calibration(model, entry.call, windows, layers, experts, widths, directory)
 
 
 def _length(asked: int | None, told: Iterable[int]) -> int:
@@ -152,6 +162,16 @@ def _layers(model: nn.Module, weights: Iterable[str]) -> dict[str, str]:
     """The module of ``model`` that has each of ``weights``, for those that have a place there."""
     names = {weight.removesuffix(".weight"): weight for weight in weights}
     return {names[old]: new for old, new in places(model, names).items()}
+
+
+def _experts(model: nn.Module, weights: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Of each module of experts that can be watched, the ``weights`` by what follows its name."""
+    names = {weight.removesuffix(".weight"): weight for weight in weights if is_expert(weight)}
+    return {
+        path: {part: names[module] for part, module in parts.items()}
+        for path, parts in places_of_experts(model, names).items()
+        if is_plain(model.get_submodule(path))
+    }
 
 
 def _in_order(inputs: LayerInputs) -> Iterator[tuple[list[str], Moments]]:

@@ -56,6 +56,19 @@ def part_of(module: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
+def is_plain(experts: Any) -> bool:
+    """Whether a module of fused experts stores and computes y = down(act(gate x) * up x), without
+    biases, transposing, interleaving or a norm."""
+    odd = ("is_transposed", "has_bias", "has_post_expert_norm")
+    plain = ("is_concatenated", "has_gate")
+    held = all(getattr(getattr(experts, name, None), "ndim", 0) == 3 for name in FUSED)
+    return (
+        held
+        and not any(getattr(experts, name, False) for name in odd)
+        and all(getattr(experts, name, True) for name in plain)
+    )
+
+
 def is_expert(name: str) -> bool:
     """Whether a tensor or module is of one of the experts that a layer chooses from."""
     return ".experts." in f".{name}"

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loftq_cli.families.experts import FUSED, part_of
+
 
 @dataclass(frozen=True)
 class Place:
@@ -85,6 +87,19 @@ def places(model: Any, modules: Iterable[str]) -> dict[str, str]:
         place = naming.place(f"{module}.weight")
         if place is not None and not place.computed:
             found[module] = place.name.removesuffix(".weight")
+    return found
+
+
+def places_of_experts(model: Any, modules: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Of each module of fused experts in ``model``, the ``modules``, as a checkpoint names those of
+    single experts, by what follows its name (``3.gate_proj``). Those that have no place are left
+    out."""
+    naming = Naming(model, {f"{name}.{key}" for name, _ in model.named_modules() for key in FUSED})
+    found: dict[str, dict[str, str]] = {}
+    for module in modules:
+        place, part = naming.place(f"{module}.weight"), part_of(module)
+        if place is not None and part is not None:
+            found.setdefault(place.name.rpartition(".")[0], {})[part[1]] = module
     return found
 
 

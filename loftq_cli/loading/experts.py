@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from loftq_cli.errors import UnsupportedInputError
-from loftq_cli.families.experts import FUSED
+from loftq_cli.families.experts import FUSED, is_plain
 
 Entry = Mapping[str, Any]
 
@@ -120,13 +120,13 @@ def take_over(
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     parts: dict[str, tuple[str, ...]] = {}
     for name, alternatives in FUSED.items():
-        parameter = experts._parameters.get(name)
         found = [each for each in alternatives if f"0.{each[0]}" in formats]
-        if parameter is None or parameter.dim() != 3 or not found or _is_odd(experts):
+        if not found or not is_plain(experts):
             raise UnsupportedInputError(
                 f"{type(experts).__name__} does not hold its experts as they are converted",
                 hint="convert without them: --exclude '*.experts.*'",
             )
+        parameter = experts.get_parameter(name)
         shapes[name], parts[name] = (tuple(parameter.shape), parameter.dtype), found[0]
     count = shapes["down_proj"][0][0]
     wanted = {f"{e}.{leaf}" for e in range(count) for each in parts.values() for leaf in each}
@@ -153,14 +153,6 @@ def take_over(
                 experts.get_submodule(str(expert)).add_module(leaf, layer)
                 made[f"{expert}.{leaf}"] = layer
     return made
-
-
-def _is_odd(experts: nn.Module) -> bool:
-    """Whether the family stores or computes otherwise than y = down(act(gate x) * up x)."""
-    transposed, bias = getattr(experts, "is_transposed", False), getattr(experts, "has_bias", False)
-    concatenated = getattr(experts, "is_concatenated", True)
-    gate, norm = getattr(experts, "has_gate", True), getattr(experts, "has_post_expert_norm", False)
-    return bool(transposed or bias or norm or not concatenated or not gate)
 
 
 _SUBCLASSES: dict[type, type] = {}

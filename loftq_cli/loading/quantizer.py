@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from loftq_cli.errors import CorruptFileError, UnsupportedInputError
 from loftq_cli.families.experts import FUSED, part_of
 from loftq_cli.families.modules import kind_of
-from loftq_cli.families.names import Naming, key_mapping, places, prefix_of, tied
+from loftq_cli.families.names import key_mapping, places, places_of_experts, prefix_of, tied
 from loftq_cli.layouts.loftq import FORMAT_VERSION
 from loftq_cli.loading import guard
 from loftq_cli.loading.beside import adapter_targets, is_merged, lost_targets
@@ -183,17 +183,14 @@ def _take_over_experts(
 ) -> dict[str, str]:
     """Name in the checkpoint to name in ``model``, for every quantized matrix of an expert, whose
     packed layers are put there. Raises UnsupportedInputError if the model has no place for one."""
-    naming = Naming(model, {f"{name}.{key}" for name, _ in model.named_modules() for key in FUSED})
-    by_place: dict[str, dict[str, str]] = {}
-    for name in modules:
-        place, part = naming.place(f"{name}.weight"), part_of(name)
-        if place is None or part is None:
-            raise UnsupportedInputError(
-                f"{type(model).__name__} has no experts {name}, which the checkpoint holds "
-                "quantized",
-                hint="load it with the class that config.json names under architectures",
-            )
-        by_place.setdefault(place.name.rpartition(".")[0], {})[part[1]] = name
+    by_place = places_of_experts(model, modules)
+    placed = {name for parts in by_place.values() for name in parts.values()}
+    if lost := sorted(modules.keys() - placed):
+        raise UnsupportedInputError(
+            f"{type(model).__name__} has no experts {_listed(lost)}, which the checkpoint holds "
+            "quantized",
+            hint="load it with the class that config.json names under architectures",
+        )
     names: dict[str, str] = {}
     for path, parts in by_place.items():
         formats = {part: partial(packed, entry=modules[name]) for part, name in parts.items()}
