@@ -53,6 +53,8 @@ from loftq_cli.settings.recipe import fingerprint
 from loftq_cli.statistics.file import open_statistics
 from loftq_cli.statistics.statistics import Statistics
 
+MOST_SERVED = 512
+"""The largest rank that vLLM 0.33 has room for (config/lora.py)."""
 _MARGIN = 4 << 20  # room for config and manifest
 
 
@@ -112,6 +114,7 @@ def export(
             f"--output {output} holds the adapter {wanted.adapter}", hint="choose another"
         )
     work = _prepared(found, wanted, final, observer)
+    _tell_of_ranks(work)
     workspace = ExportWorkspace(final)
     if overwrite or not workspace.is_taken():
         needed = work.plan.disk_bytes + sum(each.nbytes for each in work.pairs) + _MARGIN
@@ -131,6 +134,15 @@ def export(
         "rank": work.pairs[0].rank if work.pairs else None,
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _tell_of_ranks(work: _Work) -> None:
+    """A line if servers that read the layout have no room for an adapter's rank."""
+    ranks = [pair.lora_A.shape[0] for each in work.pairs for pair in each.adapter.pairs.values()]
+    if work.plan.layout.portable and max(ranks, default=0) > MOST_SERVED:
+        work.observer.note(
+            f"the adapter has rank {max(ranks)}, and vLLM serves {MOST_SERVED} at most"
+        )
 
 
 def _homes(path: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from loftq_cli.checkpoint.dtypes import computed, torch_dtype
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.errors import CorruptFileError
 from loftq_cli.families.architecture import ADDED_HEADS, unreplaceable
+from loftq_cli.families.experts import is_expert
 from loftq_cli.families.fused import fused_parts
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
 from loftq_cli.numerics.quantizers.blocks import Quantized
@@ -39,6 +40,7 @@ class CompressedLayout(Layout):
     portable = True
     packs = True
     holds_fused_alike = True
+    holds_experts = True
 
     @classmethod
     def method_at(cls, bits: int) -> str | None:
@@ -73,6 +75,11 @@ class CompressedLayout(Layout):
         return None
 
     def remark(self, matrices: Sequence[Matrix]) -> str | None:
+        if any(is_expert(each.name) and not method(each.method).symmetric for each in matrices):
+            return (
+                "layout compressed with zero points of experts: transformers alone cannot decode "
+                "them; loftq_cli.load does (--method uniform-symmetric has none)"
+            )
         if len({_form(matrix) for matrix in matrices}) == 1:
             return None
         return (

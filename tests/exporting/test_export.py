@@ -21,6 +21,7 @@ from loftq_cli.errors import (
     UsageError,
     VerificationError,
 )
+from loftq_cli.exporting import export as exporting
 from loftq_cli.exporting.export import Wanted, export
 from loftq_cli.exporting.plan import Moved
 from loftq_cli.layouts.base import matrix_of
@@ -180,6 +181,27 @@ def test_a_trained_adapter_comes_along(source, tmp_path, pad):
             assert ranks == {48}
     loftq_cli.inspect(moved, verify=True)
     loftq_cli.error_report(moved, source)
+
+
+@pytest.mark.parametrize("most", [47, 48])
+def test_a_rank_that_servers_have_no_room_for_is_said(source, tmp_path, monkeypatch, most):
+    monkeypatch.setattr(exporting, "MOST_SERVED", most)
+    first = converted(source, tmp_path, "loftq", rank=48)
+
+    class Notes(Observer):
+        said: tuple[str, ...] = ()
+
+        def note(self, line: str) -> None:
+            self.said += (line,)
+
+    for layout in ("loftq", "dense"):  # no servers'
+        export(first, tmp_path / f"to-{layout}", Wanted(layout), observer=Notes())
+        assert Notes.said == ()
+    first = converted(source, tmp_path, "gptq", rank=48)
+    notes = Notes()
+    export(first, tmp_path / "moved", Wanted("compressed"), observer=notes)
+    told = ("the adapter has rank 48, and vLLM serves 47 at most",)
+    assert notes.said == (told if most == 47 else ())
 
 
 def test_what_would_be_rounded_is_refused_and_nothing_is_left(source, tmp_path):

@@ -184,7 +184,7 @@ def test_experts_of_every_family_stay_packed_and_train(family, way, tmp_path) ->
         ({"layout": "loftq"}, "loftq", True),
         ({"exclude": ("*.experts.*",)}, "gptq", False),
         ({"layout": "dense"}, "dense", False),
-        ({"layout": "compressed"}, "compressed", False),
+        ({"layout": "compressed"}, "compressed", False),  # unless they are included
         ({"rank": 48}, "gptq", False),  # an expert has a side of 32
     ],
 )
@@ -193,6 +193,32 @@ def test_which_experts_are_converted(settings, layout, converted, saved, tmp_pat
     assert manifest["recipe"]["layout"] == layout
     found = [entry for entry in manifest["matrices"] if ".experts." in entry["name"]]
     assert len(found) == (24 if converted else 0)
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("method", ["uniform", "uniform-symmetric"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_in_layout_compressed_are_read_packed_and_by_transformers_alone(
+    kind, method, saved, tmp_path
+) -> None:
+    output, settings = tmp_path / "out", {**EXPERTS, **QUICK, "method": method, "block_size": 32}
+    loftq_cli.convert(saved(kind), output, **{**settings, "bits": 4, "layout": "compressed"})
+    merge(output, tmp_path / "merged", observer=Observer())
+    reference = logits(model_class(output).from_pretrained(tmp_path / "merged"))
+    tolerance = 1e-5 * float(reference.abs().max())
+    model = loftq_cli.load(output)
+    torch.testing.assert_close(logits(model), reference, rtol=0, atol=tolerance)
+    before, after = train(model)
+    assert after < before
+    if method == "uniform":
+        return  # transformers 5.23 decodes experts without their zero points, and raises
+    loftq_cli.export(output, tmp_path / "dense", layout="dense")
+    entry = transformers.CompressedTensorsConfig(dequantize=True)
+    alone = model_class(output).from_pretrained(
+        output, dtype=torch.float32, quantization_config=entry
+    )
+    expected_state = model_class(output).from_pretrained(tmp_path / "dense").state_dict()
+    assert all(torch.equal(t, expected_state[name]) for name, t in alone.state_dict().items())
 
 
 def test_an_expert_with_nan_is_named(saved, tmp_path) -> None:
