@@ -55,8 +55,8 @@ def choose_layout(
             _check_together(wanted, matrices)
         return wanted.name, None
     if experts:
-        holder = _holder_of_experts()
-        return holder, f"layout {holder}, because others do not hold experts"
+        holder = registry.holding_everything().name
+        return holder, f"layout {holder}, which keeps experts packed"
     ranked = [registry.make_layout(name, asdict(settings)) for name in _ranked()]
     last = registry.holding_everything().name
     if mixed:
@@ -81,10 +81,6 @@ def _ranked() -> list[str]:
     return [layout.name for layout in sorted(asked, key=lambda layout: layout.auto_rank or 0)]
 
 
-def _holder_of_experts() -> str:
-    return next(layout.name for layout in registry.every() if layout.holds_experts)
-
-
 def _check_layout(
     wanted: Layout,
     matrices: Sequence[Matrix],
@@ -98,7 +94,7 @@ def _check_layout(
         raise LayoutError(
             f"--layout {wanted.name} cannot hold experts: transformers fuses them, and the "
             "libraries that read it know no such module",
-            hint=f"use --layout {_holder_of_experts()}, or leave the experts out",
+            hint=f"use --layout {registry.holding_everything().name}, or leave the experts out",
         )
     obstacles = _obstacles(wanted, matrices, surroundings)
     if obstacles:
