@@ -35,7 +35,7 @@ _MISTAKEN = (
     *("glm_moe_dsa", "glm4v_moe", "longcat_flash", "solar_open"),
     *("mellum", "qwen3_moe", "beam", "qwen3_omni_moe"),
     *("qwen3_omni_moe_thinker", "qwen3_omni_moe_text", "qwen3_next", "hunyuan_v1_moe"),
-    *("flex_olmo", "olmoe", "exaone_moe", "cohere2_moe"),
+    *("flex_olmo", "olmoe", "exaone_moe", "cohere2_moe", "laguna", "unlimited_ocr"),
 )
 
 

@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-FOLDERS = {"benchmarks", "loading", "whole/crash", "whole/hostile", "whole/interop"}
+FOLDERS = {"benchmarks", "loading", "whole/crash", "whole/hostile", "whole/interop", "whole/zoo"}
 MODULES = {
     *("conversion/test_from_hub.py", "conversion/test_from_hub_resumed.py"),
+    "conversion/test_from_hub_encoded.py",
     *("numerics/test_alternation_textbook.py", "numerics/quantizers/test_fitted.py"),
     "numerics/test_feedback.py",
 }

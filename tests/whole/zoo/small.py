@@ -128,10 +128,20 @@ def _shrunk(config: Any) -> dict[str, Any]:
     for key in _LISTS:
         if isinstance(held.get(key), list):
             settings[key] = held[key][-2:] if len(set(held[key][:2])) < 2 else held[key][:2]
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = held.get(key)
+        if isinstance(rope, dict) and "mrope_section" in rope:
+            settings[key] = {**rope, "mrope_section": [2, 3, 3]}  # half of a head
+    if "rotary_dim" in held:
+        settings["rotary_dim"] = 8
     for key in held:
         inner = getattr(config, key, None)
         if key.endswith("config") and hasattr(inner, "to_dict"):
-            settings[key] = {**inner.to_dict(), **_shrunk(inner)}
+            made = {**inner.to_dict(), **_shrunk(inner)}
+            try:
+                settings[key] = type(inner)(**made)
+            except Exception:  # of any kind: as a dictionary, then
+                settings[key] = made
     return settings
 
 
@@ -140,6 +150,8 @@ def build(kind: str, name: str) -> Any:
     it is too large still."""
     config = config_of(kind)
     found = getattr(transformers, name)
+    if not hasattr(config, "vocab_size") and not hasattr(config, "vision_config"):
+        config = config.get_text_config()
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in found(config).parameters())
     if size > MOST:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import signal
 import sys
 import tempfile
@@ -57,6 +58,8 @@ def classes(words: list[str], fifth: int | None) -> Iterator[tuple[str, str, str
 def logits(model: Any) -> torch.Tensor:
     """Of two sequences of eleven tokens."""
     inputs: dict[str, Any] = {"input_ids": TOKENS}
+    if "use_cache" in inspect.signature(model.forward).parameters or hasattr(model, "peft_config"):
+        inputs["use_cache"] = False
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = TOKENS[:, :5]
     found: torch.Tensor = model(**inputs).logits
