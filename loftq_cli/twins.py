@@ -262,6 +262,39 @@ def error_report(
     return run(place, None if source is None else str(source), stats, offline=offline)
 
 
+def evaluate(
+    directory: _Path = "out",
+    *,
+    text: _Path | Sequence[_Path],
+    source: _Path | None = None,
+    adapter: _Path | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """Perplexity of a conversion, or any checkpoint, on ``text``, UTF-8 files (extra ``train``).
+
+    With ``source``, the original, also its perplexity, ``kl`` and ``top1``; of models that are no
+    causal language models ``cosine`` and ``relative_error`` of hidden states. ``adapter``: a
+    trained one instead of the start.
+    """
+    from loftq_cli.checkpoint.locate import locate_adapter
+    from loftq_cli.evaluation.evaluate import Evaluating
+    from loftq_cli.evaluation.evaluate import evaluate as run
+    from loftq_cli.machine.observer import Logged
+
+    place = located(directory, revision, offline, everything=True)
+    trained = None
+    if adapter is not None:
+        trained = locate_adapter(adapter, offline=offline, listener=Logged())
+    wanted = Evaluating(samples, length, device, seed, trained, offline)
+    named = None if source is None else str(source)
+    return run(place, _paths(text), named, wanted, observer=Logged())
+
+
 def _planned(
     model: _Path,
     output: _Path,

@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def python_name(command: str, option: str | None) -> str:
-    if command == "calibrate" and option == "texts":
+    if command in ("calibrate", "evaluate") and option == "texts":
         return "text"
     return NAMES.get(str(option), str(option))
 

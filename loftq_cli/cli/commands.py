@@ -7,6 +7,7 @@ import click
 from loftq_cli.cli.calibrate import calibrate
 from loftq_cli.cli.convert import convert
 from loftq_cli.cli.error_report import error_report
+from loftq_cli.cli.evaluate import evaluate
 from loftq_cli.cli.export import export
 from loftq_cli.cli.guard import CONTEXT, Commands
 from loftq_cli.cli.inspect import inspect
@@ -28,5 +29,5 @@ def main() -> None:
     """
 
 
-for _command in (merge, export, inspect, error_report, convert, calibrate, push):
+for _command in (merge, export, inspect, error_report, convert, calibrate, evaluate, push):
     main.add_command(_command)

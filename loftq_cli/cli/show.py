@@ -176,6 +176,30 @@ def calibration(result: Mapping[str, Any], *, as_json: bool) -> None:
     console.line(f"next: loftq convert {printable(model)} --stats {printable(output)}")
 
 
+def evaluation(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The summary at the end of ``loftq evaluate``."""
+    if as_json:
+        console.json_object(result)
+        return
+    windows = f"{result['samples']} windows of {result['length']} tokens"
+    told = [
+        ("perplexity", "perplexity", "{:.4g}"),
+        ("of the original", "source_perplexity", "{:.4g}"),
+        ("KL divergence", "kl", "{:.4f} nats a token"),
+        ("same likeliest token", "top1", "{:.1%}"),
+        ("cosine of hidden states", "cosine", "{:.4f}"),
+        ("their relative error", "relative_error", "{:.2%}"),
+    ]
+    pairs = [
+        (title, form.format(result[key])) for title, key, form in told if result[key] is not None
+    ]
+    pairs += [
+        ("text", f"{windows}, {result['tokens']:,} counted"),
+        ("time", f"{result['seconds']:.1f} s on {result['device']}"),
+    ]
+    console.pairs(str(result["directory"]), pairs)
+
+
 def push(result: Mapping[str, Any], *, as_json: bool) -> None:
     """The summary at the end of ``loftq push``."""
     if as_json:

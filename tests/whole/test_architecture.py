@@ -19,6 +19,7 @@ FOLDERS = (
     *(
         "cli",
         "conversion",
+        "evaluation",
         "calibration",
         "exporting",
         "merging",

@@ -150,7 +150,7 @@ def build(kind: str, name: str) -> Any:
     it is too large still."""
     config = config_of(kind)
     found = getattr(transformers, name)
-    if not hasattr(config, "vocab_size") and not hasattr(config, "vision_config"):
+    if name.endswith("ForCausalLM") and not hasattr(config, "vocab_size"):
         config = config.get_text_config()
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in found(config).parameters())

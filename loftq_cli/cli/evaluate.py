@@ -1,0 +1,96 @@
+"""The command ``loftq evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loftq_cli.cli import show
+from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
+from loftq_cli.cli.narrator import Narrator
+from loftq_cli.cli.options import (
+    directory_argument,
+    json_option,
+    offline_option,
+    revision_option,
+)
+
+
+@click.command(context_settings=CONTEXT)
+@directory_argument
+@click.option(
+    "--text",
+    "texts",
+    required=True,
+    multiple=True,
+    type=ExpandedPath(),
+    metavar="FILE",
+    help="Text to read, UTF-8 (repeatable); other text than a conversion was measured on.",
+)
+@click.option(
+    "--source",
+    type=str,
+    metavar="MODEL",
+    help="The original, a directory or hub id, to compare with.",
+)
+@click.option(
+    "--adapter",
+    type=str,
+    metavar="PATH",
+    help="What training saved, instead of the start.  [default: DIR/loftq_init]",
+)
+@click.option("--samples", type=int, help="Windows of text.  [default: all, up to 128]")
+@click.option(
+    "--length",
+    type=int,
+    help="Tokens a window.  [default: 512, or as many as the model takes]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the choice of windows."
+)
+@revision_option
+@offline_option
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+@guarded
+def evaluate(
+    directory: str,
+    texts: tuple[Path, ...],
+    source: str | None,
+    adapter: str | None,
+    samples: int | None,
+    length: int | None,
+    device: str,
+    seed: int,
+    revision: str | None,
+    offline: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Perplexity on text, and how near the original is.
+
+    DIR is a conversion, an export, a merged or any other checkpoint, or the hub id of a conversion.
+    With --source: KL divergence and agreement of the likeliest tokens; of models that are no causal
+    language models, cosines and errors of hidden states. Needs the extra [train].
+
+    \b
+    loftq evaluate out/ --text other.txt
+    loftq evaluate out/ --text other.txt --source ./my-model --adapter trained
+    """
+    from loftq_cli.checkpoint.locate import locate_adapter, locate_output
+    from loftq_cli.evaluation.evaluate import Evaluating
+    from loftq_cli.evaluation.evaluate import evaluate as run
+
+    narrator = Narrator(quiet=quiet, verbose=verbose)
+    place = locate_output(
+        directory, revision=revision, offline=offline, everything=True, listener=narrator
+    )
+    trained = (
+        None if adapter is None else locate_adapter(adapter, offline=offline, listener=narrator)
+    )
+    wanted = Evaluating(samples, length, device, seed, trained, offline)
+    result = run(place, texts, source, wanted, observer=narrator)
+    show.evaluation(result, as_json=as_json)
