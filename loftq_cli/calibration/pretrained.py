@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def load_tokenizer(directory: Path) -> Any:
             hint=f"add the model's tokenizer files, or {OWN_LOOP}",
         )
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except ImportError as error:
         raise missing_extra(error, "train", _DOING) from error
@@ -73,7 +74,7 @@ def load_model(
     transformers = required("transformers", "train", _DOING)
     required("accelerate", "train", _DOING)
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             model, report = loaded_as.from_pretrained(
                 directory,
                 dtype=dtype,
@@ -124,14 +125,16 @@ def _room(device: torch.device) -> int | None:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """transformers' remarks and bars off; errors are raised."""
+def quiet(transformers: Any) -> Iterator[None]:
+    """Remarks and bars of transformers, and of what it imports, off; errors are raised."""
     logging = transformers.utils.logging
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # theirs to one another
+            yield
     finally:
         logging.set_verbosity(before)
         if bars:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from loftq_cli.calibration.calibrate import read_text
-from loftq_cli.calibration.pretrained import class_of, load_tokenizer
+from loftq_cli.calibration.pretrained import class_of, load_tokenizer, quiet
 from loftq_cli.calibration.text_input import is_limit, limits
 from loftq_cli.calibration.windows import cut
 from loftq_cli.checkpoint.deliveries import deliver_all
@@ -80,10 +80,12 @@ def evaluate(
         raise UsageError(f"--adapter is for conversions, {directory} is none")
     windows = _windows(directory, config, [text.content for text in read], wanted)
     with memory_explained("evaluating", hint="lower --length, or use another --device"):
-        ours = _runner(_own(directory, wanted), device)
-        theirs = None
-        if source is not None:
-            theirs = _runner(_original(source, wanted, observer), device)
+        transformers = required("transformers", "train", "evaluating")
+        with quiet(transformers):
+            ours = _runner(_own(directory, wanted), device)
+            theirs = None
+            if source is not None:
+                theirs = _runner(_original(source, wanted, observer), device)
         found = _measured(ours, theirs, windows, causal=causal, observer=observer)
     return {
         "directory": str(directory),
@@ -172,7 +174,6 @@ def _original(source: str, wanted: Evaluating, observer: Observer) -> Any:
 
 
 def _loaded(directory: Path) -> Any:
-    required("transformers", "train", "evaluating")
     config = read_json(directory / CONFIG).content
     found = class_of(directory, config)
     try:
