@@ -196,8 +196,8 @@ def export(
     the output's path.
     """
     from loftq_cli.checkpoint.locate import locate_adapter
-    from loftq_cli.exporting.export import Wanted
     from loftq_cli.exporting.export import export as run
+    from loftq_cli.exporting.work import Wanted
     from loftq_cli.machine.observer import Logged
 
     place = located(directory, revision, offline, everything=True)

@@ -84,8 +84,8 @@ def export(
     loftq export out/ -o served --layout awq --adapter trained --merge --stats stats.safetensors
     """
     from loftq_cli.checkpoint.locate import locate_adapter, locate_output
-    from loftq_cli.exporting.export import Wanted
     from loftq_cli.exporting.export import export as run
+    from loftq_cli.exporting.work import Wanted
 
     narrator = Narrator(quiet=quiet, verbose=verbose)
     place = locate_output(

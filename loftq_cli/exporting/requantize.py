@@ -17,7 +17,8 @@ from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.errors import InputError, ScaleRangeError
 from loftq_cli.exporting.plan import ExportPlan, Requantized
 from loftq_cli.families.kinds import turned
-from loftq_cli.layouts.trained import Pair, TrainedAdapter
+from loftq_cli.layouts.trained import TrainedAdapter
+from loftq_cli.layouts.trained_parts import Pair
 from loftq_cli.machine.resources import check_memory
 from loftq_cli.merging.value import product_of, summed
 from loftq_cli.numerics import feedback

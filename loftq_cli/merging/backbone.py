@@ -18,7 +18,7 @@ from loftq_cli.families.architecture import kind_of
 from loftq_cli.families.kinds import Kind, turned
 from loftq_cli.layouts.base import Layout, Matrix, matrix_of
 from loftq_cli.layouts.registry import layout_of
-from loftq_cli.layouts.trained import Pair, TokenRows
+from loftq_cli.layouts.trained_parts import Pair, TokenRows
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from loftq_cli.errors import InputError
 from loftq_cli.families.experts import FUSED, part_of
 from loftq_cli.families.kinds import turned_shape
 from loftq_cli.layouts.adapter import PREFIX
-from loftq_cli.layouts.trained import FusedPair, Pair, TokenRows, TrainedAdapter
+from loftq_cli.layouts.trained import TrainedAdapter
+from loftq_cli.layouts.trained_parts import FusedPair, Pair, TokenRows
 from loftq_cli.merging.backbone import Backbone, InFile
 from loftq_cli.merging.names import Names
 from loftq_cli.merging.same import same_bytes

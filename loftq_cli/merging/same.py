@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from loftq_cli.checkpoint.reader import TensorFile
-from loftq_cli.layouts.trained import Pair, TrainedAdapter
+from loftq_cli.layouts.trained import TrainedAdapter
+from loftq_cli.layouts.trained_parts import Pair
 from loftq_cli.merging.backbone import InFile, Weight
 
 

@@ -7,7 +7,7 @@ import torch
 from loftq_cli.checkpoint.dtypes import name_of, torch_dtype
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.errors import NonFiniteWeightError, UsageError
-from loftq_cli.layouts.trained import Pair
+from loftq_cli.layouts.trained_parts import Pair
 from loftq_cli.merging.plan import Merged, MergePlan
 from loftq_cli.numerics.metrics import first_non_finite
 

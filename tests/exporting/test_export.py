@@ -22,8 +22,9 @@ from loftq_cli.errors import (
     VerificationError,
 )
 from loftq_cli.exporting import export as exporting
-from loftq_cli.exporting.export import Wanted, export
+from loftq_cli.exporting.export import export
 from loftq_cli.exporting.plan import Moved
+from loftq_cli.exporting.work import Wanted
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.layouts.registry import layout_of
 from loftq_cli.machine.observer import Observer

@@ -15,7 +15,8 @@ from loftq_cli.checkpoint.output import open_output, verify
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.conversion.prepare import prepare
 from loftq_cli.conversion.run import run
-from loftq_cli.exporting.export import Wanted, export
+from loftq_cli.exporting.export import export
+from loftq_cli.exporting.work import Wanted
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
 from loftq_cli.settings import file as recipe_file
