@@ -53,8 +53,10 @@ def select(
     asked for that cannot be quantized, UnsupportedInputError if no matrix is selected.
     """
     names = [tensor.name for tensor in tensors]
-    ruled_out = {**anatomy.reasons, **left_alone(tensors, config)}
-    rule = _Rule.of(tensors, include, exclude, embeddings, ruled_out, experts)
+    alone = left_alone(tensors, config)
+    ruled_out = {**anatomy.reasons, **alone}
+    fused = {name for name in alone if is_expert(name)} if experts else None
+    rule = _Rule.of(tensors, include, exclude, embeddings, ruled_out, fused)
     matrices, kept = [], []
     kinds: dict[str, Kind] = {}
     reasons: dict[str, str] = {}
@@ -72,7 +74,7 @@ def select(
         _refuse_nothing(kept, emptied)
     _refuse_shared(kinds, config, names)
     _refuse_ruled_out(kinds, ruled_out)
-    check(kinds, [tensor for tensor, _ in kept], config)
+    check(kinds, [tensor for tensor, _ in kept if tensor.name not in alone], config)
     if embeddings and "embedding" not in kinds.values():
         raise UsageError("--embeddings: the checkpoint has no word embedding to quantize")
     return Selection(matrices, kept, kinds, reasons)
@@ -87,7 +89,8 @@ class _Rule:
     excluded: Collection[str]
     embeddings: bool
     ruled_out: Mapping[str, str]
-    experts: bool
+    no_experts: Collection[str] | None
+    """Experts of blocks that the model does not have; None: experts are no default at all."""
 
     @staticmethod
     def of(
@@ -96,20 +99,23 @@ class _Rule:
         exclude: Sequence[str],
         embeddings: bool,
         ruled_out: Mapping[str, str],
-        experts: bool,
+        no_experts: Collection[str] | None,
     ) -> _Rule:
         names = [tensor.name for tensor in tensors]
         able = {tensor.name for tensor in tensors if _not_a_matrix(tensor) is None}
         included = {n for each in include for n in _matches("--include", each, names, able)}
         excluded = {n for each in exclude for n in _matches("--exclude", each, names, set(names))}
-        return _Rule(able, included, excluded, embeddings, ruled_out, experts)
+        return _Rule(able, included, excluded, embeddings, ruled_out, no_experts)
 
     def default(self, tensor: StoredTensor, kind: Kind) -> tuple[bool, str]:
         """Whether a tensor is selected, and why or why not, patterns apart."""
         if self.embeddings and kind == "embedding" and tensor.name in self.quantizable:
             return True, "asked for by --embeddings"
-        if self.experts and is_expert(tensor.name) and tensor.name in self.quantizable:
-            return True, "expert"
+        if is_expert(tensor.name) and self.no_experts is not None:
+            if tensor.name in self.no_experts:
+                return False, self.ruled_out[tensor.name]
+            if tensor.name in self.quantizable:
+                return True, "expert"
         reason = _not_a_matrix(tensor) or _outside_rule(tensor.name)
         reason = reason or self.ruled_out.get(tensor.name)
         return (False, reason) if reason else (True, "linear layer of a block")

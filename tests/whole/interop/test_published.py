@@ -14,6 +14,10 @@ import loftq_cli
 from tests.whole.interop.architectures import QUICK, dense, model_class, outputs, the_plain_way
 from tests.whole.interop.published import CASES, save
 
+# PEFT looks for its own entry of the fused parameter's rank among modules only.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:The following (rank|alpha)_pattern keys.*gate_up_proj"
+)
 every_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -48,7 +52,11 @@ def compared(name: str, source: Path, tmp_path: Path, **settings: Any) -> dict[s
 @every_case
 def test_both_ways_to_load_give_the_same_outputs(name, layout, source, tmp_path) -> None:
     manifest = compared(name, source(name), tmp_path, layout=layout)
-    assert len(manifest["matrices"]) == CASES[name].converted
+    names = [entry["name"] for entry in manifest["matrices"]]
+    assert len([each for each in names if ".experts." not in each]) == CASES[name].converted
+    assert any(".experts." in each for each in names) == (
+        layout == "loftq" and CASES[name].kind in ("glm4_moe", "qwen3_next")
+    )
     kept = {entry["name"]: entry["reason"] for entry in manifest["passed_through"]}
     for end, reason in CASES[name].reasons.items():
         found = {kept.get(tensor) for tensor in kept if tensor.endswith(end)}
