@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from loftq_cli.errors import NonFiniteActivationError
 from loftq_cli.families.experts import FUSED
+from loftq_cli.loading.experts import activated, chosen
 from loftq_cli.numerics.moments import Moments
 
 FEW = 32
@@ -92,12 +93,9 @@ class ExpertInputs:
 
     @torch.no_grad()
     def _see(self, name: str, module: Any, hidden: torch.Tensor, index: torch.Tensor) -> None:
-        for expert in sorted(set(index.flatten().tolist())):
-            if not 0 <= expert < module.num_experts:
-                continue  # what is masked out has a number beyond
-            tokens, _ = torch.where(index == expert)
+        for expert, tokens, _ in chosen(index, module.num_experts):
             rows = hidden[tokens]
-            gated = _gated(module, functional.linear(rows, module.gate_up_proj[expert]))
+            gated = activated(module, functional.linear(rows, module.gate_up_proj[expert]))
             whose = 0 if self._full else expert
             self._add(name, self._given[name], whose, rows)
             self._add(name, self._inner[name], expert, gated)
@@ -109,12 +107,3 @@ class ExpertInputs:
             held[key].add(rows)
         except NonFiniteActivationError as error:
             raise NonFiniteActivationError(f"{name}: {error.message}") from None
-
-
-def _gated(module: Any, both: torch.Tensor) -> torch.Tensor:
-    if hasattr(module, "_apply_gate"):
-        found: torch.Tensor = module._apply_gate(both)
-        return found
-    gate, up = both.chunk(2, dim=-1)
-    activated: torch.Tensor = module.act_fn(gate) * up
-    return activated

@@ -9,7 +9,16 @@ import click
 from loftq_cli.cli import show
 from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
 from loftq_cli.cli.narrator import Narrator
-from loftq_cli.cli.options import choice, json_option
+from loftq_cli.cli.options import (
+    choice,
+    device_option,
+    json_option,
+    length_option,
+    offline_option,
+    quiet_option,
+    samples_option,
+    seed_option,
+)
 
 
 @click.command(context_settings=CONTEXT)
@@ -39,21 +48,15 @@ from loftq_cli.cli.options import choice, json_option
     show_default=True,
     help="Mean squares of the inputs, or the whole matrix of their products.",
 )
-@click.option("--samples", type=int, help="Windows of text.  [default: all, up to 128]")
-@click.option(
-    "--length",
-    type=int,
-    help="Tokens a window.  [default: 512, or as many as the model takes]",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of the choice of windows."
-)
+@samples_option
+@length_option
+@device_option
+@seed_option
 @click.option("--revision", type=str, help="Branch, tag or commit on the hub.")
-@click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
+@offline_option
 @click.option("--overwrite", is_flag=True, help="Replace an earlier file of statistics once done.")
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+@quiet_option
 @guarded
 def calibrate(
     model: str,

@@ -10,7 +10,13 @@ import click
 from loftq_cli.cli import show
 from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
 from loftq_cli.cli.narrator import Narrator
-from loftq_cli.cli.options import choice, json_option, setting_options
+from loftq_cli.cli.options import (
+    choice,
+    json_option,
+    offline_option,
+    quiet_option,
+    setting_options,
+)
 from loftq_cli.settings.table import PRESETS
 
 if TYPE_CHECKING:
@@ -65,7 +71,7 @@ if TYPE_CHECKING:
 )
 @setting_options("where")
 @click.option("--revision", type=str, help="Branch, tag or commit on the hub.")
-@click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
+@offline_option
 @click.option(
     "--allow-pickle",
     is_flag=True,
@@ -81,7 +87,7 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace an existing output once done.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; read headers, write nothing.")
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+@quiet_option
 @guarded
 def convert(
     model: str,

@@ -10,10 +10,15 @@ from loftq_cli.cli import show
 from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
 from loftq_cli.cli.narrator import Narrator
 from loftq_cli.cli.options import (
+    device_option,
     directory_argument,
     json_option,
+    length_option,
     offline_option,
+    quiet_option,
     revision_option,
+    samples_option,
+    seed_option,
 )
 
 
@@ -40,20 +45,14 @@ from loftq_cli.cli.options import (
     metavar="PATH",
     help="What training saved, instead of the start.  [default: DIR/loftq_init]",
 )
-@click.option("--samples", type=int, help="Windows of text.  [default: all, up to 128]")
-@click.option(
-    "--length",
-    type=int,
-    help="Tokens a window.  [default: 512, or as many as the model takes]",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of the choice of windows."
-)
+@samples_option
+@length_option
+@device_option
+@seed_option
 @revision_option
 @offline_option
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+@quiet_option
 @guarded
 def evaluate(
     directory: str,

@@ -14,6 +14,7 @@ from loftq_cli.cli.options import (
     directory_argument,
     json_option,
     offline_option,
+    quiet_option,
     revision_option,
 )
 from loftq_cli.layouts import registry
@@ -54,7 +55,7 @@ from loftq_cli.layouts import registry
 @offline_option
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion once done.")
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+@quiet_option
 @guarded
 def export(
     directory: str,

@@ -14,6 +14,7 @@ from loftq_cli.cli.options import (
     directory_argument,
     json_option,
     offline_option,
+    quiet_option,
     revision_option,
 )
 
@@ -37,7 +38,7 @@ from loftq_cli.cli.options import (
 @offline_option
 @click.option("--overwrite", is_flag=True, help="Replace an earlier merge once done.")
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+@quiet_option
 @guarded
 def merge(
     directory: str,

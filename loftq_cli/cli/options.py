@@ -16,6 +16,21 @@ revision_option = click.option(
 )
 offline_option = click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+samples_option = click.option(
+    "--samples", type=int, help="Windows of text.  [default: all, up to 128]"
+)
+length_option = click.option(
+    "--length",
+    type=int,
+    help="Tokens a window.  [default: 512, or as many as the model takes]",
+)
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+seed_option = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the choice of windows."
+)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

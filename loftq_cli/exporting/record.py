@@ -25,20 +25,20 @@ def export_manifest(
     residuals are those of the codes that it led to. ``changed``: of matrices that were quantized
     again, what their entries say now; ``merged``: what they were merged with."""
     manifest = copy.deepcopy(plan.output.manifest)
+    elements = stored = 0
     for record, matrix in zip(manifest["matrices"], plan.matrices, strict=True):
         bits = 8 * sum(spec.nbytes for spec in plan.layout.specs(matrix))
+        elements, stored = elements + matrix.elements, stored + bits
         record |= {"layout": plan.layout.name, "bits_per_weight": bits / matrix.elements}
         if start is not None and start.rank is not None:
             record["rank"] = start.rank
         if merged is not None:
             record.pop("weighted", None)
             record |= {key: value for key, value in changed[matrix.name].items() if key != "moved"}
-    elements = sum(matrix.elements for matrix in plan.matrices)
-    stored = sum(s.nbytes for matrix in plan.matrices for s in plan.layout.specs(matrix))
     manifest["totals"] |= {
         "backbone_bytes": plan.tensor_bytes,
         "adapter_bytes": 0 if start is None else start.nbytes,
-        "bits_per_weight": 8 * stored / elements,
+        "bits_per_weight": stored / elements,
     }
     manifest["exported"] = {"fingerprint": plan.output.origin}
     if merged is not None:

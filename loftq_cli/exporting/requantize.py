@@ -73,11 +73,8 @@ class Requantizer:
             result = self._decomposer.quantize(weight, matrix, feedback=True)
         except (ScaleRangeError, InputError) as error:
             raise type(error)(f"{matrix.name}: {error.message}", hint=error.hint) from error
-        specs = item.specs
         record: dict[str, Any] = {
             "shape": list(matrix.shape),
-            "layout": plan.layout.name,
-            "bits_per_weight": 8 * sum(spec.nbytes for spec in specs) / matrix.elements,
             "rank": 0,
             "step": 0,
             "frobenius": asdict(result.frobenius),

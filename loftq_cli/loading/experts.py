@@ -23,7 +23,27 @@ from torch.nn import functional
 from loftq_cli.errors import UnsupportedInputError
 from loftq_cli.families.experts import FUSED, is_plain
 
-Entry = Mapping[str, Any]
+
+def chosen(
+    top_k_index: torch.Tensor, count: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Each of ``count`` experts that ``top_k_index`` (tokens, k) names, the tokens that it gets,
+    and which of their k choices it is."""
+    for expert in sorted(set(top_k_index.flatten().tolist())):
+        if 0 <= expert < count:  # what is masked out has a number beyond
+            tokens, places = torch.where(top_k_index == expert)
+            yield expert, tokens, places
+
+
+def activated(experts: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    """act(gate) * up of ``gate_up`` (tokens, 2 inner), as the module ``experts`` computes it:
+    (tokens, inner)."""
+    if hasattr(experts, "_apply_gate"):
+        found: torch.Tensor = experts._apply_gate(gate_up)
+        return found
+    gate, up = gate_up.chunk(2, dim=-1)
+    product: torch.Tensor = experts.act_fn(gate) * up
+    return product
 
 
 @dataclass(frozen=True)
@@ -45,7 +65,6 @@ class PackedExperts(nn.Module):
     """What goes in front of a family's class of experts (see :func:`take_over`)."""
 
     num_experts: int
-    act_fn: Callable[[torch.Tensor], torch.Tensor]
     _stand_ins: dict[str, tuple[tuple[int, ...], torch.dtype]]
     _parts: dict[str, tuple[str, ...]]
     _factors: dict[str, Sequence[Factors]]
@@ -56,25 +75,14 @@ class PackedExperts(nn.Module):
         """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k): the sum of
         the chosen experts' outputs, (tokens, hidden)."""
         result = torch.zeros_like(hidden_states)
-        for expert in sorted(set(top_k_index.flatten().tolist())):
-            if not 0 <= expert < self.num_experts:
-                continue  # what is masked out has a number beyond
-            tokens, places = torch.where(top_k_index == expert)
+        for expert, tokens, places in chosen(top_k_index, self.num_experts):
             inputs = hidden_states[tokens]
-            gated = self._gated(self._project("gate_up_proj", inputs, expert))
+            gate_up = self._project("gate_up_proj", inputs, expert)
+            gated = activated(self, gate_up)
             outputs = self._project("down_proj", gated, expert)
             weighted = outputs * top_k_weights[tokens, places, None]
             result.index_add_(0, tokens, weighted.to(result.dtype))
         return result
-
-    def _gated(self, both: torch.Tensor) -> torch.Tensor:
-        apply_gate = getattr(self, "_apply_gate", None)
-        if apply_gate is not None:
-            found: torch.Tensor = apply_gate(both)
-            return found
-        gate, up = both.chunk(2, dim=-1)
-        activated: torch.Tensor = self.act_fn(gate) * up
-        return activated
 
     def _project(self, name: str, inputs: torch.Tensor, expert: int) -> torch.Tensor:
         """What the fused parameter ``name`` and its adapters make of ``inputs`` (tokens, in)."""
@@ -119,9 +127,10 @@ def take_over(
     they are known, or if layers are missing."""
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     parts: dict[str, tuple[str, ...]] = {}
+    plain = is_plain(experts)
     for name, alternatives in FUSED.items():
         found = [each for each in alternatives if f"0.{each[0]}" in formats]
-        if not found or not is_plain(experts):
+        if not found or not plain:
             raise UnsupportedInputError(
                 f"{type(experts).__name__} does not hold its experts as they are converted",
                 hint="convert without them: --exclude '*.experts.*'",
