@@ -25,19 +25,10 @@ from loftq_cli.exporting import export as exporting
 from loftq_cli.exporting.export import export
 from loftq_cli.exporting.plan import Moved
 from loftq_cli.exporting.work import Wanted
-from loftq_cli.layouts.base import matrix_of
-from loftq_cli.layouts.registry import layout_of
 from loftq_cli.machine.observer import Observer
 from tests.support import checkpoints, makers
-
-UNIFORM: dict[str, Any] = {
-    "bits": 4,
-    "method": "uniform",
-    "rank": 4,
-    "iters": 2,
-    "threads": 1,
-    "block_size": 32,
-}
+from tests.support.contents import stored
+from tests.support.exported import SETTINGS, decoded
 
 
 @pytest.fixture(scope="module")
@@ -48,27 +39,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def converted(source: Path, place: Path, layout: str, **settings: Any) -> Path:
     output = place / layout
-    loftq_cli.convert(source, output, layout=layout, **{**UNIFORM, **settings})
+    loftq_cli.convert(source, output, layout=layout, **{**SETTINGS, **settings})
     return output
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def decoded(directory: Path) -> dict[str, torch.Tensor]:
-    """Q of every matrix, and the other tensors as they are."""
-    held = tensors(directory)
-    manifest = json.loads((directory / "loftq_manifest.json").read_text())
-    values = {}
-    for record in manifest["matrices"]:
-        matrix, layout = matrix_of(record), layout_of(record, manifest["recipe"])
-        parts = {spec.name: held.pop(spec.name) for spec in layout.specs(matrix)}
-        values[matrix.name] = layout.decode(matrix, parts)
-    return values | held
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -83,7 +55,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_an_export_is_what_a_conversion_to_that_layout_is(source, tmp_path, held, wanted, method):
     first, direct = (converted(source, tmp_path, each, method=method) for each in (held, wanted))
     loftq_cli.export(first, tmp_path / "moved", layout=wanted)
-    assert equal(tensors(tmp_path / "moved"), tensors(direct))
+    assert equal(stored(tmp_path / "moved"), stored(direct))
     moved = tmp_path / "moved"
     configs = [json.loads((place / "config.json").read_text()) for place in (moved, direct)]
     assert configs[0] == configs[1]
@@ -101,7 +73,7 @@ def test_values_stay_what_they_are_and_back_again(source, tmp_path, wanted, bits
     assert equal(decoded(tmp_path / "moved"), decoded(first))
     if wanted != "dense":
         loftq_cli.export(tmp_path / "moved", tmp_path / "back", layout="compressed")
-        assert equal(tensors(tmp_path / "back"), tensors(first))
+        assert equal(stored(tmp_path / "back"), stored(first))
 
 
 def test_nf_moves_between_bnb_and_loftq(tmp_path):
@@ -109,9 +81,9 @@ def test_nf_moves_between_bnb_and_loftq(tmp_path):
     first = converted(source, tmp_path, "loftq", method="nf", block_size=64)
     loftq_cli.export(first, tmp_path / "bnb-moved", layout="bnb")
     direct = converted(source, tmp_path, "bnb", method="nf", block_size=64)
-    assert equal(tensors(tmp_path / "bnb-moved"), tensors(direct))
+    assert equal(stored(tmp_path / "bnb-moved"), stored(direct))
     loftq_cli.export(direct, tmp_path / "back", layout="loftq")
-    assert equal(tensors(tmp_path / "back"), tensors(first))
+    assert equal(stored(tmp_path / "back"), stored(first))
 
 
 def test_the_result_is_a_whole_conversion(source, tmp_path):
@@ -125,7 +97,7 @@ def test_the_result_is_a_whole_conversion(source, tmp_path):
     assert before["totals"] == after["totals"]
     for directory, to in ((first, "merged"), (moved, "merged-too")):
         loftq_cli.merge(directory, tmp_path / to)
-    assert equal(tensors(tmp_path / "merged"), tensors(tmp_path / "merged-too"))
+    assert equal(stored(tmp_path / "merged"), stored(tmp_path / "merged-too"))
     config = json.loads((moved / "loftq_init/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(moved)
 
@@ -233,7 +205,7 @@ def test_what_a_layout_cannot_hold_is_listed(source, tmp_path, layout, settings,
 def test_an_adapter_of_something_else_is_refused(source, tmp_path):
     first = converted(source, tmp_path, "gptq")
     other = checkpoints.write(tmp_path / "other", checkpoints.llama(hidden=96, intermediate=160))
-    loftq_cli.convert(other, tmp_path / "its", layout="loftq", **UNIFORM)
+    loftq_cli.convert(other, tmp_path / "its", layout="loftq", **SETTINGS)
     adapter = trained(tmp_path / "its", tmp_path / "trained")
     with pytest.raises(InputError, match=r"the pair of 'model\.layers\.0\.[^']*' is for"):
         loftq_cli.export(first, tmp_path / "moved", layout="loftq", adapter=adapter)
@@ -248,7 +220,7 @@ def test_an_adapter_that_was_trained_on_the_original_conversion_fits_its_export(
     loftq_cli.export(first, tmp_path / "moved", layout="compressed")
     loftq_cli.merge(tmp_path / "moved", tmp_path / "one", adapter=adapter)
     loftq_cli.merge(first, tmp_path / "other", adapter=adapter)
-    assert equal(tensors(tmp_path / "one"), tensors(tmp_path / "other"))
+    assert equal(stored(tmp_path / "one"), stored(tmp_path / "other"))
 
 
 def test_ranks_that_are_scaled_apart_cannot_be_padded(source, tmp_path):

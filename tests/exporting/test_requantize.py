@@ -16,20 +16,11 @@ from safetensors.torch import load_file, save_file
 import loftq_cli
 from loftq_cli.checkpoint.output import open_output
 from loftq_cli.errors import InputError, LayoutError, StatisticsError, UsageError
-from loftq_cli.layouts.base import matrix_of
-from loftq_cli.layouts.registry import layout_of
 from loftq_cli.reporting import card
 from tests.support import checkpoints, models
+from tests.support.contents import manifest, stored
+from tests.support.exported import SETTINGS, decoded
 from tests.support.quantizing import gaussian
-
-SETTINGS: dict[str, Any] = {
-    "bits": 4,
-    "method": "uniform",
-    "rank": 4,
-    "iters": 2,
-    "threads": 1,
-    "block_size": 32,
-}
 
 
 @pytest.fixture(scope="module")
@@ -65,28 +56,6 @@ def train(start: Path, place: Path) -> None:
     save_file(moved, place / "adapter_model.safetensors")
 
 
-def manifest(directory: Path) -> Any:
-    return json.loads((directory / "loftq_manifest.json").read_text())
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def decoded(directory: Path) -> dict[str, torch.Tensor]:
-    """Q of every matrix."""
-    held, told = tensors(directory), manifest(directory)
-    values = {}
-    for record in told["matrices"]:
-        matrix, layout = matrix_of(record), layout_of(record, told["recipe"])
-        parts = {spec.name: held[spec.name] for spec in layout.specs(matrix)}
-        values[matrix.name] = layout.decode(matrix, parts)
-    return values
-
-
 def products(folder: Path) -> dict[str, torch.Tensor]:
     """B A in float64 by tensor; the scaling is 1."""
     held = load_file(folder / "adapter_model.safetensors")
@@ -112,7 +81,7 @@ def test_without_statistics_it_is_what_a_conversion_makes_of_the_merged_model(
     loftq_cli.convert(
         tmp_path / "merged", tmp_path / "plain", layout=layout, **{**SETTINGS, "iters": 0}
     )
-    ours, theirs = tensors(tmp_path / "packed"), tensors(tmp_path / "plain")
+    ours, theirs = stored(tmp_path / "packed"), stored(tmp_path / "plain")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert result["merged"]["off"] == result["merged"]["plain"]
@@ -207,14 +176,14 @@ def test_what_was_trained_in_full_comes_along(place, tmp_path):
     adapter = tmp_path / "adapter"
     shutil.copytree(place / "trained", adapter)
     held = load_file(adapter / "adapter_model.safetensors")
-    head = gaussian(*tensors(place / "model")["lm_head.weight"].shape, seed=9)
+    head = gaussian(*stored(place / "model")["lm_head.weight"].shape, seed=9)
     held["base_model.model.lm_head.weight"] = head
     save_file(held, adapter / "adapter_model.safetensors")
     config = json.loads((adapter / "adapter_config.json").read_text())
     told = {**config, "modules_to_save": ["lm_head"]}
     (adapter / "adapter_config.json").write_text(json.dumps(told))
     export(place, tmp_path / "packed", adapter=adapter)
-    assert torch.equal(tensors(tmp_path / "packed")["lm_head.weight"], head)
+    assert torch.equal(stored(tmp_path / "packed")["lm_head.weight"], head)
     loftq_cli.inspect(tmp_path / "packed", verify=True)
 
 
