@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
 
 import loftq_cli
 from loftq_cli.cli.commands import main
@@ -27,7 +26,7 @@ from loftq_cli.errors import (
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.planning import decomposer
 from tests.support import checkpoints
-from tests.support.contents import manifest, product
+from tests.support.contents import manifest, product, stored
 from tests.support.quantizing import gaussian
 
 SETTINGS: dict[str, Any] = {"threads": 1, "rank": 8, "iters": 3, "bits": 2, "layout": "dense"}
@@ -59,21 +58,12 @@ def measure(
 
 
 def widths(source: Path) -> dict[str, int]:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in source.glob("*.safetensors"):
-        tensors.update(load_file(path))
+    tensors = stored(source)
     return {name: tensors[name].shape[1] for name in checkpoints.matrices(tensors)}
 
 
 def norm(matrix: torch.Tensor, H: torch.Tensor) -> float:
     return math.sqrt(float(((matrix.double() @ H) * matrix.double()).sum()))
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in directory.glob("*.safetensors"):
-        tensors.update(load_file(path))
-    return tensors
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["diagonal", "full"])
@@ -85,7 +75,7 @@ def test_the_manifest_says_what_was_written_and_that_is_nearer_in_the_outputs(
     loftq_cli.convert(source, output=tmp_path / "plain", **SETTINGS)
     out = tmp_path / "out"
     loftq_cli.convert(source, output=out, stats=tmp_path / "stats", **SETTINGS)
-    original, backbone, plain = weights(source), weights(out), weights(tmp_path / "plain")
+    original, backbone, plain = stored(source), stored(out), stored(tmp_path / "plain")
     for record in manifest(out)["matrices"]:
         name, stated, H = record["name"], record["weighted"], moments[record["name"]]
         error = original[name].double() - backbone[name].double() - product(out, name)
@@ -112,7 +102,7 @@ def test_the_report_computes_weighted_residuals_again(source, tmp_path, full, we
     given = {"stats": stats} if weighted else {}
     loftq_cli.convert(source, output=out, **given, **SETTINGS)
     report = loftq_cli.error_report(out, source=source, stats=stats)
-    original, backbone = weights(source), weights(out)
+    original, backbone = stored(source), stored(out)
     for layer in report["layers"]:
         name, found, H = layer["name"], layer["weighted"], moments[layer["name"]]
         error = original[name].double() - backbone[name].double() - product(out, name)
