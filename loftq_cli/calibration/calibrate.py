@@ -21,6 +21,7 @@ from loftq_cli.checkpoint.lfs import refuse_pointer
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import Source
+from loftq_cli.checkpoint.stacks import cut
 from loftq_cli.errors import (
     CorruptFileError,
     InputError,
@@ -204,8 +205,11 @@ class _Job:
 
 def _job(source: Source, texts: Sequence[Text], wanted: Measuring, device: torch.device) -> _Job:
     content = source.config.content
-    experts = by_default(source.tensors, content, 1)
-    selection = select(source.tensors, content, anatomy=anatomy_of(source), experts=experts)
+    anatomy = anatomy_of(source)
+    apart = cut(source, anatomy.stacks)
+    experts = by_default(apart.tensors, content, 1, anatomy.experts)
+    tensors = (apart if experts else source).tensors
+    selection = select(tensors, content, anatomy=anatomy, experts=experts)
     widths = {
         tensor.name: turned_shape((tensor.shape[0], tensor.shape[1]), selection.kinds[tensor.name])[
             1

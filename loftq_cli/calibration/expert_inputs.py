@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from loftq_cli.errors import NonFiniteActivationError
-from loftq_cli.families.experts import FUSED
+from loftq_cli.families.experts import FUSED, form_of
 from loftq_cli.loading.experts import activated, chosen
 from loftq_cli.numerics.moments import Moments
 
@@ -93,9 +93,16 @@ class ExpertInputs:
 
     @torch.no_grad()
     def _see(self, name: str, module: Any, hidden: torch.Tensor, index: torch.Tensor) -> None:
-        for expert, tokens, _ in chosen(index, module.num_experts):
+        form = form_of(module)
+        assert form is not None  # others are not watched
+        first = next(iter(form.parameters))
+        for expert, tokens, _ in chosen(index, form.count):
             rows = hidden[tokens]
-            gated = activated(module, functional.linear(rows, module.gate_up_proj[expert]))
+            weight = module.get_parameter(first)[expert]
+            outputs = functional.linear(rows, weight.T if form.transposed else weight)
+            if form.biased:
+                outputs = outputs + module.get_parameter(f"{first}_bias")[expert]
+            gated = activated(module, outputs, gated=form.gated)
             whose = 0 if self._full else expert
             self._add(name, self._given[name], whose, rows)
             self._add(name, self._inner[name], expert, gated)

@@ -25,7 +25,7 @@ from loftq_cli.calibration.text_input import (
 )
 from loftq_cli.calibration.windows import cut
 from loftq_cli.errors import UsageError
-from loftq_cli.families.experts import is_expert, is_plain
+from loftq_cli.families.experts import form_of, is_expert
 from loftq_cli.families.names import places, places_of_experts
 from loftq_cli.numerics.moments import Moments
 
@@ -170,7 +170,7 @@ def _experts(model: nn.Module, weights: Iterable[str]) -> dict[str, dict[str, st
     return {
         path: {part: names[module] for part, module in parts.items()}
         for path, parts in places_of_experts(model, names).items()
-        if is_plain(model.get_submodule(path))
+        if (form := form_of(model.get_submodule(path))) is not None and not form.batched
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ import torch
 from loftq_cli.checkpoint.companions import copy_companions
 from loftq_cli.checkpoint.deliveries import Deliveries
 from loftq_cli.checkpoint.encoded import foreign
-from loftq_cli.checkpoint.header import StoredTensor
+from loftq_cli.checkpoint.header import StoredTensor, read_header
 from loftq_cli.checkpoint.journal import Journal, ReadShard, Subject, Unit
 from loftq_cli.checkpoint.output import MANIFEST
-from loftq_cli.checkpoint.reader import ShardReader
+from loftq_cli.checkpoint.reader import ShardReader, TensorFile
 from loftq_cli.checkpoint.shard_output import ShardOutput
 from loftq_cli.checkpoint.source import CONFIG, INDEX
 from loftq_cli.checkpoint.writer import GrowingShard, index_of
@@ -29,6 +30,7 @@ from loftq_cli.errors import InputError, ScaleRangeError
 from loftq_cli.families.kinds import turned
 from loftq_cli.families.tasks import task_type
 from loftq_cli.layouts import adapter
+from loftq_cli.layouts.fused import is_fused
 from loftq_cli.machine.durable import explained, pretty_json, write_file
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.peak_memory import peak_host_bytes
@@ -78,7 +80,7 @@ class Conversion:
         self.observer.begin(plan.source_bytes)
         with (
             Journal(self.workspace.journal, identity) as journal,
-            GrowingShard(output / _ADAPTER_FILE, plan.adapter_specs) as adapters,
+            GrowingShard(self._pairs, plan.pair_specs) as adapters,
             Deliveries(plan.source, self._unread(journal), self.observer) as deliveries,
         ):
             if journal.damaged:
@@ -91,6 +93,8 @@ class Conversion:
                 for source in sources[:number]:
                     if source.name not in needed:
                         deliveries.done(source.name)
+        if plan.fused:
+            self._fuse(output / _ADAPTER_FILE)
         copy_companions(plan.source.directory, output)
         write_file(output / CONFIG, pretty_json(self._config(), in_order=True))
         write_file(output / adapter.DIRECTORY / adapter.CONFIG, pretty_json(self._adapter_config()))
@@ -107,6 +111,29 @@ class Conversion:
             )
         write_file(output / MANIFEST, pretty_json(value))
         return value
+
+    @property
+    def _pairs(self) -> Path:
+        """The file of every pair: the adapter, or what it is made of in the end."""
+        fused = bool(self.plan.fused)
+        return self.workspace.pairs if fused else self.workspace.output / _ADAPTER_FILE
+
+    def _fuse(self, path: Path) -> None:
+        """Write the adapter with the pairs of experts as PEFT has them, one parameter at a time."""
+        plan = self.plan
+        tensors = {tensor.name: tensor for tensor in read_header(self._pairs).tensors}
+        with (
+            TensorFile(self._pairs) as pairs,
+            GrowingShard(path, plan.adapter_specs) as adapter_file,
+        ):
+            for spec in plan.adapter_specs:
+                if spec.name in tensors:
+                    adapter_file.write_pieces(spec.name, pairs.pieces(tensors[spec.name]))
+            for each in plan.fused:
+                made = each.tensors(lambda name: pairs.read(tensors[name]))
+                for name, tensor in made.items():
+                    adapter_file.write(name, tensor)
+            adapter_file.sync()
 
     def _unread(self, journal: Journal) -> list[str]:
         """The source's shards that were not read to their end before."""
@@ -257,8 +284,9 @@ class Conversion:
         names = plan.source.config.content.get("architectures") or [plan.anatomy.architecture]
         architecture = names[0] if names[0] and str(names[0]).isidentifier() else None
         task = task_type([architecture or ""], takes_text=plan.anatomy.takes_text)
+        modules = [item for item in plan.matrices.values() if not is_fused(item.matrix)]
         return adapter.config(
-            {item.matrix.adapted: item.rank for item in plan.matrices.values()},
+            {item.matrix.adapted: item.rank for item in modules},
             plan.recipe.rank,
             plan.recipe.lora_alpha,
             task,
@@ -267,6 +295,7 @@ class Conversion:
             # Other layouts load transposed matrices as ordinary linear layers.
             transposed=plan.layout.keeps_conv1d
             and any(item.matrix.kind == "conv1d" for item in plan.matrices.values()),
+            parameters={each.target: each.rank for each in plan.fused},
         )
 
     def _environment(self, seconds: float) -> dict[str, Any]:

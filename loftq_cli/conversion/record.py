@@ -39,6 +39,7 @@ def matrix_record(
         **weighted,
         **({} if matrix.kind == "linear" else {"kind": matrix.kind}),
         **({} if matrix.in_memory is None else {"in_memory": matrix.in_memory}),
+        **({} if matrix.cut is None else {"cut": asdict(matrix.cut)}),
     }
 
 

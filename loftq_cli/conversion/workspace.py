@@ -5,6 +5,7 @@ Beside what every workspace has there are in ``.<name>.loftq-partial/``::
     journal    what is finished (see journal.py)
     source     which commit of a hub repository it is of (see pin.py)
     shards/    shards of a hub model that do not stay
+    pairs      adapters of single experts, until they are fused
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class ConversionWorkspace(JournaledWorkspace):
         super().__init__(output)
         self.pin = self.partial / "source"
         self.passing = self.partial / "shards"
+        self.pairs = self.partial / "pairs"
 
     def complete_output(self) -> Output | None:
         """The output if it is there and readable, else None."""
@@ -64,4 +66,4 @@ class ConversionWorkspace(JournaledWorkspace):
         return [self.passing]
 
     def _files(self) -> list[Path]:
-        return [*super()._files(), self.pin]
+        return [*super()._files(), self.pin, self.pairs]

@@ -22,7 +22,7 @@ from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings, matrix_of
 from loftq_cli.layouts.registry import layout_of, make_layout
 from loftq_cli.merging.config import merged_config
-from loftq_cli.merging.plan import Copied, Merged, MergePlan
+from loftq_cli.merging.plan import Copied, Merged, MergePlan, parts_of
 
 TRAINED = "adapter"
 """The folder of an export that holds the adapter of --adapter."""
@@ -170,7 +170,7 @@ def make_export_plan(
     else:
         config, companions = merged_config(merging), merging.companions
         shards = [
-            (shard, [_requantized(item, moved) for item in items])
+            (shard, [_requantized(part, moved) for item in items for part in parts_of(item)])
             for shard, items in merging.shards
         ]
     config = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -245,6 +245,8 @@ def _refuse(plan: ExportPlan, moved: Sequence[Moved], surroundings: Surroundings
             obstacles.append(f"{name}: layout {item.held.name} holds values, no codes")
         elif is_expert(name) and not wanted.holds_experts:
             obstacles.append(f"{name}: an expert")
+        elif matrix.cut is not None and not wanted.holds_everything:
+            obstacles.append(f"{name}: of {matrix.cut.tensor}, which is of all experts of a layer")
         elif reason := wanted.cannot_hold(matrix):
             obstacles.append(f"{name}: {reason}")
     if not wanted.mixes and len({(matrix.method, matrix.bits) for matrix in matrices}) > 1:

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from loftq_cli.checkpoint.stacks import Stack
 from loftq_cli.families.classes import takes_text
 from loftq_cli.families.code import Use, weights_read
+from loftq_cli.families.experts import form_of, fused_by_peft, is_part
 from loftq_cli.families.modules import kind_of
 from loftq_cli.families.names import Naming, Place
 from loftq_cli.families.skeleton import skeleton
@@ -22,6 +24,7 @@ _USES: dict[Use, str] = {
     "dtype": "the model's code casts to the dtype of this weight",
 }
 
+_STACKING = {"MergeModulelist", "Concatenate"}  # of experts' matrices, to one parameter
 _GATED = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
 _BERT = r"attention\.self\.(?:query|key|value)|(?:attention\.output|intermediate|output)\.dense"
 # Classes in which tensors have the names that they have on disk, and in whose blocks every matrix
@@ -49,12 +52,16 @@ _RENAMED = re.compile(r"\.(?:gamma|beta)$")  # of norms, in old files
 @dataclass(frozen=True)
 class Anatomy:
     """``names``: of tensors, on disk to in memory, if they differ. ``reasons``: why a matrix
-    cannot be quantized, by name on disk. ``takes_text``: whether the class does, None if nobody
+    cannot be quantized, by name on disk. ``stacks``: tensors that hold a matrix of each expert, by
+    name; ``experts``: where the experts' matrices, and those of stacks, are in memory, by name, if
+    PEFT does not fuse their adapters itself. ``takes_text``: whether the class does, None if nobody
     knows. ``architecture``: the class, if config.json names none. ``remarks``: for whoever
     converts. ``unknown``: why there is nothing to say, or None."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
+    experts: Mapping[str, str] = field(default_factory=dict)
     takes_text: bool | None = None
     architecture: str | None = None
     remarks: tuple[str, ...] = ()
@@ -64,9 +71,10 @@ class Anatomy:
     def sha256(self) -> str | None:
         """Of all that names alone do not say, None if that is nothing."""
         plain = self.takes_text is not False and self.architecture is None
-        if not self.names and not self.reasons and plain:
+        if not (self.names or self.reasons or self.experts) and plain:
             return None
-        held = [self.names, self.reasons, self.takes_text, self.architecture]
+        held: list[object] = [self.names, self.reasons, self.takes_text, self.architecture]
+        held += [self.experts] if self.experts else []
         text = json.dumps(held, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -89,6 +97,7 @@ def anatomy(
     modules = dict(model.named_modules())
     reads, shared = weights_read(model), _shared(model)
     names, reasons = {}, {}
+    stacks, experts = _experts(config, tensors, places, modules)
     for name, shape in tensors.items():
         place = places[name]
         if place is not None and not place.computed and place.name != name:
@@ -101,10 +110,49 @@ def anatomy(
     return Anatomy(
         names,
         reasons,
+        stacks,
+        experts,
         takes_text(model),
         None if stated else type(model).__name__,
         tuple(_remarks(model, places, shared, stated=stated)),
     )
+
+
+def _experts(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Sequence[int]],
+    places: Mapping[str, Place | None],
+    modules: Mapping[str, nn.Module],
+) -> tuple[dict[str, Stack], dict[str, str]]:
+    """``stacks`` and ``experts`` of an anatomy."""
+    stacks: dict[str, Stack] = {}
+    experts: dict[str, str] = {}
+    lacking: dict[str, set[str]] = {}
+    if fused_by_peft(config):
+        return stacks, experts
+    for name, shape in tensors.items():
+        place = places[name]
+        home, _, parameter = ("" if place is None else place.name).rpartition(".")
+        form = form_of(modules.get(home))
+        if place is None or form is None or parameter not in form.parameters:
+            continue
+        lacking.setdefault(home, set(form.parameters))
+        held, operations = form.parameters[parameter], set(place.operations or ())
+        if is_part(name, parameter) and len(shape) == 2 and operations and operations <= _STACKING:
+            experts[name] = home
+        elif len(shape) == 3 and operations <= {"Transpose"}:
+            turned = tuple(shape) != held
+            if turned and (not operations or (shape[0], shape[2], shape[1]) != held):
+                continue
+            above = name.removesuffix(".weight").rpartition(".")[0]
+            path = above if above.endswith(".experts") else f"{above}.experts"
+            stack = Stack(name, path, parameter, form.count, form.transposed != turned)
+            stacks[name] = stack
+            experts |= {name: home, **dict.fromkeys(stack.cuts(), home)}
+        if name in experts:
+            lacking[home].discard(parameter)
+    whole = {name: home for name, home in experts.items() if not lacking[home]}
+    return {name: stack for name, stack in stacks.items() if name in whole}, whole
 
 
 def _by_names(why: str) -> Anatomy:

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loftq_cli.checkpoint.header import StoredTensor
-from loftq_cli.errors import UsageError
+from loftq_cli.errors import CorruptFileError, UsageError
 
 MISTAKEN = "PEFT takes it for an expert"
 
 _PROJECTION = re.compile(r"\.(?:gate|up|down)_proj\.weight$")
-# Experts that were converted, loaded, trained, saved and loaded again, packed; of other families
-# they are passed through.
-_CONVERTED = (
+# Whose experts PEFT (0.21) fuses itself, from adapters of single ones.
+_FUSED_BY_PEFT = (
     *("afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1"),
     *("ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
     *("hunyuan_v1_moe", "mellum", "minimax", "minimax_m2", "mixtral", "olmoe", "qwen3_moe"),
@@ -38,15 +38,17 @@ _MISTAKEN = (
     *("flex_olmo", "olmoe", "exaone_moe", "cohere2_moe", "laguna", "unlimited_ocr"),
 )
 
-
 FUSED: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3"), ("gate_up_proj",)),
+    "up_proj": (("up_proj",),),
     "down_proj": (("down_proj",), ("w2",)),
 }
-"""The two parameters that transformers makes of the experts of a layer, and the names of the
-matrices of an expert that each is made of, in this order, by family."""
+"""The parameters that transformers makes of the experts of a layer, and the names of the matrices
+of an expert that each is made of, in this order, by family. The down's comes last."""
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+\.\w+)")
+# That transformers does not describe by attributes: all experts see all tokens, zeros among them.
+_BATCHED = ("Llama4TextExperts",)
 
 
 def part_of(module: str) -> tuple[str, str] | None:
@@ -56,17 +58,60 @@ def part_of(module: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def is_plain(experts: Any) -> bool:
-    """Whether a module of fused experts stores and computes y = down(act(gate x) * up x), without
-    biases, transposing, interleaving or a norm."""
-    odd = ("is_transposed", "has_bias", "has_post_expert_norm")
-    plain = ("is_concatenated", "has_gate")
-    held = all(getattr(getattr(experts, name, None), "ndim", 0) == 3 for name in FUSED)
-    return (
-        held
-        and not any(getattr(experts, name, False) for name in odd)
-        and all(getattr(experts, name, True) for name in plain)
-    )
+def is_part(name: str, parameter: str) -> bool:
+    """Whether the tensor ``name`` is called as a matrix of one expert is that ``parameter`` is made
+    of."""
+    part = part_of(name.removesuffix(".weight"))
+    leaf = part[1].partition(".")[2] if part else ""
+    return any(leaf in leaves for leaves in FUSED[parameter])
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a module of fused experts stores and computes: ``parameters``, of FUSED, by name with
+    their shapes, the down's last; ``transposed``: (experts, in, out) instead of (experts, out, in);
+    ``gated``: the first gives a gate and what it is for; ``biased``: a bias after each.
+    ``batched``: it is given the tokens of all experts, one expert's after the other's."""
+
+    parameters: Mapping[str, tuple[int, ...]]
+    transposed: bool
+    gated: bool
+    biased: bool
+    batched: bool
+
+    @property
+    def count(self) -> int:
+        """The experts."""
+        return self.parameters["down_proj"][0]
+
+
+def form_of(module: Any) -> Form | None:
+    """The form of a module of fused experts, None if it is none, or computes what nobody here
+    knows. transformers describes most of them by attributes (``use_experts_implementation``)."""
+    held = {
+        name: tuple(parameter.shape)
+        for name, parameter in getattr(module, "_parameters", {}).items()
+        if parameter is not None and not name.endswith("_bias")
+    }
+    gated = "gate_up_proj" in held
+    first = "gate_up_proj" if gated else "up_proj"
+    batched = type(module).__name__ in _BATCHED
+    described = getattr(module, "has_gate", None) is gated
+    if held.keys() != {first, "down_proj"} or not (batched or described):
+        return None
+    ups, downs = held[first], held["down_proj"]
+    if getattr(module, "has_post_expert_norm", False) or not len(ups) == len(downs) == 3:
+        return None
+    sides = 2 if gated else 1
+    plain = (ups[0], downs[2] * sides, downs[1])
+    turned = (ups[0], downs[2], downs[1] * sides)
+    if ups[0] != downs[0] or ups not in (plain, turned):
+        return None
+    transposed = bool(getattr(module, "is_transposed", ups != plain))
+    if ups != (turned if transposed else plain):
+        return None
+    parameters = {first: ups, "down_proj": downs}
+    return Form(parameters, transposed, gated, bool(getattr(module, "has_bias", False)), batched)
 
 
 def is_expert(name: str) -> bool:
@@ -80,8 +125,14 @@ def mistaken(name: str, config: Mapping[str, Any]) -> bool:
     return named and config.get("model_type") in _MISTAKEN
 
 
-def check(matrices: Iterable[str], kept: Iterable[StoredTensor], config: Mapping[str, Any]) -> None:
-    """Raise UsageError if selected experts, or what is mistaken for them, would not load."""
+def check(
+    matrices: Iterable[str],
+    kept: Iterable[StoredTensor],
+    config: Mapping[str, Any],
+    homes: Mapping[str, str],
+) -> None:
+    """Raise UsageError if selected experts, or what is mistaken for them, would not load; ``homes``
+    as in :func:`able`."""
     selected = list(matrices)
     for name in selected:
         if mistaken(name, config):
@@ -89,13 +140,14 @@ def check(matrices: Iterable[str], kept: Iterable[StoredTensor], config: Mapping
     experts = [name for name in selected if is_expert(name)]
     if not experts:
         return
-    if config.get("model_type") not in _CONVERTED:
+    homeless = [name for name in experts if name not in homes]
+    if homeless and not fused_by_peft(config):
         raise UsageError(
-            f"--include: {experts[0]} is an expert, and those of {config.get('model_type')} are "
-            "not converted yet",
-            hint=f"narrow the pattern; converted are those of {', '.join(_CONVERTED)}",
+            f"--include: {homeless[0]} is an expert, and those of {config.get('model_type')} "
+            "cannot be converted",
+            hint="narrow the pattern; docs/mixture-of-experts.md says which can be",
         )
-    left = [tensor.name for tensor in kept if is_expert(tensor.name)]
+    left = [tensor.name for tensor in kept if _is_weight(tensor)]
     if left:
         raise UsageError(
             f"{left[0]} is left out, but PEFT adapts all experts or none",
@@ -103,12 +155,69 @@ def check(matrices: Iterable[str], kept: Iterable[StoredTensor], config: Mapping
         )
 
 
-def by_default(tensors: Iterable[StoredTensor], config: Mapping[str, Any], rank: int) -> bool:
+def _is_weight(tensor: StoredTensor) -> bool:
+    return is_expert(tensor.name) and tensor.name.endswith(".weight")
+
+
+def fused_by_peft(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT fuses adapters of single experts of such a model."""
+    return config.get("model_type") in _FUSED_BY_PEFT
+
+
+def _is_stack(tensor: StoredTensor, homes: Mapping[str, str]) -> bool:
+    """Whether this is of all experts of a layer: by its place, or by its name and shape."""
+    return len(tensor.shape) == 3 and (tensor.name in homes or is_expert(tensor.name))
+
+
+def able(
+    tensors: Iterable[StoredTensor], config: Mapping[str, Any], homes: Mapping[str, str]
+) -> bool:
+    """Whether the experts among ``tensors`` can be converted; ``homes``: where transformers keeps
+    those that it fuses, and whose adapters PEFT does not fuse, by the name of a matrix."""
+    names = [tensor.name for tensor in tensors if _is_weight(tensor)]
+    return bool(names) and (fused_by_peft(config) or all(name in homes for name in names))
+
+
+def by_default(
+    tensors: Iterable[StoredTensor],
+    config: Mapping[str, Any],
+    rank: int,
+    homes: Mapping[str, str],
+) -> bool:
     """Whether the experts of a model are converted unless that is told otherwise: PEFT gives all
     of them one ``rank``, which none may be too small for."""
-    matrices = [each for each in tensors if is_expert(each.name) and len(each.shape) == 2]
-    fits = all(rank <= min(each.shape) for each in matrices)
-    return bool(matrices) and fits and config.get("model_type") in _CONVERTED
+    held = [tensor for tensor in tensors if _is_weight(tensor)]
+    return able(held, config, homes) and all(rank <= min(each.shape) for each in held)
+
+
+def check_whole(tensors: Iterable[StoredTensor]) -> None:
+    """Raise CorruptFileError if a layer lacks a matrix of one of its experts, or if these differ in
+    shape."""
+    found: dict[tuple[str, str], dict[int, StoredTensor]] = {}
+    for tensor in tensors:
+        part = part_of(tensor.name.removesuffix(".weight")) if _is_weight(tensor) else None
+        if part is not None:
+            number, _, leaf = part[1].partition(".")
+            found.setdefault((part[0], leaf), {})[int(number)] = tensor
+    counts: dict[str, int] = {}
+    for (layer, _), held in found.items():
+        counts[layer] = max(counts.get(layer, 0), max(held) + 1)
+    for (layer, leaf), held in found.items():
+        count = counts[layer]
+        missing = next((number for number in range(count) if number not in held), None)
+        if missing is not None:
+            raise CorruptFileError(
+                f"tensor '{layer}.{missing}.{leaf}.weight' is missing, of {count} experts",
+                hint="download the checkpoint again",
+            )
+        first, *others = held.values()
+        odd = next((each for each in others if each.shape != first.shape), None)
+        if odd is not None:
+            raise CorruptFileError(
+                f"tensor {odd.name!r} is {list(odd.shape)}, {first.name!r} {list(first.shape)}: "
+                "experts of a layer have one shape",
+                hint="--exclude '*.experts.*' leaves them as they are",
+            )
 
 
 def check_ranks(ranks: Mapping[str, int], rank: int) -> None:
@@ -121,18 +230,25 @@ def check_ranks(ranks: Mapping[str, int], rank: int) -> None:
             )
 
 
-def note(kept: Iterable[tuple[StoredTensor, str]], config: Mapping[str, Any]) -> str | None:
-    """One line about the experts that are passed through and their share, None without any."""
+def note(
+    kept: Iterable[tuple[StoredTensor, str]],
+    config: Mapping[str, Any],
+    homes: Mapping[str, str] = {},
+) -> str | None:
+    """One line about the experts that are passed through and their share, None without any;
+    ``homes``: as in :func:`able`, stacks too."""
     tensors = list(kept)
-    experts = [tensor for tensor, _ in tensors if is_expert(tensor.name)]
+    experts = [each for each, _ in tensors if _is_weight(each) or _is_stack(each, homes)]
     others = sum(reason == MISTAKEN for _, reason in tensors)
     if not experts:
         mistaken_ones = f"{others} layers are passed through: PEFT takes them for experts"
         return mistaken_ones if others else None
     parameters = sum(tensor.elements for tensor in experts)
     more = f", and {others} layers that PEFT takes for experts" if others else ""
-    able = config.get("model_type") in _CONVERTED
-    how = "; --include '*.experts.*' converts them, in layout loftq or dense" if able else ""
+    stacked = any(_is_stack(each, homes) for each in experts)
+    convertible = any(each.name in homes for each in experts) or able(experts, config, homes)
+    layouts = "layout loftq" if stacked else "layout loftq or dense"
+    how = f"; --include '*.experts.*' converts them, in {layouts}" if convertible else ""
     return (
         f"{len(experts)} tensors of experts with {parameters:,} weights{more} are passed "
         f"through{how}"

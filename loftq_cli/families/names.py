@@ -18,10 +18,15 @@ from loftq_cli.families.experts import FUSED, part_of
 @dataclass(frozen=True)
 class Place:
     """Where a tensor of a checkpoint goes: ``name`` in memory. ``computed``: transformers splits
-    it, or puts it together with others, under that name."""
+    it, transposes it, or puts it together with others, under that name, by ``operations``, the
+    names of their classes."""
 
     name: str
-    computed: bool = False
+    operations: tuple[str, ...] | None = None
+
+    @property
+    def computed(self) -> bool:
+        return self.operations is not None
 
 
 class Naming:
@@ -43,13 +48,13 @@ class Naming:
         key = tensor
         for renaming in self._renamings:
             key, _ = renaming.rename_source_key(key)
-        computed = False
+        operations = None
         for conversion in self._conversions:
             key, pattern = conversion.rename_source_key(key)
             if pattern is not None:
-                computed = True
+                operations = tuple(type(each).__name__ for each in conversion.operations)
                 break
-        for name, made in ((key, computed), (tensor, False)):
+        for name, made in ((key, operations), (tensor, None)):
             found = self._prefixed(name)
             if found in self._present:
                 return Place(found, made)
@@ -97,10 +102,22 @@ def places_of_experts(model: Any, modules: Iterable[str]) -> dict[str, dict[str,
     naming = Naming(model, {f"{name}.{key}" for name, _ in model.named_modules() for key in FUSED})
     found: dict[str, dict[str, str]] = {}
     for module in modules:
-        place, part = naming.place(f"{module}.weight"), part_of(module)
-        if place is not None and part is not None:
+        part = part_of(module)
+        if part is None:
+            continue
+        # Of its own on disk, or cut from a stack that has the parameter's name.
+        whole = f"{part[0]}.{part[1].partition('.')[2]}"
+        place = naming.place(f"{module}.weight") or naming.place(whole)
+        if place is not None:
             found.setdefault(place.name.rpartition(".")[0], {})[part[1]] = module
     return found
+
+
+def places_of_parameters(model: Any, parameters: Iterable[str]) -> dict[str, str | None]:
+    """Of ``parameters`` of fused experts, as a class names them, their names in ``model``."""
+    naming = Naming(model, {f"{name}.{key}" for name, _ in model.named_modules() for key in FUSED})
+    found = {name: naming.place(name) for name in parameters}
+    return {name: None if place is None else place.name for name, place in found.items()}
 
 
 def prefix_of(model: Any) -> str:

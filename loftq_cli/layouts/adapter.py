@@ -79,10 +79,11 @@ def config(
     architecture: str | None = None,
     base_model: str | None = None,
     transposed: bool = False,
+    parameters: Mapping[str, int] = {},
 ) -> dict[str, Any]:
-    """adapter_config.json for modules with the given ranks; ``transposed``: the backbone's weights
-    are stored (in, out). ``architecture``: the transformers class of the backbone, by which
-    AutoPeftModel loads it if there is no task.
+    """adapter_config.json for modules with the given ranks, and for ``parameters`` of fused experts
+    with theirs. ``transposed``: the backbone's weights are stored (in, out). ``architecture``: the
+    transformers class of the backbone, by which AutoPeftModel loads it if there is no task.
 
     ``lora_alpha`` None means alpha = rank everywhere, so that the scaling is 1; modules whose rank
     was clamped below ``rank`` are listed in rank_pattern (and alpha_pattern).
@@ -94,8 +95,15 @@ def config(
     if task_type is None and architecture is not None:
         auto_mapping = {"base_model_class": architecture, "parent_library": "transformers"}
     clamped = {re.escape(name): value for name, value in ranks.items() if value != rank}
+    # One for all layers: PEFT warns of each, as it looks for modules of that name.
+    fused = {
+        rf".*\.experts\.{name.rpartition('.')[2]}": value
+        for name, value in parameters.items()
+        if value != rank
+    }
+    scaled = {name: (lora_alpha or rank) * value // rank for name, value in fused.items()}
     return {
-        "alpha_pattern": clamped if lora_alpha is None else {},
+        "alpha_pattern": {**(clamped if lora_alpha is None else {}), **scaled},
         "auto_mapping": auto_mapping,
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -107,8 +115,9 @@ def config(
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": clamped,
+        "rank_pattern": {**clamped, **fused},
         "target_modules": sorted(ranks),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.checkpoint.stacks import Cut
 from loftq_cli.families.kinds import Kind, turned_shape
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.packed import Packed
@@ -22,7 +23,8 @@ class Matrix:
 
     ``name`` is the tensor's (``….weight``), ``dtype`` its safetensors tag in the source, ``shape``
     (out, in), whichever way it is stored. ``in_memory``: the name of its module in the class that
-    config.json names, if that is another than on disk.
+    config.json names, if that is another than on disk. ``cut``: of which tensor it is a part, if
+    the source holds it with others in one.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Matrix:
     block_size: int
     kind: Kind = "linear"
     in_memory: str | None = None
+    cut: Cut | None = None
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -66,6 +69,7 @@ def matrix_of(record: Mapping[str, Any]) -> Matrix:
         record["block_size"],
         record.get("kind", "linear"),
         record.get("in_memory"),
+        Cut(**record["cut"]) if "cut" in record else None,
     )
 
 

@@ -222,7 +222,9 @@ def _fused(
     for module in [name for name in pairs if is_expert(f"{name}.")]:
         # The wrapper of the second parameter lies around that of the first.
         experts = module.removesuffix(".base_layer")
-        parameter = "down_proj" if experts == module else "gate_up_proj"
+        leaves = {str(name).rpartition(".")[2] for name in config["target_parameters"]}
+        first = "up_proj" if "up_proj" in leaves else "gate_up_proj"
+        parameter = "down_proj" if experts == module else first
         sides = pairs.pop(module)
         rank = _by_pattern(config, "rank_pattern", "r", f"{experts}.{parameter}")
         alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", f"{experts}.{parameter}")

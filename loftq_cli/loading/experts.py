@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from loftq_cli.errors import UnsupportedInputError
-from loftq_cli.families.experts import FUSED, is_plain
+from loftq_cli.families.experts import FUSED, Form, form_of
 
 
 def chosen(
@@ -35,13 +35,16 @@ def chosen(
             yield expert, tokens, places
 
 
-def activated(experts: Any, gate_up: torch.Tensor) -> torch.Tensor:
-    """act(gate) * up of ``gate_up`` (tokens, 2 inner), as the module ``experts`` computes it:
-    (tokens, inner)."""
-    if hasattr(experts, "_apply_gate"):
-        found: torch.Tensor = experts._apply_gate(gate_up)
+def activated(experts: Any, first: torch.Tensor, *, gated: bool) -> torch.Tensor:
+    """What the module ``experts`` makes of ``first``, the output of its first parameter, before the
+    down: act(gate) * up of (tokens, 2 inner) if it is ``gated``, else act(up); (tokens, inner)."""
+    if gated and hasattr(experts, "_apply_gate"):
+        found: torch.Tensor = experts._apply_gate(first)
         return found
-    gate, up = gate_up.chunk(2, dim=-1)
+    if not gated:
+        alone: torch.Tensor = experts.act_fn(first)
+        return alone
+    gate, up = first.chunk(2, dim=-1)
     product: torch.Tensor = experts.act_fn(gate) * up
     return product
 
@@ -64,25 +67,52 @@ class Factors:
 class PackedExperts(nn.Module):
     """What goes in front of a family's class of experts (see :func:`take_over`)."""
 
-    num_experts: int
+    _form: Form
     _stand_ins: dict[str, tuple[tuple[int, ...], torch.dtype]]
     _parts: dict[str, tuple[str, ...]]
     _factors: dict[str, Sequence[Factors]]
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
+        **named: torch.Tensor,
     ) -> torch.Tensor:
-        """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k): the sum of
-        the chosen experts' outputs, (tokens, hidden)."""
+        """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k), which gpt-oss
+        calls otherwise: the sum of the chosen experts' outputs, (tokens, hidden). If the form is
+        batched, hidden_states (experts * tokens, hidden) and nothing else: each one's outputs."""
+        if self._form.batched:
+            return self._batched(hidden_states)
+        top_k_index = named.get("router_indices", top_k_index)
+        top_k_weights = named.get("routing_weights", top_k_weights)
+        assert top_k_index is not None
+        assert top_k_weights is not None
         result = torch.zeros_like(hidden_states)
-        for expert, tokens, places in chosen(top_k_index, self.num_experts):
-            inputs = hidden_states[tokens]
-            gate_up = self._project("gate_up_proj", inputs, expert)
-            gated = activated(self, gate_up)
-            outputs = self._project("down_proj", gated, expert)
+        for expert, tokens, places in chosen(top_k_index, self._form.count):
+            outputs = self._output(hidden_states[tokens], expert)
             weighted = outputs * top_k_weights[tokens, places, None]
             result.index_add_(0, tokens, weighted.to(result.dtype))
         return result
+
+    def _batched(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Tokens that an expert was not chosen for are zero for it, and stay so."""
+        by_expert = hidden_states.view(self._form.count, -1, hidden_states.shape[-1])
+        outputs = []
+        for expert, inputs in enumerate(by_expert):
+            tokens = inputs.detach().any(dim=-1).nonzero()[:, 0]
+            output = torch.zeros_like(inputs)
+            if len(tokens):
+                own = self._output(inputs[tokens], expert).to(output.dtype)
+                output = output.index_add(0, tokens, own)
+            outputs.append(output)
+        return torch.cat(outputs)
+
+    def _output(self, inputs: torch.Tensor, expert: int) -> torch.Tensor:
+        """Of one expert, (tokens, hidden)."""
+        first, last = self._form.parameters
+        inner = activated(self, self._project(first, inputs, expert), gated=self._form.gated)
+        return self._project(last, inner, expert)
 
     def _project(self, name: str, inputs: torch.Tensor, expert: int) -> torch.Tensor:
         """What the fused parameter ``name`` and its adapters make of ``inputs`` (tokens, in)."""
@@ -91,14 +121,28 @@ class PackedExperts(nn.Module):
         output = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
         for factors in self._factors.get(name, ()):
             output = factors.add(output, inputs, expert)
+        if self._form.biased:
+            output = output + self.get_parameter(f"{name}_bias")[expert].to(output.dtype)
         return output
 
     def put_stand_ins(self) -> None:
         """Put in the place of each parameter one of its shape that takes no memory."""
-        device = next(self.buffers()).device
-        for name, (shape, dtype) in self._stand_ins.items():
-            one = torch.zeros((), dtype=dtype, device=device)
-            self.register_parameter(name, nn.Parameter(one.expand(shape), requires_grad=False))
+        for name in self._stand_ins:
+            self._parameters[name] = self._stand_in(name)
+
+    def _stand_in(self, name: str) -> nn.Parameter:
+        shape, dtype = self._stand_ins[name]
+        one = torch.zeros((), dtype=dtype, device=next(self.buffers()).device)
+        return nn.Parameter(one.expand(shape), requires_grad=False)
+
+    def __getattr__(self, name: str) -> Any:
+        # While transformers loads the model there are no stand-ins, which the checkpoint would
+        # have to hold; but code that draws the weights that it lacks may look at them.
+        if name in self.__dict__.get("_stand_ins", ()) and name not in self._parameters:
+            drawn: Any = self._stand_in(name)
+            drawn._is_hf_initialized = True
+            return drawn
+        return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # What a stand-in is moved to would be as large as it says.
@@ -125,35 +169,38 @@ def take_over(
     layer in it (``3.gate_proj``) to what makes a packed layer of a linear one on the meta device.
     The packed layers by name. Raises UnsupportedInputError if this is no module of fused experts as
     they are known, or if layers are missing."""
+    form = form_of(experts)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     parts: dict[str, tuple[str, ...]] = {}
-    plain = is_plain(experts)
-    for name, alternatives in FUSED.items():
-        found = [each for each in alternatives if f"0.{each[0]}" in formats]
-        if not found or not plain:
+    for name in form.parameters if form is not None else ("down_proj",):
+        found = [each for each in FUSED[name] if f"0.{each[0]}" in formats]
+        if not found or form is None:
             raise UnsupportedInputError(
                 f"{type(experts).__name__} does not hold its experts as they are converted",
                 hint="convert without them: --exclude '*.experts.*'",
             )
-        parameter = experts.get_parameter(name)
-        shapes[name], parts[name] = (tuple(parameter.shape), parameter.dtype), found[0]
-    count = shapes["down_proj"][0][0]
-    wanted = {f"{e}.{leaf}" for e in range(count) for each in parts.values() for leaf in each}
+        shapes[name] = (form.parameters[name], experts.get_parameter(name).dtype)
+        parts[name] = found[0]
+    assert form is not None
+    wanted = {f"{e}.{leaf}" for e in range(form.count) for each in parts.values() for leaf in each}
     if wanted != formats.keys():
         lacking = sorted(wanted ^ formats.keys())[0]
         raise UnsupportedInputError(
-            f"{type(experts).__name__} has {count} experts, the checkpoint differs in {lacking}",
+            f"{type(experts).__name__} has {form.count} experts, the checkpoint differs in "
+            f"{lacking}",
             hint="convert the model again",
         )
     held: Any = experts
     held.__class__ = _subclass(type(experts))
-    held._stand_ins, held._parts, held._factors = shapes, parts, {}
-    held._is_hf_initialized = True  # there is no parameter to draw
+    held._form, held._stand_ins, held._parts, held._factors = form, shapes, parts, {}
+    held.is_transposed = form.transposed  # PEFT asks, and not every family says
+    held._is_hf_initialized = True  # there is no weight to draw
     made = {}
     for name, (shape, dtype) in shapes.items():
         del experts._parameters[name]
-        rows, columns = shape[1] // len(parts[name]), shape[2]
-        for expert in range(count):
+        sides = (shape[2], shape[1]) if form.transposed else shape[1:]
+        rows, columns = sides[0] // len(parts[name]), sides[1]
+        for expert in range(form.count):
             if str(expert) not in experts._modules:
                 experts.add_module(str(expert), nn.Module())
             for leaf in parts[name]:

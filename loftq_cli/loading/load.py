@@ -24,7 +24,13 @@ from loftq_cli.errors import (
 from loftq_cli.families.blocks import stack_of
 from loftq_cli.families.classes import model_class, takes_text
 from loftq_cli.families.experts import is_expert
-from loftq_cli.families.names import key_mapping, places, prefix_of, tied
+from loftq_cli.families.names import (
+    key_mapping,
+    places,
+    places_of_parameters,
+    prefix_of,
+    tied,
+)
 from loftq_cli.families.tasks import task_type
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.base import Layout, matrix_of
@@ -177,7 +183,13 @@ def _attach(
     file = directory / adapters.DIRECTORY / adapters.WEIGHTS
     stored = _tensors(file)
     experts = {adapters.module_of(name) for name in stored if is_expert(name)}
-    config.target_modules = {*names.values(), *experts}
+    homes = _homes(backbone, config.target_parameters or (), file)  # of experts in PEFT's own form
+    config.target_modules = {*names.values()} | (set() if homes else experts)
+    if homes:
+        config.target_parameters = [
+            f"{homes[home]}.{leaf}"
+            for home, _, leaf in (name.rpartition(".") for name in config.target_parameters)
+        ]
     patterns = {re.escape(old): re.escape(new) for old, new in names.items()}
     config.rank_pattern = _renamed(config.rank_pattern, patterns)
     config.alpha_pattern = _renamed(config.alpha_pattern, patterns)
@@ -188,24 +200,35 @@ def _attach(
         subfolder=adapters.DIRECTORY,
         is_trainable=trainable,
         config=config,
-        key_mapping=key_mapping(names, prefix_of(backbone)),
+        key_mapping=key_mapping({**names, **homes}, prefix_of(backbone)),
     )
     expected = {}
     for name, tensor in stored.items():
+        module = adapters.module_of(name).removesuffix(".base_layer")
         if not is_expert(name):
-            module = adapters.module_of(name)
             expected[name.replace(module, names[module], 1)] = tensor
+        elif homes:
+            expected[name.replace(module, homes[module], 1)] = tensor
     # PEFT counts a head that has an adapter among the adapter's own tensors, unless told not to.
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    fused = {name for name in loaded if is_expert(name)}
+    fused = {name for name in loaded if is_expert(name)} - expected.keys()
     _refuse((loaded.keys() - fused) ^ expected.keys(), "PEFT and the file disagree about", file)
     # A fused B that PEFT found nothing for is zero, as it draws a new one.
     empty = {name for name in fused if ".lora_B." in name and not loaded[name].any()}
-    _refuse(empty or (experts if not fused else set()), "PEFT did not fuse", file)
+    _refuse(empty or (experts if not (fused or homes) else set()), "PEFT did not fuse", file)
     with TensorFile(file) as reader:
         lost = {name for name in expected if _differ(loaded[name], reader.read(expected[name]))}
     _refuse(lost, "PEFT did not load", file)
     return model
+
+
+def _homes(backbone: Any, parameters: Iterable[str], file: Path) -> dict[str, str]:
+    """The modules whose ``parameters`` have adapters: names in the file, and in ``backbone``."""
+    found = places_of_parameters(backbone, parameters)
+    homeless = {name for name, place in found.items() if place is None}
+    _refuse(homeless, f"{type(backbone).__name__} has no place for", file)
+    ends = ((old, new) for old, new in found.items() if new is not None)
+    return {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in ends}
 
 
 def _differ(loaded: torch.Tensor, stored: torch.Tensor) -> bool:

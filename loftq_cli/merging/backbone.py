@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,8 @@ def as_it_is(file: Path, tensor: StoredTensor) -> Weight:
 @dataclass(frozen=True)
 class Backbone:
     """``stored``: the tensors of the files, ``matrices`` the quantized ones by name, ``parts`` the
-    name of a matrix by that of each of its stored tensors; ``shapes`` and ``kinds`` of all tensors,
+    name of a matrix by that of each of its stored tensors; ``stacks`` the names of those that are
+    one tensor of the source, in order, by its name; ``shapes`` and ``kinds`` of all tensors,
     as the source has them."""
 
     output: Output
@@ -121,6 +122,7 @@ class Backbone:
     stored: Stored
     matrices: Mapping[str, StoredMatrix]
     parts: Mapping[str, str]
+    stacks: Mapping[str, Sequence[str]]
     shapes: Mapping[str, tuple[int, ...]]
     kinds: Mapping[str, Kind]
 
@@ -143,6 +145,7 @@ def open_backbone(output: Output, source: Source) -> Backbone:
     tensor is missing, or of another dtype or shape than the manifest says."""
     stored = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
     matrices, parts = {}, {}
+    cuts: dict[str, dict[int, str]] = {}
     for record in output.records:
         matrix = matrix_of(record)
         layout = layout_of(record, output.manifest["recipe"])
@@ -150,6 +153,8 @@ def open_backbone(output: Output, source: Source) -> Backbone:
         for spec in layout.specs(matrix):
             find(output.directory, stored, spec)
             parts[spec.name] = matrix.name
+        if matrix.cut is not None:
+            cuts.setdefault(matrix.cut.tensor, {})[matrix.cut.index] = matrix.name
     for entry in output.manifest["passed_through"]:
         spec = TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
         find(output.directory, stored, spec)
@@ -157,4 +162,5 @@ def open_backbone(output: Output, source: Source) -> Backbone:
     shapes |= {name: quantized.shape for name, quantized in matrices.items()}
     kinds = {name: kind_of(name, source.config.content) for name in shapes}
     kinds |= {name: quantized.matrix.kind for name, quantized in matrices.items()}
-    return Backbone(output, source, stored, matrices, parts, shapes, kinds)
+    stacks = {name: [held[index] for index in sorted(held)] for name, held in cuts.items()}
+    return Backbone(output, source, stored, matrices, parts, stacks, shapes, kinds)

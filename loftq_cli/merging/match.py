@@ -114,13 +114,17 @@ def _of_experts(parts: Parts) -> dict[str, Pair]:
     """The pairs of single experts, of those that PEFT saved fused. Raises InputError for experts
     that the backbone does not have."""
     by_layer: dict[str, list[str]] = {}
+    by_home: dict[str, list[str]] = {}
     for name in parts.backbone.shapes:
         if part := part_of(name.removesuffix(".weight")):
             by_layer.setdefault(_layer(part[0]), []).append(name)
+        held = parts.backbone.matrices.get(name)
+        if held is not None and (home := part_of(held.matrix.in_memory or "")):
+            by_home.setdefault(home[0], []).append(name)
     placed: dict[str, Pair] = {}
     for module, pairs in parts.adapter.fused.items():
         disk = parts.names.of_backbone(f"{module}.weight").removesuffix(".weight")
-        names = by_layer.get(_layer(disk), [])
+        names = by_home.get(module) or by_layer.get(_layer(disk), [])
         for parameter, pair in pairs.items():
             found = _slices(names, parameter, pair, parts.backbone)
             if not found:

@@ -7,6 +7,7 @@ rounded once; all other tensors are copied. One matrix is in memory at a time.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from loftq_cli.checkpoint.companions import copy_files
 from loftq_cli.checkpoint.dtypes import tag_named
 from loftq_cli.checkpoint.output import open_output
-from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.checkpoint.reader import TensorFile, pieces_of
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
 from loftq_cli.checkpoint.writer import GrowingShard, index_of
 from loftq_cli.errors import UsageError
@@ -29,7 +30,7 @@ from loftq_cli.machine.paths import check_output_path
 from loftq_cli.machine.resources import check_memory, check_space, memory_explained
 from loftq_cli.machine.workspace import Workspace
 from loftq_cli.merging.config import dtype_name, merged_config, provenance, snippet
-from loftq_cli.merging.plan import Copied, Merged, MergePlan, make_merge_plan
+from loftq_cli.merging.plan import Copied, Merged, MergePlan, Stacked, make_merge_plan, parts_of
 from loftq_cli.merging.value import merged_value
 
 MARKER = "loftq_merge.json"
@@ -174,14 +175,29 @@ def _write(plan: MergePlan, target: Path, observer: Observer) -> None:
 
 
 def _write_tensor(
-    plan: MergePlan, item: Copied | Merged, shard: GrowingShard, observer: Observer
+    plan: MergePlan, item: Copied | Merged | Stacked, shard: GrowingShard, observer: Observer
 ) -> None:
     observer.working_on(item.spec.name)
     if isinstance(item, Copied):
         with TensorFile(item.file) as file:
             shard.write_pieces(item.spec.name, file.pieces(item.tensor))
-    else:
-        hint = "free memory for several float32 copies of this matrix"
-        with memory_explained(f"tensor {item.spec.name!r}", hint=hint):
-            shard.write(item.spec.name, merged_value(plan, item))
-    observer.advance(item.spec.nbytes)
+        observer.advance(item.spec.nbytes)
+        return
+    writer = shard.tensor(item.spec.name)
+    turned = isinstance(item, Stacked) and item.transposed
+    for matrix in parts_of(item):
+        for piece in _pieces(plan, matrix, turned=turned):
+            writer.append(piece)
+        observer.advance(matrix.spec.nbytes)
+
+
+def _pieces(plan: MergePlan, item: Copied | Merged, *, turned: bool) -> Iterator[memoryview]:
+    """The bytes of the value of ``item``, transposed if it is ``turned``."""
+    hint = "free memory for several float32 copies of this matrix"
+    with memory_explained(f"tensor {item.spec.name!r}", hint=hint):
+        if isinstance(item, Copied):
+            with TensorFile(item.file) as file:
+                value = file.read(item.tensor)
+        else:
+            value = merged_value(plan, item)
+    yield from pieces_of(value.T if turned else value)

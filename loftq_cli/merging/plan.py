@@ -43,6 +43,21 @@ class Merged:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """A tensor (count, …) that is made of one after the other of ``matrices``; ``transposed``: of
+    each (out, in) as (in, out)."""
+
+    spec: TensorSpec
+    matrices: Sequence[Copied | Merged]
+    transposed: bool
+
+
+def parts_of(item: Copied | Merged | Stacked) -> Sequence[Copied | Merged]:
+    """What is computed or copied at a time."""
+    return item.matrices if isinstance(item, Stacked) else [item]
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """``shards``: (file name, tensors in order). ``added`` are the tensors that the backbone lacks,
     ``replaced`` the names of those that the adapter holds whole. ``companions``: the files that
@@ -51,7 +66,7 @@ class MergePlan:
     output: Output
     source: Source
     adapter: TrainedAdapter
-    shards: Sequence[tuple[str, Sequence[Copied | Merged]]]
+    shards: Sequence[tuple[str, Sequence[Copied | Merged | Stacked]]]
     added: Sequence[TensorSpec]
     replaced: Sequence[str]
     embeddings: Embeddings
@@ -60,7 +75,9 @@ class MergePlan:
     @property
     def merged(self) -> list[Merged]:
         """The computed tensors."""
-        return [item for _, items in self.shards for item in items if isinstance(item, Merged)]
+        held = [item for _, items in self.shards for item in items]
+        parts = [part for item in held for part in parts_of(item)]
+        return [part for part in parts if isinstance(part, Merged)]
 
     @property
     def tensor_bytes(self) -> int:
@@ -97,7 +114,7 @@ def make_merge_plan(
     embeddings = settle_embeddings(parts, placed)
     result = _Result(parts, placed, embeddings, dtype)
     shards = [
-        (shard.name, [result.tensor(name) for name in _in_order(shard, backbone)])
+        (shard.name, [result.whole(name) for name in _in_order(shard, backbone)])
         for shard in source.shards
     ]
     added = [result.tensor(name) for name in result.added]
@@ -129,6 +146,19 @@ class _Result:
         shapes, dropped = self.parts.backbone.shapes, self.embeddings.dropped
         new = [name for name in self.placed.whole if name not in shapes and name not in dropped]
         return list(dict.fromkeys((*new, *self.embeddings.added)))
+
+    def whole(self, name: str) -> Copied | Merged | Stacked:
+        """How the tensor ``name``, which may be a stack, comes about."""
+        members = self.parts.backbone.stacks.get(name)
+        if members is None:
+            return self.tensor(name)
+        items = [self.tensor(member) for member in members]
+        cut = self.parts.backbone.matrices[members[0]].matrix.cut
+        shape = items[0].spec.shape
+        turned = cut is not None and cut.transposed
+        sides = shape[::-1] if turned else shape
+        spec = TensorSpec(name, items[0].spec.dtype, (len(items), *sides))
+        return Stacked(spec, items, turned)
 
     def tensor(self, name: str) -> Copied | Merged:
         """How the tensor ``name`` comes about."""
@@ -169,6 +199,8 @@ def _names(backbone: Backbone, adapter: TrainedAdapter) -> tuple[Names, Vocabula
 
 
 def _in_order(shard: Shard, backbone: Backbone) -> list[str]:
-    """The names of what a shard holds: of a matrix, which has several parts, once."""
-    tensors = shard.header.tensors
-    return list(dict.fromkeys(backbone.parts.get(t.name, t.name) for t in tensors))
+    """The names of what a shard holds: of a matrix, which has several parts, once, and of a stack,
+    which has several matrices."""
+    names = (backbone.parts.get(tensor.name, tensor.name) for tensor in shard.header.tensors)
+    stacks = {name: stack for stack, members in backbone.stacks.items() for name in members}
+    return list(dict.fromkeys(stacks.get(name, name) for name in names))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,10 +13,11 @@ import torch
 from loftq_cli.checkpoint import dtypes
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.source import Source
-from loftq_cli.errors import CorruptFileError
+from loftq_cli.checkpoint.stacks import Cut, Stack, cut
+from loftq_cli.errors import CorruptFileError, LayoutError
 from loftq_cli.families.anatomy import Anatomy, anatomy
 from loftq_cli.families.blocks import stacks
-from loftq_cli.families.experts import by_default, check_ranks
+from loftq_cli.families.experts import by_default, check_ranks, check_whole, part_of
 from loftq_cli.families.kinds import turned_shape
 from loftq_cli.layouts import adapter, registry
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
@@ -51,7 +54,7 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
     recipe = _recipe(settings, name, matrices, survey)
     layout = make_layout(name, recipe.as_dict())
     return Plan(
-        source=source,
+        source=survey.source,
         anatomy=survey.anatomy,
         recipe=recipe,
         layout=layout,
@@ -62,7 +65,7 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
         device=survey.device,
         statistics=statistics,
         unsettled=frozenset(name for name, bits in widths.items() if bits is None),
-        **_stored(source, recipe, layout, matrices),
+        **_stored(survey.source, recipe, layout, matrices),
     )
 
 
@@ -123,6 +126,12 @@ class _Survey:
     device: torch.device
     statistics: Statistics | None
 
+    @cached_property
+    def cuts(self) -> dict[str, Cut]:
+        """The matrices that the checkpoint holds in stacks, by name."""
+        stacks = self.anatomy.stacks.values()
+        return {name: each for stack in stacks for name, each in stack.cuts().items()}
+
     def widths(self, settings: Settings) -> dict[str, int | None]:
         names = [tensor.name for tensor in self.selection.matrices]
         return assign_widths(settings, names, [tensor.name for tensor in self.source.tensors])
@@ -137,6 +146,9 @@ class _Survey:
     def _matrix(self, tensor: StoredTensor, settings: Settings, bits: int | None) -> Matrix:
         kind = self.selection.kinds[tensor.name]
         name = self.anatomy.names.get(tensor.name)
+        home = self.anatomy.experts.get(tensor.name)
+        if home is not None and (part := part_of(tensor.name.removesuffix(".weight"))):
+            name = f"{home}.{part[1]}"
         matrix = Matrix(
             tensor.name,
             turned_shape((tensor.shape[0], tensor.shape[1]), kind),
@@ -146,6 +158,7 @@ class _Survey:
             block_size=settings.block_size,
             kind=kind,
             in_memory=name and name.removesuffix(".weight"),
+            cut=self.cuts.get(tensor.name),
         )
         return _in_width(matrix, settings, bits)
 
@@ -156,19 +169,57 @@ def _in_width(matrix: Matrix, settings: Settings, bits: int | None) -> Matrix:
 
 def _survey(source: Source, settings: Settings, statistics: Statistics | None) -> _Survey:
     found = anatomy_of(source)
-    selection = select(
-        source.tensors,
-        source.config.content,
-        settings.include,
-        settings.exclude,
-        settings.embeddings,
-        found,
-        experts=settings.layout in (registry.AUTO, registry.holding_everything().name)
-        and by_default(source.tensors, source.config.content, settings.rank),
-    )
+    source, selection = _selected(source, settings, found)
     surroundings = _surroundings(source, selection, found)
     device = choose_device(settings.device)
     return _Survey(source, found, selection, surroundings, device, statistics)
+
+
+def _selected(source: Source, settings: Settings, found: Anatomy) -> tuple[Source, Selection]:
+    """What is selected, and the source, with what lies in stacks apart if that is. Raises
+    LayoutError for a layout that cannot hold matrices of stacks."""
+    holder = registry.holding_everything().name
+    held = settings.layout in (registry.AUTO, holder)
+    wanted = [stack.tensor for stack in found.stacks.values() if _names(settings.include, stack)]
+    if wanted and not held:
+        raise LayoutError(
+            f"--layout {settings.layout} cannot hold {wanted[0]}, which is of all experts of a "
+            "layer",
+            hint=f"use --layout {holder}, or leave the experts out",
+        )
+    apart, exclude = cut(source, found.stacks), settings.exclude
+    content, rank = source.config.content, settings.rank
+    experts = held and by_default(apart.tensors, content, rank, found.experts)
+    left = all(_names(settings.exclude, stack) for stack in found.stacks.values())
+    if found.stacks and (left or not (wanted or experts)):
+        apart, experts = source, False
+        names = [tensor.name for tensor in source.tensors]
+        cuts = [name for stack in found.stacks.values() for name in stack.cuts()]
+        exclude = tuple(
+            each
+            for each in exclude
+            if fnmatch.filter(names, each) or not fnmatch.filter(cuts, each)
+        )
+    selection = select(
+        apart.tensors,
+        content,
+        settings.include,
+        exclude,
+        settings.embeddings,
+        found,
+        experts=experts,
+    )
+    check_whole(selection.matrices)
+    return apart, selection
+
+
+def _names(patterns: Sequence[str], stack: Stack) -> bool:
+    """Whether one of ``patterns`` is for a stack, or for all that lies in it."""
+    names = [stack.tensor, *stack.cuts()]
+    return any(
+        fnmatch.fnmatchcase(stack.tensor, each) or fnmatch.filter(names[1:], each) == names[1:]
+        for each in patterns
+    )
 
 
 def settled(

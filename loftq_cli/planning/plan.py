@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -13,6 +14,7 @@ from loftq_cli.checkpoint.writer import place
 from loftq_cli.families.anatomy import Anatomy
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
+from loftq_cli.layouts.fused import FusedAdapter, Member, fused_adapters, is_fused
 from loftq_cli.planning.selection import Selection
 from loftq_cli.settings.recipe import Recipe, fingerprint
 from loftq_cli.statistics.statistics import Statistics
@@ -93,8 +95,25 @@ class Plan:
         return sum(spec.nbytes for shard in self.shards for spec in shard.specs)
 
     @property
-    def adapter_specs(self) -> list[TensorSpec]:
+    def pair_specs(self) -> list[TensorSpec]:
+        """A and B of every matrix by itself."""
         return [spec for item in self.matrices.values() for spec in item.adapter_specs]
+
+    @cached_property
+    def fused(self) -> list[FusedAdapter]:
+        """The adapters that PEFT has for all experts of a layer together."""
+        return fused_adapters(
+            Member(item.matrix, item.rank, item.adapter_dtype)
+            for item in self.matrices.values()
+            if is_fused(item.matrix)
+        )
+
+    @property
+    def adapter_specs(self) -> list[TensorSpec]:
+        """What the adapter file holds."""
+        alone = (item for item in self.matrices.values() if not is_fused(item.matrix))
+        specs = [spec for item in alone for spec in item.adapter_specs]
+        return specs + [spec for each in self.fused for spec in each.specs()]
 
     @property
     def adapter_bytes(self) -> int:
@@ -109,4 +128,5 @@ class Plan:
     def disk_bytes(self) -> int:
         """Bytes of all tensor files, headers included."""
         files = [list(shard.specs) for shard in self.shards] + [self.adapter_specs]
+        files += [self.pair_specs] if self.fused else []  # until they are fused
         return sum(len(place(specs)[0]) + sum(spec.nbytes for spec in specs) for specs in files)

@@ -39,7 +39,10 @@ def remarks(plan: Plan, options: Options, *, measuring: bool) -> tuple[str, ...]
         )
     if not plan.unsettled:
         lines.append(plan.layout.remark([item.matrix for item in plan.matrices.values()]))
-    lines += [plan.layout_note, experts.note(plan.selection.kept, plan.source.config.content)]
+    lines += [
+        plan.layout_note,
+        experts.note(plan.selection.kept, plan.source.config.content, plan.anatomy.experts),
+    ]
     lines += [None if measuring else statistics_note(plan, options.preset)]
     return tuple(line for line in (*lines, *unused_notes(options, plan.recipe)) if line)
 

@@ -74,7 +74,7 @@ def select(
         _refuse_nothing(kept, emptied)
     _refuse_shared(kinds, config, names)
     _refuse_ruled_out(kinds, ruled_out)
-    check(kinds, [tensor for tensor, _ in kept if tensor.name not in alone], config)
+    check(kinds, [each for each, _ in kept if each.name not in alone], config, anatomy.experts)
     if embeddings and "embedding" not in kinds.values():
         raise UsageError("--embeddings: the checkpoint has no word embedding to quantize")
     return Selection(matrices, kept, kinds, reasons)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,11 +17,14 @@ from loftq_cli.checkpoint.locate import is_path, locate
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.request import Request
+from loftq_cli.checkpoint.stacks import Stack, cut
 from loftq_cli.checkpoint.stored import Stored, read
 from loftq_cli.errors import InputError, LoftqError, VerificationError
+from loftq_cli.families.experts import part_of
 from loftq_cli.families.kinds import turned
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import Matrix, matrix_of
+from loftq_cli.layouts.fused import Member, fused_adapters, is_fused
 from loftq_cli.layouts.registry import layout_of, make_layout
 from loftq_cli.numerics.finite import computable
 from loftq_cli.numerics.metrics import squared_norm
@@ -66,8 +71,10 @@ def recompute(
     decomposer = _decomposer(output, None if stats is None else statistics_for(source, stats))
     for shard in source.shards:
         source.supply.ensure(shard.name)
+    source = cut(source, _stacks(output))
     weights = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
     stored = _stored_tensors(output)
+    pairs = _Pairs(output, stored)
     norms = {}
     for record in output.records:
         name = record["name"]
@@ -89,8 +96,52 @@ def recompute(
         with TensorFile(path) as file:
             weight = computable(file.read(tensor), f"{model}: tensor {name!r}").float()
         weight = turned(weight, matrix.kind).contiguous()
-        norms[name] = _norms(output, record, matrix, weight, stored, decomposer)
+        norms[name] = _norms(output, record, matrix, weight, stored, pairs, decomposer)
     return norms
+
+
+def _stacks(output: Output) -> dict[str, Stack]:
+    """The tensors of the source whose matrices were converted each for itself."""
+    counts: Counter[str] = Counter()
+    found = {}
+    for matrix in map(matrix_of, output.records):
+        if matrix.cut is not None and (part := part_of(matrix.module)):
+            counts[matrix.cut.tensor] += 1
+            leaf, count = part[1].partition(".")[2], counts[matrix.cut.tensor]
+            stack = Stack(matrix.cut.tensor, part[0], leaf, count, matrix.cut.transposed)
+            found[matrix.cut.tensor] = stack
+    return found
+
+
+class _Pairs:
+    """The pairs of the start in ``output``, matrix by matrix."""
+
+    def __init__(self, output: Output, stored: Stored) -> None:
+        recipe = output.manifest["recipe"]
+        members = [
+            Member(matrix, record["rank"], resolve(recipe["adapter_dtype"], matrix.dtype))
+            for record, matrix in ((each, matrix_of(each)) for each in output.records)
+        ]
+        self._alone = {each.matrix.name: each for each in members if not is_fused(each.matrix)}
+        fused = fused_adapters(each for each in members if is_fused(each.matrix))
+        self._fused = {
+            member.matrix.name: (each, number)
+            for each in fused
+            for number, member in enumerate(each.members)
+        }
+        # A fused one is read for each of its experts.
+        self._read = lru_cache(maxsize=4)(partial(read, output.directory, stored))
+
+    def of(self, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (rank, in) and B (out, rank)."""
+        if matrix.name in self._alone:
+            own = self._alone[matrix.name]
+            specs = adapter.specs(matrix, own.rank, own.dtype)
+            first, second = map(self._read, specs)
+            return adapter.sides(matrix, first, second)
+        fused, number = self._fused[matrix.name]
+        lora_A, lora_B = map(self._read, fused.specs())
+        return fused.pair(number, lora_A, lora_B)
 
 
 def _decomposer(output: Output, statistics: Statistics | None) -> Decomposer:
@@ -113,9 +164,10 @@ def _norms(
     matrix: Matrix,
     weight: torch.Tensor,
     stored: Stored,
+    pairs: _Pairs,
     decomposer: Decomposer,
 ) -> tuple[Recomputed, Weighted | None]:
-    residual = _residual(output, record, matrix, weight, stored)
+    residual = _residual(output, record, matrix, weight, stored, pairs)
     final = math.sqrt(squared_norm(residual))
     try:
         plain = decomposer.quantize(weight, matrix)
@@ -138,17 +190,13 @@ def _residual(
     matrix: Matrix,
     weight: torch.Tensor,
     stored: Stored,
+    pairs: _Pairs,
 ) -> torch.Tensor:
     """W - Q - B A of a matrix, as it is stored."""
     recipe = output.manifest["recipe"]
     layout = layout_of(record, recipe)
     tensors = {spec.name: read(output.directory, stored, spec) for spec in layout.specs(matrix)}
-    adapter_dtype = resolve(recipe["adapter_dtype"], matrix.dtype)
-    first, second = (
-        read(output.directory, stored, spec)
-        for spec in adapter.specs(matrix, record["rank"], adapter_dtype)
-    )
-    lora_A, lora_B = adapter.sides(matrix, first, second)
+    lora_A, lora_B = pairs.of(matrix)
     scaling = adapter.scaling(recipe["lora_alpha"], record["rank"])
     residual = weight - layout.decode(matrix, tensors)
     return residual.addmm_(lora_B.float() * scaling, lora_A.float(), alpha=-1)

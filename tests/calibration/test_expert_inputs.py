@@ -18,16 +18,29 @@ from tests.support import models, moe
 from tests.support.calibrated import LENGTH, TEXT, measured
 from tests.support.models import CHARACTERS, FIRST_CHARACTER
 
-LEAVES = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "down_proj")}
-PLACE = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}
-KINDS = ("mixtral", "qwen3_moe")
+LEAVES = {
+    "mixtral": ("w1", "w3", "w2"),
+    "qwen3_moe": ("gate_proj", "up_proj", "down_proj"),
+    "gpt_oss": ("gate_up_proj", "gate_up_proj", "down_proj"),  # of tensors of all experts
+}
+PLACE = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp", "gpt_oss": "mlp"}
 ROOM = LENGTH - 2  # <s> and </s> are around every window
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=LEAVES)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp(request.param)
     return models.save_tokenizer(models.save(moe.make(request.param), place / request.param))
+
+
+def inner(module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """What an expert's down is given for x (in,)."""
+    if type(module).__name__ != "GptOssExperts":
+        gate, up = (module.gate_up_proj[expert] @ x).chunk(2)
+        return functional.silu(gate) * up
+    both = x @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
+    gate, up = both[::2].clamp(max=7), both[1::2].clamp(-7, 7)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 def rows(directory: Path) -> dict[tuple[int, int, str], torch.Tensor]:
@@ -40,10 +53,8 @@ def rows(directory: Path) -> dict[tuple[int, int, str], torch.Tensor]:
         for token, chosen in enumerate(index.tolist()):
             for expert in chosen:
                 x = hidden[token]
-                gate, up = (module.gate_up_proj[expert] @ x).chunk(2)
                 seen.setdefault((number, expert, "given"), []).append(x)
-                inner = functional.silu(gate) * up
-                seen.setdefault((number, expert, "inner"), []).append(inner)
+                seen.setdefault((number, expert, "inner"), []).append(inner(module, expert, x))
 
     for number, layer in enumerate(model.model.layers):
         layer.mlp.experts.register_forward_pre_hook(
@@ -78,7 +89,7 @@ def test_moments_are_those_of_the_tokens_sent_to_each(source, notes, kind):
         of_layer = torch.cat([held[key] for key in held if key[0] == layer and key[2] == "given"])
         for expert in range(4):
             given = held.get((layer, expert, "given"), of_layer[:0])
-            inner = held.get((layer, expert, "inner"), of_layer[:0])
+            gated = held.get((layer, expert, "inner"), of_layer[:0])
             enough = len(given) >= FEW
             own, few = own + enough, few + (not enough)
             taken = given if enough and kind == "diagonal" else of_layer
@@ -88,7 +99,7 @@ def test_moments_are_those_of_the_tokens_sent_to_each(source, notes, kind):
             assert (weight(family, layer, expert, down) in statistics.matrices) == enough
             if enough:
                 name = weight(family, layer, expert, down)
-                near(statistics, name, inner.T @ inner / len(inner))
+                near(statistics, name, gated.T @ gated / len(gated))
     assert own > 0
 
 
@@ -112,7 +123,7 @@ def test_experts_are_converted_with_them(source, notes, tmp_path):
     with_them = loftq_cli.convert(source, tmp_path / "with", stats=statistics.path, **settings)
     without = loftq_cli.convert(source, tmp_path / "without", **settings)
     found = {m["name"]: m for m in with_them["matrices"] if ".experts." in m["name"]}
-    assert len(found) == 24
+    assert len(found) == 2 * 4 * len(set(LEAVES[source.name]))
     kinds = {m["weighted"]["kind"] for m in found.values() if "weighted" in m}
     assert kinds == {"full"}
     plain = loftq_cli.error_report(tmp_path / "without", source, statistics.path)

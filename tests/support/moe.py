@@ -1,9 +1,13 @@
-"""Tiny random mixture-of-experts models, as transformers makes and saves them."""
+"""Tiny random mixture-of-experts models, as transformers makes and saves them, and how they are
+loaded, run and trained."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 
@@ -87,7 +91,13 @@ _SMALL = {
     "eos_token_id": 2,
 }
 _LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa")
-FAMILIES = experts._CONVERTED
+FUSED_BY_PEFT = experts._FUSED_BY_PEFT
+FUSED_BY_US = (
+    *("aria_text", "gpt_oss", "granitemoe", "granitemoeshared", "jamba", "llama4_text"),
+    *("nemotron_h", "phimoe", "qwen2_moe", "qwen3_5_moe_text"),
+)
+"""Whose adapters are written in PEFT's own form for all experts of a layer; some of those whose
+experts are told by what transformers makes of them."""
 
 
 def family(kind: str) -> Any:
@@ -99,3 +109,39 @@ def family(kind: str) -> Any:
         settings.pop("head_dim", None)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(made(**settings)).eval()
+
+
+QUICK: dict[str, Any] = {"bits": 2, "rank": 8, "iters": 1, "threads": 1}
+TOKENS = (torch.arange(22).view(2, 11) * 7 + 3) % 90 + 3
+
+
+def model_class(directory: Path) -> Any:
+    config = json.loads((directory / "config.json").read_text())
+    return getattr(transformers, config["architectures"][0])
+
+
+def adapted(directory: Path) -> Any:
+    """The output as PEFT's documentation says to load it."""
+    backbone = model_class(directory).from_pretrained(directory)
+    return peft.PeftModel.from_pretrained(
+        backbone, directory, subfolder="loftq_init", is_trainable=True
+    )
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS, use_cache=False).logits
+
+
+def train(model: Any) -> tuple[float, float]:
+    """The losses before and after one step; every adapter must get a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3)  # a router chooses otherwise after a large step
+    before = model(TOKENS, labels=TOKENS, use_cache=False).loss
+    before.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".indexer." not in name:  # that chooses, and has no gradient
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
+    optimizer.step()
+    return before.item(), model(TOKENS, labels=TOKENS, use_cache=False).loss.item()

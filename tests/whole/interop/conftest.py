@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import loftq_cli
-from tests.support import models
+from tests.support import models, moe
 from tests.whole.interop import architectures, consumer
 from tests.whole.interop.cases import CASES, Case
 from tests.whole.interop.expected import Output
@@ -60,6 +60,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             kind, name, settings, _ = architectures.FAMILIES[family]
             made[family] = architectures.make(kind, name, settings, tmp_path_factory.mktemp(kind))
         return made[family]
+
+    return source
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint of a small mixture of experts, of one of the kinds of tests/support/moe.py."""
+
+    @functools.cache
+    def source(kind: str) -> Path:
+        return models.save(moe.make(kind), tmp_path_factory.mktemp(kind))
 
     return source
 

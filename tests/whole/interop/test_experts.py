@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -16,46 +13,21 @@ from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.checkpoint.source import open_source
-from loftq_cli.errors import LayoutError, NonFiniteWeightError, UsageError
+from loftq_cli.errors import LayoutError, UsageError
 from loftq_cli.families import experts
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
+from loftq_cli.planning.make import anatomy_of
 from loftq_cli.planning.selection import select
 from tests.support import models, moe
+from tests.support.moe import QUICK, adapted, logits, model_class, train
 
 pytestmark = [
     # PEFT looks for its own entry of the fused parameter's rank among modules only.
     pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys.*gate_up_proj"),
 ]
 
-QUICK: dict[str, Any] = {"bits": 2, "rank": 8, "iters": 1, "threads": 1}
 EXPERTS: dict[str, Any] = {"include": ("*.experts.*",), "layout": "dense"}
-TOKENS = (torch.arange(22).view(2, 11) * 7 + 3) % 90 + 3
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def source(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = models.save(moe.make(kind), tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return source
-
-
-def model_class(directory: Path) -> Any:
-    config = json.loads((directory / "config.json").read_text())
-    return getattr(transformers, config["architectures"][0])
-
-
-def adapted(directory: Path) -> Any:
-    """The output as PEFT's documentation says to load it."""
-    backbone = model_class(directory).from_pretrained(directory)
-    return peft.PeftModel.from_pretrained(
-        backbone, directory, subfolder="loftq_init", is_trainable=True
-    )
 
 
 def expected(source: Path, output: Path, work: Path) -> torch.Tensor:
@@ -73,28 +45,9 @@ def expected(source: Path, output: Path, work: Path) -> torch.Tensor:
     return logits(model_class(source).from_pretrained(work))
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(TOKENS, use_cache=False).logits
-
-
-def train(model: Any) -> tuple[float, float]:
-    """The losses before and after one step; every adapter must get a gradient."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-3)  # a router chooses otherwise after a large step
-    before = model(TOKENS, labels=TOKENS, use_cache=False).loss
-    before.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".indexer." not in name:  # that chooses, and has no gradient
-            assert parameter.grad is not None, name
-            assert parameter.grad.any(), name
-    optimizer.step()
-    return before.item(), model(TOKENS, labels=TOKENS, use_cache=False).loss.item()
-
-
 @pytest.mark.parametrize("kind", moe.KINDS)
-def test_experts_are_passed_through_and_the_rest_loads_and_trains(kind, saved, tmp_path) -> None:
-    source, output = saved(kind), tmp_path / "out"
+def test_experts_are_passed_through_and_the_rest_loads_and_trains(kind, mixture, tmp_path) -> None:
+    source, output = mixture(kind), tmp_path / "out"
     manifest = loftq_cli.convert(source, output=output, layout="dense", **QUICK)
     names = {entry["name"] for entry in manifest["matrices"]}
     assert not any(".experts." in name for name in names)
@@ -111,8 +64,8 @@ def test_experts_are_passed_through_and_the_rest_loads_and_trains(kind, saved, t
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "qwen3_moe_mixed"])
 @pytest.mark.parametrize("way", [adapted, loftq_cli.load])
-def test_experts_in_floating_point_load_and_train(kind, way, saved, tmp_path) -> None:
-    source, output = saved(kind), tmp_path / "out"
+def test_experts_in_floating_point_load_and_train(kind, way, mixture, tmp_path) -> None:
+    source, output = mixture(kind), tmp_path / "out"
     manifest = loftq_cli.convert(source, output=output, **EXPERTS, **QUICK)
     assert manifest["recipe"]["layout"] == "dense"
     found = [e for e in manifest["matrices"] if ".experts." in e["name"]]
@@ -130,8 +83,8 @@ def test_experts_in_floating_point_load_and_train(kind, way, saved, tmp_path) ->
     torch.testing.assert_close(merged, trained, rtol=0, atol=5e-6 * float(trained.abs().max()))
 
 
-def test_a_merge_of_the_start_is_the_same_model(saved, tmp_path) -> None:
-    source, output, merged = saved("mixtral"), tmp_path / "out", tmp_path / "merged"
+def test_a_merge_of_the_start_is_the_same_model(mixture, tmp_path) -> None:
+    source, output, merged = mixture("mixtral"), tmp_path / "out", tmp_path / "merged"
     loftq_cli.convert(source, output=output, **EXPERTS, **QUICK)
     merge(output, merged, observer=Observer())
     reference = expected(source, output, tmp_path / "reference")
@@ -140,9 +93,9 @@ def test_a_merge_of_the_start_is_the_same_model(saved, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe_mixed"])
-def test_a_trained_fused_adapter_merges_as_peft_merges_it(kind, saved, tmp_path) -> None:
+def test_a_trained_fused_adapter_merges_as_peft_merges_it(kind, mixture, tmp_path) -> None:
     output, trained = tmp_path / "out", tmp_path / "trained"
-    loftq_cli.convert(saved(kind), output=output, **EXPERTS, **QUICK)
+    loftq_cli.convert(mixture(kind), output=output, **EXPERTS, **QUICK)
     model = adapted(output)
     train(model)
     model.save_pretrained(trained)
@@ -152,16 +105,23 @@ def test_a_trained_fused_adapter_merges_as_peft_merges_it(kind, saved, tmp_path)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("family", moe.FAMILIES)
-@pytest.mark.parametrize("way", [adapted, loftq_cli.load])
+WAYS = {
+    family: (adapted, loftq_cli.load)[number % 2]
+    for number, family in enumerate((*moe.FUSED_BY_PEFT, *moe.FUSED_BY_US))
+} | {"mixtral": adapted, "gpt_oss": adapted}
+
+
+@pytest.mark.parametrize(("family", "way"), [*WAYS.items(), *(("gpt_oss", loftq_cli.load),)])
 def test_experts_of_every_family_stay_packed_and_train(family, way, tmp_path) -> None:
-    """Converted by default; loaded, trained, saved by PEFT, loaded again, and merged."""
+    """Converted by default; loaded, trained, saved by PEFT, loaded again, and merged. The zoo
+    loads in both ways."""
     source = models.save(moe.family(family), tmp_path / "source")
     output, trained = tmp_path / "out", tmp_path / "trained"
     manifest = loftq_cli.convert(source, output=output, **QUICK)
     assert manifest["recipe"]["layout"] == "loftq"
     assert any(".experts." in entry["name"] for entry in manifest["matrices"])
-    assert not any(".experts." in entry["name"] for entry in manifest["passed_through"])
+    left = [entry["name"] for entry in manifest["passed_through"] if ".experts." in entry["name"]]
+    assert all(name.endswith("_bias") for name in left)
     merge(output, tmp_path / "merged", observer=Observer())
     reference = logits(model_class(source).from_pretrained(tmp_path / "merged"))
     model = way(output)
@@ -188,8 +148,8 @@ def test_experts_of_every_family_stay_packed_and_train(family, way, tmp_path) ->
         ({"rank": 48}, "gptq", False),  # an expert has a side of 32
     ],
 )
-def test_which_experts_are_converted(settings, layout, converted, saved, tmp_path) -> None:
-    manifest = loftq_cli.convert(saved("qwen3_moe"), tmp_path / "out", **{**QUICK, **settings})
+def test_which_experts_are_converted(settings, layout, converted, mixture, tmp_path) -> None:
+    manifest = loftq_cli.convert(mixture("qwen3_moe"), tmp_path / "out", **{**QUICK, **settings})
     assert manifest["recipe"]["layout"] == layout
     found = [entry for entry in manifest["matrices"] if ".experts." in entry["name"]]
     assert len(found) == (24 if converted else 0)
@@ -199,10 +159,10 @@ def test_which_experts_are_converted(settings, layout, converted, saved, tmp_pat
 @pytest.mark.parametrize("method", ["uniform", "uniform-symmetric"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_experts_in_layout_compressed_are_read_packed_and_by_transformers_alone(
-    kind, method, saved, tmp_path
+    kind, method, mixture, tmp_path
 ) -> None:
     output, settings = tmp_path / "out", {**EXPERTS, **QUICK, "method": method, "block_size": 32}
-    loftq_cli.convert(saved(kind), output, **{**settings, "bits": 4, "layout": "compressed"})
+    loftq_cli.convert(mixture(kind), output, **{**settings, "bits": 4, "layout": "compressed"})
     merge(output, tmp_path / "merged", observer=Observer())
     reference = logits(model_class(output).from_pretrained(tmp_path / "merged"))
     tolerance = 1e-5 * float(reference.abs().max())
@@ -221,16 +181,6 @@ def test_experts_in_layout_compressed_are_read_packed_and_by_transformers_alone(
     assert all(torch.equal(t, expected_state[name]) for name, t in alone.state_dict().items())
 
 
-def test_an_expert_with_nan_is_named(saved, tmp_path) -> None:
-    source = Path(shutil.copytree(saved("mixtral"), tmp_path / "source"))
-    tensors = load_file(source / "model.safetensors")
-    name = next(name for name in tensors if ".experts.2." in name)
-    tensors[name][1, 2] = float("nan")
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NonFiniteWeightError, match=re.escape(name)):
-        loftq_cli.convert(source, tmp_path / "out", **QUICK)
-
-
 @pytest.mark.parametrize(
     ("kind", "line"),
     [
@@ -245,23 +195,24 @@ def test_an_expert_with_nan_is_named(saved, tmp_path) -> None:
             "for experts are passed through; --include '*.experts.*' converts them, in layout "
             "loftq or dense",
         ),
-        # A layer's two fused weights, and its two biases.
         (
             "gpt_oss",
-            "8 tensors of experts with 199,168 weights are passed through",
+            "4 tensors of experts with 196,608 weights are passed through; --include "
+            "'*.experts.*' converts them, in layout loftq",
         ),
         ("llama", None),
     ],
 )
-def test_one_line_counts_what_is_passed_through(kind, line, saved, tmp_path) -> None:
-    source = models.save(models.llama(), tmp_path / kind) if kind == "llama" else saved(kind)
+def test_one_line_counts_what_is_passed_through(kind, line, mixture, tmp_path) -> None:
+    source = models.save(models.llama(), tmp_path / kind) if kind == "llama" else mixture(kind)
     opened = open_source(source)
-    config = opened.config.content
-    assert experts.note(select(opened.tensors, config).kept, config) == line
+    config, found = opened.config.content, anatomy_of(opened)
+    kept = select(opened.tensors, config, anatomy=found).kept
+    assert experts.note(kept, config, found.experts) == line
 
 
-def test_layers_that_peft_mistakes_for_experts_say_so(saved, tmp_path) -> None:
-    manifest = loftq_cli.convert(saved("deepseek_v3"), output=tmp_path / "out", **QUICK)
+def test_layers_that_peft_mistakes_for_experts_say_so(mixture, tmp_path) -> None:
+    manifest = loftq_cli.convert(mixture("deepseek_v3"), output=tmp_path / "out", **QUICK)
     reasons = {entry["name"]: entry["reason"] for entry in manifest["passed_through"]}
     for name in ("0.mlp.up_proj", "1.mlp.shared_experts.gate_proj"):
         assert reasons[f"model.layers.{name}.weight"] == "PEFT takes it for an expert"
@@ -274,10 +225,12 @@ def test_layers_that_peft_mistakes_for_experts_say_so(saved, tmp_path) -> None:
         ("mixtral", {"exclude": ("*.experts.0.*",)}, UsageError, "all experts or none"),
         ("qwen3_moe", {**EXPERTS, "rank": 48}, UsageError, "has rank 32"),
         ("mixtral", {**EXPERTS, "rank_map": "*.w1.*=4"}, UsageError, "has rank 4"),
-        ("qwen2_moe", EXPERTS, UsageError, "those of qwen2_moe are not converted yet"),
+        ("gpt_oss", EXPERTS, LayoutError, "_proj, which is of all experts of a layer"),
+        ("gpt_oss", {"exclude": ("*.experts.0.*",)}, UsageError, "all experts or none"),
+        ("gpt_oss", {"include": ("*.experts.*",), "rank": 80}, UsageError, "has rank 64"),
         ("deepseek_v3", {"include": ("*.0.mlp.*",)}, UsageError, "takes it for an expert"),
     ],
 )
-def test_what_would_not_load_is_refused(kind, settings, error, words, saved, tmp_path) -> None:
+def test_what_would_not_load_is_refused(kind, settings, error, words, mixture, tmp_path) -> None:
     with pytest.raises(error, match=words):
-        loftq_cli.convert(saved(kind), output=tmp_path / "out", **{**QUICK, **settings})
+        loftq_cli.convert(mixture(kind), output=tmp_path / "out", **{**QUICK, **settings})
