@@ -192,7 +192,8 @@ def test_experts_that_are_missing_or_of_another_kind_are_refused() -> None:
     names = [f"{e}.{leaf}" for e in range(3) for leaf in LEAVES]
     with pytest.raises(UnsupportedInputError, match=r"has 4 experts, .* differs in 3\."):
         take_over(fused(), {name: partial(packed, entry=ENTRY) for name in names})
-    odd = moe.make("gpt_oss").model.layers[0].mlp.experts
+    odd = fused()
+    odd.has_post_expert_norm = True
     with pytest.raises(UnsupportedInputError, match="does not hold its experts as they are"):
         take_over(odd, {name: partial(packed, entry=ENTRY) for name in names})
     assert not isinstance(odd, PackedExperts)

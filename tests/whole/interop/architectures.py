@@ -157,6 +157,10 @@ def dense(source: Path, output: Path, manifest: dict[str, Any], work: Path) -> A
         if f"{stem}.lora_embedding_A" in pairs:
             product = pairs[f"{stem}.lora_embedding_B"] @ pairs[f"{stem}.lora_embedding_A"]
             value = value + product.T
+        elif "cut" in record:
+            cut, part = record["cut"], value + of_expert(pairs, stem, record["rank"])
+            tensors[cut["tensor"]][cut["index"]] = part.T if cut["transposed"] else part
+            continue
         else:
             value = value + pairs[f"{stem}.lora_B.weight"] @ pairs[f"{stem}.lora_A.weight"]
         conv1d = record.get("kind") == "conv1d"
@@ -165,6 +169,16 @@ def dense(source: Path, output: Path, manifest: dict[str, Any], work: Path) -> A
     save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(source / "config.json", work)
     return model_class(source).from_pretrained(work).eval()
+
+
+def of_expert(pairs: dict[str, torch.Tensor], stem: str, rank: int) -> torch.Tensor:
+    """B A of an expert whose parameter is one tensor of the checkpoint: PEFT stacks all A of a
+    layer, and has the expert last in B."""
+    experts, number, leaf = stem.rsplit(".", 2)
+    path = experts if leaf == "down_proj" else f"{experts}.base_layer"
+    lora_A, lora_B = (pairs[f"{path}.lora_{side}.weight"] for side in "AB")
+    count, expert = len(lora_A) // rank, int(number)
+    return lora_B.view(-1, rank, count)[:, :, expert] @ lora_A.view(count, rank, -1)[expert]
 
 
 def model_class(directory: Path) -> Any:

@@ -55,7 +55,7 @@ def test_both_ways_to_load_give_the_same_outputs(name, layout, source, tmp_path)
     names = [entry["name"] for entry in manifest["matrices"]]
     assert len([each for each in names if ".experts." not in each]) == CASES[name].converted
     assert any(".experts." in each for each in names) == (
-        layout == "loftq" and CASES[name].kind in ("glm4_moe", "qwen3_next")
+        layout == "loftq" and CASES[name].kind in ("glm4_moe", "granitemoe", "qwen3_next")
     )
     kept = {entry["name"]: entry["reason"] for entry in manifest["passed_through"]}
     for end, reason in CASES[name].reasons.items():
