@@ -246,7 +246,7 @@ def _refuse(plan: ExportPlan, moved: Sequence[Moved], surroundings: Surroundings
         elif is_expert(name) and not wanted.holds_experts:
             obstacles.append(f"{name}: an expert")
         elif matrix.cut is not None and not wanted.holds_everything:
-            obstacles.append(f"{name}: of {matrix.cut.tensor}, which is of all experts of a layer")
+            obstacles.append(f"{matrix.cut.tensor}: of all experts of a layer")
         elif reason := wanted.cannot_hold(matrix):
             obstacles.append(f"{name}: {reason}")
     if not wanted.mixes and len({(matrix.method, matrix.bits) for matrix in matrices}) > 1:
@@ -255,6 +255,6 @@ def _refuse(plan: ExportPlan, moved: Sequence[Moved], surroundings: Surroundings
         obstacles.append(together)
     if obstacles:
         raise LayoutError(
-            f"--layout {wanted.name} cannot hold " + "; ".join(obstacles),
+            f"--layout {wanted.name} cannot hold " + "; ".join(dict.fromkeys(obstacles)),
             hint="an export keeps methods and widths; convert the model anew for another layout",
         )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.conversion.engine import Conversion
-from loftq_cli.errors import CorruptFileError, NonFiniteWeightError
+from loftq_cli.errors import CorruptFileError, LayoutError, NonFiniteWeightError
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
 from tests.support import checkpoints
@@ -95,6 +95,27 @@ def test_each_expert_of_a_stack_is_what_it_is_alone(kind, mixture, tmp_path) -> 
         assert found[name].shape == stored[name].shape
         near = (found[name] - stored[name]).norm() / stored[name].norm()
         assert float(near) < 0.01, name
+
+
+@pytest.mark.parametrize("layout", ["dense", "compressed"])
+def test_an_export_names_each_tensor_that_the_layout_cannot_hold_once(
+    layout, mixture, tmp_path
+) -> None:
+    loftq_cli.convert(mixture("llama4"), tmp_path / "out", **QUICK)
+    with pytest.raises(LayoutError) as caught:
+        loftq_cli.export(tmp_path / "out", tmp_path / "exported", layout=layout)
+    stacks = [
+        f"model.layers.1.feed_forward.experts.{leaf}" for leaf in ("down_proj", "gate_up_proj")
+    ]
+    assert all(caught.value.message.count(f"{stack}: of all experts") == 1 for stack in stacks)
+
+
+def test_a_target_spreads_over_the_experts_of_stacks(mixture, tmp_path) -> None:
+    settings = {**QUICK, "bits": None, "target_bpw": 3}
+    manifest = loftq_cli.convert(mixture("gpt_oss"), tmp_path / "out", **settings)
+    widths = {entry["bits"] for entry in manifest["matrices"] if "cut" in entry}
+    assert len(widths) > 1
+    assert 2.9 < manifest["totals"]["bits_per_weight"] <= 3
 
 
 def load_backbone(directory: Path) -> dict[str, torch.Tensor]:
