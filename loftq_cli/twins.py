@@ -180,6 +180,9 @@ def export(
     adapter: _Path | None = None,
     merge: bool = False,
     stats: _Path | None = None,
+    skeleton: _Path | None = None,
+    source: _Path | None = None,
+    strict: bool = False,
     pad_ranks: bool = False,
     base_model: str | None = None,
     revision: str | None = None,
@@ -193,10 +196,13 @@ def export(
     to the folder ``adapter`` of the output or, with ``merge``, into the codes, which are chosen
     anew, with error feedback under the statistics in the file ``stats``; ``pad_ranks`` gives every
     pair one rank, by zeros; ``base_model`` is what the adapters' configs call the backbone, None
-    the output's path.
+    the output's path. Layout "gguf" is written into the ``skeleton``, a GGUF file of the model in
+    floating point, which is of the model ``source`` if it is not of the conversion's own values;
+    ``strict`` refuses tensors that would be in 16 bits.
     """
     from loftq_cli.checkpoint.locate import locate_adapter
     from loftq_cli.exporting.export import export as run
+    from loftq_cli.exporting.gguf.export import export_gguf, settled
     from loftq_cli.exporting.work import Wanted
     from loftq_cli.machine.observer import Logged
 
@@ -206,7 +212,13 @@ def export(
         trained = locate_adapter(adapter, offline=offline, listener=Logged())
     file = None if stats is None else _expanded(stats)
     wanted = Wanted(layout, trained, merge, file, pad_ranks, base_model)
-    return run(place.directory, _expanded(output), wanted, overwrite=overwrite, observer=Logged())
+    held = None if skeleton is None else _expanded(skeleton)
+    origin = None if source is None else str(source)
+    skeletal = settled(wanted, held, origin, strict=strict, offline=offline)
+    target, observer = _expanded(output), Logged()
+    if skeletal is None:
+        return run(place.directory, target, wanted, overwrite=overwrite, observer=observer)
+    return export_gguf(place.directory, target, skeletal, overwrite=overwrite, observer=observer)
 
 
 def push(

@@ -24,7 +24,10 @@ from loftq_cli.layouts import registry
 @directory_argument
 @click.option("-o", "--output", required=True, type=ExpandedPath(), help="Directory to write.")
 @click.option(
-    "--layout", required=True, type=choice(*registry.names()), help="How the codes are stored."
+    "--layout",
+    required=True,
+    type=choice(*registry.names(), "gguf"),
+    help="How the codes are stored.",
 )
 @click.option(
     "--adapter",
@@ -44,6 +47,19 @@ from loftq_cli.layouts import registry
     metavar="FILE",
     help="Activation statistics (`loftq calibrate`), by which --merge feeds errors back.",
 )
+@click.option(
+    "--skeleton",
+    type=ExpandedPath(),
+    metavar="FILE",
+    help="For gguf: the model's GGUF file in F32, F16 or BF16, which the codes go into.",
+)
+@click.option(
+    "--source",
+    type=str,
+    metavar="MODEL",
+    help="For gguf: the model that was converted, if the skeleton is of that; or a hub id.",
+)
+@click.option("--strict", is_flag=True, help="For gguf: refuse tensors that need 16 bits.")
 @click.option("--pad-ranks", is_flag=True, help="Give every pair one rank, by zeros.")
 @click.option(
     "--base-model",
@@ -64,6 +80,9 @@ def export(
     adapter: str | None,
     merge: bool,
     stats: Path | None,
+    skeleton: Path | None,
+    source: str | None,
+    strict: bool,
     pad_ranks: bool,
     base_model: str | None,
     revision: str | None,
@@ -77,15 +96,18 @@ def export(
 
     DIR is a directory or a hub id. What the layout cannot hold exactly is refused. The result is a
     conversion, as `loftq convert` would have written it. With --merge the codes are those of the
-    trained model, and the result has no adapter.
+    trained model, and the result has no adapter. With --layout gguf it is model.gguf and
+    adapter.gguf, for llama.cpp and Ollama.
 
     \b
     loftq export out/ -o served --layout compressed
     loftq export out/ -o served --layout compressed --adapter trained --pad-ranks
     loftq export out/ -o served --layout awq --adapter trained --merge --stats stats.safetensors
+    loftq export out/ -o served --layout gguf --adapter trained --skeleton f16.gguf --source MODEL
     """
     from loftq_cli.checkpoint.locate import locate_adapter, locate_output
     from loftq_cli.exporting.export import export as run
+    from loftq_cli.exporting.gguf.export import export_gguf, settled
     from loftq_cli.exporting.work import Wanted
 
     narrator = Narrator(quiet=quiet, verbose=verbose)
@@ -96,5 +118,12 @@ def export(
         None if adapter is None else locate_adapter(adapter, offline=offline, listener=narrator)
     )
     wanted = Wanted(layout, trained, merge, stats, pad_ranks, base_model)
-    result = run(place.directory, output, wanted, overwrite=overwrite, observer=narrator)
-    show.exported(result, as_json=as_json)
+    skeletal = settled(wanted, skeleton, source, strict=strict, offline=offline)
+    if skeletal is None:
+        result = run(place.directory, output, wanted, overwrite=overwrite, observer=narrator)
+        show.exported(result, as_json=as_json)
+    else:
+        written = export_gguf(
+            place.directory, output, skeletal, overwrite=overwrite, observer=narrator
+        )
+        show.exported_gguf(written, as_json=as_json)

@@ -147,6 +147,25 @@ def exported(result: Mapping[str, Any], *, as_json: bool) -> None:
     console.pairs(f"wrote {result['output']}", pairs)
 
 
+def exported_gguf(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The summary at the end of ``loftq export --layout gguf``, and what to type next."""
+    if as_json:
+        console.json_object(result)
+        return
+    types = ", ".join(f"{count} in {name}" for name, count in result["types"].items())
+    pairs = [
+        ("matrices", types),
+        ("model", result["model"]),
+        ("size", console.size(result["bytes"])),
+        ("time", f"{result['seconds']:.1f} s"),
+    ]
+    if result["adapter"] is not None:
+        pairs.insert(2, ("adapter", result["adapter"]))
+    console.pairs(f"wrote {result['output']}", pairs)
+    lora = "" if result["adapter"] is None else f" --lora {result['adapter']}"
+    console.line(f"next: llama-server -m {result['model']}{lora}")
+
+
 def _distances(merged: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How far training and rounding went."""
     what = "outputs" if merged["stats"] else "weights"

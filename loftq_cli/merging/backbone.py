@@ -73,9 +73,12 @@ class StoredMatrix:
     def read(self) -> torch.Tensor:
         """The matrix in float32, as the source stores it. Raises VerificationError if a part is
         missing or of another dtype or shape."""
+        return turned(self.layout.decode(self.matrix, self.parts()), self.matrix.kind).contiguous()
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Its stored tensors. Raises as :meth:`read`."""
         specs = self.layout.specs(self.matrix)
-        parts = {spec.name: read(self.directory, self.stored, spec) for spec in specs}
-        return turned(self.layout.decode(self.matrix, parts), self.matrix.kind).contiguous()
+        return {spec.name: read(self.directory, self.stored, spec) for spec in specs}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,13 +16,13 @@ from loftq_cli.checkpoint.locate import is_path, locate
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.request import Request
-from loftq_cli.checkpoint.stacks import Stack, cut
+from loftq_cli.checkpoint.stacks import cut
 from loftq_cli.checkpoint.stored import Stored, read
 from loftq_cli.errors import InputError, LoftqError, VerificationError
-from loftq_cli.families.experts import part_of
 from loftq_cli.families.kinds import turned
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import Matrix, matrix_of
+from loftq_cli.layouts.cuts import stacks_of
 from loftq_cli.layouts.fused import Member, fused_adapters, is_fused
 from loftq_cli.layouts.registry import layout_of, make_layout
 from loftq_cli.numerics.finite import computable
@@ -71,7 +70,7 @@ def recompute(
     decomposer = _decomposer(output, None if stats is None else statistics_for(source, stats))
     for shard in source.shards:
         source.supply.ensure(shard.name)
-    source = cut(source, _stacks(output))
+    source = cut(source, stacks_of(output.records))
     weights = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
     stored = _stored_tensors(output)
     pairs = _Pairs(output, stored)
@@ -98,19 +97,6 @@ def recompute(
         weight = turned(weight, matrix.kind).contiguous()
         norms[name] = _norms(output, record, matrix, weight, stored, pairs, decomposer)
     return norms
-
-
-def _stacks(output: Output) -> dict[str, Stack]:
-    """The tensors of the source whose matrices were converted each for itself."""
-    counts: Counter[str] = Counter()
-    found = {}
-    for matrix in map(matrix_of, output.records):
-        if matrix.cut is not None and (part := part_of(matrix.module)):
-            counts[matrix.cut.tensor] += 1
-            leaf, count = part[1].partition(".")[2], counts[matrix.cut.tensor]
-            stack = Stack(matrix.cut.tensor, part[0], leaf, count, matrix.cut.transposed)
-            found[matrix.cut.tensor] = stack
-    return found
 
 
 class _Pairs:

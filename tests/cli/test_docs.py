@@ -25,7 +25,7 @@ from loftq_cli.cli.commands import main
 from loftq_cli.settings.kinds import flag
 from loftq_cli.settings.table import entries
 from loftq_cli.version import VERSION
-from tests.support import models
+from tests.support import gguf_files, models
 from tests.support.commands import Command, snapshot_of
 
 HERE = Path(__file__).parent
@@ -187,6 +187,7 @@ def test_the_examples_of_the_manual_work(
     shutil.rmtree(place / "model")
     models.save_tokenizer(models.save(models.llama(), place / "my-model"))
     (place / "model").symlink_to("my-model")
+    gguf_files.skeleton(place / "my-model", place / "my-model-f16.gguf", (4, 2))
     (place / "notes.txt").write_text("Nobody knew why the mill stood still. " * 20)
     examples = re.findall(r"^\$ loftq (.*)$", MANUAL, re.MULTILINE)
     assert len(examples) >= len(main.commands)

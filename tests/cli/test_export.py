@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.cli.commands import main
-from tests.support import checkpoints
+from tests.support import checkpoints, gguf_files, models
 
 
 @pytest.fixture
@@ -98,3 +98,31 @@ def test_verbose_shows_where_an_error_comes_from(place: Path) -> None:
     refused = run("-o", "three", "--layout", "bnb", "-v")
     assert "Traceback" in refused.stderr
     assert "Traceback" in run("-o", "three", "--layout", "bnb", "--verbose").stderr
+
+
+def test_a_gguf_file_and_what_to_type_next_are_shown(place: Path) -> None:
+    source = models.save(models.llama(), place / "llama")
+    settings: dict[str, Any] = {"bits": 4, "method": "uniform-symmetric", "block_size": 32}
+    loftq_cli.convert(source, place / "four", layout="compressed", rank=4, iters=1, **settings)
+    gguf_files.skeleton(source, place / "f16.gguf", (4, 2))
+    words = (
+        "four",
+        "-o",
+        "served",
+        "--layout",
+        "gguf",
+        "--skeleton",
+        "f16.gguf",
+        "--source",
+        "llama",
+    )
+    shown = run(*words, "--strict", "--adapter", "four/loftq_init")
+    assert shown.exit_code == 0, shown.output
+    assert "matrices  14 in Q4_0" in shown.stdout
+    assert "next: llama-server -m served/model.gguf --lora served/adapter.gguf" in shown.stdout
+    told = run(*words, "--json", "--overwrite", "-q")
+    keys = "adapter bytes directory fingerprint model output seconds skeleton tensors tool types"
+    assert sorted(json.loads(told.stdout)) == keys.split()
+    refused = run("four", "-o", "other", "--layout", "gguf", "--skeleton", "f16.gguf")
+    assert refused.exit_code == 3
+    assert "--source" in refused.stderr

