@@ -115,6 +115,7 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
             # after loading, what is missing is an error instead.
             module._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, module)
+            _leave_undrawn(model.get_submodule(name.rpartition(".")[0]))
 
     def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
         """Those that fuse experts would take the packed ones apart from their names."""
@@ -176,6 +177,14 @@ def _names(modules: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[s
             hint="load it with the class that config.json names under architectures",
         )
     return found
+
+
+def _leave_undrawn(parent: nn.Module) -> None:
+    """Keep transformers from drawing, for ``parent``, the weights of what it is made of: it may ask
+    packed ones for their shape. What is its own, and missing, has to be drawn."""
+    own = [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]
+    if not own:
+        parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _take_over_experts(

@@ -11,7 +11,7 @@ import torch
 from loftq_cli.checkpoint import dtypes
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.source import Source
-from loftq_cli.errors import CorruptFileError
+from loftq_cli.errors import CorruptFileError, UnsupportedInputError
 from loftq_cli.families.anatomy import Anatomy, anatomy
 from loftq_cli.families.blocks import stacks
 from loftq_cli.families.experts import by_default, check_ranks
@@ -156,6 +156,8 @@ def _in_width(matrix: Matrix, settings: Settings, bits: int | None) -> Matrix:
 
 def _survey(source: Source, settings: Settings, statistics: Statistics | None) -> _Survey:
     found = anatomy_of(source)
+    if found.refusal is not None:
+        raise UnsupportedInputError(found.refusal, hint="config.json may name another class")
     selection = select(
         source.tensors,
         source.config.content,
