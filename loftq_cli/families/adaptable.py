@@ -1,52 +1,50 @@
-"""What PEFT makes of a model, and of the names of its adapter's tensors, as PEFT itself tells.
+"""What PEFT makes of a model, and of the names of its adapter's tensors.
 
 PEFT renames an adapter's tensors as transformers renames those of a checkpoint, although they are
 named as modules are in memory. Where a rule of the family fits such a name too, the tensor gets
-one that no module has, and is passed over.
+one that no module has, and is passed over. PEFT is not asked: importing it takes seconds.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import nn
 
+from loftq_cli.families.names import transforms
+
 LOST = "PEFT renames the tensors of its adapter, and loses them"
-_PREFIX = "base_model.model."
 
 
 def lost(model: nn.Module, modules: Collection[str]) -> set[str]:
-    """Those of ``modules`` of ``model`` whose adapter PEFT would not load; none if PEFT is not
-    installed, or renames nothing in models of this type."""
-    try:
-        if not modules or not _is_renamed(model):
-            return set()
-        peft: Any = importlib.import_module("peft")
-        conversion: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
-        rename = conversion.convert_peft_adapter_state_dict_for_transformers
-    except (ImportError, AttributeError):  # other versions rename nothing
+    """Those of ``modules`` of ``model``, none of experts, whose adapter PEFT would not load.
+
+    Follows ``convert_peft_adapter_state_dict_for_transformers`` of PEFT 0.21: every renaming in
+    turn, unless that took off no more than what a name begins with. Conversions fit experts alone.
+    """
+    if not _is_renamed(model):
         return set()
-    names = {
-        f"{_PREFIX}{module}.lora_{side}.weight": module
-        for module in sorted(modules)
-        for side in "AB"
-    }
-    stored = {name: torch.full((1, 1), float(number)) for number, name in enumerate(names)}
-    loaded = rename(model, peft.LoraConfig(), dict(stored))
-    return {
-        module
-        for name, module in names.items()
-        if name not in loaded or not torch.equal(loaded[name], stored[name])
-    }
+    renamings, _ = transforms(model)
+    found = set()
+    for module in sorted(modules):
+        for side in "AB":
+            name = key = f"{module}.lora_{side}.default.weight"
+            for renaming in renamings:
+                key, _ = renaming.rename_source_key(key)
+            if not f"base_model.model.{name}".endswith(key):
+                found.add(module)
+    return found
 
 
 def _is_renamed(model: Any) -> bool:
-    mapping: Any = importlib.import_module("transformers.conversion_mapping")
+    """Whether PEFT renames anything in models of this type."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:  # an older transformers
+        return False
     kind = getattr(model.config, "model_type", None)
-    return mapping.get_checkpoint_conversion_mapping(kind) is not None
+    return get_checkpoint_conversion_mapping(kind) is not None
 
 
 def unadaptable(model: Any) -> str | None:

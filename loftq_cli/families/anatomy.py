@@ -107,13 +107,14 @@ def anatomy(
     lost = _lost_adapters(model, places, tensors, reasons)
     stated = bool(config.get("architectures"))
     lacking = _lacking(model, places, shared)
+    homeless = [name for name in _matrices(tensors) if places[name] is None]
     return Anatomy(
         names,
         {**reasons, **dict.fromkeys(lost, adaptable.LOST)},
         takes_text(model),
         None if stated else type(model).__name__,
         tuple(_remarks(model, places, lacking, lost, stated=stated)),
-        _misnamed(model, places, lacking) or adaptable.unadaptable(model),
+        _misnamed(model, homeless, lacking) or adaptable.unadaptable(model),
     )
 
 
@@ -138,13 +139,9 @@ def _lacking(
     return [name for name in linear if name not in found]
 
 
-def _misnamed(
-    model: nn.Module, places: Mapping[str, Place | None], lacking: Sequence[str]
-) -> str | None:
-    """What to say if the checkpoint has matrices of the shapes that the model lacks, under names
-    that transformers takes no notice of: it would draw them at random."""
-    homeless = [name for name in _numbered(places) if places[name] is None]
-    homeless = [name for name in homeless if name.endswith(".weight")]
+def _misnamed(model: nn.Module, homeless: Sequence[str], lacking: Sequence[str]) -> str | None:
+    """What to say if the checkpoint has the matrices that the model lacks, under names that
+    transformers takes no notice of: it would draw them at random."""
     if not lacking or len(homeless) < len(lacking):
         return None
     return (
@@ -216,10 +213,9 @@ def _lost_adapters(
     """The matrices in blocks, not ``ruled_out``, whose adapter PEFT would lose; those of experts
     have names of their own."""
     modules = {}
-    for name in _numbered(tensors):
+    for name in _matrices(tensors):
         place = places[name]
-        matrix = len(tensors[name]) == 2 and name.endswith(".weight") and not is_expert(name)
-        if matrix and place is not None and name not in ruled_out:
+        if place is not None and name not in ruled_out and not is_expert(name):
             modules[name] = place.name.removesuffix(".weight")
     lost = adaptable.lost(model, set(modules.values()))
     return [name for name, module in modules.items() if module in lost]
@@ -258,6 +254,12 @@ def _is_plain(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -
                 and not any(map(_RENAMED.search, tensors))
             )
     return False
+
+
+def _matrices(tensors: Mapping[str, Sequence[int]]) -> list[str]:
+    """The weights in blocks that have two dimensions."""
+    named = [name for name in _numbered(tensors) if name.endswith(".weight")]
+    return [name for name in named if len(tensors[name]) == 2]
 
 
 def _numbered(names: Iterable[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.whole.zoo import small
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, about what it did not find
 
+ROOT = Path(__file__).parents[2]
 QUICK: dict[str, Any] = {"bits": 2, "rank": 2, "iters": 1, "threads": 1, "layout": "loftq"}
 
 
@@ -76,10 +78,11 @@ def test_they_are_passed_through_and_a_line_says_so() -> None:
     assert line.endswith("and 5 more stay as they are: " + LOST)
 
 
-def test_without_peft_nothing_is_lost(monkeypatch) -> None:
-    model = small.build("mistral_large4", "MistralLarge4ForConditionalGeneration")
-    monkeypatch.setitem(sys.modules, "peft", None)
-    assert lost(model, linear_layers(model)) == set()
+def test_peft_is_not_imported_for_it(tmp_path) -> None:
+    """It takes seconds, and has other libraries say what they lack."""
+    small.build("mistral_large4", "MistralLarge4ForConditionalGeneration").save_pretrained(tmp_path)
+    plan = "import sys, loftq_cli; loftq_cli.plan(sys.argv[1]); assert 'peft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", plan, tmp_path], check=True, cwd=ROOT)
 
 
 def test_a_model_that_peft_attaches_nothing_to_is_refused(tmp_path) -> None:
