@@ -29,6 +29,14 @@ _GEMMA_4_ASSISTING = {
     "hidden_size_per_layer_input": 0,
     "num_kv_shared_layers": 2,
 }
+_CONFORMER = {
+    "input_dim": 16,
+    "hidden_dim": 64,
+    "dim_head": 16,
+    "num_layers": 2,
+    "context_size": 16,
+    "max_pos_emb": 16,
+}
 _VQ = {
     "base_channels": 32,
     "channel_multiplier": [1, 1],
@@ -75,6 +83,13 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_text": {**_GEMMA_4, "vocab_size_per_layer_input": VOCABULARY},
     "gemma4_unified_text": _GEMMA_4,
     "diffusion_gemma_text": _DIFFUSION,
+    "falcon_h1": {
+        "mamba_d_ssm": 128,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
@@ -144,23 +159,8 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "indexed_attention"],
         "hc_lowrank": 16,
     },
-    "granite_speech_encoder": {
-        "input_dim": 16,
-        "hidden_dim": 64,
-        "dim_head": 16,
-        "num_layers": 2,
-        "context_size": 16,
-        "max_pos_emb": 16,
-    },
-    "granite_speech": {"encoder_hidden_size": 64},
-    "granite_speech_plus_encoder": {
-        "input_dim": 16,
-        "hidden_dim": 64,
-        "dim_head": 16,
-        "num_layers": 2,
-        "context_size": 16,
-        "max_pos_emb": 16,
-    },
+    "granite_speech_encoder": _CONFORMER,
+    "granite_speech_plus_encoder": _CONFORMER,
     "blip": {"num_query_tokens": 4},
     "blip-2": {"num_query_tokens": 4, "image_token_index": IMAGE_TOKEN},
     "instructblip": {"num_query_tokens": 4, "image_token_index": IMAGE_TOKEN},
@@ -288,6 +288,8 @@ OWN: dict[str, dict[str, Any]] = {
         "resampler_head_dim": 16,
     },
     "kosmos_2_text_model": {"layers": 2, "attention_heads": 4},
+    "kosmos_2_5_text_model": {"layers": 2, "attention_heads": 4},
+    "kosmos-2.5": {"latent_query_num": 4},
     "kosmos-2": {"latent_query_num": 4},
     "pix2struct_vision_model": {"patch_embed_hidden_size": 48, "seq_len": 64},
     "udop": {"max_2d_position_embeddings": 64},

@@ -98,6 +98,7 @@ def build(kind: str, name: str) -> Any:
     model = found(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            zero = parameter.ndim > 1 and not bool(parameter.any())
+            if zero or not bool(torch.isfinite(parameter).all()):
                 parameter.normal_(std=0.05)
     return model
