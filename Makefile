@@ -71,8 +71,8 @@ train-check: $(VENV)/dev $(LLAMAFACTORY)/ready $(AXOLOTL)/ready $(SWIFT)/ready
 	$(BIN)/python -m tests.whole.training.check ms-swift $(SWIFT) build/train-check
 
 ## Every class of transformers' language models that can be made small: converted, loaded in both ways,
-## compared with its merged checkpoint, trained a step (about 15 minutes; FAMILY=llama: some; FIFTH=0: a
-## fixed fifth).
+## compared with its merged checkpoint, trained a step. All of them (about 10 minutes) rewrites
+## docs/results/zoo.json and the tables of docs/models.md; FAMILY=llama: some; FIFTH=0: a fixed fifth.
 zoo: $(VENV)/dev
 	@mkdir -p build
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.whole.zoo.sweep $(FAMILY) $(if $(FIFTH),--fifth $(FIFTH)) 2>build/zoo.err

@@ -12,9 +12,12 @@ from typing import Any
 from torch import nn
 
 from loftq_cli.checkpoint.stacks import Stack
+from loftq_cli.families import adaptable
+from loftq_cli.families.architecture import kind_of as kind_by_name
 from loftq_cli.families.classes import takes_text
 from loftq_cli.families.code import Use, weights_read
-from loftq_cli.families.experts import form_of, fused_by_peft, is_part
+from loftq_cli.families.experts import form_of, fused_by_peft, is_expert, is_part
+from loftq_cli.families.kinds import Kind
 from loftq_cli.families.modules import kind_of
 from loftq_cli.families.names import Naming, Place
 from loftq_cli.families.skeleton import skeleton
@@ -56,7 +59,8 @@ class Anatomy:
     name; ``experts``: where the experts' matrices, and those of stacks, are in memory, by name, if
     PEFT does not fuse their adapters itself. ``takes_text``: whether the class does, None if nobody
     knows. ``architecture``: the class, if config.json names none. ``remarks``: for whoever
-    converts. ``unknown``: why there is nothing to say, or None."""
+    converts. ``refusal``: why no conversion of it would load, or None. ``unknown``: why there is
+    nothing to say, or None."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -65,6 +69,7 @@ class Anatomy:
     takes_text: bool | None = None
     architecture: str | None = None
     remarks: tuple[str, ...] = ()
+    refusal: str | None = None
     unknown: str | None = None
 
     @property
@@ -103,18 +108,23 @@ def anatomy(
         if place is not None and not place.computed and place.name != name:
             names[name] = place.name
         if len(shape) == 2 and name.endswith(".weight"):
-            reason = _reason(place, modules, reads, shared, type(model).__name__)
+            kind = kind_by_name(name, config)
+            reason = _reason(place, kind, modules, reads, shared, type(model).__name__)
             if reason is not None:
                 reasons[name] = reason
+    lost = _lost_adapters(model, places, tensors, reasons)
     stated = bool(config.get("architectures"))
+    lacking = _lacking(model, places, shared)
+    homeless = [name for name in _matrices(tensors) if places[name] is None]
     return Anatomy(
         names,
-        reasons,
+        {**reasons, **dict.fromkeys(lost, adaptable.LOST)},
         stacks,
         experts,
         takes_text(model),
         None if stated else type(model).__name__,
-        tuple(_remarks(model, places, shared, stated=stated)),
+        tuple(_remarks(model, places, lacking, lost, stated=stated)),
+        _misnamed(model, homeless, lacking) or adaptable.unadaptable(model),
     )
 
 
@@ -160,28 +170,50 @@ def _by_names(why: str) -> Anatomy:
     return Anatomy(remarks=(remark,), unknown=why)
 
 
-def _remarks(
-    model: nn.Module,
-    places: Mapping[str, Place | None],
-    shared: Collection[str],
-    *,
-    stated: bool,
-) -> Iterator[str]:
-    """What is odd about a checkpoint: matrices of blocks that it lacks, and a head that the class
-    has no place for if config.json names no class."""
-    lacking = [
+def _lacking(
+    model: nn.Module, places: Mapping[str, Place | None], shared: Collection[str]
+) -> list[str]:
+    """The matrices of blocks that no tensor of the checkpoint goes to, in a model of which
+    transformers computes none."""
+    found = {place.name for place in places.values() if place is not None}
+    if any(place is not None and place.computed for place in places.values()):
+        return []
+    linear = [
         f"{name}.weight"
         for name, module in model.named_modules()
         if kind_of(module) == "linear" and _numbered([name]) and name not in shared
     ]
-    found = {place.name for place in places.values() if place is not None}
-    lacking = [name for name in lacking if name not in found]
-    computed = any(place is not None and place.computed for place in places.values())
-    if lacking and not computed:
+    return [name for name in linear if name not in found]
+
+
+def _misnamed(model: nn.Module, homeless: Sequence[str], lacking: Sequence[str]) -> str | None:
+    """What to say if the checkpoint has the matrices that the model lacks, under names that
+    transformers takes no notice of: it would draw them at random."""
+    if not lacking or len(homeless) < len(lacking):
+        return None
+    return (
+        f"{type(model).__name__} would have random weights: it does not find {_listed(lacking)}, "
+        f"and has no place for {_listed(homeless)}"
+    )
+
+
+def _remarks(
+    model: nn.Module,
+    places: Mapping[str, Place | None],
+    lacking: Sequence[str],
+    lost: Sequence[str],
+    *,
+    stated: bool,
+) -> Iterator[str]:
+    """What is odd about a checkpoint: matrices of blocks that it lacks, or that PEFT would lose the
+    adapter of, and a head that the class has no place for if config.json names no class."""
+    if lacking:
         yield (
             f"{type(model).__name__} has {_listed(lacking)}, which the checkpoint lacks: it will "
             "not load"
         )
+    if lost:
+        yield f"{_listed(lost)} stay as they are: {adaptable.LOST}"
     homeless = [name for name in places if places[name] is None and not _numbered([name])]
     if homeless and not stated:
         yield (
@@ -196,24 +228,44 @@ def _listed(names: Sequence[str]) -> str:
 
 def _reason(
     place: Place | None,
+    kind: Kind,
     modules: Mapping[str, nn.Module],
     reads: Mapping[str, Use],
     shared: Mapping[str, str],
     model: str,
 ) -> str | None:
-    """Why the matrix that goes to ``place`` cannot be quantized, None if it can."""
+    """Why the matrix that goes to ``place``, ``kind`` by its name, cannot be quantized, None if it
+    can."""
     if place is None:
         return f"{model} does not load it"
     if place.computed:
         return "transformers splits or fuses it while it loads"
     name, _, last = place.name.rpartition(".")
-    if last != "weight" or kind_of(modules[name]) is None:
-        return f"in memory a part of {type(modules[name]).__name__}, which is no linear layer"
+    if last != "weight" or kind_of(modules[name]) != kind:
+        what = "embedding" if kind == "embedding" else "linear layer"
+        return f"in memory a part of {type(modules[name]).__name__}, which is no {what}"
     if name in reads:
         return _USES[reads[name]]
     if name in shared:
         return f"shared with {shared[name]}"
     return None
+
+
+def _lost_adapters(
+    model: nn.Module,
+    places: Mapping[str, Place | None],
+    tensors: Mapping[str, Sequence[int]],
+    ruled_out: Collection[str],
+) -> list[str]:
+    """The matrices in blocks, not ``ruled_out``, whose adapter PEFT would lose; those of experts
+    have names of their own."""
+    modules = {}
+    for name in _matrices(tensors):
+        place = places[name]
+        if place is not None and name not in ruled_out and not is_expert(name):
+            modules[name] = place.name.removesuffix(".weight")
+    lost = adaptable.lost(model, set(modules.values()))
+    return [name for name, module in modules.items() if module in lost]
 
 
 def _shared(model: nn.Module) -> dict[str, str]:
@@ -249,6 +301,12 @@ def _is_plain(config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]]) -
                 and not any(map(_RENAMED.search, tensors))
             )
     return False
+
+
+def _matrices(tensors: Mapping[str, Sequence[int]]) -> list[str]:
+    """The weights in blocks that have two dimensions."""
+    named = [name for name in _numbered(tensors) if name.endswith(".weight")]
+    return [name for name in named if len(tensors[name]) == 2]
 
 
 def _numbered(names: Iterable[str]) -> list[str]:

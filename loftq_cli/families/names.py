@@ -41,7 +41,7 @@ class Naming:
         """``present``: the names of the model's tensors, or of those that may be asked for."""
         self._present = present
         self._prefix = prefix_of(model)
-        self._renamings, self._conversions = _transforms(model)
+        self._renamings, self._conversions = transforms(model)
 
     def place(self, tensor: str) -> Place | None:
         """Where ``tensor`` goes, None if the model has no place for it."""
@@ -70,7 +70,7 @@ class Naming:
         return longer if longer in self._present else name
 
 
-def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
+def transforms(model: Any) -> tuple[list[Any], list[Any]]:
     """(renamings, conversions) of transformers for ``model``."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -31,6 +31,7 @@ from loftq_cli.families.names import (
     prefix_of,
     tied,
 )
+from loftq_cli.families.parts import config_for, left_out
 from loftq_cli.families.tasks import task_type
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.base import Layout, matrix_of
@@ -110,7 +111,7 @@ def _backbone(chosen: Any, output: Output, options: Mapping[str, Any]) -> tuple[
             backbone, report = chosen.from_pretrained(
                 output.directory,
                 output_loading_info=True,
-                **{**options, **_kept_packed(output, layout, options)},
+                **{**options, **_config(chosen, output, layout, options)},
             )
     except ImportError as error:
         raise missing_extra(error, layout.extra, "loading") from error
@@ -118,19 +119,23 @@ def _backbone(chosen: Any, output: Output, options: Mapping[str, Any]) -> tuple[
     return backbone, report
 
 
-def _kept_packed(
-    output: Output, layout: type[Layout], options: Mapping[str, Any]
+def _config(
+    chosen: Any, output: Output, layout: type[Layout], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The config that has our own modules hold what transformers would decode."""
-    if not layout.packs:
-        return {}
+    """The config to load with, if that is not just the one in ``output``: one that has our own
+    modules hold what transformers would decode, or that of the part which ``chosen`` is."""
     transformers = required("transformers", "train", "loading")
     config = options.get("config") or transformers.AutoConfig.from_pretrained(
         output.directory, trust_remote_code=bool(options.get("trust_remote_code"))
     )
-    modules = contained_modules(output.manifest)
-    config.quantization_config = {"quant_method": "loftq", "format_version": 1, "modules": modules}
-    return {"config": config}
+    if layout.packs:
+        modules = contained_modules(output.manifest)
+        stated = {"quant_method": "loftq", "format_version": 1, "modules": modules}
+        config.quantization_config = stated
+    part = config_for(chosen, config)
+    if part is None:
+        return {"config": config} if layout.packs else {}
+    return {"config": part}
 
 
 def _train_in_full(peft: Any, model: Any, backbone: Any, modules: Iterable[str]) -> None:
@@ -151,17 +156,20 @@ def _is_saved(model: Any, module: str) -> bool:
 
 
 def _names(backbone: Any, output: Output) -> dict[str, str]:
-    """Every module that has an adapter: its name in the file, and in ``backbone``. Experts, which
-    are no modules there, are left to PEFT."""
+    """Every module that has an adapter: its name in the file, and in ``backbone``, which may be a
+    part of the model. Experts, which are no modules there, are left to PEFT."""
     file = output.directory / adapters.DIRECTORY / adapters.WEIGHTS
     stored = {name for name in _tensors(file) if not is_expert(name)}
     on_disk = {matrix.adapted: matrix.module for matrix in map(matrix_of, output.records)}
     present = places(backbone, on_disk.values())
+    outside = left_out(backbone, on_disk.values(), present)
     names = {name: present[module] for name, module in on_disk.items() if module in present}
+    modules = {adapters.module_of(name) for name in stored}
+    modules = {name for name in modules if on_disk.get(name) not in outside}
     # PEFT passes over tensors that it finds no module for, with a warning at most.
-    homeless = {name for name in stored if adapters.module_of(name) not in names}
+    homeless = {name for name in stored if adapters.module_of(name) in modules - names.keys()}
     _refuse(homeless, f"{type(backbone).__name__} has no place for", file)
-    return {adapters.module_of(name): names[adapters.module_of(name)] for name in stored}
+    return {name: names[name] for name in modules}
 
 
 def _refuse_tied(backbone: Any, names: Mapping[str, str], directory: Path) -> None:
@@ -205,9 +213,9 @@ def _attach(
     expected = {}
     for name, tensor in stored.items():
         module = adapters.module_of(name).removesuffix(".base_layer")
-        if not is_expert(name):
+        if module in names:
             expected[name.replace(module, names[module], 1)] = tensor
-        elif homes:
+        elif module in homes:
             expected[name.replace(module, homes[module], 1)] = tensor
     # PEFT counts a head that has an adapter among the adapter's own tensors, unless told not to.
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)

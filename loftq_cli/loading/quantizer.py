@@ -21,6 +21,7 @@ from loftq_cli.errors import CorruptFileError, UnsupportedInputError
 from loftq_cli.families.experts import FUSED, part_of
 from loftq_cli.families.modules import kind_of
 from loftq_cli.families.names import key_mapping, places, places_of_experts, prefix_of, tied
+from loftq_cli.families.parts import left_out
 from loftq_cli.layouts.loftq import FORMAT_VERSION
 from loftq_cli.loading import guard
 from loftq_cli.loading.beside import adapter_targets, is_merged, lost_targets
@@ -94,10 +95,13 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
         names = _names(others, model)
         self._adapter_names = key_mapping(names, prefix_of(model))
         present = {name for name, _ in model.named_modules()}
-        targets = [name for name in adapter_targets(model.config) if not part_of(name)]
+        targets = adapter_targets(model.config)
+        targets = [n for n in targets if not part_of(n) and n not in others.keys() - names.keys()]
         lost = lost_targets(targets, self._adapter_names, present)
         names |= _take_over_experts(of_experts, model)
-        config.modules = {names[name]: entry for name, entry in config.modules.items()}
+        config.modules = {
+            names[name]: entry for name, entry in config.modules.items() if name in names
+        }
         if lost:
             warnings.warn(
                 f"PeftModel.from_pretrained cannot attach the adapter of {_listed(lost)} to "
@@ -115,6 +119,7 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
             # after loading, what is missing is an error instead.
             module._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, module)
+            _leave_undrawn(model.get_submodule(name.rpartition(".")[0]))
 
     def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
         """Those that fuse experts would take the packed ones apart from their names."""
@@ -160,13 +165,18 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _names(modules: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[str, str]:
-    """Name in the checkpoint to name in ``model``, for every quantized module."""
+    """Name in the checkpoint to name in ``model``, for every quantized module; without those that
+    a part of the model does not have."""
     found = places(model, modules)
+    outside = left_out(model, modules, found)
     lost = [
         name
         for name, entry in modules.items()
-        if name not in found
-        or kind_of(model.get_submodule(found[name])) != entry.get("kind", "linear")
+        if name not in outside
+        and (
+            name not in found
+            or kind_of(model.get_submodule(found[name])) != entry.get("kind", "linear")
+        )
     ]
     if lost:
         what = modules[lost[0]].get("kind", "linear layer")
@@ -176,6 +186,14 @@ def _names(modules: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[s
             hint="load it with the class that config.json names under architectures",
         )
     return found
+
+
+def _leave_undrawn(parent: nn.Module) -> None:
+    """Keep transformers from drawing, for ``parent``, the weights of what it is made of: it may ask
+    packed ones for their shape. What is its own, and missing, has to be drawn."""
+    own = [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]
+    if not own:
+        parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _take_over_experts(

@@ -14,7 +14,7 @@ from loftq_cli.checkpoint import dtypes
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.stacks import Cut, Stack, cut
-from loftq_cli.errors import CorruptFileError, LayoutError
+from loftq_cli.errors import CorruptFileError, LayoutError, UnsupportedInputError
 from loftq_cli.families.anatomy import Anatomy, anatomy
 from loftq_cli.families.blocks import stacks
 from loftq_cli.families.experts import by_default, check_ranks, check_whole, part_of
@@ -169,6 +169,8 @@ def _in_width(matrix: Matrix, settings: Settings, bits: int | None) -> Matrix:
 
 def _survey(source: Source, settings: Settings, statistics: Statistics | None) -> _Survey:
     found = anatomy_of(source)
+    if found.refusal is not None:
+        raise UnsupportedInputError(found.refusal, hint="config.json may name another class")
     source, selection = _selected(source, settings, found)
     surroundings = _surroundings(source, selection, found)
     device = choose_device(settings.device)

@@ -23,6 +23,7 @@ from loftq_cli.machine.observer import Observer
 from loftq_cli.settings.options import Options
 from tests.whole.interop.architectures import FAMILIES, IMAGES, make
 from tests.whole.interop.published import CASES, save
+from tests.whole.zoo import small
 
 SMALL = {
     "hidden_size": 32,
@@ -224,3 +225,28 @@ def test_an_adapter_that_is_saved_has_the_names_of_the_one_that_it_began_as(tmp_
     again = peft.PeftModel.from_pretrained(backbone, tmp_path / "trained").eval()
     found, wanted = (m(pixel_values=IMAGES).last_hidden_state for m in (again, model.eval()))
     assert torch.equal(found, wanted)
+
+
+def test_a_checkpoint_with_other_names_than_its_class_is_refused(tmp_path) -> None:
+    """transformers would draw the blocks at random, and say so in a report."""
+    model = transformers.GPTNeoXForCausalLM(transformers.AutoConfig.for_model("gpt_neox", **SMALL))
+    config, shapes = described(model)
+    other = {name.replace("layers.1.", "stages.1."): shape for name, shape in shapes.items()}
+    found = anatomy(config, other)
+    assert found.refusal is not None
+    assert "does not find gpt_neox.layers.1.attention.query_key_value.weight" in found.refusal
+    assert "no place for gpt_neox.stages.1." in found.refusal
+    assert anatomy(config, shapes).refusal is None
+    further = {**shapes, "gpt_neox.stages.1.attention.dense.weight": (32, 32)}
+    assert anatomy(config, further).refusal is None  # nothing is lacking
+    lacking = {name: shape for name, shape in shapes.items() if "layers.1." not in name}
+    assert anatomy(config, lacking).refusal is None  # perhaps the class takes them from elsewhere
+
+
+def test_a_table_whose_name_does_not_say_so_is_no_linear_layer() -> None:
+    model = small.build("granite_speech", "GraniteSpeechForConditionalGeneration")
+    config, shapes = described(model)
+    table = next(name for name in shapes if name.endswith("layers.0.attn.rel_pos_emb.weight"))
+    assert anatomy(config, shapes).reasons[table] == (
+        "in memory a part of Embedding, which is no linear layer"
+    )

@@ -181,3 +181,19 @@ def _edited(directory, tmp_path, **changes):
     config["quantization_config"] |= changes
     (copy / "config.json").write_text(json.dumps(config))
     return copy
+
+
+def test_a_family_may_ask_for_the_shapes_of_what_it_would_draw(converted, monkeypatch) -> None:
+    """As Blt's initialisation does, of layers that are packed and so have no shape of theirs."""
+    asked = []
+    original = transformers.LlamaPreTrainedModel._init_weights
+
+    def ask(self, module) -> None:
+        if type(module).__name__ == "LlamaMLP":
+            asked.append(module.down_proj.weight.shape[1])
+        original(self, module)
+
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_init_weights", ask)
+    model = transformers.AutoModelForCausalLM.from_pretrained(converted("llama"))
+    assert packed(model)
+    assert not asked

@@ -118,7 +118,10 @@ def test_numerics_is_pure_torch():
         ({"huggingface_hub"}, {name for name in MODULES if name.startswith("checkpoint/hub/")}),
         (
             {"transformers", "peft"},
-            {"families/names.py", *(f"loading/{n}.py" for n in ("beside", "load", "quantizer"))},
+            {
+                *(f"families/{n}.py" for n in ("adaptable", "names")),
+                *(f"loading/{n}.py" for n in ("beside", "load", "quantizer")),
+            },
         ),
         ({"gguf", "accelerate", "tokenizers"}, set()),  # through machine/packages.py
         ({"pickle"}, {"checkpoint/pickles/reader.py"}),  # for its exception
