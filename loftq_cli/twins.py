@@ -295,6 +295,50 @@ def evaluate(
     return run(place, _paths(text), named, wanted, observer=Logged())
 
 
+def refine(
+    directory: _Path = "out",
+    output: _Path = "refined",
+    *,
+    source: _Path,
+    text: _Path | Sequence[_Path],
+    epochs: int = 1,
+    end_to_end: int = 0,
+    adapter: _Path | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train the codes, scales and adapter of a conversion of ``source`` against it, on ``text``,
+    UTF-8 files, and write a conversion of the same layout (extra ``train``).
+
+    Block by block, ``epochs`` times through the text, then ``end_to_end`` steps of the whole model.
+    ``adapter``: a trained one, to go on from. Resumes an unfinished refinement with the same
+    settings.
+    """
+    from loftq_cli.checkpoint.locate import locate_adapter
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.refinement.refine import refine as run
+    from loftq_cli.refinement.settings import Refining
+
+    wanted = Refining(samples, length, epochs, end_to_end, device, seed, None, offline)
+    place = located(directory, revision, offline, everything=True)
+    if adapter is not None:
+        wanted = wanted.going_on(locate_adapter(adapter, offline=offline, listener=Logged()))
+    return run(
+        place.directory,
+        _expanded(output),
+        str(source),
+        _paths(text),
+        wanted,
+        overwrite=overwrite,
+        observer=Logged(),
+    )
+
+
 def _planned(
     model: _Path,
     output: _Path,
