@@ -301,8 +301,8 @@ def refine(
     *,
     source: _Path,
     text: _Path | Sequence[_Path],
-    epochs: int = 1,
-    end_to_end: int = 0,
+    epochs: int | None = None,
+    end_to_end: int | None = None,
     adapter: _Path | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -315,7 +315,8 @@ def refine(
     """Train the codes, scales and adapter of a conversion of ``source`` against it, on ``text``,
     UTF-8 files, and write a conversion of the same layout (extra ``train``).
 
-    Block by block, ``epochs`` times through the text, then ``end_to_end`` steps of the whole model.
+    Block by block, ``epochs`` times through the text, then ``end_to_end`` steps of the whole model;
+    None: the whole model if memory allows, else its blocks once.
     ``adapter``: a trained one, to go on from. Resumes an unfinished refinement with the same
     settings.
     """

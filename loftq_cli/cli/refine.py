@@ -43,17 +43,13 @@ from loftq_cli.cli.options import (
 @click.option(
     "--epochs",
     type=int,
-    default=1,
-    show_default=True,
-    help="Times that each block is trained on the text; 0: none.",
+    help="Times that each block is trained on the text; 0: none.  [default: 1 without the below]",
 )
 @click.option(
     "--end-to-end",
     type=int,
-    default=0,
-    show_default=True,
     metavar="STEPS",
-    help="Steps of the whole model, after its blocks.",
+    help="Steps of the whole model, after its blocks.  [default: 64 if memory allows]",
 )
 @click.option(
     "--adapter",
@@ -64,7 +60,7 @@ from loftq_cli.cli.options import (
 @click.option(
     "--samples",
     type=int,
-    help="Windows of text, of which a tenth is held out.  [default: all, up to 256]",
+    help="Windows of text, of which a tenth is held out.  [default: all, up to 288]",
 )
 @length_option
 @device_option
@@ -81,8 +77,8 @@ def refine(
     source: str,
     texts: tuple[Path, ...],
     output: Path,
-    epochs: int,
-    end_to_end: int,
+    epochs: int | None,
+    end_to_end: int | None,
     adapter: str | None,
     samples: int | None,
     length: int | None,
@@ -104,7 +100,7 @@ def refine(
 
     \b
     loftq refine out/ --source ./my-model --text notes.txt -o refined
-    loftq refine out/ --source ./my-model --text notes.txt -o refined --end-to-end 100
+    loftq refine out/ --source ./my-model --text notes.txt -o refined --epochs 2
     """
     from loftq_cli.checkpoint.locate import locate_adapter, locate_output
     from loftq_cli.refinement.refine import refine as run

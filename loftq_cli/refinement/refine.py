@@ -28,7 +28,7 @@ from loftq_cli.machine.paths import check_output_path
 from loftq_cli.machine.resources import check_space
 from loftq_cli.planning.choices import choose_device
 from loftq_cli.refinement.conversion import Conversion
-from loftq_cli.refinement.room import check_memory_of, disk_bytes
+from loftq_cli.refinement.room import disk_bytes, resolved
 from loftq_cli.refinement.run import Run
 from loftq_cli.refinement.settings import Refining
 from loftq_cli.refinement.stages import RefineWorkspace
@@ -68,11 +68,11 @@ def refine(
             hint="write it elsewhere",
         )
     conversion = Conversion(found, open_source(directory), original, trained)
-    job = _Job(conversion, read, wanted, trained, device)
     workspace = RefineWorkspace(final)
+    settled = resolved(conversion, workspace.wanted(wanted), device)
+    job = _Job(conversion, read, settled, trained, device)
     if overwrite or not workspace.is_taken():
         check_space(final.parent, disk_bytes(conversion) - workspace.written())
-    check_memory_of(conversion, wanted, device)
     workspace.check_permissions()
     if dry_run:
         return {**job.described(str(output)), "disk_bytes": disk_bytes(conversion)}
@@ -123,6 +123,8 @@ class _Job:
             "adapter": None if self.wanted.adapter is None else str(self.wanted.adapter),
             "layout": self.conversion.output.records[0]["layout"],
             "matrices": len(self.conversion.held),
+            "epochs": self.wanted.epochs,
+            "steps": self.wanted.end_to_end,
             "device": str(self.device),
         }
 

@@ -25,6 +25,7 @@ from loftq_cli.refinement.blocks import Blocks
 from loftq_cli.refinement.chains import Chains, Keep, in_evaluation, on_disk, spilling
 from loftq_cli.refinement.conversion import Conversion
 from loftq_cli.refinement.model import Prepared, prepared
+from loftq_cli.refinement.room import Memory, fits
 from loftq_cli.refinement.settings import BATCH, BLOCK_RATES, PACE, WHOLE_RATES, Refining
 from loftq_cli.refinement.stages import RefineWorkspace, Stages
 from loftq_cli.refinement.whole import TITLE, Whole, known_of
@@ -98,7 +99,8 @@ class Run:
             records, end = [], None
             course = self._block_course(ready)
             amount = course.amount * sum(map(bool, blocks.values())) if self.wanted.epochs else 0
-            whole = Whole(ready, known, list(blocks), self._whole_course(ready))
+            again = [] if self._keeps_everything(ready) else list(blocks)
+            whole = Whole(ready, known, again, self._whole_course(ready))
             self.observer.begin(amount + whole.course.amount, "refining", " windows")
             try:
                 if self.wanted.epochs:
@@ -139,15 +141,20 @@ class Run:
             return kept
         return spilling(workspace.partial)
 
+    def _keeps_everything(self, ready: Prepared) -> bool:
+        """Whether there is memory for what is computed inside all blocks."""
+        memory = Memory(self.conversion, ready.windows.shape[1])
+        return fits(memory.whole + memory.activations, self.device)
+
     def _block_course(self, ready: Prepared) -> Course:
         pace = ceil(len(ready.trained) / BATCH)
-        steps = self.wanted.epochs * pace
+        steps = (self.wanted.epochs or 0) * pace
         return Course(
             ready.trained, ready.held, steps, BATCH, 1, pace, BLOCK_RATES, self.wanted.seed
         )
 
     def _whole_course(self, ready: Prepared) -> Course:
-        steps = self.wanted.end_to_end
+        steps = self.wanted.end_to_end or 0
         return Course(
             ready.trained, ready.held, steps, BATCH, BATCH, PACE, WHOLE_RATES, self.wanted.seed
         )

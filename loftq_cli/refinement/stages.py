@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec, read_header
-from loftq_cli.checkpoint.journal import Journal
-from loftq_cli.checkpoint.output import MANIFEST
+from loftq_cli.checkpoint.journal import Journal, subject_in
+from loftq_cli.checkpoint.output import MANIFEST, open_output
 from loftq_cli.checkpoint.shard_output import ShardOutput
 from loftq_cli.checkpoint.unfinished import JournaledWorkspace
 from loftq_cli.checkpoint.writer import GrowingShard
+from loftq_cli.errors import InputError
 from loftq_cli.machine.durable import explained
+from loftq_cli.refinement.settings import Refining
 
 
 class RefineWorkspace(JournaledWorkspace):
@@ -30,6 +34,19 @@ class RefineWorkspace(JournaledWorkspace):
     def __init__(self, output: Path) -> None:
         super().__init__(output)
         self.stages = self.partial / "stages"
+
+    def wanted(self, asked: Refining) -> Refining:
+        """What is ``asked`` for; what that leaves open is as unfinished work, or a finished output,
+        has it, which may have been begun with more memory free."""
+        found = subject_in(self.journal)
+        settings = None if found is None else found.recipe
+        if settings is None and (self.final / MANIFEST).is_file():
+            with suppress(InputError):
+                told = open_output(self.final).manifest.get("refined")
+                settings = told and told["settings"]
+        if settings is None or asked.epochs is not None or asked.end_to_end is not None:
+            return asked
+        return replace(asked, epochs=settings["epochs"], end_to_end=settings["end_to_end"])
 
     def discard_work(self) -> None:
         super().discard_work()

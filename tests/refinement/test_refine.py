@@ -189,7 +189,7 @@ def test_what_was_interrupted_goes_on_behind_the_last_block_with_the_same_bytes(
     place: Path,
 ) -> None:
     resumable(place, "undisturbed", Observer())
-    for windows in (25, 85, 155, 165):  # in the first block, the second, end to end
+    for windows in (25, 110, 155, 170):  # in the first block, the second, end to end
         with pytest.raises(Interrupted):
             resumable(place, "resumed", Stopping(windows))
         assert not (place / "resumed").exists()
@@ -296,7 +296,7 @@ def test_what_is_refused(place: Path, tmp_path: Path) -> None:
     start = "llama-out"
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"samples": 1}, "--samples 1: must be a whole number from 2"),
-        ({"epochs": 0}, "--epochs 0 leaves nothing to do"),
+        ({"epochs": 0, "end_to_end": 0}, "leave nothing to do"),
         ({"end_to_end": -1}, "--end-to-end -1"),
         ({"length": 900}, "takes 64 tokens at most"),
     )
@@ -352,10 +352,49 @@ def test_a_conversion_without_a_start_is_refused(place: Path) -> None:
         refine(place, "no-start", "refused")
 
 
+def test_what_is_left_open_is_what_there_is_memory_for(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settled(**options: Any) -> tuple[Any, Any]:
+        wanted = Refining(**{**ASKED, "epochs": None, **options})
+        found = refining(
+            place / "llama-out",
+            place / "open",
+            str(place / "llama"),
+            [place / "text.txt"],
+            wanted,
+            dry_run=True,
+            observer=Observer(),
+        )
+        return found["epochs"], found["steps"]
+
+    assert settled() == (0, 64)
+    assert settled(epochs=3) == (3, 0)
+    assert settled(end_to_end=5) == (0, 5)
+    assert settled(epochs=3, end_to_end=5) == (3, 5)
+    with pytest.raises(Interrupted):
+        resumable(place, "open", Stopping(10), epochs=0)
+    monkeypatch.setattr(room, "_SHARE", 0.0)
+    assert settled() == (0, 8)  # as it was begun
+    shutil.rmtree(place / ".open.loftq-refine")
+    assert settled() == (1, 0)
+    assert settled(end_to_end=5) == (0, 5)
+
+
+def test_blocks_that_keep_nothing_give_the_same(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"epochs": 0, "end_to_end": 3}
+    refine(place, "llama-out", "keeps", **asked)
+    monkeypatch.setattr(room, "_OF_INPUT", 1 << 50)
+    refine(place, "llama-out", "keeps-nothing", **asked)
+    assert contents(place / "keeps") == contents(place / "keeps-nothing")
+
+
 def test_too_little_memory_and_disk_are_told_before_anything_is_written(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_COPIES", 1 << 50)
+    monkeypatch.setattr(room, "_COPIES", 1 << 40)
     with pytest.raises(EnvironmentFailure, match=r"the largest block: .* of memory needed"):
         refine(place, "llama-out", "refused")
     with pytest.raises(EnvironmentFailure, match=r"the whole model, end to end: .* needed"):
