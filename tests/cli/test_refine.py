@@ -100,3 +100,24 @@ def test_what_is_refused(place: Path, words: tuple[str, ...], code: int, said: s
 def test_verbose_shows_where_an_error_comes_from(place: Path) -> None:
     for word in ("-v", "--verbose"):
         assert "Traceback" in run("out", *WORDS, "-o", "new", "--text", "nowhere.txt", word).stderr
+
+
+def test_convert_refines_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loftq_cli.refinement.settings.STEPS", 2)
+    words = ["convert", "model", "-o", "both", "--bits", "2", "--rank", "4", "--refine"]
+    words += ["--iters", "1", "--layout", "loftq", "-t", "1", "-q"]
+    told = CliRunner().invoke(main, [*words, "--calibrate-text", "text.txt", "--json"])
+    assert told.exit_code == 0, told.output
+    manifest = json.loads(told.stdout)
+    assert manifest["refined"]["end_to_end"]["steps"] == 2
+    start = loftq_cli.inspect(place / "both.start", verify=True)
+    assert manifest["refined"]["fingerprint"] == start["fingerprint"]
+    assert loftq_cli.inspect(place / "both", verify=True)["fingerprint"] == manifest["fingerprint"]
+    settings: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 1, "layout": "loftq", "threads": 1}
+    text = place / "text.txt"
+    again = loftq_cli.convert(
+        place / "model", place / "both", calibrate_text=text, refine=True, **settings
+    )
+    assert again == manifest
+    refused = CliRunner().invoke(main, words)
+    assert (refused.exit_code, "--refine needs text" in refused.stderr) == (2, True)

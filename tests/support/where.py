@@ -46,6 +46,7 @@ TESTED_BY = {
     "conversion/pin.py": "conversion/test_from_hub_resumed.py",
     "conversion/prepare.py": "conversion/test_run.py",
     "conversion/record.py": "reporting/test_manifest.py",
+    "conversion/refined.py": "cli/test_refine.py",
     "conversion/room.py": "machine/test_resources.py",
     "conversion/single.py": "test_twins.py",
     "conversion/subject.py": "conversion/test_journal.py",
