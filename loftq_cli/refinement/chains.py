@@ -20,6 +20,8 @@ from loftq_cli.calibration.blockwise import OutOfTurnError, Run, Stop, fresh, ke
 from loftq_cli.machine.durable import explained
 
 ORIGINAL, REFINED = "original", "refined"
+ACTIVATIONS = "activations"
+"""The name that a file of activations has for a moment."""
 Keep = Callable[[Any, Any], Any]
 """Keeps what a block gave for a window, given the same of window 0 or None."""
 
@@ -102,7 +104,7 @@ def on_disk(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
         nbytes = tensor.numel() * tensor.itemsize
         if not nbytes:
             return tensor
-        file = folder / "activations"
+        file = folder / ACTIVATIONS
         with explained(file):
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             try:

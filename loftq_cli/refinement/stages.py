@@ -18,6 +18,7 @@ from loftq_cli.checkpoint.unfinished import JournaledWorkspace
 from loftq_cli.checkpoint.writer import GrowingShard
 from loftq_cli.errors import InputError
 from loftq_cli.machine.durable import explained
+from loftq_cli.refinement.chains import ACTIVATIONS
 from loftq_cli.refinement.settings import Refining
 
 
@@ -56,6 +57,9 @@ class RefineWorkspace(JournaledWorkspace):
 
     def _folders(self) -> list[Path]:
         return [self.stages]
+
+    def _files(self) -> list[Path]:
+        return [*super()._files(), self.partial / ACTIVATIONS]
 
 
 class Stages:
