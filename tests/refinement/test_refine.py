@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +221,42 @@ def test_what_was_interrupted_goes_on_behind_the_last_block_with_the_same_bytes(
     again = Stopping(0)
     resumable(place, "resumed", again)
     assert any("finished already" in note for note in again.notes)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from loftq_cli.machine.observer import Observer
+from loftq_cli.refinement.refine import refine
+from loftq_cli.refinement.settings import Refining
+
+class Killing(Observer):
+    left = 110
+    def advance(self, amount):
+        self.left -= amount
+        if self.left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+start, output, source, text = map(Path, sys.argv[1:5])
+wanted = Refining(length=20, samples=20, epochs=4, device="cpu")
+refine(start, output, str(source), [text], wanted, observer=Killing())
+"""
+
+
+def test_a_process_that_is_killed_is_gone_on_with(place: Path) -> None:
+    refine(place, "llama-out", "not-killed")
+    places = [place / name for name in ("llama-out", "killed", "llama", "text.txt")]
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, *map(str, places)]
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    killed = subprocess.run(command, env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (place / "killed").exists()
+    stages = place / ".killed.loftq-refine/stages"
+    assert [path.name for path in stages.iterdir()] == ["model.layers.0.safetensors"]
+    refine(place, "llama-out", "killed")
+    assert contents(place / "killed") == contents(place / "not-killed")
+    assert not list(place.glob(".killed*"))
 
 
 def test_a_damaged_block_is_done_again_and_other_work_is_refused(place: Path) -> None:
