@@ -98,7 +98,7 @@ evaluate: $(VENV)/dev
 	$(BIN)/python -m tests.benchmarks.evaluation $(if $(FULL),--full)
 
 ## Perplexity of a real language model (SmolLM2-135M, from the package index) from each start, before
-## and after a little training (about an hour; FULL=1: every start, both learning rates, about three
+## and after a little training (about an hour and a half; FULL=1: every start, both learning rates, about four
 ## hours). Resumes as `make evaluate` does.
 evaluate-lm: $(VENV)/dev
 	$(BIN)/python -m tests.benchmarks.language $(if $(FULL),--full)

@@ -24,6 +24,7 @@ from loftq_cli.twins import (
     merge,
     plan,
     push,
+    refine,
 )
 from loftq_cli.twins import located as _located
 
@@ -46,6 +47,7 @@ __all__ = [
     "merge",
     "plan",
     "push",
+    "refine",
     "save_statistics",
 ]
 

@@ -31,6 +31,7 @@ def convert(
     recipe: _Path | None = None,
     calibrate_text: _Path | Sequence[_Path] = (),
     moments: str | None = None,
+    refine: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Convert a checkpoint directory or hub id; the manifest as a dict.
@@ -43,9 +44,11 @@ def convert(
     conversion; settings given here win. ``discard_shards`` deletes each shard from the hub once it
     is converted; ``allow_pickle`` reads a directory's pickled weights if it has no others.
     ``calibrate_text``, text files, has activation statistics measured first (``moments``:
-    "diagonal" or "full") and kept beside the output. Resumes an unfinished conversion with the same
+    "diagonal" or "full") and kept beside the output; ``refine`` then refines the conversion on
+    them, which is kept as ``output``.start. Resumes an unfinished conversion with the same
     settings.
     """
+    from loftq_cli.conversion.refined import Start
     from loftq_cli.conversion.run import run
     from loftq_cli.machine.observer import Logged
 
@@ -60,9 +63,14 @@ def convert(
         recipe=recipe,
         calibrate_text=calibrate_text,
         moments=moments,
+        refine=refine,
         settings=settings,
     )
-    return run(found, path, overwrite=overwrite, observer=Logged()).manifest
+    manifest = run(found, path, overwrite=overwrite, observer=Logged()).manifest
+    if not refine:
+        return manifest
+    start = Start(path, _expanded(output), _paths(calibrate_text), manifest["recipe"]["device"])
+    return start.refine(str(model), offline=offline, overwrite=overwrite, observer=Logged())
 
 
 def plan(
@@ -77,6 +85,7 @@ def plan(
     recipe: _Path | None = None,
     calibrate_text: _Path | Sequence[_Path] = (),
     moments: str | None = None,
+    refine: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """What :func:`convert` would do with these arguments: what ``--dry-run --json`` prints.
@@ -99,6 +108,7 @@ def plan(
         recipe=recipe,
         calibrate_text=calibrate_text,
         moments=moments,
+        refine=refine,
         settings=settings,
     )
     say_remarks(found, Logged())
@@ -307,6 +317,50 @@ def evaluate(
     return run(place, _paths(text), named, wanted, observer=Logged())
 
 
+def refine(
+    directory: _Path = "out",
+    output: _Path = "refined",
+    *,
+    source: _Path,
+    text: _Path | Sequence[_Path],
+    epochs: int | None = None,
+    end_to_end: int | None = None,
+    adapter: _Path | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train the codes, scales and adapter of a conversion of ``source`` against it, on ``text``,
+    UTF-8 files, and write a conversion of the same layout (extra ``train``).
+
+    Block by block, ``epochs`` times through the text, then ``end_to_end`` steps of the whole model;
+    None: the whole model if memory allows, else its blocks once. ``adapter``: a trained one, to go
+    on from. Resumes.
+    """
+    from loftq_cli.checkpoint.locate import locate_adapter
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.refinement.refine import refine as run
+    from loftq_cli.refinement.settings import Refining
+
+    wanted = Refining(samples, length, epochs, end_to_end, device, seed, None, offline)
+    place = located(directory, revision, offline, everything=True)
+    if adapter is not None:
+        wanted = wanted.going_on(locate_adapter(adapter, offline=offline, listener=Logged()))
+    return run(
+        place.directory,
+        _expanded(output),
+        str(source),
+        _paths(text),
+        wanted,
+        overwrite=overwrite,
+        observer=Logged(),
+    )
+
+
 def _planned(
     model: _Path,
     output: _Path,
@@ -319,20 +373,22 @@ def _planned(
     recipe: _Path | None,
     calibrate_text: _Path | Sequence[_Path],
     moments: str | None,
+    refine: bool,
     settings: Mapping[str, Any],
     dry_run: bool = False,
 ) -> tuple[Plan, Path]:
     from loftq_cli.calibration import first
     from loftq_cli.checkpoint.request import Request
     from loftq_cli.conversion.prepare import prepare
+    from loftq_cli.conversion.refined import start_of
     from loftq_cli.machine.observer import Logged
     from loftq_cli.settings.file import options
 
     texts = _paths(calibrate_text)
-    file = None if recipe is None else _expanded(recipe)
+    file, path = None if recipe is None else _expanded(recipe), _expanded(output)
     return prepare(
         Request(str(model), revision, offline, allow_pickle),
-        _expanded(output),
+        start_of(path, texts) if refine else path,
         options(settings, file, measuring=bool(texts)),
         overwrite=overwrite,
         discard_shards=discard_shards,

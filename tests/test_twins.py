@@ -19,7 +19,7 @@ from tests.support import checkpoints
 
 # What is about the terminal: how things are shown, and files that only the command writes.
 OF_A_TERMINAL = {"as_json", "as_csv", "quiet", "verbose", "dry_run", "save_recipe"}
-NAMES = {"recipe_file": "recipe", "texts": "calibrate_text"}
+NAMES = {"recipe_file": "recipe", "texts": "calibrate_text", "refining": "refine"}
 FAST: dict[str, Any] = {"rank": 4, "iters": 2, "threads": 1}
 
 
@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def python_name(command: str, option: str | None) -> str:
-    if command in ("calibrate", "evaluate") and option == "texts":
+    if command in ("calibrate", "evaluate", "refine") and option == "texts":
         return "text"
     return NAMES.get(str(option), str(option))
 
@@ -51,7 +51,7 @@ def test_every_command_has_a_function_with_its_options_and_defaults(name: str) -
             stated = known[key].default
             unset = parameter.multiple or "UNSET" in str(parameter.default)  # click says so
             given = None if unset else parameter.default
-            if name in ("merge", "export") and key == "output":
+            if name in ("merge", "export", "refine") and key == "output":
                 continue  # the command asks for it
             assert str(stated) == str(given) or (not stated and not given), key
 

@@ -21,7 +21,7 @@ Run = Callable[[int], object]
 """Calls the model with the window of this number."""
 
 
-class _Stop(BaseException):
+class Stop(BaseException):
     """Leaves the model's forward behind the block that was to run; not an error to handle."""
 
 
@@ -61,22 +61,22 @@ class BlockRunner:
         with resident(block):
             for window in range(self._count):
                 self._window = window
-                outputs[window] = _kept(self._output(block), outputs[0] if window else None)
+                outputs[window] = kept(self._output(block), outputs[0] if window else None)
                 yield window
         self._replaced.append((block, block.__dict__.get("forward")))
-        block.forward = lambda *args, **kwargs: _fresh(outputs[self._window])
+        block.forward = lambda *args, **kwargs: fresh(outputs[self._window])
 
     def _output(self, block: nn.Module) -> Any:
         given: list[Any] = []
 
         def stop(module: nn.Module, args: object, output: Any) -> None:
             given.append(output)
-            raise _Stop
+            raise Stop
 
         handle = block.register_forward_hook(stop)
         try:
             self._run(self._window)
-        except _Stop:
+        except Stop:
             return given[0]
         finally:
             handle.remove()
@@ -102,31 +102,32 @@ def resident(block: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class Kept:
     """A tensor on the CPU, and where it was."""
 
     tensor: torch.Tensor
     device: torch.device
 
 
-def _kept(value: Any, twin: Any) -> Any:
-    """``value`` with its tensors moved to the CPU; tensors that equal those of ``twin``, which is
-    the same of another window, are kept once."""
+def kept(
+    value: Any, twin: Any, hold: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+) -> Any:
+    """``value`` with its tensors moved to the CPU, where ``hold`` may put them elsewhere; tensors
+    that equal those of ``twin``, which is the same of another window, are kept once."""
     if isinstance(value, torch.Tensor):
         host = value.detach().cpu()
-        if isinstance(twin, _Kept) and torch.equal(host, twin.tensor):
-            host = twin.tensor
-        return _Kept(host, value.device)
+        known = isinstance(twin, Kept) and torch.equal(host, twin.tensor)
+        return Kept(twin.tensor if known else hold(host), value.device)
     if type(value) in (tuple, list):
         twins = twin if isinstance(twin, (tuple, list)) else [None] * len(value)
-        return type(value)(_kept(*pair) for pair in zip(value, twins))
+        return type(value)(kept(*pair, hold) for pair in zip(value, twins))
     return value
 
 
-def _fresh(value: Any) -> Any:
-    """What :func:`_kept` kept, as the block returned it: copies, as callers may write to it."""
-    if isinstance(value, _Kept):
+def fresh(value: Any) -> Any:
+    """What :func:`kept` kept, as the block returned it: copies, as callers may write to it."""
+    if isinstance(value, Kept):
         return value.tensor.to(value.device, copy=True)
     if type(value) in (tuple, list):
-        return type(value)(_fresh(item) for item in value)
+        return type(value)(fresh(item) for item in value)
     return value

@@ -216,7 +216,7 @@ def _job(source: Source, texts: Sequence[Text], wanted: Measuring, device: torch
         ]
         for tensor in selection.matrices
     }
-    dtype = _dtype(selection.matrices, device)
+    dtype = dtype_to_run(selection.matrices, device)
     loaded_as = class_to_run(source.directory, content)
     return _Job(source, texts, wanted, device, widths, dtype, loaded_as)
 
@@ -292,7 +292,7 @@ def read_text(option: str, path: Path) -> Text:
     return Text(path, content, hashlib.sha256(raw).hexdigest())
 
 
-def _dtype(matrices: Sequence[StoredTensor], device: torch.device) -> torch.dtype:
+def dtype_to_run(matrices: Sequence[StoredTensor], device: torch.device) -> torch.dtype:
     """What most of the matrices are stored in; float32 for float64, and for float16 on a CPU, where
     many models overflow in it and few processors compute in it."""
     tag, _ = Counter(tensor.dtype for tensor in matrices).most_common(1)[0]

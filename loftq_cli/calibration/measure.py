@@ -23,7 +23,7 @@ from loftq_cli.calibration.text_input import (
     refuse_without_text,
     runs_on_text,
 )
-from loftq_cli.calibration.windows import cut
+from loftq_cli.calibration.windows import MOST_SAMPLES, cut
 from loftq_cli.errors import UsageError
 from loftq_cli.families.experts import form_of, is_expert
 from loftq_cli.families.names import places, places_of_experts
@@ -120,18 +120,19 @@ def prepare(
     nbytes: int,
     device: torch.device,
     offload_folder: Path,
+    most: int = MOST_SAMPLES,
 ) -> Calibration:
     """Load the model in ``directory``, of the class ``loaded_as``, and cut ``texts`` into windows.
 
     ``widths``: the matrices to measure, names of weight tensors to in_features. ``samples`` and
-    ``length`` None: as many windows as there are up to 128, and 512 tokens or as many as the model
-    takes. Raises InputError for a model, tokenizer or text that cannot be used, UsageError for a
-    length above what the model takes, EnvironmentFailure if the extra [train] is missing.
+    ``length`` None: as many windows as there are up to ``most``, and 512 tokens or as many as the
+    model takes. Raises InputError for a model, tokenizer or text that cannot be used, UsageError
+    for a length above what the model takes, EnvironmentFailure if the extra [train] is missing.
     """
     tokenizer = load_tokenizer(directory)
     told = [*limits(config), int(tokenizer.model_max_length)]
     size = _length(length, told)
-    windows = cut(tokenizer, texts, length=size, samples=samples, seed=seed)
+    windows = cut(tokenizer, texts, length=size, samples=samples, seed=seed, most=most)
     model: Any = load_model(
         directory,
         loaded_as,
@@ -143,7 +144,7 @@ def prepare(
     entry = entry_of(model, windows, device, directory)
     size = _length(length, [*told, *limits(model.config.to_dict()), *entry.limits])
     if size < windows.shape[1]:
-        windows = cut(tokenizer, texts, length=size, samples=samples, seed=seed)
+        windows = cut(tokenizer, texts, length=size, samples=samples, seed=seed, most=most)
     layers, experts = _layers(model, widths), _experts(model, widths)
     return Calibration(model, entry.call, windows, layers, experts, widths, directory)
 

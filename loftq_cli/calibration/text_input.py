@@ -114,7 +114,7 @@ def runs_on_text(model: nn.Module, directory: Path, length: int) -> Iterator[Tab
 
 
 def _call(model: Any, run: Any, takes: Collection[str], device: torch.device) -> Call:
-    start = _decoder_start(model) if "decoder_input_ids" in takes else None
+    start = decoder_start(model) if "decoder_input_ids" in takes else None
 
     def call(ids: torch.Tensor) -> None:
         inputs = {"input_ids": ids.to(device)}
@@ -127,7 +127,7 @@ def _call(model: Any, run: Any, takes: Collection[str], device: torch.device) ->
     return call
 
 
-def _decoder_start(model: Any) -> int:
+def decoder_start(model: Any) -> int:
     """The token that a decoder's input begins with."""
     parts = (model.config, getattr(model, "generation_config", None))
     inner = [getattr(model.config, name, None) for name in ("decoder", "text_config")]

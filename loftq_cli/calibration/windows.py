@@ -14,13 +14,19 @@ MOST_SAMPLES = 128  # unless asked otherwise
 
 
 def cut(
-    tokenizer: Any, texts: Sequence[str], *, length: int, samples: int | None, seed: int
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    length: int,
+    samples: int | None,
+    seed: int,
+    most: int = MOST_SAMPLES,
 ) -> torch.Tensor:
     """``samples`` windows of ``length`` tokens, int64 (samples, length), in the order of the text.
 
     The texts are tokenized one behind the other and cut into windows that do not overlap, each
     with the special tokens that the model puts around a text. Which of them are taken is drawn
-    with ``seed``; without ``samples``, all of them are, up to 128. Raises InputError if there
+    with ``seed``; without ``samples``, all of them are, up to ``most``. Raises InputError if there
     are too few, UsageError for a length that has no room for text.
     """
     before, behind = _special_tokens(tokenizer)
@@ -39,7 +45,7 @@ def cut(
             hint="give more text, or lower --samples or --length of `loftq calibrate`",
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    chosen = order[: samples or MOST_SAMPLES].sort().values
+    chosen = order[: samples or most].sort().values
     text_tokens = torch.tensor(ids[: count * room]).view(count, room)[chosen]
     around = [torch.tensor(part, dtype=torch.int64) for part in (before, behind)]
     first, last = (part.expand(len(chosen), -1) for part in around)

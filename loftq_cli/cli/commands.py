@@ -13,6 +13,7 @@ from loftq_cli.cli.guard import CONTEXT, Commands
 from loftq_cli.cli.inspect import inspect
 from loftq_cli.cli.merge import merge
 from loftq_cli.cli.push import push
+from loftq_cli.cli.refine import refine
 from loftq_cli.version import VERSION
 
 
@@ -29,5 +30,8 @@ def main() -> None:
     """
 
 
-for _command in (merge, export, inspect, error_report, convert, calibrate, evaluate, push):
+for _command in (
+    *(merge, export, inspect, error_report, convert, calibrate, evaluate, push),
+    refine,
+):
     main.add_command(_command)

@@ -69,6 +69,13 @@ if TYPE_CHECKING:
     type=choice("diagonal", "full"),
     help="What --calibrate-text measures.  [default: diagonal]",
 )
+@click.option(
+    "--refine",
+    "refining",
+    is_flag=True,
+    help="Refine what was converted on that text, as `loftq refine` does; the start stays at "
+    "OUTPUT.start.",
+)
 @setting_options("where")
 @click.option("--revision", type=str, help="Branch, tag or commit on the hub.")
 @offline_option
@@ -105,6 +112,7 @@ def convert(
     save_recipe: Path | None,
     texts: tuple[Path, ...],
     moments: str | None,
+    refining: bool,
     **settings: Any,
 ) -> None:
     """Convert MODEL, a checkpoint directory or a hub id.
@@ -118,6 +126,7 @@ def convert(
     """
     from loftq_cli.calibration import first
     from loftq_cli.checkpoint.request import Request
+    from loftq_cli.conversion import refined
     from loftq_cli.conversion.prepare import prepare
     from loftq_cli.conversion.run import run
     from loftq_cli.settings import file as recipes
@@ -128,7 +137,7 @@ def convert(
         recipes.check_writable(save_recipe, dry_run=dry_run)
     plan, path = prepare(
         Request(model, revision, offline, allow_pickle),
-        output,
+        refined.start_of(output, texts) if refining else output,
         options,
         overwrite=overwrite,
         discard_shards=discard_shards,
@@ -142,8 +151,13 @@ def convert(
     if save_recipe is not None:
         recipes.save(save_recipe, outcome.manifest["recipe"])
     if outcome.nothing_to_do:
-        narrator.note(f"nothing to do: {output} is complete and verified")
-    show.outcome(outcome.manifest, str(output), again=outcome.nothing_to_do, as_json=as_json)
+        narrator.note(f"nothing to do: {path if refining else output} is complete and verified")
+    manifest = outcome.manifest
+    if refining:
+        start = refined.Start(path, output, texts, manifest["recipe"]["device"])
+        manifest = start.refine(model, offline=offline, overwrite=overwrite, observer=narrator)
+    again = outcome.nothing_to_do and not refining
+    show.outcome(manifest, str(output), again=again, as_json=as_json)
 
 
 def _show(plan: Plan, path: Path, narrator: Narrator, *, as_json: bool) -> None:

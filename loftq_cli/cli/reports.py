@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ def inspection(found: Mapping[str, Any], *, as_json: bool) -> None:
         ),
         ("residual", f"{totals['relative_residual']:.4f} of the weights"),
     ]
+    if "refined" in found:
+        pairs.append(("refined", _refined(found["refined"])))
     if "trained_adapter" in found:
         taken = "not the conversion's own: load(DIR, adapter=…) and merge --adapter take it"
         pairs.append(("trained adapter", f"{found['trained_adapter']}, {taken}"))
@@ -55,6 +58,19 @@ def inspection(found: Mapping[str, Any], *, as_json: bool) -> None:
     pairs.append(("needs", show.needs_line(found["needs"])))
     console.pairs(_titled(found), pairs)
     show.loading(found["loading"])
+
+
+def _refined(told: Mapping[str, Any]) -> str:
+    """What a refinement was on, and what came of it on text held out."""
+    blocks = [block for block in told["blocks"] if block["held_before"]]
+    gains = [block["held_after"] / block["held_before"] for block in blocks]
+    found = [f"on {told['tokens']:,} tokens"]
+    if gains:
+        mean = math.exp(sum(map(math.log, gains)) / len(gains))
+        found.append(f"errors of {len(gains)} blocks on text held out times {mean:.3f}")
+    if end := told.get("end_to_end"):
+        found.append(f"end to end {end['held_before']:.4g} -> {end['held_after']:.4g}")
+    return ", ".join(found)
 
 
 def _titled(report: Mapping[str, Any]) -> str:
@@ -84,6 +100,8 @@ def residuals(report: Mapping[str, Any], *, as_json: bool, as_csv: bool) -> None
             ("worst layers", ", ".join(report["worst"])),
         ],
     )
+    if "refined" in report:
+        _show_refined(report["refined"])
     if "weighted_residual" in totals:
         _show_weighted(report)
 
@@ -130,6 +148,26 @@ def _residuals_table(report: Mapping[str, Any]) -> None:
             for layer in layers
         ],
     )
+
+
+def _show_refined(told: Mapping[str, Any]) -> None:
+    parts = [*told["blocks"], *([told["end_to_end"]] if "end_to_end" in told else [])]
+    shown = [
+        [part["name"], *("-" if part[key] is None else f"{part[key]:.5f}" for key in _LOSSES)]
+        for part in parts
+    ]
+    console.table(
+        "\nRefined: the loss of each part, before and after, and of text held out",
+        ("part", "before", "after", "held out", "after", "kept"),
+        [[*row, f"{part['kept']}/{part['steps']}"] for row, part in zip(shown, parts, strict=True)],
+    )
+    console.line(
+        "Refining makes outputs alike, not weights: it raises the plain residual, and lowers what "
+        "`loftq evaluate` measures."
+    )
+
+
+_LOSSES = ("before", "after", "held_before", "held_after")
 
 
 def _show_weighted(report: Mapping[str, Any]) -> None:

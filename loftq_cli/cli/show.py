@@ -219,6 +219,34 @@ def evaluation(result: Mapping[str, Any], *, as_json: bool) -> None:
     console.pairs(str(result["directory"]), pairs)
 
 
+def refinement(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The summary at the end of ``loftq refine``, or its plan."""
+    if as_json:
+        console.json_object(result)
+        return
+    pairs = [("matrices", str(result["matrices"])), ("layout", result["layout"])]
+    if "disk_bytes" in result:
+        pairs.append(("disk", f"{console.size(result['disk_bytes'])} at most"))
+        console.pairs(f"would write {result['output']}", pairs)
+        console.line("nothing was written (dry run)")
+        return
+    windows = f"{result['samples']} windows of {result['length']} tokens"
+    pairs.append(("text", f"{windows}, {result['tokens']:,} in all"))
+    blocks = result["blocks"]
+    if blocks:
+        better = sum(block["kept"] > 0 for block in blocks)
+        pairs.append(("blocks", f"{better} of {len(blocks)} better on text held out"))
+    end = result["end_to_end"]
+    if end is not None:
+        losses = f"{end['held_before']:.4f} -> {end['held_after']:.4f} on text held out"
+        pairs.append(("end to end", f"{losses}, after {end['kept']} of {end['steps']} steps"))
+    pairs += [
+        ("residual", f"{result['relative_residual']:.4f} of the weights, which is to rise"),
+        ("time", f"{result['seconds']:.1f} s on {result['device']}"),
+    ]
+    console.pairs(f"wrote {result['output']}", pairs)
+
+
 def push(result: Mapping[str, Any], *, as_json: bool) -> None:
     """The summary at the end of ``loftq push``."""
     if as_json:

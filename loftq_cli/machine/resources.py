@@ -45,14 +45,20 @@ def check_permissions(directory: Path) -> None:
         )
 
 
-def check_memory(needed: int, what: str, device: torch.device) -> None:
+def check_memory(
+    needed: int,
+    what: str,
+    device: torch.device,
+    *,
+    hint: str = "free memory, or pass the tensor through with --exclude",
+) -> None:
     """Raise EnvironmentFailure if fewer than ``needed`` bytes of memory can be had for ``what``
     on ``device``."""
     available = available_memory(device)
     if available is not None and available < needed:
         raise EnvironmentFailure(
             f"{what}: {_size(needed)} of memory needed, {_size(available)} available ({device})",
-            hint="free memory, or pass the tensor through with --exclude",
+            hint=hint,
         )
 
 

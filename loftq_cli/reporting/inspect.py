@@ -48,6 +48,7 @@ def inspect(place: Place, *, verify: bool = False) -> dict[str, Any]:
         "totals": totals,
         "layers": layers,
         "passed_through": len(manifest["passed_through"]),
+        **({"refined": manifest["refined"]} if "refined" in manifest else {}),
         **({} if left is None else {"trained_adapter": str(left)}),
         "verified_files": hashed,
         "needs": needs(layers[0]["layout"]),

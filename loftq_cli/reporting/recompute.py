@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -16,6 +16,7 @@ from loftq_cli.checkpoint.locate import is_path, locate
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.request import Request
+from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.stacks import cut
 from loftq_cli.checkpoint.stored import Stored, read
 from loftq_cli.errors import InputError, LoftqError, VerificationError
@@ -63,10 +64,7 @@ def recompute(
             f"{output.directory}: a trained adapter was merged into its codes",
             hint="its residuals are of that sum, which no checkpoint holds: leave out --source",
         )
-    stated = output.manifest["source"]
-    converted = model in (stated["id"], stated.get("resolved_from")) and not is_path(model)
-    revision = stated["revision"] if converted else None
-    source = locate(Request(model, revision, offline), lambda text: None)
+    source = converted_source(output, model, offline=offline)
     decomposer = _decomposer(output, None if stats is None else statistics_for(source, stats))
     for shard in source.shards:
         source.supply.ensure(shard.name)
@@ -128,6 +126,20 @@ class _Pairs:
         fused, number = self._fused[matrix.name]
         lora_A, lora_B = map(self._read, fused.specs())
         return fused.pair(number, lora_A, lora_B)
+
+
+def converted_source(
+    output: Output,
+    model: str,
+    *,
+    offline: bool,
+    say: Callable[[str], None] = lambda text: None,
+) -> Source:
+    """The checkpoint ``model`` that was converted; of one on the hub the commit that was. Raises
+    what :func:`~loftq_cli.checkpoint.locate.locate` does, which ``say`` is of."""
+    stated = output.manifest["source"]
+    converted = model in (stated["id"], stated.get("resolved_from")) and not is_path(model)
+    return locate(Request(model, stated["revision"] if converted else None, offline), say)
 
 
 def _decomposer(output: Output, statistics: Statistics | None) -> Decomposer:

@@ -72,6 +72,7 @@ def error_report(
         "source": source,
         "stats": None if stats is None else str(stats),
         "recomputed": recomputed is not None,
+        **({"refined": output.manifest["refined"]} if "refined" in output.manifest else {}),
         "layers": layers,
         "totals": totals,
         "worst": [layer["name"] for layer in worst],

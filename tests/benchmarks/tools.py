@@ -52,6 +52,15 @@ def convert(model: Path, output: Path, *options: str) -> dict[str, Any]:
     return manifest
 
 
+def refine(model: Path, start: Path, output: Path, text: Path, *options: str) -> dict[str, Any]:
+    """Run ``loftq refine`` in a process of its own; the manifest."""
+    command = [sys.executable, "-m", "loftq_cli", "refine", str(start), "-o", str(output)]
+    words = ["--source", str(model), "--text", str(text), "--overwrite", "-q", *options]
+    subprocess.run([*command, *words], check=True, stdout=subprocess.DEVNULL)
+    manifest: dict[str, Any] = json.loads((output / "loftq_manifest.json").read_text("utf-8"))
+    return manifest
+
+
 def save_result(target: Path, result: dict[str, Any]) -> None:
     """Write ``result`` to ``target`` as JSON, whole or not at all."""
     scratch = target.with_suffix(".part")

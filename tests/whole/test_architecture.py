@@ -20,6 +20,7 @@ FOLDERS = (
         "cli",
         "conversion",
         "evaluation",
+        "refinement",
         "calibration",
         "exporting",
         "merging",

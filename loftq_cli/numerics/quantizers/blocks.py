@@ -64,6 +64,13 @@ class Quantized:
     def shape(self) -> tuple[int, int]:
         return int(self.codes.shape[0]), int(self.codes.shape[1])
 
+    def to(self, device: torch.device) -> Quantized:
+        """The same on ``device``."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        levels = None if self.levels is None else self.levels.to(device)
+        codes, scales = self.codes.to(device), self.scales.to(device)
+        return Quantized(self.bits, self.block_size, codes, scales, zeros, levels)
+
     def decode(self) -> torch.Tensor:
         """The matrix Q, float32 (out, in)."""
         if self.levels is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from tests.benchmarks.language import statistics
-from tests.benchmarks.tools import convert
+from tests.benchmarks.tools import convert, refine
 
 RATES = (2e-4, 1e-3)
 
@@ -17,12 +18,14 @@ RATES = (2e-4, 1e-3)
 @dataclass(frozen=True)
 class Start:
     """``options`` of ``loftq convert``, or None for the full-precision backbone; ``stats``: the
-    statistics that weight the conversion."""
+    statistics that weight the conversion; ``refined``: options of ``loftq refine``, None for the
+    start as it is."""
 
     name: str
     rank: int
     options: tuple[str, ...] | None
     stats: str | None = None
+    refined: tuple[str, ...] | None = None
     small: bool = False  # part of the smaller table
     trained: bool = False
 
@@ -91,13 +94,31 @@ def _quantized() -> list[Start]:
     return starts
 
 
+def _refined() -> list[Start]:
+    """What refining makes of the starts with full statistics, in a layout of other software."""
+    kinds = (("+ refine, blocks", ("--epochs", "1")), ("+ refine, end to end", ()))
+    return [
+        Start(
+            f"{bits} bit, r={rank}, uniform, full, {kind}",
+            rank,
+            ("--bits", str(bits), "--rank", str(rank), "--layout", "compressed"),
+            "full-8192",
+            refined,
+            small=not refined and bits == 2,
+            trained=(bits, rank) == (2, 64),
+        )
+        for bits, rank in ((2, 64), (2, 16), (3, 64))
+        for kind, refined in kinds
+    ]
+
+
 def _again(start: Start, seed: str) -> Start:
     """With other random bases of the subspace iteration, and nothing else."""
     options = (*(start.options or ()), "--seed", seed)
     return Start(f"{start.name}, seed {seed}", start.rank, options, start.stats)
 
 
-STARTS = (Start("full precision", 64, None, small=True, trained=True), *_quantized())
+STARTS = (Start("full precision", 64, None, small=True, trained=True), *_quantized(), *_refined())
 
 
 def prepare(start: Start, model: Path, work: Path) -> dict[str, Any]:
@@ -110,14 +131,21 @@ def prepare(start: Start, model: Path, work: Path) -> dict[str, Any]:
     options = start.options
     if start.stats is not None:
         options = (*options, "--stats", str(statistics.prepare(start.stats, model, work)))
-    manifest = convert(model, output, *options)
+    if start.refined is None:
+        manifest = convert(model, output, *options)
+        seconds = 0.0
+    else:
+        first = output.with_name(f"{start.slug}-start")
+        seconds = convert(model, first, *options)["environment"]["seconds"]
+        manifest = refine(model, first, output, work / "calibration.txt", *start.refined)
+        shutil.rmtree(first)
     matrices = manifest["matrices"]
     weights = sum(matrix["shape"][0] * matrix["shape"][1] for matrix in matrices)
     values = sum(matrix["rank"] * sum(matrix["shape"]) for matrix in matrices)
     return {
         "bits": manifest["totals"]["bits_per_weight"],
         "adapter_bits": 16 * values / weights,
-        "seconds": manifest["environment"]["seconds"],
+        "seconds": seconds + manifest["environment"]["seconds"],
     }
 
 

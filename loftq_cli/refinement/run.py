@@ -1,0 +1,164 @@
+"""A refinement that is settled: what is left of it done, and its files written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+
+from loftq_cli.calibration.blockwise import kept
+from loftq_cli.calibration.calibrate import Text
+from loftq_cli.calibration.layer_inputs import OWN_LOOP
+from loftq_cli.checkpoint.journal import Journal, Subject
+from loftq_cli.checkpoint.output import MANIFEST
+from loftq_cli.errors import UnsupportedInputError
+from loftq_cli.machine.durable import explained, pretty_json, write_file
+from loftq_cli.machine.observer import Observer
+from loftq_cli.machine.peak_memory import peak_host_bytes
+from loftq_cli.machine.resources import available_memory, memory_explained
+from loftq_cli.refinement.block import Course
+from loftq_cli.refinement.blocks import Blocks
+from loftq_cli.refinement.chains import Chains, Keep, in_evaluation, on_disk, spilling
+from loftq_cli.refinement.conversion import Conversion
+from loftq_cli.refinement.model import Prepared, prepared
+from loftq_cli.refinement.room import Memory, fits
+from loftq_cli.refinement.settings import BATCH, BLOCK_RATES, PACE, WHOLE_RATES, Refining
+from loftq_cli.refinement.stages import RefineWorkspace, Stages
+from loftq_cli.refinement.whole import TITLE, Whole, known_of
+from loftq_cli.refinement.writing import manifest_of, write_files
+
+_SHARE = 0.25
+"""Of the free memory that activations may take; beyond it they go to the disk."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A refinement of ``conversion``; ``subject``: what the journal says that it is of."""
+
+    conversion: Conversion
+    texts: Sequence[Text]
+    wanted: Refining
+    device: torch.device
+    subject: Subject
+    observer: Observer
+
+    def write(self, workspace: RefineWorkspace, started: float) -> dict[str, Any]:
+        """Do what is left, and write every file of the output; its manifest."""
+        with memory_explained("refining", hint="lower --length, or use another --device"):
+            with Journal(workspace.journal, self.subject) as journal:
+                stages = Stages(workspace.stages, journal)
+                told, titles = self._refined(workspace, stages)
+            refined = stages.stored(titles)
+            with explained(workspace.output):
+                write_files(self.conversion, refined, workspace.output, workspace.final)
+            environment = {
+                "torch": torch.__version__,
+                "device": str(self.device),
+                "seconds": round(time.monotonic() - started, 3),
+                "peak_host_bytes": peak_host_bytes(),
+                "peak_device_bytes": _peak(self.device),
+            }
+            manifest = manifest_of(
+                self.conversion,
+                refined,
+                told,
+                self.subject.fingerprint,
+                environment,
+                workspace.output,
+            )
+        write_file(workspace.output / MANIFEST, pretty_json(manifest))
+        return manifest
+
+    def _refined(
+        self, workspace: RefineWorkspace, stages: Stages
+    ) -> tuple[dict[str, Any], list[str]]:
+        """What the manifest says of the refinement, and which stages hold what is new."""
+        texts = [text.content for text in self.texts]
+        with explained(workspace.output):
+            workspace.output.mkdir(exist_ok=True)
+        ready = prepared(self.conversion, texts, self.wanted, self.device, workspace.output)
+        with in_evaluation(ready.model):
+            order = ready.order()
+            blocks = {
+                block: [name for name in names if name in self.conversion.held]
+                for block, names in order.blocks.items()
+            }
+            if self.wanted.epochs and not any(blocks.values()) and not self.wanted.end_to_end:
+                raise UnsupportedInputError(
+                    f"{self.conversion.original.directory}: its blocks do not run in turn",
+                    hint=f"use --end-to-end STEPS; or {OWN_LOOP}",
+                )
+            keep = self._keep(ready, workspace)
+            known = []
+            if self.wanted.end_to_end:
+                known = known_of(ready, on_disk(workspace.partial))
+            records, end = [], None
+            course = self._block_course(ready)
+            amount = course.amount * sum(map(bool, blocks.values())) if self.wanted.epochs else 0
+            again = [] if self._keeps_everything(ready) else list(blocks)
+            whole = Whole(ready, known, again, self._whole_course(ready))
+            self.observer.begin(amount + whole.course.amount, "refining", " windows")
+            try:
+                if self.wanted.epochs:
+                    with Chains(ready.model, ready.calibration.run, len(ready.windows), keep) as c:
+                        records = Blocks(ready, blocks, course).refine(c, stages, self.observer)
+                titles = [record["name"] for record in records if len(record) > 1]
+                if self.wanted.end_to_end:
+                    end = whole.refine(stages.stored(titles), stages, self.observer)
+                    titles.append(TITLE)
+            finally:
+                self.observer.end()
+        samples, length = ready.windows.shape
+        self._tell_of_nan([*records, *([] if end is None else [end])])
+        told = {
+            "texts": [text.sha256 for text in self.texts],
+            "adapter": self.subject.recipe["adapter"],
+            "settings": self.wanted.described(),
+            "samples": samples,
+            "length": length,
+            "tokens": samples * length,
+            "held": len(ready.held),
+            "blocks": [record for record in records if len(record) > 1],
+            **({} if end is None else {"end_to_end": end}),
+        }
+        return told, titles
+
+    def _tell_of_nan(self, records: Sequence[Mapping[str, Any]]) -> None:
+        for record in records:
+            if not record.get("finite", True):
+                self.observer.note(f"{record['name']}: a loss was not finite; it stays as it was")
+
+    def _keep(self, ready: Prepared, workspace: RefineWorkspace) -> Keep:
+        """Where the activations of both chains go: three times as many as one block gives."""
+        width = getattr(ready.model.config, "hidden_size", None) or 4096
+        nbytes = 3 * ready.windows.numel() * int(width) * 4
+        room = available_memory(torch.device("cpu"), swap=False)
+        if room is None or nbytes < _SHARE * room:
+            return kept
+        return spilling(workspace.partial)
+
+    def _keeps_everything(self, ready: Prepared) -> bool:
+        """Whether there is memory for what is computed inside all blocks."""
+        memory = Memory(self.conversion, ready.windows.shape[1])
+        return fits(memory.whole + memory.activations, self.device)
+
+    def _block_course(self, ready: Prepared) -> Course:
+        pace = ceil(len(ready.trained) / BATCH)
+        steps = (self.wanted.epochs or 0) * pace
+        return Course(
+            ready.trained, ready.held, steps, BATCH, 1, pace, BLOCK_RATES, self.wanted.seed
+        )
+
+    def _whole_course(self, ready: Prepared) -> Course:
+        steps = self.wanted.end_to_end or 0
+        return Course(
+            ready.trained, ready.held, steps, BATCH, BATCH, PACE, WHOLE_RATES, self.wanted.seed
+        )
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

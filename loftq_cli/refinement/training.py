@@ -1,0 +1,130 @@
+"""Matrices of a model in training: their weights in the model, and steps by the gradients there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from loftq_cli.families.kinds import turned
+from loftq_cli.layouts.base import Matrix
+from loftq_cli.numerics.latent import Fixed
+
+WARM = 0.05
+"""The share of the steps in which the rates rise; then they fall along a cosine."""
+LEAST = 0.02
+"""The share of its rate that a parameter is trained with at least."""
+_BETAS = (0.9, 0.95)
+_EPS = 1e-12  # of gradients that may be small: a step is as long as its rate, whatever the loss
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How far a step goes: for A and B, for the logarithms of scales, and for codes, in steps of
+    the code. 0: they stay."""
+
+    pair: float
+    scales: float
+    codes: float
+
+    def of(self, name: str) -> float:
+        """The rate of a parameter of a matrix."""
+        return {"scales": self.scales, "codes": self.codes}.get(name, self.pair)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A matrix and the parameter of the model that is its weight, stored as ``matrix`` says."""
+
+    matrix: Matrix
+    latent: Fixed
+    parameter: nn.Parameter
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Give the model the weight as it is now."""
+        value = turned(self.latent.weight(), self.matrix.kind)
+        self.parameter.copy_(value.to(self.parameter.dtype))
+
+    @torch.no_grad()
+    def pull(self) -> dict[str, torch.Tensor]:
+        """The gradients of the latent's parameters; the model's own is given up. A matrix that the
+        loss does not depend on has none."""
+        grad, self.parameter.grad = self.parameter.grad, None
+        if grad is None:
+            return {}
+        return self.latent.pull(turned(grad, self.matrix.kind).float().contiguous())
+
+
+Snapshot = Sequence[Mapping[str, torch.Tensor]]
+"""The parameters of every matrix."""
+
+
+class Trainer:
+    """Trains ``placed`` for so many ``steps``. In the context their parameters in the model ask for
+    gradients."""
+
+    def __init__(self, placed: Sequence[Placed], rates: Rates, steps: int) -> None:
+        self._placed, self._rates, self._steps = placed, rates, steps
+        self._done = 0
+        self._named = [
+            (item, name, tensor)
+            for item in placed
+            for name, tensor in item.latent.parameters.items()
+            if rates.of(name) > 0
+        ]
+        groups = [{"params": [tensor], "lr": rates.of(name)} for _, name, tensor in self._named]
+        self._optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPS, fused=True)
+
+    def __enter__(self) -> Trainer:
+        for item in self._placed:
+            item.parameter.requires_grad_(True)
+            item.put()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for item in self._placed:
+            item.parameter.requires_grad_(False)
+            item.parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step by the gradients that the model has, which are given up."""
+        share = schedule(self._done, self._steps)
+        self._done += 1
+        grads = {id(item): item.pull() for item in self._placed}
+        for group, (item, name, tensor) in zip(
+            self._optimizer.param_groups, self._named, strict=True
+        ):
+            group["lr"] = self._rates.of(name) * share
+            tensor.grad = grads[id(item)].pop(name, None)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for item in self._placed:
+            item.latent.settle()
+            item.put()
+
+    def snapshot(self) -> Snapshot:
+        """The parameters as they are now."""
+        return [
+            {name: tensor.clone() for name, tensor in item.latent.parameters.items()}
+            for item in self._placed
+        ]
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Set the parameters to what they were."""
+        for item, held in zip(self._placed, snapshot, strict=True):
+            for name, tensor in held.items():
+                item.latent.parameters[name].copy_(tensor)
+            item.put()
+
+
+def schedule(step: int, steps: int) -> float:
+    """The share of a rate at ``step`` of ``steps``: up at first, then down along a cosine."""
+    warm = max(1.0, WARM * steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return max(min((step + 1) / warm, 1.0) * cosine, LEAST)

@@ -1,0 +1,69 @@
+"""The whole model, trained end to end where it fits: every matrix at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loftq_cli.checkpoint.stored import Stored
+from loftq_cli.machine.observer import Observer
+from loftq_cli.refinement.block import Course, train
+from loftq_cli.refinement.distill import Told, called, checkpointed, distance, predicts, told
+from loftq_cli.refinement.model import Prepared
+from loftq_cli.refinement.stages import Stages
+
+TITLE = "end to end"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What the original says of every window of ``prepared``, and how the model is trained to say
+    the same; ``blocks`` keep no activations but their inputs."""
+
+    prepared: Prepared
+    known: Sequence[Told]
+    blocks: Sequence[str]
+    course: Course
+
+    def refine(self, begun: Stored, stages: Stages, observer: Observer) -> dict[str, Any]:
+        """Train every matrix, from what is stored of finished blocks on, unless that is finished;
+        its record."""
+        conversion, names = self.prepared.conversion, list(self.prepared.calibration.layers)
+        specs = [spec for name in names for spec in conversion.held[name].specs]
+        observer.working_on(TITLE)
+        record = stages.record(TITLE, specs)
+        if record is not None:
+            observer.advance(self.course.amount)
+            return record
+        model, call = self.prepared.model, called(self.prepared.model, self.prepared.device)
+
+        def loss_of(windows: Sequence[int]) -> torch.Tensor:
+            with self.prepared.autocast():
+                output = call(self.prepared.windows[list(windows)])
+            return distance(output, [self.known[window] for window in windows])
+
+        placed = self.prepared.placed(names, begun)
+        with checkpointed([model.get_submodule(name) for name in self.blocks]):
+            outcome = train(placed, loss_of, self.course, observer.advance)
+        tensors: dict[str, torch.Tensor] = {}
+        for item in placed:
+            name = item.matrix.name
+            tensors |= conversion.held[name].encoded(item.latent, conversion.stored(name))
+        record = outcome.record(TITLE)
+        stages.write(TITLE, tensors, specs, record)
+        return record
+
+
+@torch.no_grad()
+def known_of(prepared: Prepared, hold: Callable[[torch.Tensor], torch.Tensor]) -> list[Told]:
+    """What the original says of every window, kept by ``hold``."""
+    call, logits = called(prepared.model, prepared.device), predicts(prepared.model)
+    found = []
+    for window in prepared.windows:
+        with prepared.autocast():
+            output = call(window[None])[0]
+        found.append(told(output, hold, logits=logits))
+    return found

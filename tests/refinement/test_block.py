@@ -1,0 +1,147 @@
+"""What a block is trained by, and what of it is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from loftq_cli.layouts.base import Matrix
+from loftq_cli.numerics.latent import Fixed, Pair
+from loftq_cli.refinement.block import Course, token_loss, train
+from loftq_cli.refinement.training import Placed, Rates, schedule
+from tests.support.quantizing import gaussian
+
+COURSE = Course(
+    trained=[0, 1, 3, 4],
+    held=[2],
+    steps=40,
+    batch=2,
+    together=1,
+    pace=4,
+    rates=Rates(pair=0.05, scales=0.0, codes=0.0),
+    seed=0,
+)
+
+
+def test_a_token_s_error_counts_relative_to_its_energy() -> None:
+    wanted, found = gaussian(2, 5, 8), gaussian(2, 5, 8, seed=1)
+    wanted[0, 0] *= 1e4  # a massive activation
+    expected = [
+        float((f - w).square().sum() / w.square().sum())
+        for f, w in zip(found.double().view(-1, 8), wanted.double().view(-1, 8), strict=True)
+    ]
+    assert float(token_loss(found, wanted)) == pytest.approx(sum(expected) / 10, rel=0.02)
+    assert float(token_loss(wanted, wanted)) == 0.0
+    assert math.isfinite(float(token_loss(found, torch.zeros_like(found))))
+
+
+def test_every_window_comes_before_one_comes_again() -> None:
+    batches = list(replace(COURSE, steps=6, batch=3).batches())
+    assert [len(batch) for batch in batches] == [3] * 6
+    seen = [window for batch in batches for window in batch]
+    for start in range(0, 16, 4):
+        assert sorted(seen[start : start + 4]) == COURSE.trained
+    assert list(replace(COURSE, seed=1).batches()) != list(COURSE.batches())
+    assert list(COURSE.batches()) == list(COURSE.batches())
+
+
+def test_rates_rise_and_then_fall() -> None:
+    shares = [schedule(step, 100) for step in range(100)]
+    assert shares[0] < shares[2] < shares[4] == max(shares)
+    assert shares[4:] == sorted(shares[4:], reverse=True)
+    assert min(shares[10:]) >= 0.02
+    assert schedule(0, 1) > 0
+
+
+class Line:
+    """A matrix of 4 x 4 that is to map windows of a vector each to what ``wanted`` maps them to;
+    ``counted``: the steps that a worse matrix is asked for instead."""
+
+    def __init__(self) -> None:
+        self.parameter = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+        pair = Pair(gaussian(4, 4), torch.zeros(4, 4), 1.0)
+        matrix = Matrix("weight", (4, 4), "F32", "uniform", 2, 64)
+        self.placed = [Placed(matrix, Fixed(torch.zeros(4, 4), pair), self.parameter)]
+        self.wanted = gaussian(4, 4, seed=2)
+        self.inputs = gaussian(5, 7, 4, seed=3)
+        self.seen: list[Sequence[int]] = []
+
+    def loss_of(self, windows: Sequence[int]) -> torch.Tensor:
+        self.seen.append(list(windows))
+        inputs = self.inputs[list(windows)]
+        return (inputs @ (self.parameter - self.wanted).T).square().mean()
+
+
+def test_training_lowers_the_loss_and_tells_of_it() -> None:
+    line = Line()
+    advanced: list[int] = []
+    outcome = train(line.placed, line.loss_of, COURSE, advanced.append)
+    assert outcome.finite
+    assert outcome.kept == outcome.steps == 40
+    assert outcome.held_after < 0.2 * outcome.held_before
+    with torch.no_grad():
+        assert float(line.loss_of([2])) == pytest.approx(outcome.held_after)
+    assert advanced == [2] * 40
+    assert {window for windows in line.seen for window in windows} == {0, 1, 2, 3, 4}
+    assert not line.parameter.requires_grad
+    assert line.parameter.grad is None
+
+
+def test_windows_at_once_are_the_same_steps() -> None:
+    one, several = Line(), Line()
+    train(one.placed, one.loss_of, COURSE, lambda count: None)
+    train(several.placed, several.loss_of, replace(COURSE, together=2), lambda count: None)
+    torch.testing.assert_close(one.parameter, several.parameter, rtol=1e-3, atol=1e-3)
+
+
+def test_what_does_not_help_is_not_kept() -> None:
+    line = Line()
+
+    def loss_of(windows: Sequence[int]) -> torch.Tensor:
+        """Of held windows, how far the matrix is from what it was."""
+        if list(windows) == [2]:
+            return line.parameter.square().mean()
+        return line.loss_of(windows)
+
+    outcome = train(line.placed, loss_of, COURSE, lambda count: None)
+    assert (outcome.kept, outcome.finite) == (0, True)
+    assert outcome.held_after == outcome.held_before == 0.0
+    assert outcome.after == outcome.before
+    assert not line.parameter.any()
+
+
+def test_the_best_on_the_way_is_kept_and_not_the_last() -> None:
+    line, calls = Line(), []
+
+    def loss_of(windows: Sequence[int]) -> torch.Tensor:
+        if list(windows) != [2]:
+            return line.loss_of(windows)
+        calls.append(line.parameter.detach().clone())
+        return line.loss_of(windows) * 0 + abs(len(calls) - 4.0)  # least at the third look
+
+    outcome = train(line.placed, loss_of, COURSE, lambda count: None)
+    assert outcome.kept == 3 * COURSE.pace
+    assert torch.equal(line.parameter, calls[3])
+
+
+@pytest.mark.parametrize("after", [0, 1, 9, 20])
+def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(after: int) -> None:
+    line = Line()
+
+    def loss_of(windows: Sequence[int]) -> torch.Tensor:
+        loss = line.loss_of(windows)
+        return loss * math.nan if len(line.seen) > after else loss
+
+    outcome = train(line.placed, loss_of, COURSE, lambda count: None)
+    assert (outcome.kept, outcome.finite) == (0, False)
+    assert not line.parameter.any()
+    assert all(
+        value is None or math.isfinite(value)
+        for key, value in outcome.record("x").items()
+        if key != "name"
+    )
