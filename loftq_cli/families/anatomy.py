@@ -102,7 +102,7 @@ def anatomy(
     modules = dict(model.named_modules())
     reads, shared = weights_read(model), _shared(model)
     names, reasons = {}, {}
-    stacks, experts = _experts(config, tensors, places, modules)
+    stacks, experts = _experts(config, tensors, places, model)
     for name, shape in tensors.items():
         place = places[name]
         if place is not None and not place.computed and place.name != name:
@@ -132,9 +132,10 @@ def _experts(
     config: Mapping[str, Any],
     tensors: Mapping[str, Sequence[int]],
     places: Mapping[str, Place | None],
-    modules: Mapping[str, nn.Module],
+    model: nn.Module,
 ) -> tuple[dict[str, Stack], dict[str, str]]:
     """``stacks`` and ``experts`` of an anatomy."""
+    modules = dict(model.named_modules())
     stacks: dict[str, Stack] = {}
     experts: dict[str, str] = {}
     lacking: dict[str, set[str]] = {}
@@ -161,8 +162,24 @@ def _experts(
             experts |= {name: home, **dict.fromkeys(stack.cuts(), home)}
         if name in experts:
             lacking[home].discard(parameter)
-    whole = {name: home for name, home in experts.items() if not lacking[home]}
+    homes = {home for home, parameters in lacking.items() if not parameters}
+    homes -= _in_common(model, homes) | _unloadable(model, homes)
+    whole = {name: home for name, home in experts.items() if home in homes}
     return {name: stack for name, stack in stacks.items() if name in whole}, whole
+
+
+def _in_common(model: nn.Module, homes: Collection[str]) -> set[str]:
+    """Those of the modules ``homes`` that share parameters with another."""
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
+    return {home for names in owners.values() if len(names) > 1 for home in names & set(homes)}
+
+
+def _unloadable(model: nn.Module, homes: Collection[str]) -> set[str]:
+    """Those of the modules ``homes`` of fused experts whose adapters PEFT would lose."""
+    wrappers = {name: home for home in homes for name in (home, f"{home}.base_layer")}
+    return {wrappers[name] for name in adaptable.lost(model, wrappers)}
 
 
 def _by_names(why: str) -> Anatomy:
