@@ -90,10 +90,31 @@ _SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_GEMMA4 = {
+    **_BASE,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_global_key_value_heads": 2,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+}
 _LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa")
 FUSED_BY_PEFT = experts._FUSED_BY_PEFT
 FUSED_BY_US = (
-    *("aria_text", "gpt_oss", "granitemoe", "granitemoeshared", "jamba", "llama4_text"),
+    *(
+        "aria_text",
+        "gemma4_text",
+        "gpt_oss",
+        "granitemoe",
+        "granitemoeshared",
+        "jamba",
+        "llama4_text",
+    ),
     *("nemotron_h", "phimoe", "qwen2_moe", "qwen3_5_moe_text"),
 )
 """Whose adapters are written in PEFT's own form for all experts of a layer; some of those whose
@@ -103,7 +124,10 @@ experts are told by what transformers makes of them."""
 def family(kind: str) -> Any:
     """A causal language model of the family, of two blocks with four experts each."""
     made = transformers.models.auto.configuration_auto.CONFIG_MAPPING[kind]
-    settings = {key: value for key, value in _SMALL.items() if hasattr(made(), key)}
+    if kind == "gemma4_text":  # whose layers differ in size, and have experts if they are told to
+        settings = dict(_GEMMA4)
+    else:
+        settings = {key: value for key, value in _SMALL.items() if hasattr(made(), key)}
     if kind in _LATENT:  # heads of their own sizes
         settings["num_key_value_heads"] = 4
         settings.pop("head_dim", None)
