@@ -17,50 +17,17 @@ from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.errors import (
-    EnvironmentFailure,
-    InputError,
     OutputConflictError,
-    SourceChangedError,
-    UnsupportedInputError,
-    UsageError,
 )
 from loftq_cli.machine.observer import Observer
 from loftq_cli.refinement import block as training
 from loftq_cli.refinement import room, run
 from loftq_cli.refinement.refine import refine as refining
 from loftq_cli.refinement.settings import Refining
-from tests.support import makers, models
-from tests.support.calibrated import LENGTH, TEXT
+from tests.support import makers
+from tests.support.calibrated import LENGTH
 from tests.support.contents import stored
-
-SETTINGS: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 1, "threads": 1, "block_size": 64}
-ASKED: dict[str, Any] = {"length": LENGTH, "samples": 20, "epochs": 4, "device": "cpu"}
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "loftq": {"layout": "loftq", "method": "fitted"},
-    "gptq": {"layout": "gptq"},
-    "bnb": {"layout": "bnb", "bits": 4},
-    "compressed": {"layout": "compressed", "method": "uniform-symmetric"},
-    "dense": {"layout": "dense"},
-    "int8": {"layout": "loftq", "method": "uniform", "scale_dtype": "int8", "embeddings": True},
-}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a text, a causal model, an encoder and an encoder-decoder."""
-    place = tmp_path_factory.mktemp("refined")
-    (place / "text.txt").write_text(TEXT)
-    for kind in ("llama", "bert", "bart"):
-        models.save_tokenizer(models.save(getattr(models, kind)(), place / kind))
-        loftq_cli.convert(place / kind, place / f"{kind}-out", layout="loftq", **SETTINGS)
-    return place
-
-
-def refine(place: Path, name: str, to: str, kind: str = "llama", **options: Any) -> dict[str, Any]:
-    return loftq_cli.refine(
-        place / name, place / to, source=place / kind, text=place / "text.txt",
-        **{**ASKED, **options},
-    )  # fmt: skip
+from tests.support.refined import ASKED, LAYOUTS, SETTINGS, refine
 
 
 def divergence(place: Path, name: str, kind: str = "llama") -> float:
@@ -332,66 +299,6 @@ def test_what_is_refined_is_exported_and_refined_again(place: Path) -> None:
     assert told["fingerprint"] == loftq_cli.inspect(place / "moved-refined")["fingerprint"]
 
 
-def test_what_is_refused(place: Path, tmp_path: Path) -> None:
-    start = "llama-out"
-    cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"samples": 1}, "--samples 1: must be a whole number from 2"),
-        ({"epochs": 0, "end_to_end": 0}, "leave nothing to do"),
-        ({"end_to_end": -1}, "--end-to-end -1"),
-        ({"length": 900}, "takes 64 tokens at most"),
-    )
-    for options, said in cases:
-        with pytest.raises(UsageError, match=said):
-            refine(place, start, "refused", **options)
-    with pytest.raises(InputError, match=r"the text: .* are needed"):
-        refine(place, start, "refused", samples=500)
-    (tmp_path / "short.txt").write_text("Once. " * 5)
-    with pytest.raises(InputError, match="1 window of 20 tokens, 2 are needed"):
-        loftq_cli.refine(
-            place / start, place / "refused", source=place / "llama",
-            text=tmp_path / "short.txt", length=20, device="cpu",
-        )  # fmt: skip
-    with pytest.raises(InputError, match="no such tensor, the conversion"):
-        refine(place, start, "refused", kind="bert")
-    with pytest.raises(UsageError, match=r"is the input|inside the input"):
-        refine(place, start, "llama-out/inside")
-    shutil.copytree(place / "llama", tmp_path / "other")
-    file = tmp_path / "other/model.safetensors"
-    save_file({name: t * 1.01 for name, t in load_file(file).items()}, file, {"format": "pt"})
-    with pytest.raises(SourceChangedError, match="not the file that was converted"):
-        loftq_cli.refine(
-            place / start, place / "refused", source=tmp_path / "other",
-            text=place / "text.txt", **ASKED,
-        )  # fmt: skip
-    assert not list(place.glob("*refused*"))
-    assert not list(place.glob(".refused*"))
-
-
-def test_other_adapters_are_refused(place: Path, tmp_path: Path) -> None:
-    adapter = place / "llama-out/loftq_init"
-    for name, change, said in (
-        ("full", {"base_model.model.model.norm.weight": torch.ones(64)}, "was trained too"),
-        ("less", None, "no pair of rank 4 for"),
-    ):
-        shutil.copytree(adapter, tmp_path / name)
-        file = tmp_path / name / "adapter_model.safetensors"
-        held = load_file(file)
-        if change is None:
-            held = {key: t for key, t in held.items() if "layers.1" not in key}
-        save_file(held | (change or {}), file)
-        with pytest.raises(InputError, match=said):
-            refine(place, "llama-out", "refused", adapter=tmp_path / name)
-
-
-def test_a_conversion_without_a_start_is_refused(place: Path) -> None:
-    adapter = place / "llama-out/loftq_init"
-    loftq_cli.export(
-        place / "llama-out", place / "no-start", layout="loftq", merge=True, adapter=adapter
-    )
-    with pytest.raises(UnsupportedInputError, match="it has no start"):
-        refine(place, "no-start", "refused")
-
-
 def test_what_is_left_open_is_what_there_is_memory_for(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,18 +336,3 @@ def test_blocks_that_keep_nothing_give_the_same(
     monkeypatch.setattr(room, "_OF_INPUT", 1 << 50)
     refine(place, "llama-out", "keeps-nothing", **asked)
     assert contents(place / "keeps") == contents(place / "keeps-nothing")
-
-
-def test_too_little_memory_and_disk_are_told_before_anything_is_written(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(room, "_COPIES", 1 << 40)
-    with pytest.raises(EnvironmentFailure, match=r"the largest block: .* of memory needed"):
-        refine(place, "llama-out", "refused")
-    with pytest.raises(EnvironmentFailure, match=r"the whole model, end to end: .* needed"):
-        refine(place, "llama-out", "refused", end_to_end=1)
-    monkeypatch.undo()
-    monkeypatch.setattr(room, "_MARGIN", 1 << 60)
-    with pytest.raises(EnvironmentFailure, match=r"needed, .* free"):
-        refine(place, "llama-out", "refused")
-    assert not list(place.glob(".refused*"))

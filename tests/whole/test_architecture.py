@@ -73,7 +73,7 @@ def allowed(folder: str) -> set[str]:
     if folder in FOLDERS:
         return {*FOLDERS[FOLDERS.index(folder) :], "errors", *({"version"} - {folder})}
     public = {*FOLDERS[1:], *FOR_ALL}
-    beside = {"__init__": {*public, "twins"}, "twins": public, "__main__": {"cli"}}
+    beside = {"__init__": {*public, "twins"}, "twins": {*public, "twins"}, "__main__": {"cli"}}
     return beside.get(folder, set())
 
 

@@ -1,0 +1,22 @@
+"""A function for each command: the same arguments, the same defaults, and what ``--json`` prints.
+
+A test holds each beside its command. Everything is imported when it is called.
+"""
+
+from loftq_cli.twins.finished import error_report, evaluate, export, inspect, merge, push
+from loftq_cli.twins.making import calibrate, convert, plan, refine
+from loftq_cli.twins.places import located
+
+__all__ = [
+    "calibrate",
+    "convert",
+    "error_report",
+    "evaluate",
+    "export",
+    "inspect",
+    "located",
+    "merge",
+    "plan",
+    "push",
+    "refine",
+]

@@ -1,0 +1,180 @@
+"""Twins of the commands that take a finished conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.machine.paths import expanded
+from loftq_cli.twins.places import AnyPath, located, paths
+
+if TYPE_CHECKING:
+    pass
+
+
+def merge(
+    directory: AnyPath = "out",
+    output: AnyPath = "merged",
+    *,
+    adapter: AnyPath | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Merge a conversion and ``adapter``, trained or (None) its own, into an ordinary checkpoint.
+
+    ``directory`` and ``adapter`` may be hub ids, as text. ``dtype`` is that of the merged matrices,
+    None what they had before the conversion.
+    """
+    from loftq_cli.checkpoint.locate import locate_adapter
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.merging.merge import merge as run
+
+    place = located(directory, revision, offline, everything=True)
+    trained = None
+    if adapter is not None:
+        trained = locate_adapter(adapter, offline=offline, listener=Logged())
+    return run(
+        place.directory,
+        expanded(output),
+        adapter=trained,
+        dtype=dtype,
+        overwrite=overwrite,
+        observer=Logged(),
+    )
+
+
+def export(
+    directory: AnyPath = "out",
+    output: AnyPath = "exported",
+    *,
+    layout: str,
+    adapter: AnyPath | None = None,
+    merge: bool = False,
+    stats: AnyPath | None = None,
+    skeleton: AnyPath | None = None,
+    source: AnyPath | None = None,
+    strict: bool = False,
+    pad_ranks: bool = False,
+    base_model: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the codes of a conversion in another ``layout``; what it cannot hold exactly is
+    refused.
+
+    ``directory`` and ``adapter`` may be hub ids, as text. ``adapter``, which training saved, goes
+    to the folder ``adapter`` of the output or, with ``merge``, into the codes, which are chosen
+    anew, with error feedback under the statistics in the file ``stats``; ``pad_ranks`` gives every
+    pair one rank, by zeros; ``base_model`` is what the adapters' configs call the backbone, None
+    the output's path. Layout "gguf" is written into the ``skeleton``, a GGUF file of the model in
+    floating point, which is of the model ``source`` if it is not of the conversion's own values;
+    ``strict`` refuses tensors that would be in 16 bits.
+    """
+    from loftq_cli.checkpoint.locate import locate_adapter
+    from loftq_cli.exporting.export import export as run
+    from loftq_cli.exporting.gguf.export import export_gguf, settled
+    from loftq_cli.exporting.work import Wanted
+    from loftq_cli.machine.observer import Logged
+
+    place = located(directory, revision, offline, everything=True)
+    trained = None
+    if adapter is not None:
+        trained = locate_adapter(adapter, offline=offline, listener=Logged())
+    file = None if stats is None else expanded(stats)
+    wanted = Wanted(layout, trained, merge, file, pad_ranks, base_model)
+    held = None if skeleton is None else expanded(skeleton)
+    origin = None if source is None else str(source)
+    skeletal = settled(wanted, held, origin, strict=strict, offline=offline)
+    target, observer = expanded(output), Logged()
+    if skeletal is None:
+        return run(place.directory, target, wanted, overwrite=overwrite, observer=observer)
+    return export_gguf(place.directory, target, skeletal, overwrite=overwrite, observer=observer)
+
+
+def push(
+    directory: AnyPath, repo_id: str, *, private: bool = False, revision: str | None = None
+) -> dict[str, Any]:
+    """Send the conversion in ``directory``, verified, to ``repo_id`` on the hub, with a model card.
+
+    ``revision`` is the branch, made if it is not there; ``private`` is for a repository that is to
+    be made.
+    """
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.reporting.push import push as run
+
+    say = Logged().note
+    return run(expanded(directory), repo_id, private=private, revision=revision, say=say)
+
+
+def inspect(
+    directory: AnyPath = "out",
+    *,
+    verify: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """What a conversion holds. ``verify`` re-hashes every file.
+
+    ``directory`` may be a hub id, as text, at ``revision``; ``offline`` uses only what is in the
+    hub cache. Raises InputError if it is no finished conversion or was altered.
+    """
+    from loftq_cli.reporting.inspect import inspect as run
+
+    return run(located(directory, revision, offline, everything=verify), verify=verify)
+
+
+def error_report(
+    directory: AnyPath = "out",
+    source: AnyPath | None = None,
+    stats: AnyPath | None = None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """How far Q + BA is from W, per layer. ``directory``, ``revision`` and ``offline`` are as for
+    :func:`inspect`.
+
+    With ``source`` (a checkpoint directory or hub id) every residual is recomputed from the packed
+    bytes and the original weights, and with ``stats``, a file of activation statistics, the
+    weighted ones too; VerificationError if the manifest disagrees.
+    """
+    from loftq_cli.reporting.residuals import error_report as run
+
+    place = located(directory, revision, offline, everything=source is not None)
+    return run(place, None if source is None else str(source), stats, offline=offline)
+
+
+def evaluate(
+    directory: AnyPath = "out",
+    *,
+    text: AnyPath | Sequence[AnyPath],
+    source: AnyPath | None = None,
+    adapter: AnyPath | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """Perplexity of a conversion, or any checkpoint, on ``text``, UTF-8 files (extra ``train``).
+
+    With ``source``, the original, also its perplexity, ``kl`` and ``top1``; of models that are no
+    causal language models ``cosine`` and ``relative_error`` of hidden states. ``adapter``: a
+    trained one instead of the start.
+    """
+    from loftq_cli.checkpoint.locate import locate_adapter
+    from loftq_cli.evaluation.evaluate import Evaluating
+    from loftq_cli.evaluation.evaluate import evaluate as run
+    from loftq_cli.machine.observer import Logged
+
+    place = located(directory, revision, offline, everything=True)
+    trained = None
+    if adapter is not None:
+        trained = locate_adapter(adapter, offline=offline, listener=Logged())
+    wanted = Evaluating(samples, length, device, seed, trained, offline)
+    named = None if source is None else str(source)
+    return run(place, paths(text), named, wanted, observer=Logged())

@@ -1,0 +1,223 @@
+"""Twins of the commands that make a conversion out of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.machine.paths import expanded
+from loftq_cli.twins.places import AnyPath, located, paths
+
+if TYPE_CHECKING:
+    from loftq_cli.planning.plan import Plan
+
+
+def convert(
+    model: AnyPath,
+    output: AnyPath = "out",
+    *,
+    overwrite: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+    discard_shards: bool = False,
+    allow_pickle: bool = False,
+    recipe: AnyPath | None = None,
+    calibrate_text: AnyPath | Sequence[AnyPath] = (),
+    moments: str | None = None,
+    refine: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Convert a checkpoint directory or hub id; the manifest as a dict.
+
+    ``settings`` are the long options of ``loftq convert`` with underscores: bits, method, rank,
+    iters, block_size, layout, scale, scale_dtype, order, svd, preset, include, exclude, embeddings,
+    bits_map, rank_map, target_bpw, lora_alpha, base_model, adapter_dtype,
+    dense_dtype, device, threads, seed.
+    ``recipe`` is a file that holds settings, TOML or JSON, or the manifest of an earlier
+    conversion; settings given here win. ``discard_shards`` deletes each shard from the hub once it
+    is converted; ``allow_pickle`` reads a directory's pickled weights if it has no others.
+    ``calibrate_text``, text files, has activation statistics measured first (``moments``:
+    "diagonal" or "full") and kept beside the output; ``refine`` then refines the conversion on
+    them, which is kept as ``output``.start. Resumes an unfinished conversion with the same
+    settings.
+    """
+    from loftq_cli.conversion.refined import Start
+    from loftq_cli.conversion.run import run
+    from loftq_cli.machine.observer import Logged
+
+    found, path = _planned(
+        model,
+        output,
+        overwrite=overwrite,
+        revision=revision,
+        offline=offline,
+        discard_shards=discard_shards,
+        allow_pickle=allow_pickle,
+        recipe=recipe,
+        calibrate_text=calibrate_text,
+        moments=moments,
+        refine=refine,
+        settings=settings,
+    )
+    manifest = run(found, path, overwrite=overwrite, observer=Logged()).manifest
+    if not refine:
+        return manifest
+    start = Start(path, expanded(output), paths(calibrate_text), manifest["recipe"]["device"])
+    return start.refine(str(model), offline=offline, overwrite=overwrite, observer=Logged())
+
+
+def plan(
+    model: AnyPath,
+    output: AnyPath = "out",
+    *,
+    overwrite: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+    discard_shards: bool = False,
+    allow_pickle: bool = False,
+    recipe: AnyPath | None = None,
+    calibrate_text: AnyPath | Sequence[AnyPath] = (),
+    moments: str | None = None,
+    refine: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What :func:`convert` would do with these arguments: what ``--dry-run --json`` prints.
+
+    Nothing is measured, and nothing written but the small files of a hub model to the hub cache.
+    """
+    from loftq_cli.conversion.run import say_remarks
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.planning.describe import describe
+
+    found, path = _planned(
+        model,
+        output,
+        dry_run=True,
+        overwrite=overwrite,
+        revision=revision,
+        offline=offline,
+        discard_shards=discard_shards,
+        allow_pickle=allow_pickle,
+        recipe=recipe,
+        calibrate_text=calibrate_text,
+        moments=moments,
+        refine=refine,
+        settings=settings,
+    )
+    say_remarks(found, Logged())
+    return describe(found, path)
+
+
+def calibrate(
+    model: AnyPath,
+    text: AnyPath | Sequence[AnyPath],
+    output: AnyPath = "stats.safetensors",
+    *,
+    moments: str = "diagonal",
+    samples: int | None = None,
+    length: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Measure the inputs of a model's linear layers on ``text``, UTF-8 files (extra ``train``).
+
+    ``samples`` windows of ``length`` tokens, by default up to 128 of 512; ``moments``: "diagonal"
+    or "full". The file ``output`` is what ``convert(stats=…)`` takes.
+    """
+    from loftq_cli.calibration.calibrate import Measuring
+    from loftq_cli.calibration.calibrate import calibrate as run
+    from loftq_cli.checkpoint.request import Request
+    from loftq_cli.machine.observer import Logged
+
+    return run(
+        Request(str(model), revision, offline),
+        expanded(output),
+        paths(text),
+        Measuring(samples, length, moments, device, seed),
+        overwrite=overwrite,
+        observer=Logged(),
+    )
+
+
+def refine(
+    directory: AnyPath = "out",
+    output: AnyPath = "refined",
+    *,
+    source: AnyPath,
+    text: AnyPath | Sequence[AnyPath],
+    epochs: int | None = None,
+    end_to_end: int | None = None,
+    adapter: AnyPath | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train the codes, scales and adapter of a conversion of ``source`` against it, on ``text``,
+    UTF-8 files, and write a conversion of the same layout (extra ``train``).
+
+    Block by block, ``epochs`` times through the text, then ``end_to_end`` steps of the whole model;
+    None: the whole model if memory allows, else its blocks once. ``adapter``: a trained one, to go
+    on from. Resumes.
+    """
+    from loftq_cli.checkpoint.locate import locate_adapter
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.refinement.refine import refine as run
+    from loftq_cli.refinement.settings import Refining
+
+    wanted = Refining(samples, length, epochs, end_to_end, device, seed, None, offline)
+    place = located(directory, revision, offline, everything=True)
+    if adapter is not None:
+        wanted = wanted.going_on(locate_adapter(adapter, offline=offline, listener=Logged()))
+    return run(
+        place.directory,
+        expanded(output),
+        str(source),
+        paths(text),
+        wanted,
+        overwrite=overwrite,
+        observer=Logged(),
+    )
+
+
+def _planned(
+    model: AnyPath,
+    output: AnyPath,
+    *,
+    overwrite: bool,
+    revision: str | None,
+    offline: bool,
+    discard_shards: bool,
+    allow_pickle: bool,
+    recipe: AnyPath | None,
+    calibrate_text: AnyPath | Sequence[AnyPath],
+    moments: str | None,
+    refine: bool,
+    settings: Mapping[str, Any],
+    dry_run: bool = False,
+) -> tuple[Plan, Path]:
+    from loftq_cli.calibration import first
+    from loftq_cli.checkpoint.request import Request
+    from loftq_cli.conversion.prepare import prepare
+    from loftq_cli.conversion.refined import start_of
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.settings.file import options
+
+    texts = paths(calibrate_text)
+    file, path = None if recipe is None else expanded(recipe), expanded(output)
+    return prepare(
+        Request(str(model), revision, offline, allow_pickle),
+        start_of(path, texts) if refine else path,
+        options(settings, file, measuring=bool(texts)),
+        overwrite=overwrite,
+        discard_shards=discard_shards,
+        texts=first.asked(texts, moments, dry_run=dry_run),
+        observer=Logged(),
+    )
