@@ -125,6 +125,9 @@ def _config(
     """The config to load with, if that is not just the one in ``output``: one that has our own
     modules hold what transformers would decode, or that of the part which ``chosen`` is."""
     transformers = required("transformers", "train", "loading")
+    own = getattr(chosen, "config_class", None)  # an auto class has none
+    if not layout.packs and own is not None and not _is_known(own):
+        return {}
     config = options.get("config") or transformers.AutoConfig.from_pretrained(
         output.directory, trust_remote_code=bool(options.get("trust_remote_code"))
     )
@@ -136,6 +139,11 @@ def _config(
     if part is None:
         return {"config": config} if layout.packs else {}
     return {"config": part}
+
+
+def _is_known(config_class: Any) -> bool:
+    """Whether it is one of transformers' own, and no other library's."""
+    return str(config_class.__module__).startswith("transformers.")
 
 
 def _train_in_full(peft: Any, model: Any, backbone: Any, modules: Iterable[str]) -> None:
