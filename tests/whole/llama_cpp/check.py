@@ -62,27 +62,33 @@ def written(path: Path, header: Written, values: Sequence[torch.Tensor]) -> Path
     return path
 
 
+def values_of(file: Path, tensor: GgufTensor) -> torch.Tensor:
+    """Of a tensor, by gguf's decoders, or ours of Q2_0, which gguf 0.19 does not have."""
+    with file.open("rb") as opened:
+        opened.seek(tensor.start)
+        raw = torch.frombuffer(bytearray(opened.read(tensor.nbytes)), dtype=torch.uint8)
+    columns = tensor.shape[-1]
+    rows = raw.view(-1, columns // tensor.kind.elements * tensor.kind.nbytes)
+    if tensor.kind is blocks.Q2_0:
+        return blocks.decode(tensor.kind, rows, columns).view(tensor.shape)
+    decoded = gguf.quants.dequantize(rows.numpy(), gguf.GGMLQuantizationType(tensor.kind.id))
+    return torch.from_numpy(decoded.copy()).view(tensor.shape)
+
+
 def in_half(file: Path, path: Path) -> Path:
-    """``file`` with everything in F16 that is not one-dimensional, by gguf's and our decoders."""
+    """``file`` with everything in F16 that is not one-dimensional."""
     held = read_gguf(file)
-    data = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    tensors, values = [], []
-    for tensor in held.tensors:
-        raw = torch.from_numpy(data[tensor.name].data.copy()) if tensor.kind.id != 42 else None
-        if raw is None:
-            with file.open("rb") as opened:
-                opened.seek(tensor.start)
-                buffer = bytearray(opened.read(tensor.nbytes))
-            rows = torch.frombuffer(buffer, dtype=torch.uint8).view(tensor.shape[0], -1)
-            value = blocks.decode(tensor.kind, rows, tensor.shape[-1])
-        else:
-            decoded = gguf.quants.dequantize(raw.numpy(), data[tensor.name].tensor_type)
-            value = torch.from_numpy(decoded.copy())
-        kind = F32 if value.dim() == 1 else F16
-        tensors.append(GgufTensor(tensor.name, kind, tensor.shape))
-        values.append(value if kind is F32 else value.half())
+    values = [values_of(file, tensor) for tensor in held.tensors]
+    kinds = [F32 if value.dim() == 1 else F16 for value in values]
+    tensors = [
+        GgufTensor(tensor.name, kind, tensor.shape)
+        for tensor, kind in zip(held.tensors, kinds, strict=True)
+    ]
+    halved = [
+        value if kind is F32 else value.half() for value, kind in zip(values, kinds, strict=True)
+    ]
     fields = {**held.fields, "general.file_type": Field.number(UINT32, 1)}
-    return written(path, header_of(fields, tensors), values)
+    return written(path, header_of(fields, tensors), halved)
 
 
 def decoders(folder: Path) -> bool:
@@ -117,7 +123,11 @@ def compared(folder: Path, place: Path, name: str, settings: dict[str, Any]) -> 
     source, work = place / "source", place / name.replace(" ", "-")
     skeleton = place / "skeleton.gguf"
     given: dict[str, Any] = {"method": "uniform-symmetric", "layout": "compressed"}
-    loftq_cli.convert(source, work / "out", rank=16, iters=1, **given, **settings)
+    reviews = " ".join(text for _, _, text in rated_texts("movieReviewSnippets")[:1500])
+    text = place / "reviews.txt"
+    text.write_text(reviews)  # without it a model of 2 bits says nothing
+    given |= {"calibrate_text": text, "moments": "full"}
+    loftq_cli.convert(source, work / "out", rank=64, iters=1, **given, **settings)
     loftq_cli.export(work / "out", work / "gguf", layout="gguf", skeleton=skeleton, source=source)
     half = in_half(work / "gguf/model.gguf", work / "half.gguf")
     tokenizer = AutoTokenizer.from_pretrained(source)
