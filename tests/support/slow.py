@@ -11,7 +11,15 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-FOLDERS = {"benchmarks", "loading", "whole/crash", "whole/hostile", "whole/interop", "whole/zoo"}
+FOLDERS = {
+    "benchmarks",
+    "loading",
+    "refinement",
+    "whole/crash",
+    "whole/hostile",
+    "whole/interop",
+    "whole/zoo",
+}
 MODULES = {
     *("conversion/test_from_hub.py", "conversion/test_from_hub_resumed.py"),
     "conversion/test_from_hub_encoded.py",
