@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -69,19 +69,19 @@ def _matrices(shard: Shard, tensor: StoredTensor, stack: Stack) -> Iterable[Stor
     for index in range(stack.count):
         name = stack.name(index)
         if isinstance(tensor, EncodedTensor):
-            yield _of_encoded(tensor, stack, index)
-            continue
-        one = _slice(tensor, index)
-        plain = replace(one, name=name, shape=one.shape[1:])
-        if not stack.transposed:
-            yield plain
-            continue
-        rows, columns = plain.shape
-        main = Part(shard.name, shard.path, plain)
-        yield EncodedTensor(name, tensor.dtype, (columns, rows), plain.start, main, {}, _transposed)
+            yield _piece(tensor, stack, index)
+        elif stack.transposed:
+            main = Part(shard.name, shard.path, tensor)
+            held = EncodedTensor(
+                tensor.name, tensor.dtype, tensor.shape, tensor.start, main, {}, _as_it_is
+            )
+            yield _piece(held, stack, index)
+        else:
+            one = _slice(tensor, index)
+            yield replace(one, name=name, shape=one.shape[1:])
 
 
-def _of_encoded(tensor: EncodedTensor, stack: Stack, index: int) -> EncodedTensor:
+def _piece(tensor: EncodedTensor, stack: Stack, index: int) -> EncodedTensor:
     """Each part's own piece, decoded as if there were one matrix."""
     rows, columns = tensor.shape[1:]
     main = replace(tensor.main, tensor=_slice(tensor.main.tensor, index))
@@ -100,17 +100,16 @@ def _slice(tensor: StoredTensor, index: int) -> StoredTensor:
     return replace(tensor, shape=(1, *tensor.shape[1:]), start=tensor.start + index * each)
 
 
-def _transposed(matrix: torch.Tensor, others: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return matrix.T.contiguous()
+def _as_it_is(values: torch.Tensor, others: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return values
 
 
 def _first(
     codes: torch.Tensor,
     others: Mapping[str, torch.Tensor],
     *,
-    decode: object,
+    decode: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor],
     transposed: bool,
 ) -> torch.Tensor:
-    assert callable(decode)
-    matrix: torch.Tensor = decode(codes, others)[0]
+    matrix = decode(codes, others)[0]
     return matrix.T.contiguous() if transposed else matrix
