@@ -17,15 +17,14 @@ from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.stored import Stored, find, read
 from loftq_cli.errors import InputError, UnsupportedInputError, VerificationError
 from loftq_cli.families.experts import is_expert
-from loftq_cli.families.kinds import turned
 from loftq_cli.layouts.adapter import DIRECTORY, sides
 from loftq_cli.layouts.base import Layout, Matrix, matrix_of
 from loftq_cli.layouts.registry import layout_of
 from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
 from loftq_cli.layouts.trained_parts import Pair as StoredPair
 from loftq_cli.loading.trained_beside import refuse_other_conversion
-from loftq_cli.numerics.finite import computable
 from loftq_cli.numerics.latent import Fixed, Latent, Pair
+from loftq_cli.reporting.original import Original
 
 Tensors = dict[str, torch.Tensor]
 
@@ -105,13 +104,9 @@ class Conversion:
             for shard in files.shards
             for tensor in shard.header.tensors
         }
-        self._weights = {
-            tensor.name: (shard.path, tensor)
-            for shard in original.shards
-            for tensor in shard.header.tensors
-        }
         self.held = {record["name"]: self._held(record) for record in output.records}
-        self._refuse_others(original)
+        self._weights = Original(output, original)
+        self._weights.check(held.matrix for held in self.held.values())
         if trained is not None:
             self._refuse_strangers(trained)
 
@@ -134,18 +129,6 @@ class Conversion:
         if pair is None or pair.shape != matrix.shape:
             raise VerificationError(f"{self.start.file}: no pair for {matrix.name}")
         return Held(matrix, layout, pair)
-
-    def _refuse_others(self, original: Source) -> None:
-        """Raise InputError if ``original`` lacks a matrix."""
-        for name, held in self.held.items():
-            found = self._weights.get(name)
-            if found is None or found[1].shape != held.matrix.stored_shape:
-                shape = list(found[1].shape) if found else "no such tensor"
-                raise InputError(
-                    f"{original.id}: tensor {name!r}: {shape}, the conversion was of "
-                    f"{list(held.matrix.stored_shape)}",
-                    hint="give the model that was converted",
-                )
 
     def _refuse_strangers(self, trained: TrainedAdapter) -> None:
         file = trained.file
@@ -187,10 +170,7 @@ class Conversion:
 
     def weight(self, name: str) -> torch.Tensor:
         """W, float32 (out, in), of the original."""
-        path, tensor = self._weights[name]
-        with TensorFile(path) as file:
-            weight = computable(file.read(tensor), f"{path}: tensor {name!r}").float()
-        return turned(weight, self.held[name].matrix.kind).contiguous()
+        return self._weights.read(self.held[name].matrix)
 
     def _pair(self, held: Held) -> Pair:
         """The pair's values to begin with, scaled as the conversion's adapter is."""

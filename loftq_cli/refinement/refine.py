@@ -32,7 +32,7 @@ from loftq_cli.refinement.room import disk_bytes, resolved
 from loftq_cli.refinement.run import Run
 from loftq_cli.refinement.settings import Refining
 from loftq_cli.refinement.stages import RefineWorkspace
-from loftq_cli.reporting.recompute import converted_source
+from loftq_cli.reporting.original import converted_source
 from loftq_cli.settings.recipe import fingerprint
 
 

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.dtypes import FLOATS, resolve
+from loftq_cli.checkpoint.dtypes import resolve
 from loftq_cli.checkpoint.header import HeaderError, read_header
-from loftq_cli.checkpoint.locate import is_path, locate
 from loftq_cli.checkpoint.output import Output
-from loftq_cli.checkpoint.reader import TensorFile
-from loftq_cli.checkpoint.request import Request
-from loftq_cli.checkpoint.source import Source
-from loftq_cli.checkpoint.stacks import cut
 from loftq_cli.checkpoint.stored import Stored, read
 from loftq_cli.errors import InputError, LoftqError, VerificationError
-from loftq_cli.families.kinds import turned
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import Matrix, matrix_of
-from loftq_cli.layouts.cuts import stacks_of
 from loftq_cli.layouts.fused import Member, fused_adapters, is_fused
 from loftq_cli.layouts.registry import layout_of, make_layout
-from loftq_cli.numerics.finite import computable
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.planning.decomposer import Decomposer
+from loftq_cli.reporting.original import Original, converted_source
 from loftq_cli.settings.recipe import Recipe
 from loftq_cli.statistics.file import statistics_for
 from loftq_cli.statistics.statistics import Kind, Statistics
@@ -66,34 +59,15 @@ def recompute(
         )
     source = converted_source(output, model, offline=offline)
     decomposer = _decomposer(output, None if stats is None else statistics_for(source, stats))
-    for shard in source.shards:
-        source.supply.ensure(shard.name)
-    source = cut(source, stacks_of(output.records))
-    weights = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
+    original = Original(output, source)
+    original.bring()
     stored = _stored_tensors(output)
     pairs = _Pairs(output, stored)
     norms = {}
     for record in output.records:
-        name = record["name"]
-        found = weights.get(name)
         matrix = matrix_of(record)
-        if found is None or found[1].shape != matrix.stored_shape:
-            shape = list(found[1].shape) if found else "no such tensor"
-            expected = list(matrix.stored_shape)
-            raise InputError(
-                f"{model}: tensor {name!r}: {shape}, the conversion was of {expected}",
-                hint="give the checkpoint that was converted",
-            )
-        path, tensor = found
-        if tensor.dtype not in FLOATS:
-            raise InputError(
-                f"{model}: tensor {name!r} is {tensor.dtype}, not a floating-point matrix",
-                hint="give the checkpoint that was converted",
-            )
-        with TensorFile(path) as file:
-            weight = computable(file.read(tensor), f"{model}: tensor {name!r}").float()
-        weight = turned(weight, matrix.kind).contiguous()
-        norms[name] = _norms(output, record, matrix, weight, stored, pairs, decomposer)
+        weight = original.read(matrix)
+        norms[matrix.name] = _norms(output, record, matrix, weight, stored, pairs, decomposer)
     return norms
 
 
@@ -126,20 +100,6 @@ class _Pairs:
         fused, number = self._fused[matrix.name]
         lora_A, lora_B = map(self._read, fused.specs())
         return fused.pair(number, lora_A, lora_B)
-
-
-def converted_source(
-    output: Output,
-    model: str,
-    *,
-    offline: bool,
-    say: Callable[[str], None] = lambda text: None,
-) -> Source:
-    """The checkpoint ``model`` that was converted; of one on the hub the commit that was. Raises
-    what :func:`~loftq_cli.checkpoint.locate.locate` does, which ``say`` is of."""
-    stated = output.manifest["source"]
-    converted = model in (stated["id"], stated.get("resolved_from")) and not is_path(model)
-    return locate(Request(model, stated["revision"] if converted else None, offline), say)
 
 
 def _decomposer(output: Output, statistics: Statistics | None) -> Decomposer:

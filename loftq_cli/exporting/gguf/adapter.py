@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -27,7 +28,7 @@ class GgufAdapter:
     plan: GgufPlan
     merging: MergePlan
 
-    @property
+    @cached_property
     def pairs(self) -> Mapping[str, Pair]:
         return {
             item.spec.name: item.weight.pair

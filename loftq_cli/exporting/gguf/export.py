@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.output import Output, file_entries, open_output, verify
 from loftq_cli.checkpoint.reader import PIECE, TensorFile, pieces_of
-from loftq_cli.checkpoint.request import Request
-from loftq_cli.checkpoint.source import Source, open_source
+from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import LayoutError, UsageError
 from loftq_cli.exporting.gguf import blocks
 from loftq_cli.exporting.gguf.adapter import GgufAdapter, refuse_more_than_pairs
@@ -43,6 +41,7 @@ from loftq_cli.machine.paths import check_output_path
 from loftq_cli.machine.resources import check_space, memory_explained
 from loftq_cli.machine.workspace import Workspace
 from loftq_cli.merging.plan import make_merge_plan
+from loftq_cli.reporting.original import Original, converted_source
 from loftq_cli.version import VERSION
 
 LAYOUT = "gguf"
@@ -167,7 +166,7 @@ def _settled(
             hint="give the model's file",
         )
     source = open_source(found.directory)
-    plan = make_plan(found, source, skeleton, _original(wanted), observer)
+    plan = make_plan(found, source, skeleton, _original(found, wanted), observer)
     start = found.directory / adapters.DIRECTORY if found.has_adapter else None
     file = wanted.adapter or start
     if file is None:
@@ -177,13 +176,12 @@ def _settled(
     return plan, GgufAdapter(plan, merging)
 
 
-def _original(wanted: WantedGguf) -> Source | None:
+def _original(found: Output, wanted: WantedGguf) -> Original | None:
     if wanted.source is None:
         return None
-    source = locate(Request(wanted.source, None, wanted.offline), lambda text: None)
-    for shard in source.shards:
-        source.supply.ensure(shard.name)
-    return source
+    original = Original(found, converted_source(found, wanted.source, offline=wanted.offline))
+    original.bring()
+    return original
 
 
 def _tell(plan: GgufPlan, wanted: WantedGguf, observer: Observer) -> None:

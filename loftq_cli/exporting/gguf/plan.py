@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,15 @@ from loftq_cli.checkpoint.dtypes import torch_dtype
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import Source
-from loftq_cli.checkpoint.stacks import cut
 from loftq_cli.errors import InputError, LayoutError
 from loftq_cli.exporting.gguf import blocks
 from loftq_cli.exporting.gguf.file import BF16, F16, GgufFile, GgufTensor, Kind
 from loftq_cli.exporting.gguf.rows import DTYPES, Found, Index, Unclear, fingerprints, sampled
-from loftq_cli.families.kinds import turned
-from loftq_cli.layouts.base import Layout, Matrix
-from loftq_cli.layouts.cuts import stacks_of
-from loftq_cli.layouts.registry import layout_of
+from loftq_cli.layouts.base import Matrix
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.backbone import Backbone, open_backbone
 from loftq_cli.numerics.quantizers.blocks import Quantized
+from loftq_cli.reporting.original import Original
 
 _SHOWN = 5
 
@@ -64,10 +60,6 @@ class Codes:
 
     def __init__(self, output: Output, source: Source) -> None:
         self.backbone: Backbone = open_backbone(output, source)
-        recipe = output.manifest["recipe"]
-        self._layouts: dict[str, Layout] = {
-            record["name"]: layout_of(record, recipe) for record in output.records
-        }
 
     @property
     def names(self) -> list[str]:
@@ -97,7 +89,7 @@ def make_plan(
     output: Output,
     source: Source,
     skeleton: GgufFile,
-    original: Source | None,
+    original: Original | None,
     observer: Observer,
 ) -> GgufPlan:
     """What becomes of each tensor of ``skeleton`` if it gets the codes of ``output``, whose files
@@ -119,7 +111,7 @@ def make_plan(
 
 
 def _looked_up(
-    codes: Codes, skeleton: GgufFile, original: Source | None, observer: Observer
+    codes: Codes, skeleton: GgufFile, original: Original | None, observer: Observer
 ) -> dict[str, Found]:
     """The tensors of ``skeleton`` that hold matrices, by name."""
     widths = {name: codes.matrix(name).shape[1] for name in codes.names}
@@ -159,7 +151,7 @@ def _looked_up(
     return found
 
 
-def _readings(codes: Codes, original: Source | None) -> list[Callable[[str], torch.Tensor]]:
+def _readings(codes: Codes, original: Original | None) -> list[Callable[[str], torch.Tensor]]:
     """How the rows of a skeleton may have been made: of the original, of Q, of Q as layout dense
     has it."""
 
@@ -170,21 +162,7 @@ def _readings(codes: Codes, original: Source | None) -> list[Callable[[str], tor
     if any(codes.matrix(name).dtype != "F32" for name in codes.names):
         readings.append(stored)
     if original is not None:
-        apart = cut(original, stacks_of(codes.backbone.output.records))
-        weights = {t.name: (s.path, t) for s in apart.shards for t in s.header.tensors}
-
-        def weight(name: str) -> torch.Tensor:
-            matrix = codes.matrix(name)
-            if name not in weights or weights[name][1].shape != matrix.stored_shape:
-                raise InputError(
-                    f"{original.id}: no tensor {name!r} of {list(matrix.stored_shape)}",
-                    hint="give the checkpoint that was converted",
-                )
-            path, tensor = weights[name]
-            with TensorFile(path) as file:
-                return turned(file.read(tensor), matrix.kind).float()
-
-        readings.insert(0, weight)
+        readings.insert(0, lambda name: original.read(codes.matrix(name)))
     return readings
 
 
@@ -201,7 +179,7 @@ def values_of(path: Path, tensor: GgufTensor) -> torch.Tensor:
 
 
 def _refuse_lost(
-    codes: Codes, skeleton: GgufFile, found: Mapping[str, Found], original: Source | None
+    codes: Codes, skeleton: GgufFile, found: Mapping[str, Found], original: Original | None
 ) -> None:
     """Raise InputError for matrices that are nowhere in the skeleton, or twice."""
     homes = {name for place in found.values() for name in place.matrices}
@@ -261,8 +239,3 @@ def _inexact(codes: Codes, kind: Kind, found: Found) -> str | None:
         if not torch.equal(blocks.decode(kind, raw, rows.codes.shape[1]), rows.decode()):
             return f"scales of {name} do not fit {kind.name} exactly"
     return None
-
-
-def parameters(entries: Sequence[Entry]) -> int:
-    """The weights of the tensors of matrices."""
-    return sum(math.prod(entry.skeleton.shape) for entry in entries if entry.found is not None)
