@@ -28,7 +28,7 @@ from loftq_cli.errors import (
 from loftq_cli.families.experts import is_expert
 from loftq_cli.layouts.adapter import CONFIG, PREFIX, WEIGHTS
 from loftq_cli.layouts.trained_config import check_config, token_indices
-from loftq_cli.layouts.trained_parts import FusedPair, Pair, TokenRows
+from loftq_cli.layouts.trained_parts import FusedPair, Pair, Recent, TokenRows
 
 SAVE_BOTH = (
     "save the adapter again with save_pretrained(DIR, save_embedding_layers=True), or train with "
@@ -219,6 +219,7 @@ def _fused(
     if not config.get("target_parameters"):
         return {}
     found: dict[str, dict[str, FusedPair]] = {}
+    recent = Recent(file)
     for module in [name for name in pairs if is_expert(f"{name}.")]:
         # The wrapper of the second parameter lies around that of the first.
         experts = module.removesuffix(".base_layer")
@@ -237,7 +238,7 @@ def _fused(
                 hint="give the adapter with the config that it was saved with",
             )
         root = math.sqrt(rank) if config.get("use_rslora") else rank
-        pair = FusedPair(lora_A, lora_B, alpha / root, rank)
+        pair = FusedPair(lora_A, lora_B, alpha / root, rank, recent)
         found.setdefault(experts, {})[parameter] = pair
     return found
 

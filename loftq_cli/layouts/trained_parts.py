@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -28,14 +30,28 @@ class Slice:
         return stacked[self.expert], split[self.first : self.first + self.rows, :, self.expert]
 
 
+class Recent:
+    """Tensors of an adapter's ``file``, float32: each is of many experts, which are read one after
+    the other, so the last few are kept."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.read = lru_cache(maxsize=4)(self._read)
+
+    def _read(self, tensor: StoredTensor) -> torch.Tensor:
+        with TensorFile(self._file) as file:
+            return file.read(tensor).float()
+
+
 @dataclass(frozen=True)
 class FusedPair:
-    """A and B of all experts of a layer, of ``rank`` each."""
+    """A and B of all experts of a layer, of ``rank`` each, read through ``recent``."""
 
     lora_A: StoredTensor
     lora_B: StoredTensor
     scaling: float
     rank: int
+    recent: Recent
 
     @property
     def count(self) -> int:
@@ -50,7 +66,7 @@ class FusedPair:
     def part(self, expert: int, first: int, rows: int) -> Pair:
         """Of the ``rows`` from ``first`` on of one expert's product."""
         found = Slice(self.count, expert, first, rows)
-        return Pair(self.lora_A, self.lora_B, self.scaling, slice=found)
+        return Pair(self.lora_A, self.lora_B, self.scaling, slice=found, recent=self.recent)
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,7 @@ class Pair:
     scaling: float
     embedding: bool = False
     slice: Slice | None = None
+    recent: Recent | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,8 +91,9 @@ class Pair:
 
     def read(self, file: TensorFile) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B, float32, from the adapter's ``file``."""
-        lora_A, lora_B = file.read(self.lora_A).float(), file.read(self.lora_B).float()
-        return (lora_A, lora_B) if self.slice is None else self.slice.of(lora_A, lora_B)
+        if self.slice is not None and self.recent is not None:
+            return self.slice.of(self.recent.read(self.lora_A), self.recent.read(self.lora_B))
+        return file.read(self.lora_A).float(), file.read(self.lora_B).float()
 
 
 @dataclass(frozen=True)
