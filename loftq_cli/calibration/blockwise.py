@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,19 +29,16 @@ class OutOfTurnError(Exception):
     """The model does not hand what one block gives to the next, and nothing else."""
 
 
-class BlockRunner:
-    """Runs blocks one after the other, in the order in which the model calls them, over ``count``
-    windows. On leaving the context the model is as it was."""
+_R = TypeVar("_R", bound="Replacing")
 
-    def __init__(self, model: nn.Module, run: Run, count: int) -> None:
-        self._model = model
-        self._run = run
-        self._count = count
-        self._window = 0
-        self._outputs: dict[str, list[Any]] = {}  # of each stack's last finished block
+
+class Replacing:
+    """Has blocks give what is known already. On leaving the context the model is as it was."""
+
+    def __init__(self) -> None:
         self._replaced: list[tuple[nn.Module, object]] = []
 
-    def __enter__(self) -> BlockRunner:
+    def __enter__(self: _R) -> _R:
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -49,6 +46,24 @@ class BlockRunner:
             del block.forward
             if forward is not None:
                 block.__dict__["forward"] = forward
+
+    def replace(self, block: nn.Module, known: Callable[[], Any]) -> None:
+        """From now on calls of ``block`` return what ``known`` gives, a copy of it."""
+        self._replaced.append((block, block.__dict__.get("forward")))
+        block.forward = lambda *args, **kwargs: fresh(known())
+
+
+class BlockRunner(Replacing):
+    """Runs blocks one after the other, in the order in which the model calls them, over ``count``
+    windows."""
+
+    def __init__(self, model: nn.Module, run: Run, count: int) -> None:
+        super().__init__()
+        self._model = model
+        self._run = run
+        self._count = count
+        self._window = 0
+        self._outputs: dict[str, list[Any]] = {}  # of each stack's last finished block
 
     def windows(self, name: str) -> Iterator[int]:
         """Run block ``name`` on every window; yields after each. Then what it gave replaces it.
@@ -63,8 +78,7 @@ class BlockRunner:
                 self._window = window
                 outputs[window] = kept(self._output(block), outputs[0] if window else None)
                 yield window
-        self._replaced.append((block, block.__dict__.get("forward")))
-        block.forward = lambda *args, **kwargs: fresh(outputs[self._window])
+        self.replace(block, lambda: outputs[self._window])
 
     def _output(self, block: nn.Module) -> Any:
         given: list[Any] = []

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loftq_cli.calibration.blockwise import OutOfTurnError, Run, Stop, fresh, kept
+from loftq_cli.calibration.blockwise import OutOfTurnError, Replacing, Run, Stop, kept
 from loftq_cli.machine.durable import explained
 
 ORIGINAL, REFINED = "original", "refined"
@@ -26,24 +26,14 @@ Keep = Callable[[Any, Any], Any]
 """Keeps what a block gave for a window, given the same of window 0 or None."""
 
 
-class Chains:
-    """``model``, which ``run`` calls with a window of ``count``, in two chains. On leaving the
-    context the model is as it was."""
+class Chains(Replacing):
+    """``model``, which ``run`` calls with a window of ``count``, in two chains."""
 
     def __init__(self, model: nn.Module, run: Run, count: int, keep: Keep = kept) -> None:
+        super().__init__()
         self._model, self._run, self._count, self._keep = model, run, count, keep
         self._chain, self._window = ORIGINAL, 0
         self._outputs: dict[tuple[str, str], list[Any]] = {}  # of each stack's last finished block
-        self._replaced: list[tuple[nn.Module, object]] = []
-
-    def __enter__(self) -> Chains:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        for block, forward in self._replaced:
-            del block.forward
-            if forward is not None:
-                block.__dict__["forward"] = forward
 
     def given(self, name: str, chain: str, window: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model calls the block ``name`` with. Raises OutOfTurnError if it does not get
@@ -82,12 +72,7 @@ class Chains:
         for chain, values in outputs.items():
             self._outputs[chain, stack] = list(values)
         block = self._model.get_submodule(name)
-
-        def replaced(*args: object, **kwargs: object) -> Any:
-            return fresh(self._outputs[self._chain, stack][self._window])
-
-        self._replaced.append((block, block.__dict__.get("forward")))
-        block.forward = replaced
+        self.replace(block, lambda: self._outputs[self._chain, stack][self._window])
 
 
 def spilling(folder: Path) -> Keep:
