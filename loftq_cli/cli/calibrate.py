@@ -18,20 +18,13 @@ from loftq_cli.cli.options import (
     quiet_option,
     samples_option,
     seed_option,
+    text_option,
 )
 
 
 @click.command(context_settings=CONTEXT)
 @click.argument("model", type=str)
-@click.option(
-    "--text",
-    "texts",
-    required=True,
-    multiple=True,
-    type=ExpandedPath(),
-    metavar="FILE",
-    help="Text to run the model on, UTF-8 (repeatable).",
-)
+@text_option("Text to run the model on, UTF-8 (repeatable).")
 @click.option(
     "-o",
     "--output",

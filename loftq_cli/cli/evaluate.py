@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from loftq_cli.cli import show
-from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
+from loftq_cli.cli.guard import CONTEXT, guarded
 from loftq_cli.cli.narrator import Narrator
 from loftq_cli.cli.options import (
     device_option,
@@ -19,20 +19,13 @@ from loftq_cli.cli.options import (
     revision_option,
     samples_option,
     seed_option,
+    text_option,
 )
 
 
 @click.command(context_settings=CONTEXT)
 @directory_argument
-@click.option(
-    "--text",
-    "texts",
-    required=True,
-    multiple=True,
-    type=ExpandedPath(),
-    metavar="FILE",
-    help="Text to read, UTF-8 (repeatable); other text than a conversion was measured on.",
-)
+@text_option("Text to read, UTF-8 (repeatable); other text than a conversion was measured on.")
 @click.option(
     "--source",
     type=str,

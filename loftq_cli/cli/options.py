@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from loftq_cli.cli.guard import ExpandedPath
 from loftq_cli.settings.kinds import Choice, File, Truth, flag
 from loftq_cli.settings.table import Entry, Group, entries
 
@@ -33,6 +34,19 @@ seed_option = click.option(
 )
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def text_option(told: str) -> Callable[[_F], _F]:
+    """``--text``, which is needed and may be repeated, with its help."""
+    return click.option(
+        "--text",
+        "texts",
+        required=True,
+        multiple=True,
+        type=ExpandedPath(),
+        metavar="FILE",
+        help=told,
+    )
 
 
 def setting_options(group: Group) -> Callable[[_F], _F]:

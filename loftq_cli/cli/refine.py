@@ -18,6 +18,7 @@ from loftq_cli.cli.options import (
     quiet_option,
     revision_option,
     seed_option,
+    text_option,
 )
 
 
@@ -30,15 +31,7 @@ from loftq_cli.cli.options import (
     metavar="MODEL",
     help="The model that was converted, a directory or hub id.",
 )
-@click.option(
-    "--text",
-    "texts",
-    required=True,
-    multiple=True,
-    type=ExpandedPath(),
-    metavar="FILE",
-    help="Text to train on, UTF-8 (repeatable).",
-)
+@text_option("Text to train on, UTF-8 (repeatable).")
 @click.option("-o", "--output", required=True, type=ExpandedPath(), help="Directory to write.")
 @click.option(
     "--epochs",

@@ -1,5 +1,5 @@
 """Commands as a user types them."""
 
-from tests.support.terminal import converted_once, loftq, out, place
+from tests.support.terminal import converted, converted_once, loftq, out, place
 
-__all__ = ["converted_once", "loftq", "out", "place"]
+__all__ = ["converted", "converted_once", "loftq", "out", "place"]

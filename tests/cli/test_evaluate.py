@@ -9,28 +9,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-import loftq_cli
 from loftq_cli.cli.commands import main
-from tests.support import models
-from tests.support.calibrated import TEXT
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with a model, its conversion ``out``, and a text."""
-    source = models.save_tokenizer(models.save(models.llama(), tmp_path / "model"))
-    settings: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 1, "threads": 1}
-    loftq_cli.convert(source, tmp_path / "out", layout="loftq", **settings)
-    (tmp_path / "text.txt").write_text(TEXT)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def run(*words: str) -> Any:
     return CliRunner().invoke(main, ["evaluate", *words])
 
 
-def test_what_it_finds_is_shown(place: Path) -> None:
+def test_what_it_finds_is_shown(converted: Path) -> None:
     shown = run("--text", "text.txt", "--source", "model", "--length", "20", "--device", "cpu")
     assert shown.exit_code == 0, shown.output
     for title in ("perplexity", "of the original", "KL divergence", "same likeliest token"):
@@ -38,7 +24,7 @@ def test_what_it_finds_is_shown(place: Path) -> None:
     assert "windows of 20 tokens" in shown.stdout
 
 
-def test_json_and_the_choice_of_windows(place: Path) -> None:
+def test_json_and_the_choice_of_windows(converted: Path) -> None:
     words = ("out", "--text", "text.txt", "--text", "text.txt", "--length", "20", "--json", "-q")
     told = run(*words, "--samples", "3", "--seed", "5", "--adapter", "out/loftq_init", "--offline")
     assert told.exit_code == 0, told.output
@@ -59,13 +45,13 @@ def test_json_and_the_choice_of_windows(place: Path) -> None:
         (("nowhere", "--text", "text.txt"), 3, "nowhere"),
     ],
 )
-def test_what_is_refused(place: Path, words: tuple[str, ...], code: int, said: str) -> None:
+def test_what_is_refused(converted: Path, words: tuple[str, ...], code: int, said: str) -> None:
     refused = run(*words)
     assert (refused.exit_code, refused.stdout) == (code, "")
     assert said in " ".join(refused.stderr.split())
     assert "Traceback" not in refused.stderr
 
 
-def test_verbose_shows_where_an_error_comes_from(place: Path) -> None:
+def test_verbose_shows_where_an_error_comes_from(converted: Path) -> None:
     assert "Traceback" in run("out", "--text", "nowhere.txt", "-v").stderr
     assert "Traceback" in run("out", "--text", "nowhere.txt", "--verbose").stderr

@@ -11,29 +11,16 @@ from click.testing import CliRunner
 
 import loftq_cli
 from loftq_cli.cli.commands import main
-from tests.support import models
-from tests.support.calibrated import TEXT
 
 WORDS = ("--source", "model", "--text", "text.txt", "--length", "20", "--device", "cpu")
 FEW = (*WORDS, "--samples", "8", "--epochs", "1")
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with a model, its conversion ``out``, and a text."""
-    source = models.save_tokenizer(models.save(models.llama(), tmp_path / "model"))
-    settings: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 1, "threads": 1}
-    loftq_cli.convert(source, tmp_path / "out", layout="loftq", **settings)
-    (tmp_path / "text.txt").write_text(TEXT)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def run(*words: str) -> Any:
     return CliRunner().invoke(main, ["refine", *words])
 
 
-def test_what_comes_of_it_is_shown_here_and_in_reports(place: Path) -> None:
+def test_what_comes_of_it_is_shown_here_and_in_reports(converted: Path) -> None:
     shown = run(*FEW, "-o", "new", "--end-to-end", "2")
     assert shown.exit_code == 0, shown.output
     for said in (
@@ -55,12 +42,12 @@ def test_what_comes_of_it_is_shown_here_and_in_reports(place: Path) -> None:
     assert told[0] == told[1]
 
 
-def test_json_and_every_option(place: Path) -> None:
+def test_json_and_every_option(converted: Path) -> None:
     words = ("out", *FEW, "--output", "new", "--json", "--quiet", "--seed", "3", "--offline")
     dry = run(*words, "--dry-run", "--adapter", "out/loftq_init")
     assert dry.exit_code == 0, dry.output
     assert json.loads(dry.stdout)["disk_bytes"] > 0
-    assert not list(place.glob("*new*"))
+    assert not list(converted.glob("*new*"))
     assert "nothing was written" in run(*FEW, "-o", "new", "--dry-run").stdout
     told = run(*words, "--adapter", "out/loftq_init")
     assert told.exit_code == 0, told.output
@@ -89,20 +76,20 @@ def test_json_and_every_option(place: Path) -> None:
         (("model", *WORDS, "-o", "new"), 3, "not the output of a conversion"),
     ],
 )
-def test_what_is_refused(place: Path, words: tuple[str, ...], code: int, said: str) -> None:
+def test_what_is_refused(converted: Path, words: tuple[str, ...], code: int, said: str) -> None:
     refused = run(*words)
     assert (refused.exit_code, refused.stdout) == (code, "")
     assert said in " ".join(refused.stderr.split())
     assert "Traceback" not in refused.stderr
-    assert not list(place.glob("*new*"))
+    assert not list(converted.glob("*new*"))
 
 
-def test_verbose_shows_where_an_error_comes_from(place: Path) -> None:
+def test_verbose_shows_where_an_error_comes_from(converted: Path) -> None:
     for word in ("-v", "--verbose"):
         assert "Traceback" in run("out", *WORDS, "-o", "new", "--text", "nowhere.txt", word).stderr
 
 
-def test_convert_refines_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_refines_at_once(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loftq_cli.refinement.settings.STEPS", 2)
     words = ["convert", "model", "-o", "both", "--bits", "2", "--rank", "4", "--refine"]
     words += ["--iters", "1", "--layout", "loftq", "-t", "1", "-q"]
@@ -110,13 +97,14 @@ def test_convert_refines_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -
     assert told.exit_code == 0, told.output
     manifest = json.loads(told.stdout)
     assert manifest["refined"]["end_to_end"]["steps"] == 2
-    start = loftq_cli.inspect(place / "both.start", verify=True)
+    start = loftq_cli.inspect(converted / "both.start", verify=True)
     assert manifest["refined"]["fingerprint"] == start["fingerprint"]
-    assert loftq_cli.inspect(place / "both", verify=True)["fingerprint"] == manifest["fingerprint"]
+    both = loftq_cli.inspect(converted / "both", verify=True)
+    assert both["fingerprint"] == manifest["fingerprint"]
     settings: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 1, "layout": "loftq", "threads": 1}
-    text = place / "text.txt"
+    text = converted / "text.txt"
     again = loftq_cli.convert(
-        place / "model", place / "both", calibrate_text=text, refine=True, **settings
+        converted / "model", converted / "both", calibrate_text=text, refine=True, **settings
     )
     assert again == manifest
     refused = CliRunner().invoke(main, words)

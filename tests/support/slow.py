@@ -21,6 +21,7 @@ FOLDERS = {
     "whole/zoo",
 }
 MODULES = {
+    *("cli/test_evaluate.py", "cli/test_refine.py"),
     *("conversion/test_from_hub.py", "conversion/test_from_hub_resumed.py"),
     "conversion/test_from_hub_encoded.py",
     *("numerics/test_alternation_textbook.py", "numerics/quantizers/test_fitted.py"),

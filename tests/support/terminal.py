@@ -6,10 +6,12 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import loftq_cli
 from loftq_cli.cli.commands import main
 from tests.support import checkpoints
 from tests.support.commands import QUICK, Command
@@ -49,3 +51,17 @@ def out(place: Path, converted_once: Path) -> Path:
     """A conversion of ``model`` in ``out``."""
     shutil.copytree(converted_once, place / "out")
     return place / "out"
+
+
+@pytest.fixture
+def converted(place: Path) -> Path:
+    """The working directory with a model that runs, its conversion ``out``, and a text."""
+    from tests.support import models  # transformers takes seconds
+    from tests.support.calibrated import TEXT
+
+    shutil.rmtree(place / "model")
+    source = models.save_tokenizer(models.save(models.llama(), place / "model"))
+    settings: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 1, "threads": 1}
+    loftq_cli.convert(source, place / "out", layout="loftq", **settings)
+    (place / "text.txt").write_text(TEXT)
+    return place
