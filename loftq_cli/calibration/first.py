@@ -6,15 +6,17 @@ interrupted, or is repeated with other settings, does not measure twice.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loftq_cli.calibration import own_text
 from loftq_cli.calibration.calibrate import Measuring, Text, measure, provenance, read_text
+from loftq_cli.calibration.own_text import OWN
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import OutputConflictError, UsageError
 from loftq_cli.machine.observer import Observer
+from loftq_cli.settings.table import BEST, DEFAULT
 from loftq_cli.statistics.file import model_sha256, open_statistics, statistics_for
 from loftq_cli.statistics.save import contents_sha256
 from loftq_cli.statistics.statistics import Statistics
@@ -25,32 +27,67 @@ OPTION = "--calibrate-text"
 
 @dataclass(frozen=True)
 class Texts:
-    """What to measure before a conversion: ``paths`` of text files and the kind of moments.
-    ``dry_run``: nothing is measured."""
+    """What is done with texts around a conversion: ``paths`` of their files, OWN for what the model
+    writes itself, the kind of ``moments`` that are measured on them before it, and whether it is
+    refined on them after it. ``dry_run``: nothing is written or measured."""
 
     paths: tuple[Path, ...]
     moments: str
+    refine: bool
     dry_run: bool
 
-    @functools.cached_property
-    def texts(self) -> list[Text]:
-        """Read when they are first asked for. Raises InputError."""
-        return [read_text(OPTION, path) for path in self.paths]
+    @property
+    def own(self) -> bool:
+        """Whether the model is to write text."""
+        return Path(OWN) in self.paths
+
+    def files(self, source: Source, output: Path) -> list[Path]:
+        """The files of the texts, around a conversion of ``source`` to ``output``."""
+        return [own_text.beside(output, source) if p == Path(OWN) else p for p in self.paths]
+
+    def read(self, source: Source, output: Path) -> list[Text]:
+        """The texts. Raises InputError."""
+        return [read_text(OPTION, path) for path in self.files(source, output)]
 
 
-def asked(paths: Sequence[Path], moments: str | None, *, dry_run: bool = False) -> Texts | None:
-    """What the two options ask for; None if it is nothing. Raises UsageError."""
+def asked(
+    paths: Sequence[Path],
+    moments: str | None,
+    *,
+    refine: bool,
+    preset: str = DEFAULT,
+    dry_run: bool = False,
+) -> Texts | None:
+    """What the options ask for, and the preset where they do not; None if it is nothing. Raises
+    UsageError."""
+    best = preset == BEST
     if not paths:
-        if moments is not None:
-            raise UsageError(f"--moments {moments} is for {OPTION}", hint="name a text file")
+        for wanted, option in (
+            (best, f"--preset {BEST}"),
+            (refine, "--refine"),
+            (moments is not None, f"--moments {moments}"),
+        ):
+            if wanted:
+                raise UsageError(f"{option} needs text", hint=f"name it with {OPTION}")
         return None
-    wanted = Measuring() if moments is None else Measuring(moments=moments)
-    return Texts(tuple(paths), wanted.moments, dry_run)
+    kind = Measuring(moments=moments or ("full" if best else Measuring.moments)).moments
+    return Texts(tuple(paths), kind, refine or best, dry_run)
 
 
 def beside(output: Path) -> Path:
     """Where the statistics of a conversion to ``output`` lie."""
     return output.with_name(f"{output.name}.stats.safetensors")
+
+
+def write_own(
+    source: Source, output: Path, texts: Texts, *, device: str, observer: Observer
+) -> None:
+    """Have the model write its text, unless it lies there already, or other statistics do. Raises
+    what :func:`~loftq_cli.calibration.own_text.write` does."""
+    path = own_text.beside(output, source)
+    if texts.own and not path.exists():
+        own_text.write(source, path, device, observer)
+        observer.note(f"wrote {own_text.PASSAGES} passages: {path}")
 
 
 def found(source: Source, output: Path, texts: Texts, *, overwrite: bool) -> Statistics | None:
@@ -60,11 +97,11 @@ def found(source: Source, output: Path, texts: Texts, *, overwrite: bool) -> Sta
     Raises InputError for the texts, OutputConflictError if there is something else and
     ``overwrite`` does not allow to replace it.
     """
-    read, path = texts.texts, beside(output)
+    path = beside(output)
     refuse_taken(path, overwrite=True)  # what is not ours
     if not path.exists():
         return None
-    differing = _differing(path, source, read, texts.moments)
+    differing = _differing(path, source, texts.read(source, output), texts.moments)
     if differing is None:
         return statistics_for(source, str(path))
     if not overwrite:
@@ -81,7 +118,8 @@ def measured(
     """Measure, and open what was written. Raises what :func:`measure` does."""
     path = beside(output)
     wanted = Measuring(moments=texts.moments, device=device)
-    result = measure(source, path, texts.texts, wanted, overwrite=True, observer=observer)
+    read = texts.read(source, output)
+    result = measure(source, path, read, wanted, overwrite=True, observer=observer)
     observer.note(f"measured {result['tokens']:,} tokens ({texts.moments} moments): {path}")
     return statistics_for(source, str(path))
 

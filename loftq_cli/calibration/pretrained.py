@@ -103,18 +103,19 @@ def _check_complete(model: Any, report: Mapping[str, Any], directory: Path) -> N
             raise InputError(f"{directory}: {type(model).__name__} does not find {name} in it")
 
 
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Whether weights of so many bytes fit on ``device`` whole."""
+    room = _room(device)
+    return room is None or nbytes <= _WHOLE * room
+
+
 def _placement(nbytes: int, device: torch.device, folder: Path) -> dict[str, Any]:
     """Arguments of from_pretrained that put the weights where there is room."""
-    room = _room(torch.device("cpu"))
-    if device.type == "cpu":
-        if room is None or nbytes <= _WHOLE * room:
-            return {}
-        limits: dict[int | str, int] = {}
-    else:
-        free = _room(device)
-        if free is None or nbytes <= _WHOLE * free:
-            return {"device_map": {"": device}}
-        limits = {device.index or 0: int(_PART * free)}
+    if fits(nbytes, device):
+        return {} if device.type == "cpu" else {"device_map": {"": device}}
+    room, limits = _room(torch.device("cpu")), dict[int | str, int]()
+    if device.type != "cpu":
+        limits[device.index or 0] = int(_PART * (_room(device) or 0))
     limits["cpu"] = nbytes if room is None else int(_PART * room)
     return {"device_map": "auto", "max_memory": limits, "offload_folder": str(folder)}
 

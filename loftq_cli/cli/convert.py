@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 @click.option(
     "--preset",
     type=choice(*PRESETS),
-    help="Defaults to start from; paper is what the LoftQ reference code does.  [default: default]",
+    help="Defaults to start from; paper is what the LoftQ reference code does, best measures full "
+    "moments of --calibrate-text and refines.  [default: default]",
 )
 @click.option(
     "--recipe",
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
 @click.option(
     "--moments",
     type=choice("diagonal", "full"),
-    help="What --calibrate-text measures.  [default: diagonal]",
+    help="What --calibrate-text measures.  [default: diagonal, full under --preset best]",
 )
 @click.option(
     "--refine",
@@ -135,13 +136,15 @@ def convert(
     options = recipes.options(settings, recipe_file, measuring=bool(texts))
     if save_recipe is not None:
         recipes.check_writable(save_recipe, dry_run=dry_run)
+    asked = first.asked(texts, moments, refine=refining, preset=options.preset, dry_run=dry_run)
+    refining = asked is not None and asked.refine
     plan, path = prepare(
         Request(model, revision, offline, allow_pickle),
-        refined.start_of(output, texts) if refining else output,
+        refined.start_of(output, asked),
         options,
         overwrite=overwrite,
         discard_shards=discard_shards,
-        texts=first.asked(texts, moments, dry_run=dry_run),
+        texts=asked,
         observer=narrator,
     )
     if dry_run:
@@ -153,8 +156,9 @@ def convert(
     if outcome.nothing_to_do:
         narrator.note(f"nothing to do: {path if refining else output} is complete and verified")
     manifest = outcome.manifest
-    if refining:
-        start = refined.Start(path, output, texts, manifest["recipe"]["device"])
+    if asked is not None and refining:
+        files = asked.files(plan.source, path)
+        start = refined.Start(path, output, files, manifest["recipe"]["device"])
         manifest = start.refine(model, offline=offline, overwrite=overwrite, observer=narrator)
     again = outcome.nothing_to_do and not refining
     show.outcome(manifest, str(output), again=again, as_json=as_json)

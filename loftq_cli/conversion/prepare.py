@@ -11,6 +11,7 @@ from loftq_cli.checkpoint.differences import differences, differing_settings
 from loftq_cli.checkpoint.locate import is_path, locate
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.conversion.pin import pinned
+from loftq_cli.conversion.refined import cost_note
 from loftq_cli.conversion.room import check_resources
 from loftq_cli.conversion.subject import subject
 from loftq_cli.conversion.workspace import ConversionWorkspace
@@ -72,6 +73,8 @@ def prepare(
     statistics = None if settings.stats is None else statistics_for(source, settings.stats)
     plan = make_plan(source, settings, statistics)
     target.check(plan)
+    if texts is not None and texts.refine:
+        observer.note(cost_note(plan))
     if texts is not None:
         plan = _measured_first(plan, settings, path, texts, overwrite=overwrite, observer=observer)
     if settings.threads is None:
@@ -90,6 +93,10 @@ def _measured_first(
 ) -> Plan:
     """The plan with statistics of ``texts``, measured now unless they are there. Raises
     OutputConflictError or EnvironmentFailure before that for what could not be converted then."""
+    if texts.dry_run and texts.own:
+        observer.note("the model writes its text first; this plan is made without it")
+        return plan
+    first.write_own(plan.source, path, texts, device=settings.device, observer=observer)
     statistics = first.found(plan.source, path, texts, overwrite=overwrite)
     if statistics is None and texts.dry_run:
         observer.note("the statistics are measured first; this plan is made without them")

@@ -17,6 +17,7 @@ from loftq_cli.families import experts
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.unused import unused_notes
 from loftq_cli.settings.options import Options
+from loftq_cli.settings.table import PAPER
 
 _MOST_SHOWN = 4
 _NARROW = 3  # bits
@@ -73,7 +74,7 @@ def statistics_note(plan: Plan, preset: str) -> str | None:
     """What narrow codes without statistics usually lose, None if that is not so or asked for
     (docs/statistics.md has the figures)."""
     narrow = any(item.matrix.bits <= _NARROW for item in plan.matrices.values())
-    if plan.statistics is not None or preset == "paper" or not narrow or not plan.recipe.iters:
+    if plan.statistics is not None or preset == PAPER or not narrow or not plan.recipe.iters:
         return None
     return (
         "without activation statistics: at 2 bits a small language model had 4 to 16 times, at 3 "

@@ -116,12 +116,7 @@ class Conversion:
 
     def _held(self, record: Mapping[str, Any]) -> Held:
         directory, matrix = self.output.directory, matrix_of(record)
-        if is_expert(matrix.name):
-            raise UnsupportedInputError(
-                f"{directory}: {matrix.name} is an expert's, and mixtures of experts are not "
-                "refined",
-                hint="train the start as it is",
-            )
+        refuse_expert(directory, matrix.name)
         layout = layout_of(record, self.output.manifest["recipe"])
         for spec in layout.specs(matrix):
             find(directory, self._stored, spec)
@@ -180,3 +175,13 @@ class Conversion:
             lora_A, lora_B = sides(held.matrix, *pair.read(file))
         factor = pair.scaling / held.pair.scaling
         return Pair(lora_A.contiguous(), lora_B.contiguous() * factor, held.pair.scaling)
+
+
+def refuse_expert(directory: Path, name: str) -> None:
+    """Raise UnsupportedInputError if the matrix ``name`` of the model or conversion in
+    ``directory`` is an expert's."""
+    if is_expert(name):
+        raise UnsupportedInputError(
+            f"{directory}: {name} is an expert's, and mixtures of experts are not refined",
+            hint="train the start as it is",
+        )

@@ -25,7 +25,7 @@ from loftq_cli.refinement.blocks import Blocks
 from loftq_cli.refinement.chains import Chains, Keep, in_evaluation, on_disk, spilling
 from loftq_cli.refinement.conversion import Conversion
 from loftq_cli.refinement.model import Prepared, prepared
-from loftq_cli.refinement.room import Memory, fits
+from loftq_cli.refinement.room import fits, size_of_conversion
 from loftq_cli.refinement.settings import BATCH, BLOCK_RATES, PACE, WHOLE_RATES, Refining
 from loftq_cli.refinement.stages import RefineWorkspace, Stages
 from loftq_cli.refinement.whole import TITLE, Whole, known_of
@@ -143,8 +143,8 @@ class Run:
 
     def _keeps_everything(self, ready: Prepared) -> bool:
         """Whether there is memory for what is computed inside all blocks."""
-        memory = Memory(self.conversion, ready.windows.shape[1])
-        return fits(memory.whole + memory.activations, self.device)
+        size, length = size_of_conversion(self.conversion), ready.windows.shape[1]
+        return fits(size.whole_memory(length) + size.activations(length), self.device)
 
     def _block_course(self, ready: Prepared) -> Course:
         pace = ceil(len(ready.trained) / BATCH)

@@ -12,7 +12,7 @@ from loftq_cli.layouts import registry
 from loftq_cli.numerics.quantizers import methods
 from loftq_cli.settings import maps
 from loftq_cli.settings.kinds import check_choice
-from loftq_cli.settings.table import PRESETS, Settings, entries
+from loftq_cli.settings.table import DEFAULT, PRESETS, Settings, entries
 
 
 @dataclass(frozen=True, init=False)
@@ -38,7 +38,7 @@ class Options:
             if value is not None
         }
         object.__setattr__(self, "given", {n: v for n, v in held.items() if v != ()})
-        object.__setattr__(self, "preset", "default" if preset is None else preset)
+        object.__setattr__(self, "preset", DEFAULT if preset is None else preset)
 
     def resolve(self) -> Settings:
         """The settings that these options, the preset and the defaults make, every one checked.

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from loftq_cli.numerics.quantizers.base import Scale
     from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 
-PRESETS = ("default", "paper")
-"""Where the defaults come from; "paper" is what the LoftQ reference code does."""
+DEFAULT, PAPER, BEST = "default", "paper", "best"
+PRESETS = (DEFAULT, PAPER, BEST)
+"""Where the defaults come from; "paper" is what the LoftQ reference code does, "best" has the
+defaults, and makes more of a text."""
 
 MIXED = (2, 4)
 """The widths that a fraction between them mixes."""
@@ -73,7 +75,7 @@ class Entry:
     settled: Mapping[str, Any] | None = None
 
     def default_of(self, preset: str) -> Any:
-        return self.paper if preset == "paper" and self.paper is not _SAME else self.default
+        return self.paper if preset == PAPER and self.paper is not _SAME else self.default
 
     @property
     def required(self) -> bool:

@@ -10,6 +10,7 @@ from loftq_cli.machine.paths import expanded
 from loftq_cli.twins.places import AnyPath, located, paths
 
 if TYPE_CHECKING:
+    from loftq_cli.calibration.first import Texts
     from loftq_cli.planning.plan import Plan
 
 
@@ -39,14 +40,14 @@ def convert(
     is converted; ``allow_pickle`` reads a directory's pickled weights if it has no others.
     ``calibrate_text``, text files, has activation statistics measured first (``moments``:
     "diagonal" or "full") and kept beside the output; ``refine`` then refines the conversion on
-    them, which is kept as ``output``.start. Resumes an unfinished conversion with the same
-    settings.
+    them, which is kept as ``output``.start; ``preset="best"`` asks for both, with full moments.
+    Resumes an unfinished conversion with the same settings.
     """
     from loftq_cli.conversion.refined import Start
     from loftq_cli.conversion.run import run
     from loftq_cli.machine.observer import Logged
 
-    found, path = _planned(
+    found, path, asked = _planned(
         model,
         output,
         overwrite=overwrite,
@@ -61,9 +62,10 @@ def convert(
         settings=settings,
     )
     manifest = run(found, path, overwrite=overwrite, observer=Logged()).manifest
-    if not refine:
+    if asked is None or not asked.refine:
         return manifest
-    start = Start(path, expanded(output), paths(calibrate_text), manifest["recipe"]["device"])
+    texts = asked.files(found.source, path)
+    start = Start(path, expanded(output), texts, manifest["recipe"]["device"])
     return start.refine(str(model), offline=offline, overwrite=overwrite, observer=Logged())
 
 
@@ -90,7 +92,7 @@ def plan(
     from loftq_cli.machine.observer import Logged
     from loftq_cli.planning.describe import describe
 
-    found, path = _planned(
+    found, path, _ = _planned(
         model,
         output,
         dry_run=True,
@@ -202,7 +204,8 @@ def _planned(
     refine: bool,
     settings: Mapping[str, Any],
     dry_run: bool = False,
-) -> tuple[Plan, Path]:
+) -> tuple[Plan, Path, Texts | None]:
+    """The plan, where it is carried out, and what is done with texts."""
     from loftq_cli.calibration import first
     from loftq_cli.checkpoint.request import Request
     from loftq_cli.conversion.prepare import prepare
@@ -210,14 +213,16 @@ def _planned(
     from loftq_cli.machine.observer import Logged
     from loftq_cli.settings.file import options
 
-    texts = paths(calibrate_text)
-    file, path = None if recipe is None else expanded(recipe), expanded(output)
-    return prepare(
+    texts, file = paths(calibrate_text), None if recipe is None else expanded(recipe)
+    given = options(settings, file, measuring=bool(texts))
+    asked = first.asked(texts, moments, refine=refine, preset=given.preset, dry_run=dry_run)
+    found, path = prepare(
         Request(str(model), revision, offline, allow_pickle),
-        start_of(path, texts) if refine else path,
-        options(settings, file, measuring=bool(texts)),
+        start_of(expanded(output), asked),
+        given,
         overwrite=overwrite,
         discard_shards=discard_shards,
-        texts=first.asked(texts, moments, dry_run=dry_run),
+        texts=asked,
         observer=Logged(),
     )
+    return found, path, asked

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import loftq_cli
 from loftq_cli.cli.commands import main
+from loftq_cli.statistics.file import open_statistics
 
 WORDS = ("--source", "model", "--text", "text.txt", "--length", "20", "--device", "cpu")
 FEW = (*WORDS, "--samples", "8", "--epochs", "1")
@@ -109,3 +110,31 @@ def test_convert_refines_at_once(converted: Path, monkeypatch: pytest.MonkeyPatc
     assert again == manifest
     refused = CliRunner().invoke(main, words)
     assert (refused.exit_code, "--refine needs text" in refused.stderr) == (2, True)
+
+
+def test_the_best_preset_measures_full_moments_and_refines(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loftq_cli.refinement.settings.STEPS", 1)
+    words = ["convert", "model", "-o", "best", "--bits", "2", "--rank", "4", "--preset", "best"]
+    text = ["--calibrate-text", "text.txt"]
+    refused = CliRunner().invoke(main, words)
+    assert refused.exit_code == 2
+    assert "--preset best needs text" in refused.stderr
+    settings: dict[str, Any] = {"bits": 2, "rank": 4, "preset": "best"}
+    dry = CliRunner().invoke(main, [*words, *text, "--dry-run"])
+    assert "refining follows: at most" in dry.stderr
+    assert not list(converted.glob("*best*"))
+    told = CliRunner().invoke(main, [*words, *text, "--json"])
+    assert told.exit_code == 0, told.output
+    manifest = json.loads(told.stdout)
+    assert manifest["refined"]["end_to_end"]["steps"] == 1
+    statistics = open_statistics(converted / "best.start.stats.safetensors")
+    assert {entry.kind for entry in statistics.entries.values()} == {"full"}
+    again = loftq_cli.convert(
+        converted / "model",
+        converted / "best",
+        calibrate_text=converted / "text.txt",
+        **settings,
+    )
+    assert again == manifest
