@@ -1,4 +1,4 @@
-"""What the evaluations take from the package index: it is fetched by pip and never kept here."""
+"""What evaluations take from the package indices: fetched by pip or npm, and never kept here."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ def fetch(package: str, directory: Path, *options: str) -> Path:
     subprocess.run([*command, "-d", str(directory)], check=True, stderr=subprocess.DEVNULL)
     (file,) = directory.iterdir()
     return file
+
+
+def packed_by_npm(package: str) -> dict[str, bytes]:
+    """The files of an npm package, by their names in its archive."""
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run(["npm", "pack", "--silent", package], cwd=scratch, check=True)
+        (file,) = Path(scratch).iterdir()
+        with tarfile.open(file) as archive:
+            members = {member.name: archive.extractfile(member) for member in archive}
+            return {name: held.read() for name, held in members.items() if held is not None}
 
 
 def rated_texts(name: str) -> list[tuple[str, float, str]]:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.benchmarks.language import brown
 from tests.benchmarks.language.measure import Originals, distance, log_probabilities
 from tests.benchmarks.language.text import documents, part_of
 
@@ -82,3 +83,21 @@ def test_every_part_gets_its_share_of_the_editorials() -> None:
         "evaluation",
     }
     assert parts.count("training") > parts.count("evaluation") > 50
+
+
+def test_browns_tags_and_spacing_are_taken_off() -> None:
+    lines = [
+        "",
+        "\tThe/at Fulton/np-tl jury/nn said/vbd ``/`` no/at evidence/nn ''/'' ,/, (/( and/cc )/) "
+        "left/vbd ./. ",
+        "Why/wrb 1/2/cd ?/. ?/.",
+    ]
+    assert brown.prose(lines) == 'The Fulton jury said "no evidence", (and) left. Why 1/2?'
+
+
+def test_browns_documents_are_refined_or_judged_on_not_both() -> None:
+    documents = {f"c{letter}{n:02}": f"{letter}{n}" for letter in "abc" for n in range(1, 41)}
+    found = brown.parts(documents)
+    assert sorted(found["refinement"] + found["judgement"]) == sorted(documents.values())
+    assert 0.02 < len(found["judgement"]) / len(documents) < 0.25
+    assert found == brown.parts(dict(reversed(documents.items())))

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.language import model, starts, statistics, text
+from tests.benchmarks.language import brown, model, starts, statistics, text
 from tests.benchmarks.language.measure import Originals, distance, log_probabilities
 from tests.benchmarks.language.training import train
 from tests.benchmarks.tools import save_result, table
@@ -25,11 +25,14 @@ _COLUMNS = (
     "perplexity",
     "KL",
     "top-1",
+    "Brown",
+    "its KL",
     "plain residual",
     "weighted residual",
     "bits",
     "with adapter",
     "seconds",
+    "GB",
     "trained",
     "rate",
 )
@@ -70,14 +73,15 @@ class _Runs:
         self._work, self._steps = work, steps
         self._model = model.prepare(work / "model")
         text.write_parts(work)
+        brown.write(work)
         tokenizer = AutoTokenizer.from_pretrained(self._model)
-        self._evaluation, self._training = (
-            text.windows(tokenizer, work / f"{part}.txt") for part in ("evaluation", "training")
-        )
-        self._evaluation = self._evaluation[:: len(self._evaluation) // text.EVALUATED]
-        self._evaluation = self._evaluation[: text.EVALUATED]
+        self._training = text.windows(tokenizer, work / "training.txt")
         original = AutoModelForCausalLM.from_pretrained(self._model).eval()
-        self._reference = [log_probabilities(original, window) for window in self._evaluation]
+        self._judged = {}
+        for name, file in (("editorials", "evaluation"), ("brown", "brown-judgement")):
+            windows = text.spread(text.windows(tokenizer, work / f"{file}.txt"))
+            known = [log_probabilities(original, window) for window in windows]
+            self._judged[name] = known, windows
         moments = statistics.moments(statistics.prepare("full-8192", self._model, work))
         weights = {name: original.get_submodule(name).weight.detach() for name in moments}
         self._originals = Originals(weights, moments)
@@ -88,7 +92,7 @@ class _Runs:
         if not target.is_file():
             result = starts.prepare(start, self._model, self._work)
             loaded = starts.load(start, self._model, self._work).eval()
-            result |= asdict(distance(loaded, self._reference, self._evaluation))
+            result |= self._distances(loaded)
             plain, weighted = self._originals.residuals(loaded.get_base_model())
             save_result(target, {**result, "plain": plain, "weighted": weighted})
         return self._read(target)
@@ -103,10 +107,14 @@ class _Runs:
             started = time.monotonic()
             losses = train(loaded, self._training, self._steps, rate)
             seconds = time.monotonic() - started
-            found = distance(loaded, self._reference, self._evaluation)
-            result = {"rate": rate, "losses": losses, "seconds": seconds, **asdict(found)}
+            told = {"rate": rate, "losses": losses, "seconds": seconds}
+            result = {**told, **self._distances(loaded)}
             save_result(target, result)
         return self._read(target)
+
+    def _distances(self, loaded: Any) -> dict[str, Any]:
+        found = {name: asdict(distance(loaded, *held)) for name, held in self._judged.items()}
+        return {**found.pop("editorials"), **found}
 
     def discard(self, start: starts.Start) -> None:
         """Remove its conversion."""
@@ -133,11 +141,14 @@ def _row(start: starts.Start, before: dict[str, Any], after: list[dict[str, Any]
         f"{before['perplexity']:.4g}",
         f"{before['divergence']:.2f}",
         f"{before['agreement']:.1%}",
+        f"{before['brown']['perplexity']:.4g}",
+        f"{before['brown']['divergence']:.2f}",
         f"{before['plain']:.3f}",
         f"{before['weighted']:.3f}",
         f"{before['bits']:.2f}",
         f"{before['bits'] + before['adapter_bits']:.2f}",
         f"{before['seconds']:.0f}",
+        f"{before['gigabytes']:.1f}",
         f"{best['perplexity']:.4g}" if best else "",
         f"{best['rate']:g}" if best else "",
     ]

@@ -95,17 +95,23 @@ def _quantized() -> list[Start]:
 
 
 def _refined() -> list[Start]:
-    """What refining makes of the starts with full statistics, in a layout of other software."""
-    kinds = (("+ refine, blocks", ("--epochs", "1")), ("+ refine, end to end", ()))
+    """Starts with full statistics in a layout of other software, and what refining makes of them,
+    all of it on the other corpus."""
+    kinds: tuple[tuple[str, tuple[str, ...] | None], ...] = (
+        ("", None),
+        (" + refine, blocks", ("--epochs", "1")),
+        (" + refine, end to end", ("--epochs", "0", "--end-to-end", "64")),
+        (" + refine", ()),
+    )
     return [
         Start(
-            f"{bits} bit, r={rank}, uniform, full, {kind}",
+            f"{bits} bit, r={rank}, Brown{kind}",
             rank,
-            ("--bits", str(bits), "--rank", str(rank), "--layout", "compressed"),
-            "full-8192",
+            ("--bits", str(bits), "--rank", str(rank), "--method", "uniform", "--layout", "gptq"),
+            "brown-full-32768",
             refined,
-            small=not refined and bits == 2,
-            trained=(bits, rank) == (2, 64),
+            small=kind in ("", " + refine"),
+            trained=kind in ("", " + refine"),
         )
         for bits, rank in ((2, 64), (2, 16), (3, 64))
         for kind, refined in kinds
@@ -122,10 +128,10 @@ STARTS = (Start("full precision", 64, None, small=True, trained=True), *_quantiz
 
 
 def prepare(start: Start, model: Path, work: Path) -> dict[str, Any]:
-    """Convert anew; {bits, adapter_bits, seconds}: bits a weight of the backbone, and what the
-    adapter takes on top with 16 bits a value."""
+    """Convert anew; {bits, adapter_bits, seconds, gigabytes}: bits a weight of the backbone, what
+    the adapter takes on top with 16 bits a value, and the memory of the last command."""
     if start.options is None:
-        return {"bits": 32.0, "adapter_bits": 0.0, "seconds": 0.0}
+        return {"bits": 32.0, "adapter_bits": 0.0, "seconds": 0.0, "gigabytes": 0.0}
     output = work / "converted" / start.slug
     output.parent.mkdir(parents=True, exist_ok=True)
     options = start.options
@@ -137,7 +143,7 @@ def prepare(start: Start, model: Path, work: Path) -> dict[str, Any]:
     else:
         first = output.with_name(f"{start.slug}-start")
         seconds = convert(model, first, *options)["environment"]["seconds"]
-        manifest = refine(model, first, output, work / "calibration.txt", *start.refined)
+        manifest = refine(model, first, output, work / "brown-refinement.txt", *start.refined)
         shutil.rmtree(first)
     matrices = manifest["matrices"]
     weights = sum(matrix["shape"][0] * matrix["shape"][1] for matrix in matrices)
@@ -146,6 +152,7 @@ def prepare(start: Start, model: Path, work: Path) -> dict[str, Any]:
         "bits": manifest["totals"]["bits_per_weight"],
         "adapter_bits": 16 * values / weights,
         "seconds": seconds + manifest["environment"]["seconds"],
+        "gigabytes": manifest["environment"]["peak_host_bytes"] / 1e9,
     }
 
 

@@ -12,10 +12,12 @@ from tests.benchmarks.moments import calibrate, diagonals
 
 
 def prepare(name: str, model: Path, work: Path) -> Path:
-    """The file NAME.safetensors in ``work``, KIND-TOKENS by its name; made unless it is there."""
-    kind, _, tokens = name.partition("-")
-    full = work / f"full-{tokens}.safetensors"
-    calibrate(model, work / "calibration.txt", full, int(tokens), LENGTH)
+    """The file NAME.safetensors in ``work``, KIND-TOKENS by its name, or brown-KIND-TOKENS, of that
+    corpus; made unless it is there."""
+    *corpus, kind, tokens = name.split("-")
+    full = work / "-".join([*corpus, "full", f"{tokens}.safetensors"])
+    text = work / ("brown-refinement.txt" if corpus else "calibration.txt")
+    calibrate(model, text, full, int(tokens), LENGTH)
     target = work / f"{name}.safetensors"
     if kind == "diagonal":
         diagonals(full, target)

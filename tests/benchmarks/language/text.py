@@ -51,3 +51,8 @@ def windows(tokenizer: object, file: Path) -> torch.Tensor:
     tokens = tokenizer(file.read_text("utf-8"))["input_ids"]  # type: ignore[operator]
     count = len(tokens) // LENGTH
     return torch.tensor(tokens[: count * LENGTH]).view(count, LENGTH)
+
+
+def spread(found: torch.Tensor) -> torch.Tensor:
+    """EVALUATED of the windows ``found``, from all of the text."""
+    return found[:: len(found) // EVALUATED][:EVALUATED]
