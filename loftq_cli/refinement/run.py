@@ -12,7 +12,6 @@ import torch
 
 from loftq_cli.calibration.blockwise import kept
 from loftq_cli.calibration.calibrate import Text
-from loftq_cli.calibration.layer_inputs import OWN_LOOP
 from loftq_cli.checkpoint.journal import Journal, Subject
 from loftq_cli.checkpoint.output import MANIFEST
 from loftq_cli.errors import UnsupportedInputError
@@ -90,7 +89,7 @@ class Run:
             if self.wanted.epochs and not any(blocks.values()) and not self.wanted.end_to_end:
                 raise UnsupportedInputError(
                     f"{self.conversion.original.directory}: its blocks do not run in turn",
-                    hint=f"use --end-to-end STEPS; or {OWN_LOOP}",
+                    hint="use --end-to-end STEPS",
                 )
             keep = self._keep(ready, workspace)
             known = []

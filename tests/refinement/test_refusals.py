@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import loftq_cli
@@ -18,8 +19,9 @@ from loftq_cli.errors import (
     UnsupportedInputError,
     UsageError,
 )
-from loftq_cli.refinement import room
-from tests.support.refined import ASKED, refine
+from loftq_cli.refinement import cost, room
+from tests.support import models
+from tests.support.refined import ASKED, SETTINGS, refine
 
 
 def test_what_is_refused(place: Path, tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_a_conversion_without_a_start_is_refused(place: Path) -> None:
 def test_too_little_memory_and_disk_are_told_before_anything_is_written(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_COPIES", 1 << 40)
+    monkeypatch.setattr(cost, "_COPIES", 1 << 40)
     with pytest.raises(EnvironmentFailure, match=r"the largest block: .* of memory needed"):
         refine(place, "llama-out", "refused")
     with pytest.raises(EnvironmentFailure, match=r"the whole model, end to end: .* needed"):
@@ -95,3 +97,20 @@ def test_too_little_memory_and_disk_are_told_before_anything_is_written(
     with pytest.raises(EnvironmentFailure, match=r"needed, .* free"):
         refine(place, "llama-out", "refused")
     assert not list(place.glob(".refused*"))
+
+
+def test_blocks_that_do_not_run_in_turn_are_refined_end_to_end_only(place: Path) -> None:
+    """ALBERT calls one block several times."""
+    config = transformers.AlbertConfig(
+        vocab_size=96, embedding_size=32, hidden_size=64, num_hidden_layers=3,
+        num_attention_heads=4, intermediate_size=128, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    models.save_tokenizer(models.save(transformers.AlbertModel(config), place / "albert"))
+    loftq_cli.convert(place / "albert", place / "albert-out", layout="loftq", **SETTINGS)
+    with pytest.raises(UnsupportedInputError, match="do not run in turn"):
+        refine(place, "albert-out", "refused", "albert", epochs=1, end_to_end=0)
+    assert not list(place.glob("*refused*"))
+    told = refine(place, "albert-out", "albert-refined", "albert", epochs=1, end_to_end=10)
+    assert told["blocks"] == []
+    assert told["end_to_end"]["held_after"] < 0.95 * told["end_to_end"]["held_before"]
