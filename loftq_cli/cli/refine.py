@@ -36,13 +36,15 @@ from loftq_cli.cli.options import (
 @click.option(
     "--epochs",
     type=int,
-    help="Times that each block is trained on the text; 0: none.  [default: 1 without the below]",
+    help="Times that each block is trained on the text; 0: none.  [default: 1, or 0 if "
+    "--end-to-end is given]",
 )
 @click.option(
     "--end-to-end",
     type=int,
     metavar="STEPS",
-    help="Steps of the whole model, after its blocks.  [default: 64 if memory allows]",
+    help="Steps of the whole model, after its blocks.  [default: 48 if memory allows, or 0 if "
+    "--epochs is given]",
 )
 @click.option(
     "--adapter",

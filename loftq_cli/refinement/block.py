@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,8 @@ _FLOOR = 1e-3
 """Of the energy of a token in the middle: what those of smaller ones are taken for, at least."""
 
 _NOTHING = 1e-20  # of a text of zeros
+
+_PROBED = 8
 
 LossOf = Callable[[Sequence[int]], torch.Tensor]
 """The mean loss of some windows, which can be differentiated."""
@@ -49,8 +52,13 @@ class Course:
 
     @property
     def probed(self) -> Sequence[int]:
-        """As many of the trained windows as are held, to tell their loss by."""
-        return self.trained[: len(self.held)]
+        """Trained windows to tell their loss by."""
+        return self.trained[: min(len(self.held), _PROBED)]
+
+    @property
+    def used(self) -> list[int]:
+        """The windows that are worked through or looked at."""
+        return sorted({*itertools.chain(*self.batches()), *self.held, *self.probed})
 
     @property
     def amount(self) -> int:

@@ -92,16 +92,17 @@ class Run:
                     hint="use --end-to-end STEPS",
                 )
             keep = self._keep(ready, workspace)
-            known = []
-            if self.wanted.end_to_end:
-                known = known_of(ready, on_disk(workspace.partial))
             records, end = [], None
-            course = self._block_course(ready)
+            course, end_course = self._block_course(ready), self._whole_course(ready)
+            used = end_course.used if self.wanted.end_to_end else ()
             amount = course.amount * sum(map(bool, blocks.values())) if self.wanted.epochs else 0
             again = [] if self._keeps_everything(ready) else list(blocks)
-            whole = Whole(ready, known, again, self._whole_course(ready))
-            self.observer.begin(amount + whole.course.amount, "refining", " windows")
+            total = amount + len(used) + end_course.amount
+            self.observer.begin(total, "refining", " windows")
             try:
+                hold = on_disk(workspace.partial)
+                known = known_of(ready, used, hold, self.observer.advance)
+                whole = Whole(ready, known, again, end_course)
                 if self.wanted.epochs:
                     with Chains(ready.model, ready.calibration.run, len(ready.windows), keep) as c:
                         records = Blocks(ready, blocks, course).refine(c, stages, self.observer)

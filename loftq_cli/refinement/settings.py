@@ -14,14 +14,14 @@ SAMPLES = 288
 HELD = 10
 """One window of so many is held out."""
 EPOCHS = 1
-STEPS = 64
+STEPS = 48
 """End to end."""
 BATCH = 4
 BLOCK_RATES = Rates(pair=4e-3, scales=2e-3, codes=1e-2)
 WHOLE_RATES = Rates(pair=4e-4, scales=1e-3, codes=0.0)
 PACE = 16
 """Steps end to end between two looks at the held windows."""
-REVISION = 1
+REVISION = 2
 """Raised when the same settings would give other bytes."""
 
 
@@ -55,13 +55,13 @@ class Refining:
             raise UsageError("--epochs 0 --end-to-end 0 leave nothing to do", hint="give one")
 
     def settled(self, *, whole: bool) -> Refining:
-        """With what is left open: the ``whole`` model if it can be, else its blocks. Who asks for
-        one of the two gets that one."""
+        """With what is left open: the blocks, and then the ``whole`` model if it can be. Who asks
+        for one of the two gets that one."""
         steps, epochs = self.end_to_end, self.epochs
         if steps is None:
             steps = STEPS if whole and not epochs else 0
         if epochs is None:
-            epochs = 0 if steps else EPOCHS
+            epochs = 0 if self.end_to_end else EPOCHS
         return replace(self, end_to_end=steps, epochs=epochs)
 
     def going_on(self, adapter: Path) -> Refining:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from loftq_cli.checkpoint.stored import Stored
 from loftq_cli.machine.observer import Observer
 from loftq_cli.refinement.block import Course, train
-from loftq_cli.refinement.distill import Told, called, checkpointed, distance, predicts, told
+from loftq_cli.refinement.distill import Hold, Told, called, checkpointed, distance, predicts, told
 from loftq_cli.refinement.model import Prepared
 from loftq_cli.refinement.stages import Stages
 
@@ -20,11 +20,11 @@ TITLE = "end to end"
 
 @dataclass(frozen=True)
 class Whole:
-    """What the original says of every window of ``prepared``, and how the model is trained to say
-    the same; ``blocks`` keep no activations but their inputs."""
+    """What the original says of the windows of ``course``, and how the model is trained to say the
+    same; ``blocks`` keep no activations but their inputs."""
 
     prepared: Prepared
-    known: Sequence[Told]
+    known: Mapping[int, Told]
     blocks: Sequence[str]
     course: Course
 
@@ -58,12 +58,16 @@ class Whole:
 
 
 @torch.no_grad()
-def known_of(prepared: Prepared, hold: Callable[[torch.Tensor], torch.Tensor]) -> list[Told]:
-    """What the original says of every window, kept by ``hold``."""
+def known_of(
+    prepared: Prepared, windows: Iterable[int], hold: Hold, advance: Callable[[int], None]
+) -> dict[int, Told]:
+    """What the original says of ``windows``, by their numbers, kept by ``hold``. ``advance`` is
+    told of each."""
     call, logits = called(prepared.model, prepared.device), predicts(prepared.model)
-    found = []
-    for window in prepared.windows:
+    found = {}
+    for window in windows:
         with prepared.autocast():
-            output = call(window[None])[0]
-        found.append(told(output, hold, logits=logits))
+            output = call(prepared.windows[window][None])[0]
+        found[window] = told(output, hold, logits=logits)
+        advance(1)
     return found

@@ -166,8 +166,8 @@ def refine(
     UTF-8 files, and write a conversion of the same layout (extra ``train``).
 
     Block by block, ``epochs`` times through the text, then ``end_to_end`` steps of the whole model;
-    None: the whole model if memory allows, else its blocks once. ``adapter``: a trained one, to go
-    on from. Resumes.
+    None: both, the second if memory allows, or what is given of the two alone. ``adapter``: a
+    trained one, to go on from. Resumes.
     """
     from loftq_cli.checkpoint.locate import locate_adapter
     from loftq_cli.machine.observer import Logged

@@ -21,7 +21,7 @@ from loftq_cli.errors import (
 )
 from loftq_cli.machine.observer import Observer
 from loftq_cli.refinement import block as training
-from loftq_cli.refinement import room, run
+from loftq_cli.refinement import cost, room, run
 from loftq_cli.refinement.refine import refine as refining
 from loftq_cli.refinement.settings import Refining
 from tests.support import makers
@@ -160,7 +160,7 @@ def test_what_was_interrupted_goes_on_behind_the_last_block_with_the_same_bytes(
     place: Path,
 ) -> None:
     resumable(place, "undisturbed", Observer())
-    for windows in (25, 110, 155, 170):  # in the first block, the second, end to end
+    for windows in (45, 130, 175, 190):  # in the first block, the second, end to end
         with pytest.raises(Interrupted):
             resumable(place, "resumed", Stopping(windows))
         assert not (place / "resumed").exists()
@@ -315,7 +315,9 @@ def test_what_is_left_open_is_what_there_is_memory_for(
         )
         return found["epochs"], found["steps"]
 
-    assert settled() == (0, 64)
+    assert settled() == (1, 48)
+    assert settled(epochs=0) == (0, 48)
+    assert settled(end_to_end=0) == (1, 0)
     assert settled(epochs=3) == (3, 0)
     assert settled(end_to_end=5) == (0, 5)
     assert settled(epochs=3, end_to_end=5) == (3, 5)
@@ -333,6 +335,6 @@ def test_blocks_that_keep_nothing_give_the_same(
 ) -> None:
     asked: dict[str, Any] = {"epochs": 0, "end_to_end": 3}
     refine(place, "llama-out", "keeps", **asked)
-    monkeypatch.setattr(room, "_OF_INPUT", 1 << 50)
+    monkeypatch.setattr(cost, "_OF_INPUT", 1 << 50)
     refine(place, "llama-out", "keeps-nothing", **asked)
     assert contents(place / "keeps") == contents(place / "keeps-nothing")
