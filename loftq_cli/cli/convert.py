@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     "--preset",
     type=choice(*PRESETS),
     help="Defaults to start from; paper is what the LoftQ reference code does, best measures full "
-    "moments of --calibrate-text and refines.  [default: default]",
+    "moments of --calibrate-text, takes 20 steps and refines.  [default: default]",
 )
 @click.option(
     "--recipe",

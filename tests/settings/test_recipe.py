@@ -174,6 +174,10 @@ def test_the_preset_paper_is_the_reference_code():
     assert not resolved.momentum
 
 
+def test_the_preset_best_takes_more_steps_and_changes_nothing_else():
+    assert Options(preset="best").resolve() == dataclasses.replace(Options().resolve(), iters=20)
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_momentum_is_a_setting_without_an_option(given):
     assert Options().resolve().momentum
