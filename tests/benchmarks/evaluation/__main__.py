@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="training steps (60; 100 with --full)")
     parser.add_argument("--model", type=Path, help="a checkpoint directory (MiniLM)")
     parser.add_argument("--data", type=Path, help="lines of label<TAB>text (movie reviews)")
+    parser.add_argument("--only", default="", help="starts whose name contains this")
     parser.add_argument("--work", type=Path, default=Path("build/evaluation"))
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,9 @@ def main() -> None:
     text.write_text("\n".join(training) + "\n", "utf-8")
     steps = given.steps or (100 if given.full else 60)
     seeds = (0, 1, 2) if given.full else (0, 1)
-    chosen = [start for start in starts.STARTS if given.full or start.small]
+    chosen = [
+        start for start in starts.STARTS if (given.full or start.small) and given.only in start.name
+    ]
     runs = _Runs(given.model or minilm(), data, given.work, steps)
     starts.measure(runs.model, text, runs.work)
     facts = [starts.prepare(start, runs.model, runs.work) for start in chosen]

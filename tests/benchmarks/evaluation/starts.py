@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.moments import calibrate, diagonals
-from tests.benchmarks.tools import convert
+from tests.benchmarks.tools import convert, refine
 
 RANK = 16
 _RATES = (3e-4, 1e-3, 3e-3)
@@ -18,13 +18,15 @@ _TOKENS, _LENGTH = 8192, 128  # of calibration
 @dataclass(frozen=True)
 class Start:
     """``options`` of ``loftq convert``, or None for the full-precision backbone; ``stats``:
-    "diagonal" or "full", the statistics that weight the conversion."""
+    "diagonal" or "full", the statistics that weight the conversion; ``refined``: on the text that
+    those are of."""
 
     name: str
     options: tuple[str, ...] | None
     lora: bool = True
     small: bool = False  # part of the smaller table
     stats: str | None = None
+    refined: bool = False
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -65,6 +67,14 @@ def _quantized() -> list[Start]:
                 )
                 for kind in ("diagonal", "full")
             ]
+            starts.append(
+                Start(
+                    f"{width}, loftq, full moments, refined",
+                    (*common, *ours),
+                    stats="full",
+                    refined=True,
+                )
+            )
         if two:
             fitted = (*common, "--method", "fitted")
             starts += [
@@ -99,7 +109,10 @@ def prepare(start: Start, model: Path, work: Path) -> dict[str, Any]:
         options = start.options
         if start.stats is not None:
             options = (*options, "--stats", str(work / f"{start.stats}.safetensors"))
-        convert(model, output, "--rank", str(RANK), *options)
+        first = output.with_name(f"{output.name}-start") if start.refined else output
+        convert(model, first, "--rank", str(RANK), *options)
+        if start.refined:
+            refine(model, first, output, work / "training.txt")
     totals = json.loads(manifest.read_text())["totals"]
     return {name: totals[name] for name in ("relative_residual", "bits_per_weight")}
 
