@@ -76,6 +76,7 @@ train-check: $(VENV)/dev $(LLAMAFACTORY)/ready $(AXOLOTL)/ready $(SWIFT)/ready
 zoo: $(VENV)/dev
 	@mkdir -p build
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.whole.zoo.sweep $(FAMILY) $(if $(FIFTH),--fifth $(FIFTH)) 2>build/zoo.err
+	$(if $(FAMILY)$(FIFTH),,ALL_FAMILIES=1 $(BIN)/python -m pytest -q tests/whole/interop/test_further_families.py)
 
 ## Format, lint and types, the tests' included.
 check: $(VENV)/dev
