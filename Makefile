@@ -49,7 +49,7 @@ stress: $(VENV)/dev
 	LOFTQ_STRESS=1 $(BIN)/python -m pytest -s tests/whole/crash
 
 ## Random files, guided by coverage, into whatever reads what others wrote: header, index, journal,
-## pickle, manifest. MINUTES=30 in all.
+## pickle, GGUF, manifest. MINUTES=30 in all.
 fuzz: $(VENV)/fuzz
 	MINUTES=$(MINUTES) $(BIN)/python -m tests.whole.hostile.fuzz
 

@@ -46,9 +46,12 @@ from loftq_cli.version import VERSION
 LAYOUT = "gguf"
 MODEL, ADAPTER, MARKER = "model.gguf", "adapter.gguf", "loftq_gguf.json"
 _MARGIN = 4 << 20  # room for the marker
-_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # llama.h, LLAMA_FTYPE_MOSTLY_…
+_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "IQ4_NL": 25}  # llama.h, LLAMA_FTYPE_MOSTLY_…
 _OTHERWISE = 1  # mostly F16
-NEEDS = {"Q2_0": "llama.cpp of June 2026 or later (pull request 24448)"}
+NEEDS = {
+    "IQ4_NL": "llama.cpp of February 2024 or later (pull request 5590)",
+    "Q2_0": "llama.cpp of June 2026 or later (pull request 24448)",
+}
 
 
 class GgufWorkspace(Workspace):
@@ -179,7 +182,7 @@ def _is_in_wider_codes(plan: GgufPlan, entry: Entry) -> bool:
     if entry.found is None or entry.reason is not None:
         return False
     bits = max(plan.matrices.matrix(name).bits for name in entry.found.matrices)
-    return bits < {blocks.Q2_0: 2, blocks.Q4_0: 4, blocks.Q4_1: 4, blocks.Q8_0: 8}[entry.kind]
+    return bits < {blocks.Q2_0: 2, blocks.Q8_0: 8}.get(entry.kind, 4)
 
 
 @dataclass(frozen=True)
