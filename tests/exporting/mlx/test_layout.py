@@ -45,7 +45,9 @@ def test_the_words_are_mlx_s(bits: int) -> None:
     assert LAYOUT.decode(matrix, tensors)[0].tolist() == values
 
 
-def by_the_book(words: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, bits: int):
+def by_the_book(
+    bits: int, words: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor
+) -> torch.Tensor:
     """As mlx's documentation of quantize has it, in float64."""
     rows = []
     for row, scale, bias in zip(words.view(torch.int32).tolist(), scales, biases, strict=True):
@@ -78,7 +80,7 @@ def test_what_is_decoded_is_q(bits, size, method, tag, seed) -> None:
     tensors = LAYOUT.encode(matrix, quantized)
     assert [spec_of(name, tensor) for name, tensor in tensors.items()] == LAYOUT.specs(matrix)
     found = LAYOUT.decode(matrix, tensors)
-    expected = by_the_book(*(tensors[f"m.{part}"] for part in ("weight", "scales", "biases")), bits)
+    expected = by_the_book(bits, *(tensors[f"m.{part}"] for part in ("weight", "scales", "biases")))
     assert torch.equal(found.double(), expected)
     fits = {"F32": True, "F16": bits <= 4, "BF16": False}[tag]
     if method == "uniform-symmetric" or fits:

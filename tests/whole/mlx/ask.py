@@ -17,7 +17,7 @@ from mlx import nn
 from mlx_lm import load, utils
 
 
-def values(model: Any) -> dict[str, np.ndarray]:
+def values(model: Any) -> dict[str, Any]:
     """MLX's own decoder, in float32 instead of the scales' dtype, which rounds what it gives."""
     kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
     found = {}
@@ -32,7 +32,7 @@ def values(model: Any) -> dict[str, np.ndarray]:
     return found
 
 
-def answered(job: dict[str, Any]) -> dict[str, np.ndarray]:
+def answered(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("tokenizer", True):
         model, _ = load(job["model"], adapter_path=job.get("adapter"))
     else:

@@ -66,7 +66,7 @@ class Mlx:
             "PATH": f"{self._bin}:{os.environ['PATH']}",
         }
 
-    def answers(self, place: Path, jobs: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
+    def answers(self, place: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Of ask.py, to each of the ``jobs``."""
         for number, job in enumerate(jobs):
             job["answer"] = str(place / f"answer-{number}.npz")
@@ -85,9 +85,7 @@ class Mlx:
         return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
 
 
-def apart(
-    found: dict[str, np.ndarray], model: Any, prompts: list[list[int]], what: str = "wide"
-) -> float:
+def apart(found: dict[str, Any], model: Any, prompts: list[list[int]], what: str = "wide") -> float:
     """By how much logits differ, at most, relative to their size."""
     most = 0.0
     for number, prompt in enumerate(prompts):
@@ -98,7 +96,7 @@ def apart(
     return most
 
 
-def same_values(found: dict[str, np.ndarray], output: Path) -> bool:
+def same_values(found: dict[str, Any], output: Path) -> bool:
     """Whether MLX's values of every matrix are those of Q."""
     theirs = {key[7:]: value for key, value in found.items() if key.startswith("values:")}
     ours = decoded(output)
