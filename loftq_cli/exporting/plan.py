@@ -20,7 +20,7 @@ from loftq_cli.families.experts import is_expert
 from loftq_cli.families.kinds import turned_shape
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings, matrix_of
-from loftq_cli.layouts.registry import layout_of, make_layout
+from loftq_cli.layouts.registry import layout_of
 from loftq_cli.merging.config import merged_config
 from loftq_cli.merging.plan import Copied, Merged, MergePlan, parts_of
 
@@ -40,15 +40,24 @@ class Moved:
     def specs(self) -> list[TensorSpec]:
         return self.wanted.specs(self.matrix)
 
-    def encoded(self, directory: Path, stored: Stored) -> dict[str, torch.Tensor]:
-        """Its tensors in the wanted layout. Raises LayoutError if they would mean other values than
-        those that are held."""
+    def read(
+        self, directory: Path, stored: Stored
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Its tensors in the wanted layout, what those mean, and what is held: float32
+        (out, in)."""
         matrix = self.matrix
         tensors = {spec.name: read(directory, stored, spec) for spec in self.held.specs(matrix)}
         quantized = self.held.quantized(matrix, tensors)
         assert quantized is not None, "refused before"
         found = self.wanted.encode(matrix, quantized)
-        if not torch.equal(self.wanted.decode(matrix, found), self.held.decode(matrix, tensors)):
+        return found, self.wanted.decode(matrix, found), self.held.decode(matrix, tensors)
+
+    def encoded(self, directory: Path, stored: Stored) -> dict[str, torch.Tensor]:
+        """Its tensors in the wanted layout. Raises LayoutError if they would mean other values than
+        those that are held."""
+        matrix = self.matrix
+        found, meant, held = self.read(directory, stored)
+        if not torch.equal(meant, held):
             raise LayoutError(
                 f"--layout {self.wanted.name} cannot hold {matrix.name}: it would be rounded",
                 hint=f"convert anew with --layout {self.wanted.name}: it chooses codes that fit",
@@ -142,16 +151,15 @@ class ExportPlan:
 
 
 def make_export_plan(
-    output: Output, source: Source, name: str, merging: MergePlan | None = None
+    output: Output, source: Source, wanted: Layout, merging: MergePlan | None = None
 ) -> ExportPlan:
-    """How the conversion ``output``, whose files are ``source``, is written in layout ``name``,
-    its codes as they are or, with a ``merging``, quantized again.
+    """How the conversion ``output``, whose files are ``source``, is written in the layout
+    ``wanted``, its codes as they are or, with a ``merging``, quantized again.
 
     Raises LayoutError, with every matrix that the layout cannot hold and the reason, and
     VerificationError if the files are not what the manifest says.
     """
     recipe = output.manifest["recipe"]
-    wanted = make_layout(name, recipe)
     stored = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
     moved, parts = {}, {}
     for record in output.records:

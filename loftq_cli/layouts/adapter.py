@@ -19,6 +19,8 @@ from loftq_cli.layouts.base import Matrix
 DIRECTORY = ADAPTER_FOLDER
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+OF_MLX_LM = "adapters.safetensors"
+"""The weights of an adapter that mlx-lm saved, instead of WEIGHTS."""
 PREFIX = "base_model.model."
 
 

@@ -26,7 +26,7 @@ from loftq_cli.errors import (
     UnsupportedInputError,
 )
 from loftq_cli.families.experts import is_expert
-from loftq_cli.layouts.adapter import CONFIG, PREFIX, WEIGHTS
+from loftq_cli.layouts.adapter import CONFIG, OF_MLX_LM, PREFIX, WEIGHTS
 from loftq_cli.layouts.trained_config import check_config, token_indices
 from loftq_cli.layouts.trained_parts import FusedPair, Pair, Recent, TokenRows
 
@@ -123,7 +123,7 @@ def open_adapter(path: Path) -> TrainedAdapter:
 def _weights(path: Path) -> Path:
     if path.is_dir():
         file = path / WEIGHTS
-        refuse_pickled(path)
+        refuse_other_forms(path)
     else:
         file = path
     if not file.is_file():
@@ -134,12 +134,19 @@ def _weights(path: Path) -> Path:
     return file
 
 
-def refuse_pickled(directory: Path) -> None:
-    """Raise UnsupportedInputError if the adapter in ``directory`` is a pickle."""
-    if not (directory / WEIGHTS).exists() and (directory / "adapter_model.bin").exists():
+def refuse_other_forms(directory: Path) -> None:
+    """Raise UnsupportedInputError if the adapter in ``directory`` is a pickle, or mlx-lm's."""
+    if (directory / WEIGHTS).exists():
+        return
+    if (directory / "adapter_model.bin").exists():
         raise UnsupportedInputError(
             f"{directory} holds only pickled weights (adapter_model.bin)",
             hint="save the adapter with safetensors first: save_pretrained(DIR)",
+        )
+    if (directory / OF_MLX_LM).exists():
+        raise UnsupportedInputError(
+            f"{directory} was saved by mlx-lm ({OF_MLX_LM})",
+            hint=f"loftq import-adapter OUT -o trained --adapter {directory}, and take that",
         )
 
 

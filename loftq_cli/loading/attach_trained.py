@@ -17,7 +17,7 @@ from loftq_cli.errors import CorruptFileError, InputError, SourceNotFoundError
 from loftq_cli.families.names import key_mapping, places, prefix_of
 from loftq_cli.families.token_tables import input_embeddings
 from loftq_cli.layouts import adapter
-from loftq_cli.layouts.trained import SAVE_BOTH, WRAPPERS, refuse_pickled
+from loftq_cli.layouts.trained import SAVE_BOTH, WRAPPERS, refuse_other_forms
 from loftq_cli.layouts.trained_config import check_tokens, token_indices
 from loftq_cli.loading.trained_beside import refuse_other_conversion
 
@@ -36,7 +36,7 @@ def attach_trained(peft: Any, backbone: Any, output: Output, place: Path, traina
     conversion, or holds a tensor that the model has no place for, or lacks one.
     """
     file = place / adapter.WEIGHTS
-    refuse_pickled(place)
+    refuse_other_forms(place)
     if not file.is_file() or not (place / adapter.CONFIG).is_file():
         raise SourceNotFoundError(
             f"{place}: no {adapter.CONFIG} with {adapter.WEIGHTS}",

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from loftq_cli.numerics.quantizers.blocks import Quantized
-from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
+from loftq_cli.numerics.quantizers.scale_storage import Stored
 from loftq_cli.numerics.sweep import as_stored
 
 Order = Literal["quantize-first", "svd-first"]
@@ -40,7 +40,7 @@ class Procedure:
     products: torch.dtype = torch.float32
     adapter_dtype: torch.dtype = torch.float32
     backbone_dtype: torch.dtype | None = None
-    scale_dtype: ScaleDtype = "float32"
+    scale_dtype: Stored = "float32"
     seed: int = 0
     name: str = ""
 

@@ -15,7 +15,7 @@ from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import Fitted, Parameters, block_count
 from loftq_cli.numerics.quantizers.codebooks import Table
 from loftq_cli.numerics.quantizers.grid import REFINEMENTS, grid
-from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
+from loftq_cli.numerics.quantizers.scale_storage import Stored
 from loftq_cli.numerics.sweep import Product, Swept, stored_parameters, target_of
 
 _TILE = 64  # columns; TILE in kernels/product.h
@@ -100,9 +100,9 @@ class NativeSweep:
         quantizer: Quantizer,
         products: torch.dtype,
         backbone_dtype: torch.dtype | None,
-        scale_dtype: ScaleDtype = "float32",
+        scale_dtype: Stored = "float32",
     ) -> None:
-        self._scale_dtype: ScaleDtype = scale_dtype
+        self._scale_dtype: Stored = scale_dtype
         self._weight = weight.contiguous()
         self.quantizer = quantizer
         self._store = _DTYPES[backbone_dtype or torch.float32]

@@ -15,7 +15,7 @@ import torch
 from loftq_cli.numerics.metrics import squares
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import Fitted, Parameters, Quantized
-from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype, round_scales
+from loftq_cli.numerics.quantizers.scale_storage import Stored, round_scales
 
 _CHUNK_ELEMENTS = 1 << 19  # a few float32 copies of it stay in a CPU's caches
 _GPU_CHUNK_ELEMENTS = 1 << 26
@@ -76,12 +76,12 @@ class TensorSweep:
         quantizer: Quantizer,
         products: torch.dtype,
         backbone_dtype: torch.dtype | None,
-        scale_dtype: ScaleDtype = "float32",
+        scale_dtype: Stored = "float32",
     ) -> None:
         self._weight = weight
         self.quantizer = quantizer
         self._backbone_dtype = backbone_dtype
-        self._scale_dtype: ScaleDtype = scale_dtype
+        self._scale_dtype: Stored = scale_dtype
         self.residual = torch.empty_like(weight, dtype=torch.float32)
         same = products == torch.float32
         self.narrow = self.residual if same else torch.empty_like(weight, dtype=products)
@@ -177,7 +177,7 @@ def _reach(product: Product, delta: torch.Tensor, rows: slice) -> torch.Tensor:
     return delta + (delta - before) * product.beyond
 
 
-def stored_parameters(quantized: Quantized, dtype: ScaleDtype) -> Parameters:
+def stored_parameters(quantized: Quantized, dtype: Stored) -> Parameters:
     """The parameters of a first pass, with scales as they are once stored: steps are shared by
     blocks of more than one row range, so codes at these scales take a second pass."""
     return Parameters(round_scales(quantized.scales, dtype), quantized.zeros)

@@ -19,7 +19,8 @@ from loftq_cli.numerics.alone import quantize
 from loftq_cli.numerics.alternation import decompose, make_sweep
 from loftq_cli.numerics.decomposition import Decomposition, Procedure
 from loftq_cli.numerics.quantizers.base import Quantizer
-from loftq_cli.numerics.quantizers.methods import make_quantizer
+from loftq_cli.numerics.quantizers.methods import make_quantizer, method
+from loftq_cli.numerics.quantizers.scale_storage import Stored
 from loftq_cli.numerics.sweep import Sweep
 from loftq_cli.numerics.variant import Variant
 from loftq_cli.numerics.weighting import Weighting, make_weighting
@@ -80,7 +81,7 @@ class Decomposer:
             products=self._variant.products,
             adapter_dtype=torch_dtype(item.adapter_dtype),
             backbone_dtype=self._layout.rounding(matrix),
-            scale_dtype=recipe.scale_dtype,
+            scale_dtype=self._stored(matrix),
             seed=recipe.seed,
             name=matrix.name,
         )
@@ -133,10 +134,15 @@ class Decomposer:
             native=self._variant.native and native.available(),
         )
 
+    def _stored(self, matrix: Matrix) -> Stored:
+        """What its scales are rounded to. bfloat16 holds whatever a method rounds to by itself."""
+        asked, own = self._recipe.scale_dtype, method(matrix.method).stored
+        return asked if own == "float32" or asked == "int8" else own
+
     def _alone(self, matrix: Matrix) -> Procedure:
         return Procedure(
             rank=0,
             iters=0,
             backbone_dtype=self._layout.rounding(matrix),
-            scale_dtype=self._recipe.scale_dtype,
+            scale_dtype=self._stored(matrix),
         )

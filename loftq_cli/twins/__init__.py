@@ -3,7 +3,15 @@
 A test holds each beside its command. Everything is imported when it is called.
 """
 
-from loftq_cli.twins.finished import error_report, evaluate, export, inspect, merge, push
+from loftq_cli.twins.finished import (
+    error_report,
+    evaluate,
+    export,
+    import_adapter,
+    inspect,
+    merge,
+    push,
+)
 from loftq_cli.twins.making import calibrate, convert, plan, refine
 from loftq_cli.twins.places import located
 
@@ -13,6 +21,7 @@ __all__ = [
     "error_report",
     "evaluate",
     "export",
+    "import_adapter",
     "inspect",
     "located",
     "merge",

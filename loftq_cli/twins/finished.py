@@ -56,6 +56,7 @@ def export(
     skeleton: AnyPath | None = None,
     source: AnyPath | None = None,
     strict: bool = False,
+    rounded: bool = False,
     pad_ranks: bool = False,
     base_model: str | None = None,
     revision: str | None = None,
@@ -71,11 +72,11 @@ def export(
     pair one rank, by zeros; ``base_model`` is what the adapters' configs call the backbone, None
     the output's path. Layout "gguf" is written into the ``skeleton``, a GGUF file of the model in
     floating point, which is of the model ``source`` if it is not of the conversion's own values;
-    ``strict`` refuses tensors that would be in 16 bits.
+    ``strict`` refuses tensors that would be in 16 bits. With layout "mlx", ``rounded`` rounds
+    scales and offsets that the dtype has too few bits for.
     """
     from loftq_cli.checkpoint.locate import locate_adapter
-    from loftq_cli.exporting.export import export as run
-    from loftq_cli.exporting.gguf.export import export_gguf, settled
+    from loftq_cli.exporting.request import Request, carry_out
     from loftq_cli.exporting.work import Wanted
     from loftq_cli.machine.observer import Logged
 
@@ -87,11 +88,37 @@ def export(
     wanted = Wanted(layout, trained, merge, file, pad_ranks, base_model)
     held = None if skeleton is None else expanded(skeleton)
     origin = None if source is None else str(source)
-    skeletal = settled(wanted, held, origin, strict=strict, offline=offline)
-    target, observer = expanded(output), Logged()
-    if skeletal is None:
-        return run(place.directory, target, wanted, overwrite=overwrite, observer=observer)
-    return export_gguf(place.directory, target, skeletal, overwrite=overwrite, observer=observer)
+    asked = Request(wanted, held, origin, strict, rounded, offline)
+    return carry_out(
+        place.directory, expanded(output), asked, overwrite=overwrite, observer=Logged()
+    )
+
+
+def import_adapter(
+    directory: AnyPath = "out",
+    output: AnyPath = "trained",
+    *,
+    adapter: AnyPath,
+    revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the ``adapter`` that mlx-lm trained on an export of the conversion in ``directory`` as
+    PEFT stores one.
+
+    ``directory`` may be a hub id, as text.
+    """
+    from loftq_cli.exporting.mlx.imported import import_adapter as run
+    from loftq_cli.machine.observer import Logged
+
+    place = located(directory, revision, offline, everything=True)
+    return run(
+        place.directory,
+        expanded(output),
+        adapter=expanded(adapter),
+        overwrite=overwrite,
+        observer=Logged(),
+    )
 
 
 def push(

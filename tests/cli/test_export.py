@@ -126,3 +126,38 @@ def test_a_gguf_file_and_what_to_type_next_are_shown(place: Path) -> None:
     refused = run("four", "-o", "other", "--layout", "gguf", "--skeleton", "f16.gguf")
     assert refused.exit_code == 3
     assert "--source" in refused.stderr
+
+
+def test_what_goes_to_mlx_lm_and_comes_back_is_shown(place: Path) -> None:
+    settings: dict[str, Any] = {"bits": 4, "method": "uniform-symmetric", "block_size": 32}
+    loftq_cli.convert("model", place / "four", layout="compressed", rank=4, iters=1, **settings)
+    shown = run("four", "-o", "served", "--layout", "mlx")
+    assert shown.exit_code == 0, shown.output
+    assert "matrices  7, exactly" in shown.stdout
+    assert "--resume-adapter-file served/adapters/adapters.safetensors" in shown.stdout
+    told = run("four", "-o", "served", "--layout", "mlx", "--json", "--overwrite", "-q")
+    keys = "adapter bytes directory layout matrices output rank rounded seconds"
+    assert sorted(json.loads(told.stdout)) == keys.split()
+    words = ["--layout", "mlx", "--rounded"]
+    loftq_cli.convert("model", place / "odd", layout="loftq", rank=4, iters=1, **settings)
+    assert "7, values off by 0.000% of the weights" in run("odd", "-o", "rounded", *words).stdout
+
+
+def test_an_adapter_of_mlx_lm_is_imported(place: Path) -> None:
+    settings: dict[str, Any] = {"bits": 4, "method": "uniform-symmetric", "block_size": 32}
+    loftq_cli.convert("model", place / "four", layout="compressed", rank=4, iters=1, **settings)
+    run("four", "-o", "served", "--layout", "mlx")
+    words = ["import-adapter", "four", "--adapter", "served/adapters"]
+    shown = CliRunner().invoke(main, [*words, "--output", "back", "--offline"])
+    assert shown.exit_code == 0, shown.output
+    assert "pairs  7, of rank 4" in shown.stdout
+    assert "next: loftq merge four -o merged --adapter back" in shown.stdout
+    told = CliRunner().invoke(main, [*words, "-o", "back", "--overwrite", "--json", "-q"])
+    keys = "adapter directory matrices output rank scale"
+    assert sorted(json.loads(told.stdout)) == keys.split()
+    for more, said in ((["--revision", "x"], "--revision x"), (["--quiet"], "holds an adapter")):
+        refused = CliRunner().invoke(main, [*words, "-o", "back", *more])
+        assert (refused.exit_code, said in refused.stderr) != (0, True)
+        assert said in refused.stderr
+    for flag in ("-v", "--verbose"):
+        assert "Traceback" in CliRunner().invoke(main, [*words, "-o", "back", flag]).stderr

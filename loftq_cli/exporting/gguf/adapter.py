@@ -13,10 +13,10 @@ from functools import cached_property
 import torch
 
 from loftq_cli.checkpoint.reader import TensorFile
-from loftq_cli.errors import InputError
 from loftq_cli.exporting.gguf.file import F32, FLOAT32, Field, GgufTensor
 from loftq_cli.exporting.gguf.plan import Entry, GgufPlan
 from loftq_cli.exporting.gguf.rows import runs
+from loftq_cli.exporting.pairs import pairs_of, rank_of
 from loftq_cli.layouts.trained_parts import Pair
 from loftq_cli.merging.plan import MergePlan
 
@@ -30,11 +30,8 @@ class GgufAdapter:
 
     @cached_property
     def pairs(self) -> Mapping[str, Pair]:
-        return {
-            item.spec.name: item.weight.pair
-            for item in self.merging.merged
-            if item.weight.pair is not None
-        }
+        """Raises InputError if the adapter holds more than pairs."""
+        return pairs_of(self.merging, "llama.cpp")
 
     @property
     def fields(self) -> dict[str, Field]:
@@ -97,21 +94,3 @@ class GgufAdapter:
                 rank = 0 if pair is None else rank_of(pair)
                 sums[home] = sums.get(home, 0) + rank
         return max(sums.values())
-
-
-def rank_of(pair: Pair) -> int:
-    """Of A and B."""
-    total = pair.lora_A.shape[0]
-    return total if pair.slice is None else total // pair.slice.count
-
-
-def refuse_more_than_pairs(merging: MergePlan) -> None:
-    """Raise InputError for an adapter that holds more than pairs, which llama.cpp has no place
-    for."""
-    more = [*(spec.name for spec in merging.added), *merging.replaced]
-    more += [item.spec.name for item in merging.merged if item.weight.tokens is not None]
-    if more:
-        raise InputError(
-            f"{merging.adapter.file}: it holds {more[0]} in full, and llama.cpp reads pairs alone",
-            hint="merge it (`loftq merge`), and convert that",
-        )

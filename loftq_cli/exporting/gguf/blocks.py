@@ -1,16 +1,17 @@
 """Codes and scales as blocks of ggml's types, which hold the very same values, and back.
 
-A block of Q4_0, Q4_1 and Q8_0 has 32 weights, of Q2_0 64, of one row each; d and m are float16
-(ggml-common.h; decoding: ``dequantize_row_*`` in ggml-quants.c).
+A block of Q4_0, Q4_1, IQ4_NL and Q8_0 has 32 weights, of Q2_0 64, of one row each; d and m are
+float16 (ggml-common.h; decoding: ``dequantize_row_*`` in ggml-quants.c).
 
-=====  ======================  ==========================================================
+====== ======================  ==========================================================
 type   bytes                   value
-=====  ======================  ==========================================================
+====== ======================  ==========================================================
 Q2_0   d, 16 of four codes     d (q - 1), the first code lowest
 Q4_0   d, 16 of two codes      d (q - 8); the lower halves are the first sixteen codes
 Q4_1   d, m, 16 of two codes   d q + m, likewise
+IQ4_NL d, 16 of two codes      d level[q], likewise
 Q8_0   d, 32 signed codes      d q
-=====  ======================  ==========================================================
+====== ======================  ==========================================================
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ import torch
 
 from loftq_cli.exporting.gguf.file import KINDS, Kind
 from loftq_cli.numerics.quantizers.blocks import Quantized
+from loftq_cli.numerics.quantizers.codebooks import iq4_nl
 from loftq_cli.numerics.quantizers.methods import method
 
-Q4_0, Q4_1, Q8_0, Q2_0 = (KINDS[number] for number in (2, 3, 8, 42))
-BY_SIZE = (Q2_0, Q4_0, Q4_1, Q8_0)
+Q4_0, Q4_1, Q8_0, IQ4_NL, Q2_0 = (KINDS[number] for number in (2, 3, 8, 20, 42))
+BY_SIZE = (Q2_0, Q4_0, IQ4_NL, Q4_1, Q8_0)
 """From the fewest bits a weight to the most."""
+_LEAST = 32  # weights of the shortest block
+_LEVEL_UNIT = 128  # ggml's levels are integers, ours 128ths of them
 _FIXED = {Q2_0: (2, 1), Q4_0: (4, 8), Q8_0: (8, 0)}  # bits of a code and zero point
 
 
@@ -35,14 +39,17 @@ def obstacle(kind: Kind, name: str, bits: int, block_size: int, columns: int) ->
     ``block_size`` of ``columns`` weights, or None if they can; whether its scales fit float16 is
     seen when they are there."""
     found = method(name)
-    if found.decoding != "affine":
+    affine = found.decoding == "affine"
+    if affine == (kind is IQ4_NL) or (not affine and bits != 4):
         return f"its levels are those of {name}"
     if columns % kind.elements:
         return f"rows of {columns} are no blocks of {kind.elements}"
-    if block_size and columns % block_size:
+    if affine and block_size and columns % block_size:
         return f"the last of its blocks of {block_size} is cut off"
     if not block_size or block_size % kind.elements:
         return f"{kind.name} has a scale for {kind.elements} weights, not for {block_size}"
+    if kind is IQ4_NL:
+        return None
     if kind is Q4_1:
         return None if bits <= 4 else f"Q4_1 has 4-bit codes, not {bits}-bit"
     if not found.symmetric:
@@ -54,37 +61,40 @@ def obstacle(kind: Kind, name: str, bits: int, block_size: int, columns: int) ->
 @dataclass(frozen=True)
 class Rows:
     """Some rows of matrices with ``columns`` weights each: ``codes`` uint8 (rows, columns),
-    ``scales`` float32 and ``zeros`` int (rows, blocks)."""
+    ``scales`` float32 and ``zeros`` int (rows, blocks); instead of zeros, ``levels`` float32, of
+    which the codes are numbers."""
 
     codes: torch.Tensor
     scales: torch.Tensor
-    zeros: torch.Tensor
+    zeros: torch.Tensor | None
+    levels: torch.Tensor | None = None
 
     @staticmethod
     def of(quantized: Quantized, shape: Sequence[int]) -> Rows:
-        """All rows of an affine matrix (out, in)."""
-        rows = shape[0]
-        assert quantized.zeros is not None
+        """All rows of a matrix (out, in). Blocks of a codebook, which run over the flattened
+        matrix, are cut to those of 32 weights, of which rows are multiples."""
+        rows, codes = shape[0], quantized.codes.view(shape[0], -1)
+        if quantized.zeros is None:
+            pieces = quantized.scales.float().repeat_interleave(quantized.block_size // _LEAST)
+            scales = pieces[: codes.numel() // _LEAST].view(rows, -1)
+            return Rows(codes, scales, None, quantized.levels)
         scales, zeros = (part.view(rows, -1) for part in (quantized.scales, quantized.zeros))
-        return Rows(quantized.codes.view(rows, -1), scales.float(), zeros.int())
+        return Rows(codes, scales.float(), zeros.int())
 
     def taken(self, rows: torch.Tensor) -> Rows:
         """The rows of these numbers."""
-        return Rows(self.codes[rows], self.scales[rows], self.zeros[rows])
-
-    @staticmethod
-    def together(parts: Sequence[Rows]) -> Rows:
-        """One after the other."""
-        return Rows(
-            torch.cat([part.codes for part in parts]),
-            torch.cat([part.scales for part in parts]),
-            torch.cat([part.zeros for part in parts]),
-        )
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return Rows(self.codes[rows], self.scales[rows], zeros, self.levels)
 
     def decode(self) -> torch.Tensor:
-        """Their values, float32 (rows, columns): scale times code less zero point."""
-        blocks = self.codes.view(*self.scales.shape, -1).int() - self.zeros[..., None]
-        return (self.scales[..., None] * blocks).view(self.codes.shape)
+        """Their values, float32 (rows, columns): scale times code less zero point, or level."""
+        blocks = self.codes.view(*self.scales.shape, -1)
+        if self.zeros is None:
+            assert self.levels is not None
+            values = self.levels[blocks.long()]
+        else:
+            values = (blocks.int() - self.zeros[..., None]).float()
+        return (self.scales[..., None] * values).view(self.codes.shape)
 
 
 def encode(kind: Kind, rows: Rows) -> torch.Tensor:
@@ -93,8 +103,11 @@ def encode(kind: Kind, rows: Rows) -> torch.Tensor:
     count, columns = rows.codes.shape
     each = columns // rows.scales.shape[1] // kind.elements  # blocks that share a scale
     scales = rows.scales.repeat_interleave(each, dim=1)
-    zeros = rows.zeros.repeat_interleave(each, dim=1)
     codes = rows.codes.view(count, -1, kind.elements).int()
+    if rows.zeros is None:
+        parts = [_half(scales / _LEVEL_UNIT), _nibbles(codes)]
+        return torch.cat(parts, dim=-1).view(count, -1)
+    zeros = rows.zeros.repeat_interleave(each, dim=1)
     if kind is Q4_1:
         parts = [_half(scales), _half(-scales * zeros), _nibbles(codes)]
     elif kind is Q8_0:
@@ -119,6 +132,10 @@ def decode(kind: Kind, raw: torch.Tensor, columns: int) -> torch.Tensor:
         packed = blocks[..., 4:]
         codes = torch.cat([packed & 15, packed >> 4], dim=-1)
         values = codes.float() * scales + _floats(blocks[..., 2:4])
+    elif kind is IQ4_NL:
+        packed = blocks[..., 2:]
+        codes = torch.cat([packed & 15, packed >> 4], dim=-1)
+        values = (iq4_nl() * _LEVEL_UNIT)[codes.long()] * scales
     else:
         _, zero = _FIXED[kind]
         packed = blocks[..., 2:]

@@ -22,7 +22,7 @@ from loftq_cli.checkpoint.reader import PIECE, TensorFile, pieces_of
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import LayoutError, UsageError
 from loftq_cli.exporting.gguf import blocks
-from loftq_cli.exporting.gguf.adapter import GgufAdapter, refuse_more_than_pairs
+from loftq_cli.exporting.gguf.adapter import GgufAdapter
 from loftq_cli.exporting.gguf.file import (
     UINT32,
     Field,
@@ -32,7 +32,6 @@ from loftq_cli.exporting.gguf.file import (
 )
 from loftq_cli.exporting.gguf.plan import Entry, GgufPlan, make_plan
 from loftq_cli.exporting.gguf.rows import DTYPES, runs
-from loftq_cli.exporting.work import Wanted
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.trained import open_adapter
 from loftq_cli.machine.durable import explained, pretty_json, write_all, write_file
@@ -47,9 +46,12 @@ from loftq_cli.version import VERSION
 LAYOUT = "gguf"
 MODEL, ADAPTER, MARKER = "model.gguf", "adapter.gguf", "loftq_gguf.json"
 _MARGIN = 4 << 20  # room for the marker
-_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # llama.h, LLAMA_FTYPE_MOSTLY_…
+_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "IQ4_NL": 25}  # llama.h, LLAMA_FTYPE_MOSTLY_…
 _OTHERWISE = 1  # mostly F16
-NEEDS = {"Q2_0": "llama.cpp of June 2026 or later (pull request 24448)"}
+NEEDS = {
+    "IQ4_NL": "llama.cpp of February 2024 or later (pull request 5590)",
+    "Q2_0": "llama.cpp of June 2026 or later (pull request 24448)",
+}
 
 
 class GgufWorkspace(Workspace):
@@ -72,33 +74,6 @@ class WantedGguf:
     adapter: Path | None = None
     strict: bool = False
     offline: bool = False
-
-
-def settled(
-    wanted: Wanted, skeleton: Path | None, source: str | None, *, strict: bool, offline: bool
-) -> WantedGguf | None:
-    """What is wanted of an export to GGUF, None if another layout is. Raises UsageError for what
-    does not go together."""
-    if wanted.layout != LAYOUT:
-        for option, given in (("skeleton", skeleton), ("source", source), ("strict", strict)):
-            if given:
-                raise UsageError(
-                    f"--{option} is for --layout {LAYOUT}", hint=f"leave out --{option}"
-                )
-        return None
-    others = (("merge", wanted.merge), ("stats", wanted.stats), ("pad-ranks", wanted.pad_ranks))
-    for option, value in (*others, ("base-model", wanted.base_model)):
-        if value:
-            raise UsageError(
-                f"--{option} is not for --layout {LAYOUT}",
-                hint="leave it out; a model merged into its codes is exported once more",
-            )
-    if skeleton is None:
-        raise UsageError(
-            f"--layout {LAYOUT} needs --skeleton FILE",
-            hint="make it with convert_hf_to_gguf.py of llama.cpp, --outtype f16",
-        )
-    return WantedGguf(skeleton, source, wanted.adapter, strict, offline)
 
 
 def export_gguf(
@@ -171,9 +146,7 @@ def _settled(
     file = wanted.adapter or start
     if file is None:
         return plan, None
-    merging = make_merge_plan(found, source, open_adapter(file), None)
-    refuse_more_than_pairs(merging)
-    return plan, GgufAdapter(plan, merging)
+    return plan, GgufAdapter(plan, make_merge_plan(found, source, open_adapter(file), None))
 
 
 def _original(found: Output, wanted: WantedGguf) -> Original | None:
@@ -209,7 +182,7 @@ def _is_in_wider_codes(plan: GgufPlan, entry: Entry) -> bool:
     if entry.found is None or entry.reason is not None:
         return False
     bits = max(plan.matrices.matrix(name).bits for name in entry.found.matrices)
-    return bits < {blocks.Q2_0: 2, blocks.Q4_0: 4, blocks.Q4_1: 4, blocks.Q8_0: 8}[entry.kind]
+    return bits < {blocks.Q2_0: 2, blocks.Q8_0: 8}.get(entry.kind, 4)
 
 
 @dataclass(frozen=True)

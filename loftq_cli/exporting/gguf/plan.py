@@ -20,6 +20,8 @@ from loftq_cli.layouts.base import Matrix
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.backbone import Backbone, open_backbone
 from loftq_cli.numerics.quantizers.blocks import Quantized
+from loftq_cli.numerics.quantizers.codebooks import iq4_nl
+from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.reporting.original import Original
 
 _SHOWN = 5
@@ -227,14 +229,17 @@ def _entry(codes: Codes, tensor: GgufTensor, found: Found | None) -> Entry:
 
 def _best(reasons: Mapping[Kind, str], matrix: Matrix) -> str:
     """The reason that tells most: of the type that its width is nearest to."""
-    wanted = blocks.Q8_0 if matrix.bits == 8 else blocks.Q4_1
-    return reasons[wanted]
+    if method(matrix.method).decoding == "codebook":
+        return reasons[blocks.IQ4_NL]
+    return reasons[blocks.Q8_0 if matrix.bits == 8 else blocks.Q4_1]
 
 
 def _inexact(codes: Codes, kind: Kind, found: Found) -> str | None:
     """Why blocks of ``kind`` would mean other values, None if they mean the same."""
     for name in found.matrices:
         rows = blocks.Rows.of(codes.quantized(name), codes.matrix(name).shape)
+        if rows.levels is not None and not torch.equal(rows.levels, iq4_nl()):
+            return f"its levels are those of {codes.matrix(name).method}"
         raw = blocks.encode(kind, rows)
         if not torch.equal(blocks.decode(kind, raw, rows.codes.shape[1]), rows.decode()):
             return f"scales of {name} do not fit {kind.name} exactly"

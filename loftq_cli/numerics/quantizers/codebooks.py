@@ -37,6 +37,8 @@ _NF4 = (
     1.0,
 )
 
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 
 @functools.cache
 def normal_float(bits: int, symmetric: bool = False) -> torch.Tensor:
@@ -66,6 +68,13 @@ def normal_float(bits: int, symmetric: bool = False) -> torch.Tensor:
 def evenly_spaced(bits: int) -> torch.Tensor:
     """linspace(-1, 1, 2**bits), float32: the LoftQ reference code's block-wise "uniform" table."""
     return torch.linspace(-1, 1, 2**bits, dtype=torch.float32)
+
+
+@functools.cache
+def iq4_nl() -> torch.Tensor:
+    """The levels of llama.cpp's IQ4_NL, float32 (16,): its integers (``kvalues_iq4nl`` in
+    ggml-common.h), of which this module has 128ths."""
+    return torch.tensor(_IQ4_NL, dtype=torch.float32) / 128
 
 
 def decision_boundaries(levels: torch.Tensor) -> torch.Tensor:
@@ -182,3 +191,9 @@ def normal_float_table(bits: int, symmetric: bool) -> Table:
 def evenly_spaced_table(bits: int) -> Table:
     """The table of :func:`evenly_spaced`."""
     return make_table(evenly_spaced(bits))
+
+
+@functools.cache
+def iq4_nl_table() -> Table:
+    """The table of :func:`iq4_nl`."""
+    return make_table(iq4_nl())

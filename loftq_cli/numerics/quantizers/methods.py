@@ -15,6 +15,7 @@ from loftq_cli.errors import UnsupportedInputError
 
 if TYPE_CHECKING:
     from loftq_cli.numerics.quantizers.base import Quantizer, Scale
+    from loftq_cli.numerics.quantizers.scale_storage import Stored
 
 AUTO = "auto"
 """The setting that leaves the choice to :func:`auto`."""
@@ -46,7 +47,7 @@ class Method:
     and ``limit`` why of no others. ``auto_widths``: where method auto takes it. ``own_scale``: it
     defines its scales itself; ``searches``: it does so by searching for the least error.
     ``one_scale``: the whole matrix has one, whatever the block size. ``symmetric``: every zero
-    point is 2**(bits - 1).
+    point is 2**(bits - 1). ``stored``: what its scales are rounded to for a container of its own.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Method:
     searches: bool = False
     one_scale: bool = False
     symmetric: bool = False
+    stored: Stored = "float32"
 
 
 _METHODS: dict[str, Method] = {}
@@ -147,6 +149,13 @@ def _fitted(wanted: Wanted) -> Quantizer:
     return FittedQuantizer(table, wanted.bits, wanted.block_size, "mse", wanted.native)
 
 
+def _iq4_nl(wanted: Wanted) -> Quantizer:
+    from loftq_cli.numerics.quantizers.codebook import CodebookQuantizer
+    from loftq_cli.numerics.quantizers.codebooks import iq4_nl_table
+
+    return CodebookQuantizer(iq4_nl_table(), wanted.bits, wanted.block_size, "mse", wanted.native)
+
+
 def _uniform(wanted: Wanted, *, symmetric: bool = False) -> Quantizer:
     from loftq_cli.numerics.quantizers.uniform import UniformQuantizer
 
@@ -184,6 +193,15 @@ _OURS = (
         limit="levels are fitted up to 4 bits",
         own_scale=True,
         searches=True,
+    ),
+    Method(
+        "iq4-nl",
+        _iq4_nl,
+        widths=(4,),
+        limit="llama.cpp has its levels at 4 bits",
+        own_scale=True,
+        searches=True,
+        stored="half",
     ),
     Method("uniform", _uniform, "affine", auto_widths=(2, 3, 8)),
     Method("uniform-symmetric", _uniform_symmetric, "affine", symmetric=True),

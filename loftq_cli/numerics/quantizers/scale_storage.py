@@ -1,4 +1,5 @@
-"""How scales are stored: float32, bfloat16, or int8 with steps of their own.
+"""How scales are stored: float32, bfloat16, or int8 with steps of their own; and what they are
+rounded to beforehand, if a container of their method has less.
 
 int8 quantizes the scales once more: 64 consecutive ones share a step, stored in bfloat16, and
 ``scale = code * step``. A step is the group's largest magnitude over 127, rounded, and the code of
@@ -12,7 +13,14 @@ from typing import Literal
 
 import torch
 
+from loftq_cli.numerics.quantizers.portable import portable
+
 ScaleDtype = Literal["float32", "bfloat16", "int8"]
+
+Stored = Literal["float32", "bfloat16", "int8", "half"]
+"""A ScaleDtype; or "half": a 128th of each is portable, so that float16 holds it."""
+
+_UNIT = 128
 
 STEP_GROUP = 64
 """Consecutive scales that share a step; the last group may be short."""
@@ -20,12 +28,17 @@ STEP_GROUP = 64
 _TOP = 127
 
 
-def round_scales(scales: torch.Tensor, dtype: ScaleDtype) -> torch.Tensor:
+def round_scales(scales: torch.Tensor, dtype: Stored) -> torch.Tensor:
     """The float32 values that ``scales``, float32 (blocks,), have once they are stored. Idempotent.
 
     bfloat16 rounds to the nearest, ties to even; what is above its largest value becomes infinite.
-    Under int8 no scale but 0 becomes 0, unless its group is too small for any step.
+    Under int8 no scale but 0 becomes 0, unless its group is too small for any step. Under half
+    those that would leave float16's range stay as they are.
     """
+    if dtype == "half":
+        rounded = portable(scales / _UNIT) * _UNIT
+        lost = torch.isinf(rounded) | ((rounded == 0) & (scales != 0))
+        return torch.where(lost, scales, rounded)
     return unpack_scales(*pack_scales(scales, dtype))
 
 

@@ -121,6 +121,7 @@ def test_a_skeleton_of_the_conversions_own_values_needs_no_source(source, output
         ({"bits": 3}, {"Q4_0": 14}),
         ({"bits": 8}, {"Q8_0": 14}),
         ({"bits": 4, "method": "uniform"}, {"Q4_1": 14}),
+        ({"bits": 4, "method": "iq4-nl", "layout": "loftq", "block_size": 64}, {"IQ4_NL": 14}),
         ({"bits": 4, "method": "nf", "layout": "loftq"}, {"F16": 14}),
     ],
 )

@@ -1,13 +1,15 @@
-"""What reads bytes that others wrote: header, index, journal, pickle, manifest. One function each,
-that feeds it a file and lets only errors through that are not meant to happen."""
+"""What reads bytes that others wrote: header, index, journal, pickle, GGUF, manifest. One function
+each, that feeds it a file and lets only errors through that are not meant to happen."""
 
 from __future__ import annotations
 
 import io
 import json
+import struct
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from loftq_cli.checkpoint.output import read_manifest
 from loftq_cli.checkpoint.pickles import reader as pickled
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
 from loftq_cli.errors import CorruptFileError, InputError
+from loftq_cli.exporting.gguf.file import KINDS, Field, GgufTensor, header_of, read_gguf
 from tests.support.makers import container, entry
 
 SHARDS = ("one.safetensors", "two.safetensors")
@@ -114,6 +117,37 @@ def pickle(directory: Path, content: bytes) -> None:
             assert tensor.start + tensor.nbytes <= path.stat().st_size
 
 
+def gguf(directory: Path, content: bytes) -> None:
+    """``content`` as a GGUF file. The tensors of an accepted one must lie within it, and what is
+    written of its header must be read as it was."""
+    path = directory / "model.gguf"
+    path.write_bytes(content)
+    try:
+        found = read_gguf(path)
+    except CorruptFileError:
+        return
+    assert all(0 < tensor.start <= len(content) - tensor.nbytes for tensor in found.tensors)
+    written = header_of(found.fields, found.tensors)
+    path.write_bytes(written.raw + bytes(written.nbytes - len(written.raw)))
+    again = read_gguf(path)
+    assert again.fields == found.fields
+    assert [replace(each, start=0) for each in again.tensors] == [
+        replace(each, start=0) for each in found.tensors
+    ]
+
+
+def _gguf_of(*tensors: GgufTensor) -> bytes:
+    array = struct.pack("<IQ", 8, 2) + 2 * (struct.pack("<Q", 1) + b"a")
+    fields = {
+        "general.architecture": Field.text("llama"),
+        "general.alignment": Field.number(4, 32),
+        "tokenizer.ggml.tokens": Field(9, array),
+        "x": Field.number(6, 0.5),
+    }
+    written = header_of(fields, tensors)
+    return written.raw + bytes(written.nbytes - len(written.raw))
+
+
 def _pickle_of(content: object) -> bytes:
     file = io.BytesIO()
     torch.save(content, file)
@@ -157,6 +191,13 @@ TARGETS: dict[str, tuple[Callable[[Path, bytes], None], list[bytes]]] = {
         [
             _pickle_of({"a": torch.ones(4), "b": torch.nn.Parameter(torch.ones(4))}),
             _pickle_of(torch.nn.Linear(2, 2, bias=False).state_dict()),
+        ],
+    ),
+    "gguf": (
+        gguf,
+        [
+            _gguf_of(GgufTensor("a.weight", KINDS[2], (2, 32)), GgufTensor("b", KINDS[0], (3,))),
+            _gguf_of(),
         ],
     ),
     "manifest": (manifest, [json.dumps(MANIFEST).encode(), b'{"format_version": 2}']),

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,16 @@ from loftq_cli.exporting.gguf.file import (
     UINT32,
     Field,
     GgufTensor,
-    Written,
     header_of,
     read_gguf,
 )
 from tests.benchmarks.language.model import FILE, PACKAGE, prepare
 from tests.benchmarks.packaged import fetch, rated_texts
 from tests.exporting.gguf.test_blocks import HELD, drawn
+from tests.whole.llama_cpp import small
 from tests.whole.llama_cpp.binding import Ggml, Llama
+from tests.whole.llama_cpp.files import written
+from tests.whole.llama_cpp.server import answered
 
 PROMPTS = (
     "The history of the small town begins with a river",
@@ -49,17 +50,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "2 bits": {"bits": 2, "block_size": 64},
 }
 LENGTH = 512
-
-
-def written(path: Path, header: Written, values: Sequence[torch.Tensor]) -> Path:
-    """A file with these tensors."""
-    with path.open("wb") as file:
-        file.write(header.raw)
-        for tensor, value in zip(header.tensors, values, strict=True):
-            file.seek(tensor.start)
-            file.write(value.contiguous().numpy().tobytes())
-        file.truncate(header.nbytes)
-    return path
 
 
 def values_of(file: Path, tensor: GgufTensor) -> torch.Tensor:
@@ -95,7 +85,7 @@ def decoders(folder: Path) -> bool:
     """Whether ggml's decoders give our values."""
     ggml, fine = Ggml(folder), True
     for kind, bits in HELD:
-        rows = drawn(bits, 64, 0, symmetric=kind is not blocks.Q4_1)
+        rows = drawn(kind, bits, 64, 0)
         same = torch.equal(ggml.decoded(kind.id, blocks.encode(kind, rows), 128), rows.decode())
         print(f"{kind.name} with {bits}-bit codes: {'the same values' if same else 'WRONG'}")
         fine &= same
@@ -151,7 +141,45 @@ def compared(folder: Path, place: Path, name: str, settings: dict[str, Any]) -> 
     return fine
 
 
-def main(folder: Path) -> int:
+def experts(folder: Path, place: Path, tokenizer: Path) -> bool:
+    """Whether a mixture of experts, whose stacked tensors are in codes, with pairs for each expert,
+    does in llama.cpp what it does in transformers."""
+    made = small.made(place, tokenizer, experts=True)
+    texts = [[5, 17, 23, 42, 7, 99, 301], [3, 64, 8]]
+    found = llama_logits(folder, made.served / "model.gguf", made.served / "adapter.gguf", texts)
+    model = loftq_cli.load(made.output, dtype=torch.float32).eval()
+    off = 0.0
+    for theirs, tokens in zip(found, texts, strict=True):
+        with torch.no_grad():
+            wanted = model(torch.tensor([tokens])).logits[0]
+        off = max(off, float((theirs - wanted).norm() / wanted.norm()))
+    good = off < 0.05
+    print(f"4 experts, 2 at a time: logits off by {off:.2%}{'' if good else ': WRONG'}", flush=True)
+    return good
+
+
+def served(place: Path, tokenizer: Path, binary: Path) -> bool:
+    """Whether llama-server, with the adapter, finds tokens as likely as transformers does."""
+    made = small.made(place, tokenizer, experts=False)
+    prompt = [5, 17, 23, 42, 7, 99, 301]
+    model = loftq_cli.load(made.output, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = model(torch.tensor([prompt])).logits[0, -1].log_softmax(dim=0)
+    off = []
+    for lora in (True, False):
+        found = answered(binary, made.served, prompt, lora=lora)
+        differences = [value - float(wanted[token]) for token, value in found.items()]
+        off.append(max(map(abs, differences)))
+    good = off[0] < 0.3 * off[1]
+    print(
+        f"llama-server --lora: log probabilities off by {off[0]:.3f}, without by {off[1]:.3f}"
+        f"{'' if good else ': WRONG'}",
+        flush=True,
+    )
+    return good
+
+
+def main(folder: Path, binary: Path) -> int:
     fine = decoders(folder)
     with tempfile.TemporaryDirectory(prefix="llama-check-") as scratch:
         place = Path(scratch)
@@ -159,6 +187,7 @@ def main(folder: Path) -> int:
         (place / "package").mkdir()
         with zipfile.ZipFile(fetch(PACKAGE, place / "package")) as package:
             file = Path(package.extract(FILE, place))
+        fine &= experts(folder, place, file) and served(place, file, binary)
         in_half(file, place / "skeleton.gguf")
         for name, settings in SETTINGS.items():
             fine &= compared(folder, place, name, settings)
@@ -174,9 +203,10 @@ def tell_logits(folder: str, model: str, adapter: str, texts: str, file: str) ->
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("server", type=Path, nargs="?")
     parser.add_argument("--logits", nargs=5)
     asked = parser.parse_args()
     if asked.logits:
         tell_logits(*asked.logits)
     else:
-        sys.exit(main(asked.folder))
+        sys.exit(main(asked.folder, asked.server))
