@@ -7,7 +7,13 @@ import click
 from loftq_cli.cli import reports
 from loftq_cli.cli.guard import CONTEXT, guarded
 from loftq_cli.cli.narrator import Narrator
-from loftq_cli.cli.options import directory_argument, json_option, offline_option, revision_option
+from loftq_cli.cli.options import (
+    all_option,
+    directory_argument,
+    json_option,
+    offline_option,
+    revision_option,
+)
 
 
 @click.command(name="error-report", context_settings=CONTEXT)
@@ -22,6 +28,7 @@ from loftq_cli.cli.options import directory_argument, json_option, offline_optio
     metavar="FILE",
     help="Recompute weighted residuals as well, with these activation statistics.",
 )
+@all_option
 @revision_option
 @offline_option
 @json_option
@@ -31,6 +38,7 @@ def error_report(
     directory: str,
     source: str | None,
     stats: str | None,
+    every: bool,
     revision: str | None,
     offline: bool,
     as_json: bool,
@@ -60,4 +68,4 @@ def error_report(
         listener=narrator,
     )
     report = run(place, source, stats, offline=offline)
-    reports.residuals(report, as_json=as_json, as_csv=as_csv)
+    reports.residuals(report, as_json=as_json, as_csv=as_csv, every=every)

@@ -23,7 +23,8 @@ INSPECT_KEYS = {
 INSPECT_LAYER_KEYS = {
     *("adapter_bytes", "backbone_bytes", "bits", "bits_per_weight"),
     *("bits_per_weight_with_adapter", "block_size", "dtype", "layout", "method"),
-    *("name", "rank", "shape", "source_bytes"),
+    *("name", "rank", "relative_residual", "relative_residual_quantized", "shape"),
+    "source_bytes",
 }
 TOTALS_KEYS = {
     *("adapter_bytes", "backbone_bytes", "bits_per_weight", "bits_per_weight_with_adapter"),
@@ -60,7 +61,7 @@ def test_the_three_commands_work_in_one_directory_as_typed(place: Path) -> None:
 @pytest.mark.parametrize("words", [[], ["out"], ["out/"], ["./out"]])
 def test_reports_read_out_unless_told_otherwise(words: list[str], loftq: Command) -> None:
     for command in ("inspect", "error-report"):
-        result = loftq(command, *words)
+        result = loftq(command, *words, "--all")
         assert result.exit_code == 0
         assert result.stderr == ""
         assert all(name in result.stdout for name in MATRICES)
