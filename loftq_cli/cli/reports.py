@@ -8,6 +8,7 @@ from typing import Any
 
 from loftq_cli.cli import console, show
 from loftq_cli.cli.overview import gains, overview
+from loftq_cli.reporting.rows import figure, rows_of
 
 
 def inspection(found: Mapping[str, Any], *, as_json: bool, every: bool) -> None:
@@ -237,3 +238,29 @@ def _weighted_table(layers: Sequence[Mapping[str, Any]]) -> None:
             if layer["weighted"] is not None
         ],
     )
+
+
+def comparison(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """``loftq compare``."""
+    if as_json:
+        console.json_object(found)
+        return
+    names = [each["label"] for each in found["conversions"]]
+    source = found["source"]
+    revision = f" at {source['revision']}" if source["revision"] else ""
+    told = f"{len(names)} conversions of {source['id']}{revision}"
+    rows = [[title, *cells] for title, cells in rows_of(found)]
+    console.compact_table(told, ("", *names), rows)
+    kinds = [
+        [kind["kind"], *(_median(each) for each in kind["conversions"])] for kind in found["kinds"]
+    ]
+    console.line()
+    console.compact_table("Residuals by kind of layer: medians", ("kind", *names), kinds)
+    if len({each["matrices"] for each in found["conversions"]}) > 1:
+        console.paragraph(
+            f"\nResiduals are of the {found['matrices_in_common']} matrices that all have."
+        )
+
+
+def _median(kind: Mapping[str, Any] | None) -> str:
+    return figure(None if kind is None else kind["final"]["median"])

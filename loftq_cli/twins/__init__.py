@@ -3,12 +3,13 @@
 A test holds each beside its command. Everything is imported when it is called.
 """
 
-from loftq_cli.twins.finished import error_report, evaluate, export, inspect, merge, push
+from loftq_cli.twins.finished import compare, error_report, evaluate, export, inspect, merge, push
 from loftq_cli.twins.making import calibrate, convert, plan, refine
 from loftq_cli.twins.places import located
 
 __all__ = [
     "calibrate",
+    "compare",
     "convert",
     "error_report",
     "evaluate",

@@ -125,16 +125,20 @@ def steps(layers: _Layers, kinds: Mapping[str, str]) -> Figure:
     for kind, group in [*groups.items(), ("all", everything)]:
         weight = math.fsum(layer["weight"] ** 2 for layer in group)
         for step in range(most + 1):
-            norms = (layer["quantized"] if not step else layer["steps"][step - 1] for layer in group)
+            norms = (
+                layer["quantized"] if not step else layer["steps"][step - 1] for layer in group
+            )
             value = math.sqrt(math.fsum(n**2 for n in norms) / weight) if weight else 0.0
-            values.append({"kind": kind, "step": step, "value": significant(value), "n": len(group)})
+            values.append(
+                {"kind": kind, "step": step, "value": significant(value), "n": len(group)}
+            )
     order = [*groups, "all"]
     last = [entry["value"] for entry in values if entry["kind"] == "all"]
     return Figure(
         "steps",
         "What every step is worth",
-        "Step 0 is quantization alone; each further step T quantizes again what the adapter leaves, "
-        "and fits the adapter to what that leaves. Matrices of a kind together."
+        "Step 0 is quantization alone; each further step T quantizes again what the adapter "
+        "leaves, and fits the adapter to what that leaves. Matrices of a kind together."
         if most
         else "The manifest tells of no steps: what was refined or merged has none.",
         f"All matrices together go from {last[0]:.4f} to {last[-1]:.4f} in {most} steps."
@@ -154,7 +158,10 @@ def steps(layers: _Layers, kinds: Mapping[str, str]) -> Figure:
                 },
                 "y": residual("value"),
                 **_by_kind(order),
-                "strokeWidth": {"condition": {"test": "datum.kind == 'all'", "value": 4}, "value": 2},
+                "strokeWidth": {
+                    "condition": {"test": "datum.kind == 'all'", "value": 4},
+                    "value": 2,
+                },
                 "tooltip": [
                     hint("kind", "kind"),
                     hint("step", "step"),
@@ -225,8 +232,8 @@ def weighted(layers: _Layers, kinds: Sequence[Kind]) -> Figure:
         "Left to right, how far the weights are off; upwards, how far the layer's outputs are on "
         "text like that measured. Low points to the right gave up weights that matter little."
         if there
-        else "There are no activation statistics: convert with --stats or --calibrate-text, or give "
-        "--source and --stats to this report.",
+        else "There are no activation statistics: convert with --stats or --calibrate-text, or "
+        "give --source and --stats to this report.",
         f"{len(there)} matrices with statistics." if there else "",
         {
             "data": _ROWS,
@@ -332,14 +339,12 @@ def significant(value: float) -> float:
 
 def _by_kind(order: Sequence[str]) -> dict[str, Any]:
     """Colour and shape: they are told apart without colours."""
-    each = {"field": "kind", "type": "nominal", "sort": list(order), "title": None}
+    each = {"field": "kind", "type": "nominal", "title": None, "scale": {"domain": list(order)}}
     return {"color": each, "shape": each}
 
 
 def _highest(kinds: Sequence[Kind]) -> str:
-    cells = [
-        (value, kind.name) for kind in kinds for value in kind.depth if value is not None
-    ]
+    cells = [(value, kind.name) for kind in kinds for value in kind.depth if value is not None]
     if not cells:
         return "No matrix is in a block."
     (least, lowest), (most, highest) = min(cells), max(cells)

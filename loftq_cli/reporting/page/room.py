@@ -11,7 +11,8 @@ from loftq_cli.reporting.page.figures import Figure, hint
 from loftq_cli.reporting.page.theme import AFTER, BEFORE, PALETTE
 
 _CODES, _PAIRS, _KEPT = "codes and scales", "adapter", "as it was"
-_MOST_KEPT = 3  # tensors that were not quantized and are named; the others are put together
+_MOST_NAMED = 8
+_NAMED = 0.01  # of all copied bytes: tensors that are smaller are put together
 
 
 def room(
@@ -28,8 +29,8 @@ def room(
     return Figure(
         "room",
         "Where the bytes are",
-        "What each part takes, in codes, scales and zero points, in the adapter, and in tensors that "
-        "were copied.",
+        "What each part takes, in codes, scales and zero points, in the adapter, and in tensors "
+        "that were copied.",
         f"{total / 1e9:.3f} GB in all, of which {largest} takes {most / 1e9:.3f} GB.",
         {
             "data": {"values": values},
@@ -91,9 +92,11 @@ def _copied(tensors: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         tensor["name"]: math.prod(tensor["shape"]) * BITS[tensor["dtype"]] // 8
         for tensor in tensors
     }
-    names = sorted(sizes, key=lambda name: -sizes[name])
-    rest = names[_MOST_KEPT:]
-    parts = {name: [name] for name in names[:_MOST_KEPT]}
+    least = _NAMED * sum(sizes.values())
+    large = sorted((name for name in sizes if sizes[name] >= least), key=lambda n: -sizes[n])
+    rest = [name for name in sizes if sizes[name] < least]
+    parts = {name: [name] for name in large[:_MOST_NAMED]}
+    rest += large[_MOST_NAMED:]
     if rest:
         parts[f"{len(rest)} other tensors"] = rest
     for part, members in parts.items():
