@@ -67,5 +67,7 @@ def singular_values(residual: torch.Tensor) -> torch.Tensor:
 
 def _curve(residual: torch.Tensor, norm: float) -> list[tuple[int, float]]:
     values = singular_values(residual) / norm
-    numbers = sorted({round(len(values) ** (n / _POINTS)) for n in range(_POINTS + 1)})
+    numbers: Sequence[int] = range(1, len(values) + 1)
+    if len(values) > _POINTS:
+        numbers = sorted({round(len(values) ** (n / _POINTS)) for n in range(_POINTS + 1)})
     return [(n, float(f"{values[n - 1]:.5g}")) for n in numbers]

@@ -80,6 +80,36 @@ def large(
     }
 
 
+def refined(blocks: int) -> dict[str, Any]:
+    """What a manifest tells of a refinement of so many blocks."""
+    rates = {"pair": 4e-3, "scales": 2e-3, "codes": 1e-2}
+    settings = {"samples": 8, "length": 16, "epochs": 1, "end_to_end": 0, "seed": 0, "batch": 4}
+    rest = {"block_rates": rates, "whole_rates": rates, "revision": 1}
+    return {
+        "fingerprint": _HASH,
+        "texts": [_HASH],
+        "adapter": None,
+        "settings": {**settings, **rest},
+        "samples": 8,
+        "length": 16,
+        "tokens": 128,
+        "held": 1,
+        "blocks": [
+            {
+                "name": f"model.layers.{number}",
+                "before": 2.0,
+                "after": 1.0,
+                "held_before": 2.0 + number,
+                "held_after": 1.5,
+                "steps": 4,
+                "kept": 4,
+                "finite": True,
+            }
+            for number in range(blocks)
+        ],
+    }
+
+
 def write(directory: Path, manifest: dict[str, Any]) -> Path:
     """A directory that holds this manifest and nothing else, which is all that reports read."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ def _kinds(found: Mapping[str, Any], names: Sequence[str]) -> Figure:
         {
             "data": {"values": values},
             "width": "container",
-            "height": {"step": 12},
+            "height": (10 * len(names) + 12) * len(found["kinds"]),
             "encoding": {"y": y, **apart, "tooltip": tooltip},
             "layer": [
                 {
@@ -266,7 +266,7 @@ def _room(found: Mapping[str, Any]) -> Figure:
         {
             "data": {"values": values},
             "width": "container",
-            "height": {"step": 28},
+            "height": 30 * len(found["conversions"]),
             "mark": {"type": "bar", "aria": False},
             "encoding": {
                 "y": {
@@ -326,7 +326,7 @@ def bars(values: Sequence[Mapping[str, Any]], title: str) -> dict[str, Any]:
     return {
         "data": {"values": list(values)},
         "width": "container",
-        "height": {"step": 28},
+        "height": 30 * len(values),
         "mark": {"type": "bar", "aria": False},
         "encoding": {
             "y": {

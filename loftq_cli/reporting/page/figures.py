@@ -6,12 +6,12 @@ Plots of single matrices share one data set, ``rows``, that is in the page once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loftq_cli.reporting import summary
-from loftq_cli.reporting.page.theme import AFTER, BEFORE, SCHEME
+from loftq_cli.reporting.page.theme import AFTER, BEFORE, PALETTE, SCHEME
 from loftq_cli.reporting.summary import Kind
 
 WITHOUT, WITH = "without the adapter", "with the adapter"
@@ -43,6 +43,8 @@ class Figure:
 def residual(field: str, title: str = "relative residual", **others: Any) -> dict[str, Any]:
     """An encoding of a residual; the axis need not begin at zero."""
     scale = {"zero": False, "nice": True, **others.pop("scale", {})}
+    if scale.get("type") == "log":
+        del scale["zero"]
     return {"field": field, "type": "quantitative", "title": title, "scale": scale, **others}
 
 
@@ -64,7 +66,7 @@ def heat(kinds: Sequence[Kind], *, adapter: bool, weighted: bool) -> Figure:
     specification = {
         "data": _ROWS,
         "width": "container",
-        "height": {"step": 24},
+        "height": 24 * len(deep),
         "params": [
             {"name": "dark", "value": False},
             {
@@ -114,40 +116,46 @@ def heat(kinds: Sequence[Kind], *, adapter: bool, weighted: bool) -> Figure:
 
 
 def steps(layers: _Layers, kinds: Mapping[str, str]) -> Figure:
-    """Residual by step T. ``kinds``: the kind of each matrix by its name."""
+    """Residual by step T, of the weights and, with statistics, of the outputs. ``kinds``: the kind
+    of each matrix by its name."""
     most = max((len(layer["steps"]) for layer in layers), default=0)
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in kinds.values()}
     for layer in layers:
-        if len(layer["steps"]) == most:
-            groups.setdefault(kinds[layer["name"]], []).append(layer)
-    everything = [layer for group in groups.values() for layer in group]
-    values = []
-    for kind, group in [*groups.items(), ("all", everything)]:
-        weight = math.fsum(layer["weight"] ** 2 for layer in group)
-        for step in range(most + 1):
-            norms = (
-                layer["quantized"] if not step else layer["steps"][step - 1] for layer in group
-            )
-            value = math.sqrt(math.fsum(n**2 for n in norms) / weight) if weight else 0.0
-            values.append(
-                {"kind": kind, "step": step, "value": significant(value), "n": len(group)}
-            )
-    order = [*groups, "all"]
-    last = [entry["value"] for entry in values if entry["kind"] == "all"]
+        groups[kinds[layer["name"]]].append(layer)
+    groups = {**groups, _ALL: list(layers)}
+    values = [
+        {"kind": kind, "of": of, **entry}
+        for kind, group in groups.items()
+        for of, records in (
+            (_WEIGHTS, group),
+            (_OUTPUTS, [layer["weighted"] for layer in group if layer["weighted"]]),
+        )
+        for entry in _by_step([each for each in records if len(each["steps"]) == most], most)
+    ]
+    said = []
+    for of in (_WEIGHTS, _OUTPUTS):
+        course = [v["value"] for v in values if v["kind"] == _ALL and v["of"] == of]
+        if course:
+            said.append(f"{of} from {course[0]:.4f} to {course[-1]:.4f}")
+    title = "What every step is worth"
+    if not most:
+        told = "The manifest tells of no steps: what was refined or merged has none."
+        return Figure("steps", title, told, "", None)
+    chosen = [of for of in (_WEIGHTS, _OUTPUTS) if any(value["of"] == of for value in values)]
+    bind = {"input": "select", "options": chosen, "name": "Residual "}
     return Figure(
         "steps",
-        "What every step is worth",
+        title,
         "Step 0 is quantization alone; each further step T quantizes again what the adapter "
         "leaves, and fits the adapter to what that leaves. Matrices of a kind together."
-        if most
-        else "The manifest tells of no steps: what was refined or merged has none.",
-        f"All matrices together go from {last[0]:.4f} to {last[-1]:.4f} in {most} steps."
-        if most
-        else "",
+        + (" With statistics it is the residual of the outputs that falls." if said[1:] else ""),
+        f"All matrices together, in {most} steps: {', '.join(said)}.",
         {
             "data": {"values": values},
             "width": "container",
             "height": 280,
+            "params": [{"name": "of", "value": chosen[-1], "bind": bind}],
+            "transform": [{"filter": "datum.of == of"}],
             "mark": {"type": "line", "point": {"size": 55, "filled": True}, "aria": False},
             "encoding": {
                 "x": {
@@ -157,9 +165,9 @@ def steps(layers: _Layers, kinds: Mapping[str, str]) -> Figure:
                     "axis": {"labelAngle": 0, "grid": False},
                 },
                 "y": residual("value"),
-                **_by_kind(order),
+                **_by_kind(list(groups)),
                 "strokeWidth": {
-                    "condition": {"test": "datum.kind == 'all'", "value": 4},
+                    "condition": {"test": f"datum.kind == '{_ALL}'", "value": 4},
                     "value": 2,
                 },
                 "tooltip": [
@@ -169,10 +177,20 @@ def steps(layers: _Layers, kinds: Mapping[str, str]) -> Figure:
                     hint("n", "matrices"),
                 ],
             },
-        }
-        if most
-        else None,
+        },
     )
+
+
+_ALL, _WEIGHTS, _OUTPUTS = "all", "of the weights", "of the outputs"
+
+
+def _by_step(records: _Layers, most: int) -> Iterator[dict[str, Any]]:
+    """What all ``records`` together have of each step, 0 for quantization alone."""
+    weight = math.fsum(record["weight"] ** 2 for record in records)
+    for step in range(most + 1 if weight else 0):
+        norms = (r["steps"][step - 1] if step else r["quantized"] for r in records)
+        value = math.sqrt(math.fsum(norm**2 for norm in norms) / weight)
+        yield {"step": step, "value": significant(value), "n": len(records)}
 
 
 def spread(layers: _Layers, *, adapter: bool) -> Figure:
@@ -338,9 +356,15 @@ def significant(value: float) -> float:
 
 
 def _by_kind(order: Sequence[str]) -> dict[str, Any]:
-    """Colour and shape: they are told apart without colours."""
-    each = {"field": "kind", "type": "nominal", "title": None, "scale": {"domain": list(order)}}
-    return {"color": each, "shape": each}
+    """Colour and shape: they are told apart without colours. All kinds together are in ink."""
+    colours = [PALETTE[number % len(PALETTE)] for number in range(len(order))]
+    if order[-1] == _ALL:
+        colours[-1] = "var(--ink)"
+    each = {"field": "kind", "type": "nominal", "title": None}
+    return {
+        "color": {**each, "scale": {"domain": list(order), "range": colours}},
+        "shape": {**each, "scale": {"domain": list(order)}},
+    }
 
 
 def _highest(kinds: Sequence[Kind]) -> str:

@@ -29,7 +29,10 @@ def table(
     caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, words: int = 1
 ) -> str:
     """A table whose first column heads its rows; all behind the first ``words`` hold figures."""
-    head = "".join(f'<th scope="col">{text(column)}</th>' for column in columns)
+    head = "".join(
+        f'<th scope="col"{" class=figure" if number >= words else ""}>{text(column)}</th>'
+        for number, column in enumerate(columns)
+    )
     body = []
     for first, *others in rows:
         cells = "".join(
@@ -85,7 +88,7 @@ def page(
     library = required("vl_convert", "report", "a report in HTML")
     bundle = library.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     plots = {
-        figure.name: {**figure.specification, "config": config()}
+        figure.name: {**_sized(figure.specification), "config": config()}
         for figure in figures
         if figure.specification is not None
     }
@@ -114,6 +117,13 @@ def page(
             "",
         ]
     )
+
+
+def _sized(specification: Mapping[str, Any]) -> dict[str, Any]:
+    """With what fits a plot that is as wide as its place into that; its height is the marks'."""
+    if specification.get("width") != "container":
+        return dict(specification)
+    return {**specification, "autosize": {"type": "fit-x", "contains": "padding"}}
 
 
 def _json(value: Mapping[str, Any]) -> str:

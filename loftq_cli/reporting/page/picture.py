@@ -44,7 +44,7 @@ def specification(output: Output) -> dict[str, Any]:
         "title": {"text": "Relative residual by kind of layer and block", "anchor": "start"},
         "data": {"values": values},
         "width": _WIDTH,
-        "height": {"step": 20},
+        "height": 20 * len(kinds),
         "mark": {"type": "rect", "stroke": "white"},
         "encoding": {
             "x": {

@@ -35,7 +35,7 @@ def room(
         {
             "data": {"values": values},
             "width": "container",
-            "height": {"step": 26},
+            "height": 26 * len(order),
             "transform": [{"calculate": "datum.bytes / 1e6", "as": "MB"}],
             "mark": {"type": "bar", "aria": False},
             "encoding": {
