@@ -99,6 +99,15 @@ def test_conversions_are_compared_and_pages_written(
 
 
 @pytest.mark.usefixtures("out")
+def test_one_conversion_cannot_be_compared(loftq: Command) -> None:
+    for words in (["-v"], ["--verbose"], []):
+        result = loftq("compare", "out", *words)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "name two or more" in result.stderr
+        assert ("Traceback" in result.stderr) == bool(words)
+
+
+@pytest.mark.usefixtures("out")
 def test_inspect_as_json(loftq: Command) -> None:
     found = json.loads(loftq("inspect", "--json").stdout)
     assert set(found) == INSPECT_KEYS
