@@ -202,7 +202,7 @@ class Text(HTMLParser):
 
 
 def test_a_notebook_shows_small_tables_and_programs_get_dictionaries(two):
-    shown = {
+    shown: dict[str, Any] = {
         "inspect": loftq_cli.inspect(two[0]),
         "error_report": loftq_cli.error_report(two[0]),
         "compare": loftq_cli.compare(*two),
@@ -223,5 +223,6 @@ def test_a_notebook_shows_small_tables_and_programs_get_dictionaries(two):
 
 def test_a_notebook_of_a_thousand_matrices_is_as_small(tmp_path):
     output = manifests.write(tmp_path / "out", manifests.large(experts=5))
-    for report in (loftq_cli.inspect(output), loftq_cli.error_report(output)):
+    reports: list[Any] = [loftq_cli.inspect(output), loftq_cli.error_report(output)]
+    for report in reports:
         assert len(report._repr_html_()) < 15_000

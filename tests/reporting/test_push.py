@@ -24,7 +24,6 @@ from loftq_cli.errors import (
     VerificationError,
 )
 from loftq_cli.reporting import evaluations, summary
-from loftq_cli.reporting import push as pushing
 from loftq_cli.reporting.page.picture import PICTURE, picture
 from loftq_cli.reporting.push import push
 from tests.reporting.test_compare import FOUND
@@ -78,7 +77,7 @@ def _token(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
 def _picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds: once is enough."""
     if "drawn" not in request.keywords:
-        monkeypatch.setattr(pushing, "picture", lambda output: "<svg/>")
+        monkeypatch.setattr("loftq_cli.reporting.push.picture", lambda output: "<svg/>")
 
 
 @pytest.fixture(params=["xet", "lfs"])
@@ -200,7 +199,7 @@ def test_the_card_tells_what_was_evaluated_of_the_start(server: HubServer, from_
 def test_the_picture_has_residuals_and_evaluation(from_hub: Path) -> None:
     pytest.importorskip("vl_convert", reason='pip install "loftq-cli[report]"')
     evaluations.save(from_hub, FOUND)
-    drawing = pushing.picture(open_output(from_hub))
+    drawing = picture(open_output(from_hub))
     root = ElementTree.fromstring(drawing)
     texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
     kinds = {kind.name for kind in summary.kinds(loftq_cli.inspect(from_hub)["layers"])}
@@ -213,7 +212,7 @@ def test_the_picture_has_residuals_and_evaluation(from_hub: Path) -> None:
 def test_without_the_extra_the_card_does_without_a_picture(
     server: HubServer, from_hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pushing, "picture", picture)
+    monkeypatch.setattr("loftq_cli.reporting.push.picture", picture)
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     said: list[str] = []
     push(from_hub, REPO, say=said.append)

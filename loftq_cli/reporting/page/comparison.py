@@ -25,12 +25,9 @@ def comparison(conversions: _Conversions, found: Mapping[str, Any]) -> str:
     names = [each.label for each in conversions]
     shown = [_kinds(found, names), _depth(conversions), _steps(conversions), _shares(conversions)]
     shown += [_room(found), *_evaluations(found, names)]
+    rows = [(title, *cells) for title, cells in rows_of(found)]
     body = [
-        html.table(
-            "What they are",
-            ("", *names),
-            [(title, *cells) for title, cells in rows_of(found)],
-        ),
+        f"<section>{html.table('What they are', ('', *names), rows)}</section>",
         *(html.section(plot) for plot in shown),
         "<footer><p>A residual is the norm of W - Q - B·A relative to that of W, over the matrices "
         f"that all have: {found['matrices_in_common']}. It says how near the weights are, not how "
@@ -277,11 +274,12 @@ def _room(found: Mapping[str, Any]) -> Figure:
                     "axis": {"grid": False, "labelLimit": 220},
                 },
                 "x": {"field": "MB", "type": "quantitative"},
+                "order": {"field": "what", "sort": "descending"},
                 "color": {
                     "field": "what",
                     "type": "nominal",
                     "title": None,
-                    "sort": ["backbone", "adapter"],
+                    "scale": {"domain": ["backbone", "adapter"]},
                     "legend": {"orient": "top"},
                 },
                 "tooltip": [
@@ -343,8 +341,11 @@ def bars(values: Sequence[Mapping[str, Any]], title: str) -> dict[str, Any]:
 
 
 def _named(names: Sequence[str]) -> dict[str, Any]:
-    return {"field": "conversion", "type": "nominal", "sort": list(names), "title": None}
+    """For colour and shape alike, so that they share a legend."""
+    scale, legend = {"domain": list(names)}, {"orient": "top"}
+    told = {"field": "conversion", "type": "nominal", "title": None}
+    return {**told, "scale": scale, "legend": legend}
 
 
 def _by_conversion(names: Sequence[str]) -> dict[str, Any]:
-    return {"color": {**_named(names), "legend": {"orient": "top"}}}
+    return {"color": _named(names)}

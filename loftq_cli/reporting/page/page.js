@@ -5,17 +5,17 @@
 
   // Plots. The scale of colours turns with the paper: what is worse stands out on either.
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const turn = (view) => {
-    try { view.signal("dark", dark.matches && !matchMedia("print").matches).runAsync(); } catch { /* has no such scale */ }
+  const turn = (view, on) => {
+    try { view.signal("dark", on).runAsync(); } catch { /* has no such scale */ }
   };
   const drawn = Object.entries(data.plots).map(async ([name, plot]) => {
     const place = document.getElementById(`plot-${name}`);
     const { view } = await vegaEmbed(place, { ...plot, datasets: { rows } }, { renderer: "svg", actions: false });
     for (const part of place.querySelectorAll("svg")) part.setAttribute("aria-hidden", "true");
-    turn(view);
-    dark.addEventListener("change", () => turn(view));
-    addEventListener("beforeprint", () => turn(view));
-    addEventListener("afterprint", () => turn(view));
+    turn(view, dark.matches);
+    dark.addEventListener("change", () => turn(view, dark.matches));
+    addEventListener("beforeprint", () => turn(view, false));
+    addEventListener("afterprint", () => turn(view, dark.matches));
   });
   Promise.all(drawn).then(() => { document.documentElement.dataset.drawn = drawn.length; });
 

@@ -11,6 +11,7 @@ from loftq_cli.reporting.rows import EVALUATED, figure, rows_of, size
 from loftq_cli.reporting.summary import Kind, Spread
 
 _WORST = 5
+_WIDEST = 48  # characters of a strip: a deeper model has several blocks in each
 
 _Report = Mapping[str, Any]
 
@@ -31,7 +32,8 @@ def kinds_table(kinds: Sequence[Kind], *, adapter: bool) -> str:
     between = summary.bounds(kinds)
     rows = []
     for kind in kinds:
-        strip = summary.strip(kind.depth, between) if between and kind.depth else ""
+        each = -(-len(kind.depth) // _WIDEST)
+        strip = summary.strip(kind.depth, between, each=each) if between and kind.depth else ""
         before = (_spread(kind.quantized),) if adapter else ()
         shapes = ", ".join(f"{rows}x{columns}" for rows, columns in kind.shapes[:2])
         more = f" and {len(kind.shapes) - 2} more" if len(kind.shapes) > 2 else ""
