@@ -37,7 +37,7 @@ def gains(told: Mapping[str, Any]) -> None:
     if len(known) > 1:
         between = min(known), max(known)
         _strips(
-            "Refined: the error of each block in shares of what it was",
+            "Refined: what is left of each block's error",
             [("gain", depth)],
             between,
             0,

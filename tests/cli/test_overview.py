@@ -124,7 +124,7 @@ def test_what_refining_gained_is_a_strip(monkeypatch):
     ]
     told = {"tokens": 1000, "blocks": blocks}
     lines = on_terminal(monkeypatch, "error-report", 80, refined=told)
-    (title,) = [line for line in lines if line.startswith("Refined: the error of each block")]
+    (title,) = [line for line in lines if line.startswith("Refined: what is left of each block")]
     assert title.endswith("blocks 0 to 2, ▁ .500 to █ .900")
     assert lines[lines.index(title) + 1] == "gain  ▁▃█"
     assert any("times 0.646" in line for line in lines)  # the geometric mean
