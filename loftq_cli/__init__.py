@@ -16,6 +16,7 @@ from loftq_cli.loading import hook as _hook
 from loftq_cli.machine.paths import expanded as _expanded
 from loftq_cli.twins import (
     calibrate,
+    compare,
     convert,
     error_report,
     evaluate,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Moments",
     "calibrate",
+    "compare",
     "convert",
     "decompose",
     "error_report",

@@ -18,7 +18,7 @@ from loftq_cli.settings.table import entries
 from tests.support import checkpoints
 
 # What is about the terminal: how things are shown, and files that only the command writes.
-OF_A_TERMINAL = {"as_json", "as_csv", "quiet", "verbose", "dry_run", "save_recipe"}
+OF_A_TERMINAL = {"as_json", "as_csv", "quiet", "verbose", "dry_run", "save_recipe", "every"}
 NAMES = {"recipe_file": "recipe", "texts": "calibrate_text", "refining": "refine"}
 FAST: dict[str, Any] = {"rank": 4, "iters": 2, "threads": 1}
 

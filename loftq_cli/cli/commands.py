@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from loftq_cli.cli.calibrate import calibrate
+from loftq_cli.cli.compare import compare
 from loftq_cli.cli.convert import convert
 from loftq_cli.cli.error_report import error_report
 from loftq_cli.cli.evaluate import evaluate
@@ -32,7 +33,7 @@ def main() -> None:
 
 
 for _command in (
-    *(merge, export, inspect, error_report, convert, calibrate, evaluate, push),
+    *(merge, export, inspect, error_report, compare, convert, calibrate, evaluate, push),
     *(refine, import_adapter),
 ):
     main.add_command(_command)

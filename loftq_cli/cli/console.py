@@ -9,7 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,20 +57,72 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for number, column in enumerate(columns):
         made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(streams.showable(printable(cell), sys.stdout)) for cell in row))
-    width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    console = Console(width=width, highlight=False)
+        made.add_row(*(Text(clean(cell)) for cell in row))
+    console = Console(width=width(), highlight=False)
     with console.capture() as text:  # rich would exit with 1 if the reader has gone
         console.print(made)
     print(text.get(), end="")
 
 
+def compact_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose columns are as narrow as their cells, or, if the terminal is narrower still, a
+    list: the first column's cells, and below each the others'."""
+    cells = [columns, *([clean(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    paragraph(title)
+    room = (width() - sum(widths)) // max(len(widths) - 1, 1)
+    if room >= 1:
+        for row in cells:
+            aligned = [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+            print((" " * min(room, 2)).join([row[0].ljust(widths[0]), *aligned]).rstrip())
+        return
+    for row in cells[1:]:
+        paragraph(row[0])
+        told = [f"{name} {cell}" for name, cell in zip(columns[1:], row[1:], strict=True) if cell]
+        paragraph("  " + ", ".join(told), hanging=2)
+
+
 def pairs(title: str, labelled: Sequence[tuple[str, str]]) -> None:
-    """Labelled values on stdout, one a line."""
-    width = max(len(label) for label, _ in labelled)
-    print(printable(title))
+    """Labelled values on stdout, one a line, or as many lines as a narrow terminal needs."""
+    widest = max(len(label) for label, _ in labelled)
+    paragraph(title)
     for label, value in labelled:
-        print(f"  {label.ljust(width)}  {printable(value)}")
+        paragraph(
+            f"  {label.ljust(widest)}  {printable(value)}", hanging=min(widest + 4, width() // 2)
+        )
+
+
+def paragraph(text: str, hanging: int = 0) -> None:
+    """A line on stdout, broken at spaces if the terminal is narrower; what has none is kept whole.
+    A first character of a new line is kept."""
+    first, text = ("\n", text[1:]) if text.startswith("\n") else ("", text)
+    text = clean(text)
+    if sys.stdout.isatty() and len(text) > width():
+        text = textwrap.fill(
+            text,
+            max(width(), hanging + 1),
+            subsequent_indent=" " * hanging,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    print(first + text)
+
+
+def width() -> int:
+    """Columns that there are on stdout."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPE_WIDTH
+
+
+def shows(text: str) -> bool:
+    """Whether stdout shows the characters of ``text``."""
+    if sys.stdout.isatty() and os.environ.get("TERM") in ("dumb", "linux"):
+        return False
+    return streams.showable(text, sys.stdout) == text
+
+
+def clean(text: str) -> str:
+    """``text`` as stdout can show it, and without characters that drive a terminal."""
+    return streams.showable(printable(text), sys.stdout)
 
 
 def size(nbytes: float) -> str:

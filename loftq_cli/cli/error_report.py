@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from loftq_cli.cli import reports
-from loftq_cli.cli.guard import CONTEXT, guarded
+from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
 from loftq_cli.cli.narrator import Narrator
-from loftq_cli.cli.options import directory_argument, json_option, offline_option, revision_option
+from loftq_cli.cli.options import (
+    all_option,
+    directory_argument,
+    json_option,
+    offline_option,
+    revision_option,
+)
 
 
 @click.command(name="error-report", context_settings=CONTEXT)
@@ -22,6 +30,13 @@ from loftq_cli.cli.options import directory_argument, json_option, offline_optio
     metavar="FILE",
     help="Recompute weighted residuals as well, with these activation statistics.",
 )
+@click.option(
+    "--html",
+    type=ExpandedPath(),
+    metavar="FILE",
+    help="Write a page with plots as well, one file that needs no network (extra [report]).",
+)
+@all_option
 @revision_option
 @offline_option
 @json_option
@@ -31,6 +46,8 @@ def error_report(
     directory: str,
     source: str | None,
     stats: str | None,
+    html: Path | None,
+    every: bool,
     revision: str | None,
     offline: bool,
     as_json: bool,
@@ -43,11 +60,11 @@ def error_report(
 
     \b
     loftq error-report
-    loftq error-report out/ --source ./my-model
+    loftq error-report out/ --source ./my-model --html report.html
     loftq error-report out/ --source ./my-model --stats stats.safetensors
     """
     from loftq_cli.checkpoint.locate import locate_output
-    from loftq_cli.reporting.residuals import error_report as run
+    from loftq_cli.reporting.report import report as run
 
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
@@ -59,5 +76,7 @@ def error_report(
         everything=source is not None,
         listener=narrator,
     )
-    report = run(place, source, stats, offline=offline)
-    reports.residuals(report, as_json=as_json, as_csv=as_csv)
+    report = run(place, source, stats, offline=offline, html=html)
+    reports.residuals(report, as_json=as_json, as_csv=as_csv, every=every)
+    if html is not None:
+        narrator.note(f"wrote {html}")

@@ -38,6 +38,7 @@ from loftq_cli.cli.options import (
     metavar="PATH",
     help="What training saved, instead of the start.  [default: DIR/loftq_init]",
 )
+@click.option("--save", is_flag=True, help="Keep it in DIR, for `loftq compare` and `loftq push`.")
 @samples_option
 @length_option
 @device_option
@@ -52,6 +53,7 @@ def evaluate(
     texts: tuple[Path, ...],
     source: str | None,
     adapter: str | None,
+    save: bool,
     samples: int | None,
     length: int | None,
     device: str,
@@ -84,5 +86,5 @@ def evaluate(
         None if adapter is None else locate_adapter(adapter, offline=offline, listener=narrator)
     )
     wanted = Evaluating(samples, length, device, seed, trained, offline)
-    result = run(place, texts, source, wanted, observer=narrator)
+    result = run(place, texts, source, wanted, save=save, observer=narrator)
     show.evaluation(result, as_json=as_json)

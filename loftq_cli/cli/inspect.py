@@ -7,12 +7,19 @@ import click
 from loftq_cli.cli import reports
 from loftq_cli.cli.guard import CONTEXT, guarded
 from loftq_cli.cli.narrator import Narrator
-from loftq_cli.cli.options import directory_argument, json_option, offline_option, revision_option
+from loftq_cli.cli.options import (
+    all_option,
+    directory_argument,
+    json_option,
+    offline_option,
+    revision_option,
+)
 
 
 @click.command(context_settings=CONTEXT)
 @directory_argument
 @click.option("--verify", is_flag=True, help="Re-hash every file.")
+@all_option
 @revision_option
 @offline_option
 @json_option
@@ -20,6 +27,7 @@ from loftq_cli.cli.options import directory_argument, json_option, offline_optio
 def inspect(
     directory: str,
     verify: bool,
+    every: bool,
     revision: str | None,
     offline: bool,
     as_json: bool,
@@ -41,4 +49,4 @@ def inspect(
     place = locate_output(
         directory, revision=revision, offline=offline, everything=verify, listener=narrator
     )
-    reports.inspection(run(place, verify=verify), as_json=as_json)
+    reports.inspection(run(place, verify=verify), as_json=as_json, every=every)

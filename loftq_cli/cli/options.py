@@ -16,6 +16,7 @@ revision_option = click.option(
     "--revision", type=str, help="Branch, tag or commit of DIR, if it is on the hub."
 )
 offline_option = click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
+all_option = click.option("--all", "every", is_flag=True, help="List every matrix.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
 samples_option = click.option(

@@ -7,15 +7,60 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loftq_cli.cli import console, show
+from loftq_cli.cli.overview import gains, overview
+from loftq_cli.reporting.rows import figure, rows_of
 
 
-def inspection(found: Mapping[str, Any], *, as_json: bool) -> None:
-    """``loftq inspect``."""
+def inspection(found: Mapping[str, Any], *, as_json: bool, every: bool) -> None:
+    """``loftq inspect``; with ``every`` a row for each matrix."""
     if as_json:
         console.json_object(found)
         return
+    totals, source = found["totals"], found["source"]
+    adapter = _has_adapter(found["layers"])
+    revision = f" at {source['revision']}" if source["revision"] else ""
+    pairs = [
+        ("source", f"{source['id']}{revision}"),
+        ("made by", f"{found['tool']['name']} {found['tool']['version']}"),
+        ("matrices", f"{len(found['layers'])}, {show.kinds(found['layers'])}"),
+        ("layout", found["layers"][0]["layout"]),
+        ("parameters", f"{totals['parameters']:,}"),
+        ("passed through", f"{found['passed_through']} tensors"),
+        ("backbone", show.shrinking(totals)),
+        ("adapter", console.size(totals["adapter_bytes"])),
+        (
+            "bits per weight",
+            f"{totals['bits_per_weight']:.3f}, "
+            f"{totals['bits_per_weight_with_adapter']:.3f} with the adapter",
+        ),
+        ("residual", f"{_residual(totals, 'relative_residual', adapter)} (of the weights)"),
+    ]
+    if "refined" in found:
+        pairs.append(("refined", _refined(found["refined"])))
+    if "trained_adapter" in found:
+        taken = "not the conversion's own: load(DIR, adapter=…) and merge --adapter take it"
+        pairs.append(("trained adapter", f"{found['trained_adapter']}, {taken}"))
+    if found["verified_files"] is not None:
+        pairs.append(("verified", f"{found['verified_files']} files match the manifest"))
+    pairs.append(("needs", show.needs_line(found["needs"])))
+    console.pairs(_titled(found), pairs)
+    console.line()
+    if every:
+        _layers_table(found["layers"])
+    else:
+        overview(found["layers"], adapter=adapter)
+        if "refined" in found:
+            gains(found["refined"])
+        console.line(f"\n{_EVERY}\n")
+    show.loading(found["loading"])
+
+
+_EVERY = "--all lists every matrix"
+
+
+def _layers_table(layers: Sequence[Mapping[str, Any]]) -> None:
     console.table(
-        f"{len(found['layers'])} quantized matrices",
+        f"{len(layers)} quantized matrices",
         ("tensor", "shape", "bits", "method", "rank", "layout", "bits/weight", "with adapter"),
         [
             (
@@ -28,36 +73,20 @@ def inspection(found: Mapping[str, Any], *, as_json: bool) -> None:
                 f"{layer['bits_per_weight']:.3f}",
                 f"{layer['bits_per_weight_with_adapter']:.3f}",
             )
-            for layer in found["layers"]
+            for layer in layers
         ],
     )
-    totals, source = found["totals"], found["source"]
-    revision = f" at {source['revision']}" if source["revision"] else ""
-    pairs = [
-        ("source", f"{source['id']}{revision}"),
-        ("made by", f"{found['tool']['name']} {found['tool']['version']}"),
-        ("widths", show.kinds(found["layers"])),
-        ("parameters", f"{totals['parameters']:,}"),
-        ("passed through", f"{found['passed_through']} tensors"),
-        ("backbone", show.shrinking(totals)),
-        ("adapter", console.size(totals["adapter_bytes"])),
-        (
-            "bits per weight",
-            f"{totals['bits_per_weight']:.3f}, "
-            f"{totals['bits_per_weight_with_adapter']:.3f} with the adapter",
-        ),
-        ("residual", f"{totals['relative_residual']:.4f} of the weights"),
-    ]
-    if "refined" in found:
-        pairs.append(("refined", _refined(found["refined"])))
-    if "trained_adapter" in found:
-        taken = "not the conversion's own: load(DIR, adapter=…) and merge --adapter take it"
-        pairs.append(("trained adapter", f"{found['trained_adapter']}, {taken}"))
-    if found["verified_files"] is not None:
-        pairs.append(("verified", f"{found['verified_files']} files match the manifest"))
-    pairs.append(("needs", show.needs_line(found["needs"])))
-    console.pairs(_titled(found), pairs)
-    show.loading(found["loading"])
+
+
+def _has_adapter(layers: Sequence[Mapping[str, Any]]) -> bool:
+    """Not if a trained one was merged into the codes."""
+    return any(layer["rank"] for layer in layers)
+
+
+def _residual(totals: Mapping[str, Any], name: str, adapter: bool) -> str:
+    if not adapter:
+        return f"{totals[name]:.4f}"
+    return f"{totals[name]:.4f} with the adapter, {totals[f'{name}_quantized']:.4f} without"
 
 
 def _refined(told: Mapping[str, Any]) -> str:
@@ -81,8 +110,8 @@ def _titled(report: Mapping[str, Any]) -> str:
     return f"{repository['repo_id']} at {repository['revision']}"
 
 
-def residuals(report: Mapping[str, Any], *, as_json: bool, as_csv: bool) -> None:
-    """``loftq error-report``."""
+def residuals(report: Mapping[str, Any], *, as_json: bool, as_csv: bool, every: bool) -> None:
+    """``loftq error-report``; with ``every`` a row for each matrix."""
     layers = report["layers"]
     if as_json:
         console.json_object(report)
@@ -90,20 +119,37 @@ def residuals(report: Mapping[str, Any], *, as_json: bool, as_csv: bool) -> None
     if as_csv:
         _csv(layers)
         return
-    _residuals_table(report)
-    totals = report["totals"]
-    console.pairs(
-        _titled(report),
-        [
-            ("without adapter", f"{totals['relative_residual_quantized']:.4f}"),
-            ("with adapter", f"{totals['relative_residual']:.4f}"),
-            ("worst layers", ", ".join(report["worst"])),
-        ],
-    )
-    if "refined" in report:
-        _show_refined(report["refined"])
+    totals, adapter = report["totals"], _has_adapter(layers)
+    pairs = [
+        ("matrices", f"{len(layers)}{', recomputed from the source' * report['recomputed']}"),
+        ("residual", f"{_residual(totals, 'relative_residual', adapter)} (of the weights)"),
+    ]
     if "weighted_residual" in totals:
-        _show_weighted(report)
+        pairs.append(
+            ("weighted", f"{_residual(totals, 'weighted_residual', adapter)} (of the outputs)")
+        )
+    if "refined" in report:
+        pairs.append(("refined", _refined(report["refined"])))
+    console.pairs(_titled(report), pairs)
+    console.line()
+    if every:
+        _residuals_table(report)
+        if "weighted_residual" in totals:
+            _weighted_table(layers)
+    else:
+        overview(layers, adapter=adapter)
+    if "refined" in report:
+        _show_refined(report["refined"], every)
+    if "weighted_residual" in totals:
+        console.paragraph(_NEITHER)
+    if not every:
+        console.line(f"\n{_EVERY}, --csv and --json their figures")
+
+
+_NEITHER = (
+    "\nThe plain residual says how near the weights are; the weighted one how near the outputs "
+    "are on text like that measured. Neither is the model's score."
+)
 
 
 def _steps(layers: Sequence[Mapping[str, Any]]) -> int:
@@ -150,28 +196,34 @@ def _residuals_table(report: Mapping[str, Any]) -> None:
     )
 
 
-def _show_refined(told: Mapping[str, Any]) -> None:
-    parts = [*told["blocks"], *([told["end_to_end"]] if "end_to_end" in told else [])]
-    shown = [
-        [part["name"], *("-" if part[key] is None else f"{part[key]:.5f}" for key in _LOSSES)]
-        for part in parts
-    ]
-    console.table(
-        "\nRefined: the loss of each part, before and after, and of text held out",
-        ("part", "before", "after", "held out", "after", "kept"),
-        [[*row, f"{part['kept']}/{part['steps']}"] for row, part in zip(shown, parts, strict=True)],
-    )
-    console.line(
-        "Refining makes outputs alike, not weights: it raises the plain residual, and lowers what "
-        "`loftq evaluate` measures."
+def _show_refined(told: Mapping[str, Any], every: bool) -> None:
+    """What became of it, part by part, or, unless ``every`` one is asked for, as a strip."""
+    if not every:
+        gains(told)
+    else:
+        parts = [*told["blocks"], *([told["end_to_end"]] if "end_to_end" in told else [])]
+        console.table(
+            "\nRefined: the loss of each part, before and after, and of text held out",
+            ("part", "before", "after", "held out", "after", "kept"),
+            [
+                [
+                    part["name"],
+                    *("-" if part[key] is None else f"{part[key]:.5f}" for key in _LOSSES),
+                    f"{part['kept']}/{part['steps']}",
+                ]
+                for part in parts
+            ],
+        )
+    console.paragraph(
+        "\nRefining makes outputs alike, not weights: it raises the plain residual, and lowers "
+        "what `loftq evaluate` measures."
     )
 
 
 _LOSSES = ("before", "after", "held_before", "held_after")
 
 
-def _show_weighted(report: Mapping[str, Any]) -> None:
-    layers, totals = report["layers"], report["totals"]
+def _weighted_table(layers: Sequence[Mapping[str, Any]]) -> None:
     console.table(
         "\nWeighted residuals, of the layers' outputs (relative)",
         ("tensor", "statistics", "no adapter", "final"),
@@ -186,14 +238,29 @@ def _show_weighted(report: Mapping[str, Any]) -> None:
             if layer["weighted"] is not None
         ],
     )
-    console.pairs(
-        "weighted",
-        [
-            ("without adapter", f"{totals['weighted_residual_quantized']:.4f}"),
-            ("with adapter", f"{totals['weighted_residual']:.4f}"),
-        ],
-    )
-    console.line(
-        "The plain residual says how near the weights are; the weighted one how near the outputs "
-        "are on text like that measured. Neither is the model's score."
-    )
+
+
+def comparison(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """``loftq compare``."""
+    if as_json:
+        console.json_object(found)
+        return
+    names = [each["label"] for each in found["conversions"]]
+    source = found["source"]
+    revision = f" at {source['revision']}" if source["revision"] else ""
+    told = f"{len(names)} conversions of {source['id']}{revision}"
+    rows = [[title, *cells] for title, cells in rows_of(found)]
+    console.compact_table(told, ("", *names), rows)
+    kinds = [
+        [kind["kind"], *(_median(each) for each in kind["conversions"])] for kind in found["kinds"]
+    ]
+    console.line()
+    console.compact_table("Residuals by kind of layer: medians", ("kind", *names), kinds)
+    if len({each["matrices"] for each in found["conversions"]}) > 1:
+        console.paragraph(
+            f"\nResiduals are of the {found['matrices_in_common']} matrices that all have."
+        )
+
+
+def _median(kind: Mapping[str, Any] | None) -> str:
+    return figure(None if kind is None else kind["final"]["median"])

@@ -32,6 +32,7 @@ from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.packages import required
 from loftq_cli.machine.resources import memory_explained
 from loftq_cli.planning.choices import choose_device
+from loftq_cli.reporting import evaluations
 
 DEFAULT_LENGTH = 512
 Run = Callable[[torch.Tensor], Any]
@@ -56,16 +57,19 @@ def evaluate(
     source: str | None,
     wanted: Evaluating,
     *,
+    save: bool = False,
     observer: Observer,
 ) -> dict[str, Any]:
     """What ``--json`` prints of the model in ``place`` on ``texts``, compared with the checkpoint
-    or hub id ``source``.
+    or hub id ``source``. ``save``: it is kept beside the manifest, for reports.
 
     Raises UsageError for settings, InputError for text, a model or a source that cannot be used, or
     if a model that is no causal language model is to be evaluated without its source,
     EnvironmentFailure if the extra [train] is missing.
     """
     started = time.monotonic()
+    if save:
+        evaluations.refuse_to_save(place.directory, on_hub=place.repository is not None)
     device = choose_device(wanted.device)
     read = [read_text("--text", path) for path in texts]
     directory = place.directory
@@ -87,16 +91,21 @@ def evaluate(
             if source is not None:
                 theirs = _runner(_original(source, wanted, observer), device)
         found = _measured(ours, theirs, windows, causal=causal, observer=observer)
-    return {
+    told = {
         "directory": str(directory),
         "source": source,
         "adapter": None if wanted.adapter is None else str(wanted.adapter),
         "device": str(device),
+        "texts": [text.sha256 for text in read],
         "samples": len(windows),
         "length": windows.shape[1],
+        "seed": wanted.seed,
         **found,
         "seconds": round(time.monotonic() - started, 3),
     }
+    if save:
+        evaluations.save(directory, told)
+    return told
 
 
 def _measured(

@@ -9,7 +9,10 @@ from loftq_cli.checkpoint.locate import Place
 from loftq_cli.checkpoint.output import MANIFEST, Output
 from loftq_cli.errors import printable
 from loftq_cli.layouts import adapter
+from loftq_cli.reporting import evaluations, summary
 from loftq_cli.reporting.inspect import inspect, snippet
+from loftq_cli.reporting.rows import EVALUATED
+from loftq_cli.reporting.summary import Kind
 
 WORST = 5
 """How many matrices are listed."""
@@ -29,6 +32,15 @@ _CARD = """
 
 The residual is the norm of {residual} over all quantized matrices, relative to that of W: how near
 the weights are, not how good the model is.
+
+{evaluated}## Residuals
+
+{picture}A character a block, from the first to the last, by the median residual of its matrices:
+{scale}.
+
+```
+{strips}
+```
 
 ## Recipe
 
@@ -71,9 +83,12 @@ def metadata(output: Output) -> dict[str, Any]:
     }
 
 
-def body(output: Output, repo_id: str) -> str:
-    """The card below its metadata, in Markdown."""
+def body(output: Output, repo_id: str, picture: str | None = None) -> str:
+    """The card below its metadata, in Markdown. ``picture`` is a file beside it."""
     found = inspect(Place(output.directory))
+    kinds = summary.kinds(found["layers"])
+    scale, strips = _strips(kinds)
+    evaluated = evaluations.of_start(evaluations.saved(output))
     source, totals = found["source"], found["totals"]
     base = f"`{source['id']}` at `{source['revision']}`" if source["revision"] else "A checkpoint"
     about = _START if output.has_adapter else _MERGED
@@ -89,6 +104,10 @@ def body(output: Output, repo_id: str) -> str:
         residual="W - Q - B·A" if output.has_adapter else "W - Q, W the trained weights,",
         loading=snippet(output, repo_id),
         facts=_table(("", ""), _facts(found, totals)),
+        evaluated=_evaluated(evaluated),
+        picture="" if picture is None else f"![{_alt(found)}]({picture})\n\n",
+        scale=scale,
+        strips=strips,
         settings=_table(("setting", "value"), settings),
         worst=_table(
             ("tensor", "bits", "rank", "residual", "of the quantization alone"),
@@ -127,6 +146,44 @@ def _facts(found: Mapping[str, Any], totals: Mapping[str, Any]) -> list[tuple[st
         ("relative residual", f"{final:.4f} with the adapter, {plain:.4f} without"),
         ("made by", f"{found['tool']['name']} {found['tool']['version']}"),
     ]
+
+
+def _strips(kinds: Sequence[Kind]) -> tuple[str, str]:
+    """What the characters stand for, and a line of them for each kind of layer."""
+    between = summary.bounds(kinds)
+    deep = [kind for kind in kinds if kind.depth]
+    if between is None:
+        return "no matrix is in a block", "\n".join(printable(kind.name) for kind in kinds)
+    width = max(len(printable(kind.name)) for kind in deep)
+    marks = summary.MARKS
+    lines = [
+        f"{printable(kind.name).ljust(width)}  {summary.strip(kind.depth, between)}"
+        for kind in deep
+    ]
+    return f"{marks[0]} is {between[0]:.4f}, {marks[-1]} is {between[1]:.4f}", "\n".join(lines)
+
+
+def _evaluated(entries: Sequence[Mapping[str, Any]]) -> str:
+    """What `loftq evaluate --save` found, a row for each text."""
+    shown = [each for each in EVALUATED if any(entry[each[1]] is not None for entry in entries)]
+    if not shown:
+        return ""
+    rows = [
+        (
+            f"{entry['samples']} windows of {entry['length']} tokens",
+            *("" if entry[key] is None else form.format(entry[key]) for _, key, form in shown),
+        )
+        for entry in entries
+    ]
+    columns = ("text", *(title for title, _, _ in shown))
+    return f"## Evaluation\n\nOf the start, before any training.\n\n{_table(columns, rows)}\n\n"
+
+
+def _alt(found: Mapping[str, Any]) -> str:
+    """What the picture shows, for who does not see it."""
+    return (
+        f"Residuals by kind of layer and block, {found['totals']['relative_residual']:.4f} over all"
+    )
 
 
 def _relative(record: Mapping[str, Any], which: str) -> float:

@@ -90,6 +90,8 @@ def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, An
     adapter_dtype = dtypes.resolve(recipe["adapter_dtype"], record["dtype"])
     specs = adapter.specs(matrix_of(record), record["rank"], adapter_dtype)
     adapter_bytes = sum(spec.nbytes for spec in specs)
+    norms = record["frobenius"]
+    weight = norms["weight"] or 1.0
     return {
         "name": record["name"],
         "shape": [rows, columns],
@@ -104,6 +106,8 @@ def _layer(record: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, An
         "source_bytes": elements * BITS[record["dtype"]] // 8,
         "backbone_bytes": round(record["bits_per_weight"] * elements / 8),
         "adapter_bytes": adapter_bytes,
+        "relative_residual": norms["final"] / weight,
+        "relative_residual_quantized": norms["quantized"] / weight,
     }
 
 

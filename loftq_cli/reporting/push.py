@@ -15,6 +15,7 @@ from loftq_cli.layouts import adapter
 from loftq_cli.loading.intact import verified
 from loftq_cli.machine.durable import explained, file_sha256, pretty_json
 from loftq_cli.reporting.card import body, metadata
+from loftq_cli.reporting.page.picture import PICTURE, picture
 
 _CARD = "README.md"
 
@@ -47,11 +48,17 @@ def push(
         say(f"{output.manifest['source']['id']} is no hub id: the card names no base model")
     with explained(directory), tempfile.TemporaryDirectory(prefix="loftq-push-") as folder:
         names = _stage(output, Path(folder), repo_id, revision)
-        card = front_matter(fields) + body(output, repo_id)
+        drawn = picture(output)
+        if drawn is None:
+            say('the card has no picture: pip install "loftq-cli[report]"')
+        else:
+            (Path(folder) / PICTURE).write_text(drawn, "utf-8")
+        pictures = [] if drawn is None else [PICTURE]
+        card = front_matter(fields) + body(output, repo_id, *pictures)
         (Path(folder) / _CARD).write_text(card, "utf-8")
         pushed = push_folder(
             Path(folder),
-            {*names, _CARD},
+            {*names, *pictures, _CARD},
             repo_id,
             marker=MANIFEST,
             private=private,
@@ -60,7 +67,7 @@ def push(
             say=say,
         )
     size = sum(entry["size"] for entry in output.manifest["outputs"])
-    return {**asdict(pushed), "files": len(names) + 1, "bytes": size}
+    return {**asdict(pushed), "files": len(names) + len(pictures) + 1, "bytes": size}
 
 
 def _stage(output: Output, folder: Path, repo_id: str, revision: str | None) -> list[str]:

@@ -19,6 +19,7 @@ from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import Matrix, matrix_of
 from loftq_cli.layouts.fused import Member, fused_adapters, is_fused
 from loftq_cli.layouts.registry import layout_of, make_layout
+from loftq_cli.numerics.decomposition import Decomposition
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.planning.decomposer import Decomposer
 from loftq_cli.reporting.original import Original, converted_source
@@ -57,18 +58,67 @@ def recompute(
             f"{output.directory}: a trained adapter was merged into its codes",
             hint="its residuals are of that sum, which no checkpoint holds: leave out --source",
         )
-    source = converted_source(output, model, offline=offline)
-    decomposer = _decomposer(output, None if stats is None else statistics_for(source, stats))
-    original = Original(output, source)
-    original.bring()
-    stored = _stored_tensors(output)
-    pairs = _Pairs(output, stored)
-    norms = {}
-    for record in output.records:
+    reread = Reread(output, model, stats, offline=offline)
+    return {record["name"]: reread.norms(record) for record in output.records}
+
+
+class Reread:
+    """The matrices of ``output`` as they are stored, beside the weights of ``model``."""
+
+    def __init__(
+        self, output: Output, model: str, stats: str | None = None, *, offline: bool = False
+    ) -> None:
+        """Raises what :func:`recompute` does."""
+        source = converted_source(output, model, offline=offline)
+        statistics = None if stats is None else statistics_for(source, stats)
+        self.decomposer = _decomposer(output, statistics)
+        self._output = output
+        self._original = Original(output, source)
+        self._original.bring()
+        self._stored = _stored_tensors(output)
+        self._pairs = _Pairs(output, self._stored)
+
+    def weight(self, matrix: Matrix) -> torch.Tensor:
+        """W, float32 (out, in)."""
+        return self._original.read(matrix)
+
+    def residual(
+        self, record: Mapping[str, Any], matrix: Matrix, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """W - Q - B A of a matrix, float32 (out, in)."""
+        recipe = self._output.manifest["recipe"]
+        layout = layout_of(record, recipe)
+        directory, stored = self._output.directory, self._stored
+        tensors = {spec.name: read(directory, stored, spec) for spec in layout.specs(matrix)}
+        lora_A, lora_B = self._pairs.of(matrix)
+        scaling = adapter.scaling(recipe["lora_alpha"], record["rank"])
+        residual = weight - layout.decode(matrix, tensors)
+        return residual.addmm_(lora_B.float() * scaling, lora_A.float(), alpha=-1)
+
+    def alone(self, matrix: Matrix, weight: torch.Tensor) -> Decomposition:
+        """Quantization alone. Raises InputError if the weights cannot be quantized: those that
+        were converted could."""
+        try:
+            return self.decomposer.quantize(weight, matrix)
+        except LoftqError as error:
+            raise InputError(
+                f"tensor {matrix.name!r}: {error.message}",
+                hint="give the checkpoint that was converted",
+            ) from error
+
+    def norms(self, record: Mapping[str, Any]) -> tuple[Recomputed, Weighted | None]:
+        """Of one matrix."""
         matrix = matrix_of(record)
-        weight = original.read(matrix)
-        norms[matrix.name] = _norms(output, record, matrix, weight, stored, pairs, decomposer)
-    return norms
+        weight = self.weight(matrix)
+        residual = self.residual(record, matrix, weight)
+        final = math.sqrt(squared_norm(residual))
+        plain = self.alone(matrix, weight)
+        norms = Recomputed(plain.weight_norm, plain.quantized_norm, final)
+        kind, weighting = self.decomposer.kind(matrix), self.decomposer.weighting(matrix)
+        if kind is None or weighting is None or plain.weighted is None:
+            return norms, None
+        stated = plain.weighted
+        return norms, Weighted(stated.weight, stated.quantized, weighting.norm(residual), kind)
 
 
 class _Pairs:
@@ -114,50 +164,6 @@ def _decomposer(output: Output, statistics: Statistics | None) -> Decomposer:
     recipe = output.manifest["recipe"]
     layout = make_layout(recipe["layout"], recipe)
     return Decomposer(Recipe.read(recipe), layout, torch.device("cpu"), statistics)
-
-
-def _norms(
-    output: Output,
-    record: Mapping[str, Any],
-    matrix: Matrix,
-    weight: torch.Tensor,
-    stored: Stored,
-    pairs: _Pairs,
-    decomposer: Decomposer,
-) -> tuple[Recomputed, Weighted | None]:
-    residual = _residual(output, record, matrix, weight, stored, pairs)
-    final = math.sqrt(squared_norm(residual))
-    try:
-        plain = decomposer.quantize(weight, matrix)
-    except LoftqError as error:  # the weights that were converted could be quantized
-        raise InputError(
-            f"tensor {matrix.name!r}: {error.message}",
-            hint="give the checkpoint that was converted",
-        ) from error
-    norms = Recomputed(plain.weight_norm, plain.quantized_norm, final)
-    kind, weighting = decomposer.kind(matrix), decomposer.weighting(matrix)
-    if kind is None or weighting is None or plain.weighted is None:
-        return norms, None
-    stated = plain.weighted
-    return norms, Weighted(stated.weight, stated.quantized, weighting.norm(residual), kind)
-
-
-def _residual(
-    output: Output,
-    record: Mapping[str, Any],
-    matrix: Matrix,
-    weight: torch.Tensor,
-    stored: Stored,
-    pairs: _Pairs,
-) -> torch.Tensor:
-    """W - Q - B A of a matrix, as it is stored."""
-    recipe = output.manifest["recipe"]
-    layout = layout_of(record, recipe)
-    tensors = {spec.name: read(output.directory, stored, spec) for spec in layout.specs(matrix)}
-    lora_A, lora_B = pairs.of(matrix)
-    scaling = adapter.scaling(recipe["lora_alpha"], record["rank"])
-    residual = weight - layout.decode(matrix, tensors)
-    return residual.addmm_(lora_B.float() * scaling, lora_A.float(), alpha=-1)
 
 
 def _stored_tensors(output: Output) -> Stored:

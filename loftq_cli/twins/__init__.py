@@ -4,6 +4,7 @@ A test holds each beside its command. Everything is imported when it is called.
 """
 
 from loftq_cli.twins.finished import (
+    compare,
     error_report,
     evaluate,
     export,
@@ -17,6 +18,7 @@ from loftq_cli.twins.places import located
 
 __all__ = [
     "calibrate",
+    "compare",
     "convert",
     "error_report",
     "evaluate",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from loftq_cli.machine.paths import expanded
+from loftq_cli.reporting.notebook import Shown
 from loftq_cli.twins.places import AnyPath, located, paths
-
-if TYPE_CHECKING:
-    pass
 
 
 def merge(
@@ -150,7 +149,8 @@ def inspect(
     """
     from loftq_cli.reporting.inspect import inspect as run
 
-    return run(located(directory, revision, offline, everything=verify), verify=verify)
+    place = located(directory, revision, offline, everything=verify)
+    return Shown(run(place, verify=verify), "inspection")
 
 
 def error_report(
@@ -158,6 +158,7 @@ def error_report(
     source: AnyPath | None = None,
     stats: AnyPath | None = None,
     *,
+    html: AnyPath | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> dict[str, Any]:
@@ -166,12 +167,33 @@ def error_report(
 
     With ``source`` (a checkpoint directory or hub id) every residual is recomputed from the packed
     bytes and the original weights, and with ``stats``, a file of activation statistics, the
-    weighted ones too; VerificationError if the manifest disagrees.
+    weighted ones too; VerificationError if the manifest disagrees. ``html`` is a file for the
+    report as a page (extra ``report``).
     """
-    from loftq_cli.reporting.residuals import error_report as run
+    from loftq_cli.reporting.report import report as run
 
     place = located(directory, revision, offline, everything=source is not None)
-    return run(place, None if source is None else str(source), stats, offline=offline)
+    page, named = _file(html), None if source is None else str(source)
+    return Shown(run(place, named, stats, offline=offline, html=page), "residuals")
+
+
+def compare(
+    *directories: AnyPath, html: AnyPath | None = None, offline: bool = False
+) -> dict[str, Any]:
+    """Conversions of one model side by side: settings that differ, sizes, residuals by kind of
+    layer, and evaluations that were kept. Each may be a hub id, as text.
+
+    ``html`` is a file for a page with their plots overlaid (extra ``report``). Raises UsageError
+    for fewer than two, InputError for conversions of different models.
+    """
+    from loftq_cli.reporting.report import comparison_report as run
+
+    places = [located(directory, None, offline, everything=False) for directory in directories]
+    return Shown(run(places, html=_file(html)), "comparison")
+
+
+def _file(path: AnyPath | None) -> Path | None:
+    return None if path is None else expanded(path)
 
 
 def evaluate(
@@ -180,6 +202,7 @@ def evaluate(
     text: AnyPath | Sequence[AnyPath],
     source: AnyPath | None = None,
     adapter: AnyPath | None = None,
+    save: bool = False,
     samples: int | None = None,
     length: int | None = None,
     device: str = "auto",
@@ -191,7 +214,8 @@ def evaluate(
 
     With ``source``, the original, also its perplexity, ``kl`` and ``top1``; of models that are no
     causal language models ``cosine`` and ``relative_error`` of hidden states. ``adapter``: a
-    trained one instead of the start.
+    trained one instead of the start. ``save`` keeps what is found beside the manifest, where
+    :func:`compare` and :func:`push` find it.
     """
     from loftq_cli.checkpoint.locate import locate_adapter
     from loftq_cli.evaluation.evaluate import Evaluating
@@ -204,4 +228,5 @@ def evaluate(
         trained = locate_adapter(adapter, offline=offline, listener=Logged())
     wanted = Evaluating(samples, length, device, seed, trained, offline)
     named = None if source is None else str(source)
-    return run(place, paths(text), named, wanted, observer=Logged())
+    found = run(place, paths(text), named, wanted, save=save, observer=Logged())
+    return Shown(found, "evaluation")

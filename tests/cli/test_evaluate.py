@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import loftq_cli
 from loftq_cli.cli.commands import main
 
 
@@ -33,6 +35,20 @@ def test_json_and_the_choice_of_windows(converted: Path) -> None:
     assert (found["directory"], found["adapter"]) == ("out", "out/loftq_init")
     other = json.loads(run(*words, "--samples", "3", "--seed", "6").stdout)
     assert other["perplexity"] != found["perplexity"]
+
+
+def test_what_is_kept_is_found_again(converted: Path) -> None:
+    words = ("--text", "text.txt", "--source", "model", "--length", "20", "--samples", "2", "-q")
+    told = run("out", *words, "--save", "--json")
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert found["texts"] == [hashlib.sha256(Path("text.txt").read_bytes()).hexdigest()]
+    (kept,) = json.loads(Path("out/loftq_evaluations.json").read_text())["evaluations"]
+    assert {**found, "fingerprint": kept["fingerprint"]} == kept
+    assert loftq_cli.inspect("out", verify=True)["verified_files"] is not None
+    refused = run("model", *words, "--save")
+    assert (refused.exit_code, refused.stdout) == (3, "")
+    assert "not the output of a conversion" in refused.stderr
 
 
 @pytest.mark.parametrize(

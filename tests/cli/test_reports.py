@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 import loftq_cli
 from tests.support import checkpoints
-from tests.support.commands import Command
+from tests.support.commands import QUICK, Command
 
 INSPECT_KEYS = {
     *("directory", "fingerprint", "format_version", "layers", "loading"),
@@ -23,7 +24,8 @@ INSPECT_KEYS = {
 INSPECT_LAYER_KEYS = {
     *("adapter_bytes", "backbone_bytes", "bits", "bits_per_weight"),
     *("bits_per_weight_with_adapter", "block_size", "dtype", "layout", "method"),
-    *("name", "rank", "shape", "source_bytes"),
+    *("name", "rank", "relative_residual", "relative_residual_quantized", "shape"),
+    "source_bytes",
 }
 TOTALS_KEYS = {
     *("adapter_bytes", "backbone_bytes", "bits_per_weight", "bits_per_weight_with_adapter"),
@@ -37,6 +39,14 @@ REPORT_LAYER_KEYS = {
     *("bits", "final", "name", "quantized", "rank", "ratio", "relative_residual"),
     *("relative_residual_quantized", "shape", "step", "steps", "weight"),
     "weighted",
+}
+COMPARE_KEYS = {
+    *("conversions", "evaluations", "kinds", "matrices_in_common", "settings", "source"),
+}
+COMPARED_KEYS = {
+    *("adapter_bytes", "backbone_bytes", "bits_per_weight", "bits_per_weight_with_adapter"),
+    *("directory", "fingerprint", "label", "layout", "matrices", "merged", "refined"),
+    *("relative_residual", "relative_residual_quantized", "repository", "weighted_residual"),
 }
 MATRICES = checkpoints.matrices(checkpoints.llama())
 
@@ -60,10 +70,41 @@ def test_the_three_commands_work_in_one_directory_as_typed(place: Path) -> None:
 @pytest.mark.parametrize("words", [[], ["out"], ["out/"], ["./out"]])
 def test_reports_read_out_unless_told_otherwise(words: list[str], loftq: Command) -> None:
     for command in ("inspect", "error-report"):
-        result = loftq(command, *words)
+        result = loftq(command, *words, "--all")
         assert result.exit_code == 0
         assert result.stderr == ""
         assert all(name in result.stdout for name in MATRICES)
+
+
+@pytest.mark.usefixtures("out")
+def test_conversions_are_compared_and_pages_written(
+    place: Path, loftq: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = pytest.importorskip("vl_convert", reason='pip install "loftq-cli[report]"')
+    monkeypatch.setattr(library, "javascript_bundle", lambda *words: "")
+    assert loftq("convert", "model", "-o", "other", "--bits", "3", *QUICK).exit_code == 0
+    result = loftq("compare", "out", "other", "--html", "compared.html")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == "loftq: wrote compared.html\n"
+    assert re.search(r"^bits +4 +3$", result.stdout, re.MULTILINE)
+    assert re.search(r"^down_proj( +0\.\d{4}){2}$", result.stdout, re.MULTILINE)
+    found = json.loads(loftq("compare", "out", "other", "--json", "--offline").stdout)
+    assert found == loftq_cli.compare("out", "other")
+    assert set(found) == COMPARE_KEYS
+    assert {key for each in found["conversions"] for key in each} == COMPARED_KEYS
+    result = loftq("error-report", "--html", "report.html")
+    assert result.stderr == "loftq: wrote report.html\n"
+    for name in ("compared.html", "report.html"):
+        assert (place / name).read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.usefixtures("out")
+def test_one_conversion_cannot_be_compared(loftq: Command) -> None:
+    for words in (["-v"], ["--verbose"], []):
+        result = loftq("compare", "out", *words)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "name two or more" in result.stderr
+        assert ("Traceback" in result.stderr) == bool(words)
 
 
 @pytest.mark.usefixtures("out")

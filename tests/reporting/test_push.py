@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import huggingface_hub
 import pytest
@@ -13,6 +15,7 @@ import torch
 from huggingface_hub import constants
 
 import loftq_cli
+from loftq_cli.checkpoint.output import open_output
 from loftq_cli.errors import (
     EnvironmentFailure,
     OutputConflictError,
@@ -20,7 +23,10 @@ from loftq_cli.errors import (
     UsageError,
     VerificationError,
 )
+from loftq_cli.reporting import evaluations, summary
+from loftq_cli.reporting.page.picture import PICTURE, picture
 from loftq_cli.reporting.push import push
+from tests.reporting.test_compare import FOUND
 from tests.support import checkpoints
 from tests.support.hub_fixtures import cache, nobody, server
 from tests.support.hub_server import HubServer
@@ -67,6 +73,13 @@ def _token(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.writer = "hf_write"
 
 
+@pytest.fixture(autouse=True)
+def _picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds: once is enough."""
+    if "drawn" not in request.keywords:
+        monkeypatch.setattr("loftq_cli.reporting.push.picture", lambda output: "<svg/>")
+
+
 @pytest.fixture(params=["xet", "lfs"])
 def way(request: pytest.FixtureRequest, server: HubServer, monkeypatch: pytest.MonkeyPatch) -> str:
     """How files are sent: the client's pipeline, with all files small enough for the commit itself,
@@ -95,12 +108,13 @@ def test_all_files_and_a_card_arrive(server: HubServer, way: str, from_hub: Path
     before = checkpoints.files(from_hub)
     result = push(from_hub, REPO, say=silent)
     files = sent(server)
-    assert set(files) == {*before, "README.md"}
+    assert set(files) == {*before, "README.md", PICTURE}
     assert {"1_Dense/config.json", "1_Dense/model.safetensors"} <= set(files)
     changed = {"loftq_init/adapter_config.json", "loftq_manifest.json"}
     assert {name: data for name, data in files.items() if before.get(name) != data}.keys() == {
         *changed,
         "README.md",
+        PICTURE,
     }
     assert checkpoints.files(from_hub) == before
     assert bool(server.objects) == (way == "lfs")
@@ -110,7 +124,7 @@ def test_all_files_and_a_card_arrive(server: HubServer, way: str, from_hub: Path
         "revision": "main",
         "commit": server.repositories[REPO].refs["main"],
         "private": False,
-        "files": len(before) + 1,
+        "files": len(before) + 2,
         "bytes": sum(map(len, before.values())) - len(before["loftq_manifest.json"]),
     }
 
@@ -155,6 +169,56 @@ def test_the_card_makes_it_a_quantization_and_an_adapter_of_its_base(
         manifest["matrices"], key=lambda m: m["frobenius"]["final"] / m["frobenius"]["weight"]
     )
     assert f"| `{worst['name']}` | 2 | 4 |" in text
+
+
+def test_the_card_shows_a_strip_for_each_kind_of_layer(server: HubServer, from_hub: Path) -> None:
+    push(from_hub, REPO, say=silent)
+    text = card(server).text
+    strips = text.split("## Residuals")[1].split("```")[1].strip().splitlines()
+    kinds = summary.kinds(loftq_cli.inspect(from_hub)["layers"])
+    between = summary.bounds(kinds)
+    assert [line.split() for line in strips] == [
+        [kind.name, summary.strip(kind.depth, between)] for kind in kinds
+    ]
+    assert f"▁ is {between[0]:.4f}, █ is {between[1]:.4f}" in text
+    assert f"]({PICTURE})" in text
+    assert "## Evaluation" not in text
+
+
+def test_the_card_tells_what_was_evaluated_of_the_start(server: HubServer, from_hub: Path) -> None:
+    evaluations.save(from_hub, FOUND)
+    evaluations.save(from_hub, {**FOUND, "adapter": "trained", "perplexity": 3.0})
+    push(from_hub, REPO, say=silent)
+    table = card(server).text.split("## Evaluation")[1].split("##")[0]
+    assert "| 4 windows of 16 tokens | 21.5 | 20.25 | 0.1250 | 75.0% |" in table
+    assert "| 3 |" not in table
+    assert evaluations.FILE not in sent(server)
+
+
+@pytest.mark.drawn
+def test_the_picture_has_residuals_and_evaluation(from_hub: Path) -> None:
+    pytest.importorskip("vl_convert", reason='pip install "loftq-cli[report]"')
+    evaluations.save(from_hub, FOUND)
+    drawing = picture(open_output(from_hub))
+    root = ElementTree.fromstring(drawing)
+    texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    kinds = {kind.name for kind in summary.kinds(loftq_cli.inspect(from_hub)["layers"])}
+    assert kinds | {"this model", "the original", "block"} <= texts
+    assert "Perplexity on 4 windows of 16 tokens" in texts
+    assert "var(" not in drawing  # which names nothing outside of our pages
+    assert len(drawing) < 100_000
+
+
+def test_without_the_extra_the_card_does_without_a_picture(
+    server: HubServer, from_hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loftq_cli.reporting.push.picture", picture)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    said: list[str] = []
+    push(from_hub, REPO, say=said.append)
+    assert said == ['the card has no picture: pip install "loftq-cli[report]"']
+    assert PICTURE not in sent(server)
+    assert "![" not in card(server).text
 
 
 def test_the_loading_snippet_is_python(server: HubServer, from_hub: Path) -> None:

@@ -28,7 +28,7 @@ VARIES = re.compile(
     r"|(?<=time )[\d.]+ s|(?<=peak memory )[\d.]+ \w+|(?<=memory )[\d.]+ \w+(?= above)"
     r"|[\d.]+ \w+(?= free)|(?<=output )\S+"
 )
-NUMBER = re.compile(r"\d+\.\d+")
+NUMBER = re.compile(r"\d*\.\d+")
 
 
 def screens() -> list[tuple[str, str]]:
