@@ -12,6 +12,7 @@ from loftq_cli.cli.export import export
 from loftq_cli.cli.guard import CONTEXT, Commands
 from loftq_cli.cli.inspect import inspect
 from loftq_cli.cli.merge import merge
+from loftq_cli.cli.plan import plan
 from loftq_cli.cli.push import push
 from loftq_cli.cli.refine import refine
 from loftq_cli.version import VERSION
@@ -33,5 +34,6 @@ def main() -> None:
 for _command in (
     *(merge, export, inspect, error_report, convert, calibrate, evaluate, push),
     refine,
+    plan,
 ):
     main.add_command(_command)

@@ -98,10 +98,12 @@ class Run:
                 known = known_of(ready, on_disk(workspace.partial))
             records, end = [], None
             course = self._block_course(ready)
-            amount = course.amount * sum(map(bool, blocks.values())) if self.wanted.epochs else 0
+            count = sum(map(bool, blocks.values())) if self.wanted.epochs else 0
             again = [] if self._keeps_everything(ready) else list(blocks)
-            whole = Whole(ready, known, again, self._whole_course(ready))
-            self.observer.begin(amount + whole.course.amount, "refining", " windows")
+            whole = Whole(ready, known, again, self._whole_course(ready), max(1, count))
+            self.observer.begin(course.amount * count + whole.amount, "refining", " windows")
+            if count:
+                self.observer.count(count, "blocks")
             try:
                 if self.wanted.epochs:
                     with Chains(ready.model, ready.calibration.run, len(ready.windows), keep) as c:

@@ -21,12 +21,19 @@ TITLE = "end to end"
 @dataclass(frozen=True)
 class Whole:
     """What the original says of every window of ``prepared``, and how the model is trained to say
-    the same; ``blocks`` keep no activations but their inputs."""
+    the same; ``blocks`` keep no activations but their inputs. ``cost``: what a window takes, in
+    those of a block."""
 
     prepared: Prepared
     known: Sequence[Told]
     blocks: Sequence[str]
     course: Course
+    cost: int = 1
+
+    @property
+    def amount(self) -> int:
+        """How much is worked through, in windows of a block."""
+        return self.course.amount * self.cost
 
     def refine(self, begun: Stored, stages: Stages, observer: Observer) -> dict[str, Any]:
         """Train every matrix, from what is stored of finished blocks on, unless that is finished;
@@ -36,7 +43,7 @@ class Whole:
         observer.working_on(TITLE)
         record = stages.record(TITLE, specs)
         if record is not None:
-            observer.advance(self.course.amount)
+            observer.advance(self.amount)
             return record
         model, call = self.prepared.model, called(self.prepared.model, self.prepared.device)
 
@@ -47,7 +54,12 @@ class Whole:
 
         placed = self.prepared.placed(names, begun)
         with checkpointed([model.get_submodule(name) for name in self.blocks]):
-            outcome = train(placed, loss_of, self.course, observer.advance)
+            outcome = train(
+                placed,
+                loss_of,
+                self.course,
+                lambda windows: observer.advance(windows * self.cost),
+            )
         tensors: dict[str, torch.Tensor] = {}
         for item in placed:
             name = item.matrix.name

@@ -4,7 +4,7 @@ A test holds each beside its command. Everything is imported when it is called.
 """
 
 from loftq_cli.twins.finished import error_report, evaluate, export, inspect, merge, push
-from loftq_cli.twins.making import calibrate, convert, plan, refine
+from loftq_cli.twins.making import calibrate, convert, plan, refine, what_fits
 from loftq_cli.twins.places import located
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "plan",
     "push",
     "refine",
+    "what_fits",
 ]
