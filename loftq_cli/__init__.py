@@ -27,6 +27,7 @@ from loftq_cli.twins import (
     plan,
     push,
     refine,
+    what_fits,
 )
 from loftq_cli.twins import located as _located
 
@@ -53,6 +54,7 @@ __all__ = [
     "push",
     "refine",
     "save_statistics",
+    "what_fits",
 ]
 
 _hook.install()

@@ -18,14 +18,13 @@ from loftq_cli.calibration.pretrained import class_of, load_model, load_tokenize
 from loftq_cli.calibration.text_input import (
     Call,
     entry_of,
-    is_limit,
-    limits,
     refuse_without_text,
     runs_on_text,
 )
 from loftq_cli.calibration.windows import MOST_SAMPLES, cut
 from loftq_cli.errors import UsageError
 from loftq_cli.families.experts import form_of, is_expert
+from loftq_cli.families.lengths import is_limit, limits
 from loftq_cli.families.names import places, places_of_experts
 from loftq_cli.numerics.moments import Moments
 

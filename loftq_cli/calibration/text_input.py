@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,6 @@ from loftq_cli.errors import InputError, LoftqError, UnsupportedInputError
 Call = Callable[[torch.Tensor], object]
 """Calls the model with token ids, int64 (1, length), on its device."""
 
-_LIMITS = (
-    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"),
-    *("max_encoder_position_embeddings", "max_decoder_position_embeddings"),
-    "max_target_positions",
-)
-_NO_LIMIT = 1_000_000  # tokenizers without a limit have one far above
-_OF_TEXT = re.compile(r"text|llm|language|thinker|^encoder$|^decoder$")
 _PROBE = 7  # tokens that show which tables are of positions; odd, as texts are padded to even ones
 
 
@@ -39,21 +31,6 @@ def refuse_without_text(model_class: Any, directory: Path) -> None:
             f"{directory}: {model_class.__name__} cannot be run on text alone{because}",
             hint=OWN_LOOP,
         )
-
-
-def limits(config: Mapping[str, Any]) -> Iterator[int]:
-    """The longest texts that a config.json, and its parts that are of text, tell of, in tokens."""
-    for limit in map(config.get, _LIMITS):
-        if isinstance(limit, int) and is_limit(limit):
-            yield limit
-    for name, part in config.items():
-        if isinstance(part, Mapping) and _OF_TEXT.search(name):
-            yield from limits(part)
-
-
-def is_limit(length: int) -> bool:
-    """Whether this is not what is written if there is no limit."""
-    return 0 < length < _NO_LIMIT
 
 
 @dataclass(frozen=True)

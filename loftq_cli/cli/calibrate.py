@@ -14,6 +14,7 @@ from loftq_cli.cli.options import (
     device_option,
     json_option,
     length_option,
+    log_option,
     offline_option,
     quiet_option,
     samples_option,
@@ -50,6 +51,7 @@ from loftq_cli.cli.options import (
 @click.option("--overwrite", is_flag=True, help="Replace an earlier file of statistics once done.")
 @json_option
 @quiet_option
+@log_option
 @guarded
 def calibrate(
     model: str,
@@ -65,6 +67,7 @@ def calibrate(
     overwrite: bool,
     as_json: bool,
     quiet: bool,
+    log_file: Path | None,
     verbose: bool,
 ) -> None:
     """Measure the inputs of MODEL's linear layers while it reads text.
@@ -80,7 +83,7 @@ def calibrate(
     from loftq_cli.calibration.calibrate import calibrate as run
     from loftq_cli.checkpoint.request import Request
 
-    narrator = Narrator(quiet=quiet, verbose=verbose)
+    narrator = Narrator(quiet=quiet, verbose=verbose, log_file=log_file)
     result = run(
         Request(model, revision, offline),
         output,

@@ -14,6 +14,7 @@ from loftq_cli.cli.guard import CONTEXT, Commands
 from loftq_cli.cli.import_adapter import import_adapter
 from loftq_cli.cli.inspect import inspect
 from loftq_cli.cli.merge import merge
+from loftq_cli.cli.plan import plan
 from loftq_cli.cli.push import push
 from loftq_cli.cli.refine import refine
 from loftq_cli.version import VERSION
@@ -34,6 +35,6 @@ def main() -> None:
 
 for _command in (
     *(merge, export, inspect, error_report, compare, convert, calibrate, evaluate, push),
-    *(refine, import_adapter),
+    *(refine, import_adapter, plan),
 ):
     main.add_command(_command)

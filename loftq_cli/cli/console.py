@@ -13,11 +13,14 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
-from loftq_cli.errors import printable
+from loftq_cli.errors import EnvironmentFailure, printable
 from loftq_cli.machine import streams
+from loftq_cli.settings.sizes import decimal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,8 +28,38 @@ if TYPE_CHECKING:
 _PIPE_WIDTH = 200  # columns if stdout is not a terminal: names are not to be cut
 
 
+_log: TextIO | None = None
+
+
+def log_to(path: Path | None) -> None:
+    """Append what is complained of, and what :func:`log` gets, to the file ``path`` from now on;
+    None: to none. Raises EnvironmentFailure if it cannot be opened."""
+    global _log
+    if _log is not None:
+        _log.close()
+        _log = None
+    if path is not None:
+        try:
+            _log = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"--log-file {path}: {error.strerror}", hint="name a file that can be written"
+            ) from error
+
+
+def log(text: str) -> None:
+    """One line, with the time, in the log if there is one. A log that is full is no error."""
+    global _log
+    if _log is not None:
+        try:
+            _log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}\n")
+        except OSError:
+            _log = None
+
+
 def complain(text: str) -> None:
     """One line on stderr. If nobody reads it any more, work goes on all the same."""
+    log(text)
     try:
         print(f"loftq: {printable(text)}", file=sys.stderr)
     except OSError:
@@ -127,11 +160,7 @@ def clean(text: str) -> str:
 
 def size(nbytes: float) -> str:
     """Bytes in decimal units, as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    raise AssertionError
+    return decimal(nbytes)
 
 
 def line(text: str = "") -> None:

@@ -13,6 +13,7 @@ from loftq_cli.cli.narrator import Narrator
 from loftq_cli.cli.options import (
     choice,
     json_option,
+    log_option,
     offline_option,
     quiet_option,
     setting_options,
@@ -53,6 +54,29 @@ if TYPE_CHECKING:
     type=ExpandedPath(),
     metavar="FILE",
     help="Write all options as they were resolved to a TOML file.",
+)
+@click.option(
+    "--target-size",
+    type=str,
+    metavar="SIZE",
+    help="Choose the widths as --target-bpw does, for files of backbone and adapter of this size: "
+    "3.5GB.",
+)
+@click.option(
+    "--fit",
+    type=str,
+    metavar="SIZE",
+    help="Choose the widths as --target-bpw does, for fine-tuning in this memory: 24GiB.  Needs "
+    "the extra [train]; see `loftq plan`.",
+)
+@click.option(
+    "--fit-length",
+    type=int,
+    metavar="N",
+    help="Tokens a window, for --fit.  [default: 2048, or as many as the model takes]",
+)
+@click.option(
+    "--fit-batch", type=int, metavar="N", help="Windows at a time, for --fit.  [default: 1]"
 )
 @setting_options("which")
 @setting_options("statistics")
@@ -96,6 +120,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show the plan; read headers, write nothing.")
 @json_option
 @quiet_option
+@log_option
 @guarded
 def convert(
     model: str,
@@ -108,12 +133,17 @@ def convert(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    log_file: Path | None,
     verbose: bool,
     recipe_file: Path | None,
     save_recipe: Path | None,
     texts: tuple[Path, ...],
     moments: str | None,
     refining: bool,
+    target_size: str | None,
+    fit: str | None,
+    fit_length: int | None,
+    fit_batch: int | None,
     **settings: Any,
 ) -> None:
     """Convert MODEL, a checkpoint directory or a hub id.
@@ -130,9 +160,11 @@ def convert(
     from loftq_cli.conversion import refined
     from loftq_cli.conversion.prepare import prepare
     from loftq_cli.conversion.run import run
+    from loftq_cli.planning import budget as budgets
     from loftq_cli.settings import file as recipes
 
-    narrator = Narrator(quiet=quiet, verbose=verbose)
+    narrator = Narrator(quiet=quiet, verbose=verbose, log_file=log_file)
+    budget = budgets.asked(settings, target_size, fit, fit_length, fit_batch)
     options = recipes.options(settings, recipe_file, measuring=bool(texts))
     if save_recipe is not None:
         recipes.check_writable(save_recipe, dry_run=dry_run)
@@ -145,6 +177,7 @@ def convert(
         overwrite=overwrite,
         discard_shards=discard_shards,
         texts=asked,
+        budget=budget,
         observer=narrator,
     )
     if dry_run:

@@ -14,6 +14,7 @@ from loftq_cli.cli.options import (
     directory_argument,
     json_option,
     length_option,
+    log_option,
     offline_option,
     quiet_option,
     revision_option,
@@ -47,6 +48,7 @@ from loftq_cli.cli.options import (
 @offline_option
 @json_option
 @quiet_option
+@log_option
 @guarded
 def evaluate(
     directory: str,
@@ -62,6 +64,7 @@ def evaluate(
     offline: bool,
     as_json: bool,
     quiet: bool,
+    log_file: Path | None,
     verbose: bool,
 ) -> None:
     """Perplexity on text, and how near the original is.
@@ -78,7 +81,7 @@ def evaluate(
     from loftq_cli.evaluation.evaluate import Evaluating
     from loftq_cli.evaluation.evaluate import evaluate as run
 
-    narrator = Narrator(quiet=quiet, verbose=verbose)
+    narrator = Narrator(quiet=quiet, verbose=verbose, log_file=log_file)
     place = locate_output(
         directory, revision=revision, offline=offline, everything=True, listener=narrator
     )

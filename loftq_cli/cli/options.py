@@ -19,6 +19,12 @@ offline_option = click.option("--offline", is_flag=True, help="Use only what is 
 all_option = click.option("--all", "every", is_flag=True, help="List every matrix.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+log_option = click.option(
+    "--log-file",
+    type=ExpandedPath(),
+    metavar="FILE",
+    help="Append remarks, errors and, once a minute, how far it is to FILE.",
+)
 samples_option = click.option(
     "--samples", type=int, help="Windows of text.  [default: all, up to 128]"
 )

@@ -14,6 +14,7 @@ from loftq_cli.cli.options import (
     directory_argument,
     json_option,
     length_option,
+    log_option,
     offline_option,
     quiet_option,
     revision_option,
@@ -66,6 +67,7 @@ from loftq_cli.cli.options import (
 @click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @json_option
 @quiet_option
+@log_option
 @guarded
 def refine(
     directory: str,
@@ -85,6 +87,7 @@ def refine(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    log_file: Path | None,
     verbose: bool,
 ) -> None:
     """Train a conversion's codes, scales and adapter against its original.
@@ -101,7 +104,7 @@ def refine(
     from loftq_cli.refinement.refine import refine as run
     from loftq_cli.refinement.settings import Refining
 
-    narrator = Narrator(quiet=quiet, verbose=verbose)
+    narrator = Narrator(quiet=quiet, verbose=verbose, log_file=log_file)
     wanted = Refining(samples, length, epochs, end_to_end, device, seed, None, offline)
     place = locate_output(
         directory, revision=revision, offline=offline, everything=True, listener=narrator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -39,6 +40,7 @@ from loftq_cli.numerics.decomposition import Decomposition
 from loftq_cli.numerics.finite import computable
 from loftq_cli.planning.decomposer import Decomposer
 from loftq_cli.planning.plan import Plan, PlannedMatrix, PlannedShard
+from loftq_cli.planning.work import work
 
 _ADAPTER_FILE = f"{adapter.DIRECTORY}/{adapter.WEIGHTS}"
 
@@ -64,6 +66,8 @@ class Conversion:
     observer: Observer
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     source_hashes: dict[str, str] = field(default_factory=dict)
+    squared_left: float = 0.0
+    squared_weight: float = 0.0
 
     @cached_property
     def decomposer(self) -> Decomposer:
@@ -77,7 +81,8 @@ class Conversion:
         with explained(output):
             (output / adapter.DIRECTORY).mkdir(parents=True, exist_ok=True)
         self.workspace.keep_only({*(shard.name for shard in plan.shards), _ADAPTER_FILE})
-        self.observer.begin(plan.source_bytes)
+        self.observer.begin(sum(work(plan, tensor) for tensor in plan.source.tensors))
+        self.observer.count(len(plan.matrices), "matrices")
         with (
             Journal(self.workspace.journal, identity) as journal,
             GrowingShard(self._pairs, plan.pair_specs) as adapters,
@@ -111,6 +116,15 @@ class Conversion:
             )
         write_file(output / MANIFEST, pretty_json(value))
         return value
+
+    def _record(self, name: str, record: dict[str, Any]) -> None:
+        """Keep the ``record`` of a finished matrix, and tell of the residual so far."""
+        self.records[name] = record
+        norms = record["frobenius"]
+        self.squared_left += norms["final"] ** 2
+        self.squared_weight += norms["weight"] ** 2
+        share = math.sqrt(self.squared_left / (self.squared_weight or 1.0))
+        self.observer.finished(f"residual {share:.4f}")
 
     @property
     def _pairs(self) -> Path:
@@ -153,11 +167,11 @@ class Conversion:
             for name, unit in finished.items():
                 self.observer.detail(f"{name}: kept, it was finished before")
                 if unit.record:
-                    self.records[name] = unit.record
+                    self._record(name, unit.record)
             known = self._known(shard, journal, finished, deliveries)
             if known is not None and len(finished) == len(tensors):
                 self.source_hashes[shard.source.name] = known.sha256
-                self.observer.advance(sum(tensor.nbytes for tensor in tensors))
+                self.observer.skip(sum(work(self.plan, tensor) for tensor in tensors))
                 return
             for name in sorted(foreign(shard.source)):
                 deliveries.take(name)
@@ -222,6 +236,7 @@ class Conversion:
         self, shard: PlannedShard, item: _Item, output: ShardOutput, behind: WriteBehind
     ) -> None:
         tensor, prefix = item.tensor, item.prefix_sha256
+        finished = item.weight is None and item.piece is None
         self.observer.working_on(tensor.name)
         if item.weight is not None:
             assert prefix is not None
@@ -230,8 +245,8 @@ class Conversion:
                 result = self._convert_matrix(shard, tensor, item, planned)
             kind = None if result.weighted is None else self.decomposer.kind(planned.matrix)
             record = manifests.matrix_record(planned, self.plan.layout.name, result, kind)
-            self.records[tensor.name] = record
             self.observer.detail(_described(record))
+            self._record(tensor.name, record)
 
             def write() -> None:
                 matrix = planned.matrix
@@ -249,7 +264,7 @@ class Conversion:
             if prefix is not None:
                 behind.submit(lambda: output.end_copy(tensor, prefix))
         if prefix is not None:
-            self.observer.advance(tensor.nbytes)
+            (self.observer.skip if finished else self.observer.advance)(work(self.plan, tensor))
 
     def _memory_for(self, tensor: StoredTensor) -> AbstractContextManager[None]:
         needed = "--dry-run says how much is needed"

@@ -19,6 +19,7 @@ from loftq_cli.errors import OutputConflictError, UsageError
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.paths import check_output_path, real_path
 from loftq_cli.planning import target
+from loftq_cli.planning.budget import Budget
 from loftq_cli.planning.make import make_plan
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.remarks import remarks
@@ -38,6 +39,7 @@ def prepare(
     overwrite: bool = False,
     discard_shards: bool = False,
     texts: Texts | None = None,
+    budget: Budget | None = None,
     observer: Observer,
 ) -> tuple[Plan, Path]:
     """The plan of a conversion and the absolute output path; nothing is written but the small
@@ -46,6 +48,8 @@ def prepare(
 
     Unfinished work goes on with the commit that it was begun with, unless ``overwrite``.
     ``discard_shards``: shards that are not in the hub cache pass through the partial directory.
+
+    A ``budget`` decides the target of stored bits that ``options`` leave open.
 
     If nobody chose the number of threads, it is that of unfinished work with these settings, or
     (unless it is to be overwritten) of an output with them: another would change the bytes.
@@ -72,6 +76,11 @@ def prepare(
     path = check_output_path(Path(output), source.directory)
     statistics = None if settings.stats is None else statistics_for(source, settings.stats)
     plan = make_plan(source, settings, statistics)
+    if budget is not None:
+        options = options.having(target_bpw=budget.target(plan))
+        settings = options.resolve()
+        plan = make_plan(source, settings, statistics)
+        observer.note(f"{budget.said}: {settings.target_bpw:.4f} stored bits per weight")
     target.check(plan)
     if texts is not None and texts.refine:
         observer.note(cost_note(plan))

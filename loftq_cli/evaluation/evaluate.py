@@ -17,7 +17,6 @@ import torch
 
 from loftq_cli.calibration.calibrate import read_text
 from loftq_cli.calibration.pretrained import class_of, load_tokenizer, quiet
-from loftq_cli.calibration.text_input import is_limit, limits
 from loftq_cli.calibration.windows import cut
 from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.locate import Place, locate
@@ -27,6 +26,7 @@ from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.checkpoint.source import CONFIG
 from loftq_cli.errors import InputError, UnsupportedInputError, UsageError
 from loftq_cli.evaluation.compare import Predictions, States
+from loftq_cli.families.lengths import is_limit, limits
 from loftq_cli.loading.load import load
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.packages import required
@@ -113,6 +113,7 @@ def _measured(
 ) -> dict[str, Any]:
     predictions, states = Predictions(), States()
     observer.begin(len(windows), "evaluating", " windows")
+    observer.count(len(windows), "windows")
     try:
         for window in windows:
             found, original = ours(window), None if theirs is None else theirs(window)
@@ -124,6 +125,7 @@ def _measured(
                 assert original is not None
                 states.add(_last(found), _last(original))
             observer.advance(1)
+            observer.finished(f"perplexity {predictions.perplexity:.4g}" if causal else "")
     finally:
         observer.end()
     compared = causal and theirs is not None

@@ -39,7 +39,7 @@ def _built(text: str) -> nn.Module | str:
         return 'transformers is not installed (pip install "loftq-cli[train]")'
     if _is_excessive(config):
         return "config.json counts more layers than a model has"
-    with _silence(transformers):
+    with silence():
         try:
             found = model_class(config, transformers)
             if found is None:
@@ -79,9 +79,9 @@ def _is_excessive(value: Any, key: str = "") -> bool:
 
 
 @contextlib.contextmanager
-def _silence(transformers: Any) -> Iterator[None]:
-    """Remarks about the config are for those who load the model."""
-    logging = transformers.utils.logging
+def silence() -> Iterator[None]:
+    """Remarks of transformers, which is there, about a config are for those who load the model."""
+    logging: Any = importlib.import_module("transformers").utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:

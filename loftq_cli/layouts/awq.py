@@ -34,6 +34,7 @@ class AwqLayout(Layout):
     imports = ("transformers", "peft", "accelerate", "gptqmodel")
     extra = "gptq"
     portable = True
+    keeps_decoded = True
     mixes = False
 
     @classmethod

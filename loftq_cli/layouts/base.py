@@ -109,6 +109,8 @@ class Layout(ABC):
     """Whether layers that servers fuse, such as q, k and v, have to have one width."""
     holds_codes: ClassVar[bool] = True
     """Whether :meth:`quantized` gives them back."""
+    keeps_decoded: ClassVar[bool] = False
+    """Whether the library that trains it keeps every decoded weight from forward to backward."""
     packs: ClassVar[bool] = False
     """Whether :meth:`packed` gives what our own modules keep in memory."""
     keeps_conv1d: ClassVar[bool] = False
@@ -147,6 +149,10 @@ class Layout(ABC):
     def remark(self, matrices: Sequence[Matrix]) -> str | None:
         """What whoever asks for this layout is to hear of an output with these, or None."""
         return None
+
+    def loaded_bytes(self, matrix: Matrix, bits: int) -> int:
+        """What the stored tensors take in memory, in a model whose dtype has so many ``bits``."""
+        return sum(spec.nbytes for spec in self.specs(matrix))
 
     def rounding(self, matrix: Matrix) -> torch.dtype | None:
         """The dtype that Q itself is rounded to, None if codes and scales are stored."""

@@ -26,7 +26,7 @@ from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.decoding import decode
 from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.numerics.quantizers.packed import Packed
-from loftq_cli.numerics.quantizers.packing import pack, unpack
+from loftq_cli.numerics.quantizers.packing import pack, packed_length, unpack
 
 GROUP_SIZES = (32, 64, 128)
 _WORD = 32  # bits; also the codes that fill whole words at every width
@@ -98,6 +98,12 @@ class CompressedLayout(Layout):
             words = -(-out_features * matrix.bits // _WORD)
             specs.append(TensorSpec(f"{name}_zero_point", "I32", (words, groups)))
         return [*specs, TensorSpec(f"{name}_shape", "I64", (2,))]
+
+    def loaded_bytes(self, matrix: Matrix, bits: int) -> int:
+        out_features, in_features = matrix.shape
+        scales = out_features * (in_features // matrix.block_size)
+        codes = packed_length(matrix.elements, matrix.bits)
+        return codes + 4 * scales + packed_length(scales, matrix.bits)
 
     def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
         out_features, in_features = matrix.shape

@@ -35,6 +35,9 @@ class DenseLayout(Layout):
     def _tag(self, matrix: Matrix) -> str:
         return dtypes.resolve(self._dtype, matrix.dtype)
 
+    def loaded_bytes(self, matrix: Matrix, bits: int) -> int:
+        return matrix.elements * bits // 8
+
     def rounding(self, matrix: Matrix) -> torch.dtype | None:
         return torch_dtype(self._tag(matrix))
 

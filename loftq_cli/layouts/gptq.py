@@ -48,6 +48,7 @@ class GptqLayout(Layout):
     imports = ("transformers", "peft", "accelerate", "optimum", "gptqmodel")
     extra = "gptq"
     portable = True
+    keeps_decoded = True
     mixes = False  # optimum builds every layer in the config's one width
     auto_rank = 2
 

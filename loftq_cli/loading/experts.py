@@ -22,13 +22,21 @@ from torch.nn import functional
 
 from loftq_cli.errors import UnsupportedInputError
 from loftq_cli.families.experts import FUSED, Form, form_of
+from loftq_cli.loading.packed_weight import is_described
 
 
 def chosen(
     top_k_index: torch.Tensor, count: int
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Each of ``count`` experts that ``top_k_index`` (tokens, k) names, the tokens that it gets,
-    and which of their k choices it is."""
+    and which of their k choices it is. If the tensor has no values, all get as many."""
+    if is_described(top_k_index):
+        total = top_k_index.numel()
+        most = -(-total // count)
+        for expert in range(-(-total // most)):
+            some = torch.empty(min(most, total - expert * most), dtype=torch.long)
+            yield expert, some, some
+        return
     for expert in sorted(set(top_k_index.flatten().tolist())):
         if 0 <= expert < count:  # what is masked out has a number beyond
             tokens, places = torch.where(top_k_index == expert)

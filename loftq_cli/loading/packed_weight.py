@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from loftq_cli.checkpoint.dtypes import tag_named, torch_dtype
 from loftq_cli.layouts.loftq import scale_count
@@ -153,11 +154,19 @@ def dense(
 ) -> torch.Tensor:
     """The weight (out, in), computed in float32 and rounded to ``dtype``."""
     codes, scales, steps, zeros, levels = tensors
+    if is_described(codes):
+        return codes.new_empty(shape, dtype=dtype)
     scales = unpack_scales(scales, steps)
     packed = Packed(shape, packing.bits, packing.block_size, codes, scales, zeros, levels)
     fused = _triton_decode() if codes.is_cuda and not torch.compiler.is_compiling() else None
     found: torch.Tensor = (fused or decode)(packed, dtype)
     return found
+
+
+def is_described(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` has a shape and no values: what a step takes is counted with such
+    (:mod:`loftq_cli.loading.step`). What torch.compile traces is none."""
+    return not torch.compiler.is_compiling() and isinstance(tensor, FakeTensor)
 
 
 @functools.cache

@@ -12,6 +12,16 @@ class Observer:
         """What ``doing`` names starts; ``total`` bytes of source tensors, or what else ``unit``
         says, will be worked through."""
 
+    def count(self, items: int, noun: str) -> None:
+        """What has begun is so many ``items``, of which :meth:`finished` tells."""
+
+    def finished(self, told: str = "") -> None:
+        """One more item is finished; ``told``: how it stands now, in few words."""
+
+    def skip(self, amount: int) -> None:
+        """So much was done before, in no time. Unless that is of interest, as :meth:`advance`."""
+        self.advance(amount)
+
     def working_on(self, name: str) -> None:
         """The tensor ``name`` is next."""
 

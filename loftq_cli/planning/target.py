@@ -58,8 +58,8 @@ def settle(plan: Plan, observer: Observer) -> Plan:
     if budget >= sum(cost[-1] - cost[0] for cost in costs.values()):
         widths = {name: each[-1].bits for name, each in forms.items()}
         observer.note(
-            f"--target-bpw {plan.recipe.target_bpw} is more than the widest codes take: all "
-            f"matrices get {max(widths.values())} bits"
+            f"{plan.recipe.target_bpw:g} stored bits per weight are more than the widest codes "
+            f"take: all matrices get {max(widths.values())} bits"
         )
         return with_widths(plan, widths)
     errors = estimate(plan, forms, observer)

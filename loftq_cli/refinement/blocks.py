@@ -41,7 +41,10 @@ class Blocks:
             if record is None:
                 record = self._train(name, chains, wanted, stages, observer)
             else:
-                observer.advance(self.amount(name))
+                observer.skip(self.amount(name))
+            if names:
+                told = (f"{record[key]:.3g}" for key in ("held_before", "held_after"))
+                observer.finished(f"loss of the last {' -> '.join(told)}")
             stored = stages.stored([name] if names else [])
             for each in names:
                 held = conversion.held[each]

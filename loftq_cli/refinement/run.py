@@ -30,6 +30,8 @@ from loftq_cli.refinement.stages import RefineWorkspace, Stages
 from loftq_cli.refinement.whole import TITLE, Whole, known_of
 from loftq_cli.refinement.writing import manifest_of, write_files
 
+_OF_TRAINING = 4
+"""A window that is looked at takes the time of one that is trained on, divided by this."""
 _SHARE = 0.25
 """Of the free memory that activations may take; beyond it they go to the disk."""
 
@@ -95,14 +97,18 @@ class Run:
             records, end = [], None
             course, end_course = self._block_course(ready), self._whole_course(ready)
             used = end_course.used if self.wanted.end_to_end else ()
-            amount = course.amount * sum(map(bool, blocks.values())) if self.wanted.epochs else 0
+            count = sum(map(bool, blocks.values())) if self.wanted.epochs else 0
+            cost = max(1, count)
+            looked = max(1, cost // _OF_TRAINING)
             again = [] if self._keeps_everything(ready) else list(blocks)
-            total = amount + len(used) + end_course.amount
+            total = course.amount * count + len(used) * looked + end_course.amount * cost
             self.observer.begin(total, "refining", " windows")
+            if count:
+                self.observer.count(count, "blocks")
             try:
                 hold = on_disk(workspace.partial)
-                known = known_of(ready, used, hold, self.observer.advance)
-                whole = Whole(ready, known, again, end_course)
+                known = known_of(ready, used, hold, lambda: self.observer.advance(looked))
+                whole = Whole(ready, known, again, end_course, cost)
                 if self.wanted.epochs:
                     with Chains(ready.model, ready.calibration.run, len(ready.windows), keep) as c:
                         records = Blocks(ready, blocks, course).refine(c, stages, self.observer)

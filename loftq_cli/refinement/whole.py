@@ -21,12 +21,14 @@ TITLE = "end to end"
 @dataclass(frozen=True)
 class Whole:
     """What the original says of the windows of ``course``, and how the model is trained to say the
-    same; ``blocks`` keep no activations but their inputs."""
+    same; ``blocks`` keep no activations but their inputs. ``cost``: what a window takes, in those
+    of a block."""
 
     prepared: Prepared
     known: Mapping[int, Told]
     blocks: Sequence[str]
     course: Course
+    cost: int
 
     def refine(self, begun: Stored, stages: Stages, observer: Observer) -> dict[str, Any]:
         """Train every matrix, from what is stored of finished blocks on, unless that is finished;
@@ -36,7 +38,7 @@ class Whole:
         observer.working_on(TITLE)
         record = stages.record(TITLE, specs)
         if record is not None:
-            observer.advance(self.course.amount)
+            observer.advance(self.course.amount * self.cost)
             return record
         model, call = self.prepared.model, called(self.prepared.model, self.prepared.device)
 
@@ -47,7 +49,12 @@ class Whole:
 
         placed = self.prepared.placed(names, begun)
         with checkpointed([model.get_submodule(name) for name in self.blocks]):
-            outcome = train(placed, loss_of, self.course, observer.advance)
+            outcome = train(
+                placed,
+                loss_of,
+                self.course,
+                lambda windows: observer.advance(windows * self.cost),
+            )
         tensors: dict[str, torch.Tensor] = {}
         for item in placed:
             name = item.matrix.name
@@ -59,15 +66,15 @@ class Whole:
 
 @torch.no_grad()
 def known_of(
-    prepared: Prepared, windows: Iterable[int], hold: Hold, advance: Callable[[int], None]
+    prepared: Prepared, windows: Iterable[int], hold: Hold, advance: Callable[[], None]
 ) -> dict[int, Told]:
     """What the original says of ``windows``, by their numbers, kept by ``hold``. ``advance`` is
-    told of each."""
+    called for each."""
     call, logits = called(prepared.model, prepared.device), predicts(prepared.model)
     found = {}
     for window in windows:
         with prepared.autocast():
             output = call(prepared.windows[window][None])[0]
         found[window] = told(output, hold, logits=logits)
-        advance(1)
+        advance()
     return found

@@ -40,6 +40,10 @@ class Options:
         object.__setattr__(self, "given", {n: v for n, v in held.items() if v != ()})
         object.__setattr__(self, "preset", DEFAULT if preset is None else preset)
 
+    def having(self, **given: Any) -> Options:
+        """These options, with others in the place of some."""
+        return Options(self.preset, **{**self.given, **given})
+
     def resolve(self) -> Settings:
         """The settings that these options, the preset and the defaults make, every one checked.
 

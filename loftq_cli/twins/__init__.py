@@ -13,7 +13,7 @@ from loftq_cli.twins.finished import (
     merge,
     push,
 )
-from loftq_cli.twins.making import calibrate, convert, plan, refine
+from loftq_cli.twins.making import calibrate, convert, plan, refine, what_fits
 from loftq_cli.twins.places import located
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "plan",
     "push",
     "refine",
+    "what_fits",
 ]

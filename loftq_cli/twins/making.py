@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,10 @@ def convert(
     calibrate_text: AnyPath | Sequence[AnyPath] = (),
     moments: str | None = None,
     refine: bool = False,
+    target_size: str | None = None,
+    fit: str | None = None,
+    fit_length: int | None = None,
+    fit_batch: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Convert a checkpoint directory or hub id; the manifest as a dict.
@@ -41,7 +45,10 @@ def convert(
     ``calibrate_text``, text files, has activation statistics measured first (``moments``:
     "diagonal" or "full") and kept beside the output; ``refine`` then refines the conversion on
     them, which is kept as ``output``.start; ``preset="best"`` asks for both, with full moments.
-    Resumes an unfinished conversion with the same settings.
+    ``target_size``, such as "3.5GB", is that of the files,
+    ``fit``, such as "24GiB", the memory to fine-tune in, with windows of ``fit_length`` tokens,
+    ``fit_batch`` at a time: either decides target_bpw. Resumes an unfinished conversion with the
+    same settings.
     """
     from loftq_cli.conversion.refined import Start
     from loftq_cli.conversion.run import run
@@ -59,6 +66,7 @@ def convert(
         calibrate_text=calibrate_text,
         moments=moments,
         refine=refine,
+        sizes=(target_size, fit, fit_length, fit_batch),
         settings=settings,
     )
     manifest = run(found, path, overwrite=overwrite, observer=Logged()).manifest
@@ -82,6 +90,10 @@ def plan(
     calibrate_text: AnyPath | Sequence[AnyPath] = (),
     moments: str | None = None,
     refine: bool = False,
+    target_size: str | None = None,
+    fit: str | None = None,
+    fit_length: int | None = None,
+    fit_batch: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """What :func:`convert` would do with these arguments: what ``--dry-run --json`` prints.
@@ -105,10 +117,51 @@ def plan(
         calibrate_text=calibrate_text,
         moments=moments,
         refine=refine,
+        sizes=(target_size, fit, fit_length, fit_batch),
         settings=settings,
     )
     say_remarks(found, Logged())
     return describe(found, path)
+
+
+def what_fits(
+    model: AnyPath,
+    memory: str | None = None,
+    *,
+    length: int | None = None,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    bits: int | Sequence[int] = (),
+    rank: int | Sequence[int] = (),
+    layout: str | Sequence[str] = (),
+    revision: str | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+) -> dict[str, Any]:
+    """What a checkpoint takes on disk, loaded and fine-tuned, for each of ``bits``, ``rank`` and
+    ``layout``, from its headers, and what of that fits into ``memory``, such as "24GiB": what
+    ``loftq plan --json`` prints.
+
+    Training is with ``batch`` windows of ``length`` tokens (None: up to 2048) of a model that is
+    loaded in ``dtype``. What a step takes is counted with the extra ``train``.
+    """
+    from loftq_cli.checkpoint.locate import locate
+    from loftq_cli.checkpoint.request import Request
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.planning.training_memory import Training
+    from loftq_cli.planning.what_fits import Grid
+    from loftq_cli.planning.what_fits import what_fits as run
+    from loftq_cli.settings.sizes import size_of
+
+    request = Request(str(model), revision, offline, allow_pickle)
+    room = None if memory is None else size_of("memory", memory)
+    grid = Grid(
+        (bits,) if isinstance(bits, int) else bits,
+        (rank,) if isinstance(rank, int) else rank,
+        (layout,) if isinstance(layout, str) else layout,
+    )
+    source = locate(request, Logged().note)
+    return run(source, request, room, Training(length, batch, dtype), grid)
 
 
 def calibrate(
@@ -202,7 +255,8 @@ def _planned(
     calibrate_text: AnyPath | Sequence[AnyPath],
     moments: str | None,
     refine: bool,
-    settings: Mapping[str, Any],
+    sizes: tuple[str | None, str | None, int | None, int | None],
+    settings: dict[str, Any],
     dry_run: bool = False,
 ) -> tuple[Plan, Path, Texts | None]:
     """The plan, where it is carried out, and what is done with texts."""
@@ -211,8 +265,10 @@ def _planned(
     from loftq_cli.conversion.prepare import prepare
     from loftq_cli.conversion.refined import start_of
     from loftq_cli.machine.observer import Logged
+    from loftq_cli.planning import budget as budgets
     from loftq_cli.settings.file import options
 
+    budget = budgets.asked(settings, *sizes)
     texts, file = paths(calibrate_text), None if recipe is None else expanded(recipe)
     given = options(settings, file, measuring=bool(texts))
     asked = first.asked(texts, moments, refine=refine, preset=given.preset, dry_run=dry_run)
@@ -223,6 +279,7 @@ def _planned(
         overwrite=overwrite,
         discard_shards=discard_shards,
         texts=asked,
+        budget=budget,
         observer=Logged(),
     )
     return found, path, asked

@@ -13,11 +13,11 @@ import transformers
 from safetensors.torch import load_file
 
 from loftq_cli.calibration.calibrate import Measuring, calibrate
-from loftq_cli.calibration.text_input import limits
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import InputError, UnsupportedInputError, UsageError
 from loftq_cli.families.experts import is_expert
+from loftq_cli.families.lengths import limits
 from loftq_cli.machine.observer import Observer
 from loftq_cli.planning.make import anatomy_of
 from loftq_cli.planning.selection import select

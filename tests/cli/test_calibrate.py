@@ -103,7 +103,8 @@ def test_an_earlier_file_is_replaced_on_demand(loftq: Command) -> None:
     result = loftq("calibrate", "real", *QUICK, "-q")
     assert result.exit_code == 4
     assert "stats.safetensors exists" in result.stderr
-    result = loftq("calibrate", "real", *QUICK, "--overwrite", "--quiet", "--offline")
+    quiet = ("--quiet", "--log-file", "log.txt")
+    result = loftq("calibrate", "real", *QUICK, "--overwrite", "--offline", *quiet)
     assert (result.exit_code, result.stderr) == (0, "")
 
 

@@ -55,10 +55,15 @@ def test_what_is_kept_is_found_again(converted: Path) -> None:
     ("words", "code", "said"),
     [
         (("out",), 2, "--text"),
-        (("out", "--text", "nowhere.txt", "--quiet"), 3, "nowhere.txt: no such file"),
+        (
+            ("out", "--text", "nowhere.txt", "--quiet", "--log-file", "log.txt"),
+            3,
+            "nowhere.txt: no such file",
+        ),
         (("out", "--text", "text.txt", "--length", "900"), 2, "takes 64 tokens at most"),
         (("out", "--text", "text.txt", "--revision", "main"), 2, "--revision main is for what"),
         (("nowhere", "--text", "text.txt"), 3, "nowhere"),
+        (("out", "--text", "text.txt", "--log-file", "no/log.txt"), 5, "--log-file no/log.txt"),
     ],
 )
 def test_what_is_refused(converted: Path, words: tuple[str, ...], code: int, said: str) -> None:

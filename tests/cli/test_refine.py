@@ -45,13 +45,15 @@ def test_what_comes_of_it_is_shown_here_and_in_reports(converted: Path) -> None:
 
 def test_json_and_every_option(converted: Path) -> None:
     words = ("out", *FEW, "--output", "new", "--json", "--quiet", "--seed", "3", "--offline")
+    log = ("--log-file", "log.txt")
     dry = run(*words, "--dry-run", "--adapter", "out/loftq_init")
     assert dry.exit_code == 0, dry.output
     assert json.loads(dry.stdout)["disk_bytes"] > 0
     assert not list(converted.glob("*new*"))
     assert "nothing was written" in run(*FEW, "-o", "new", "--dry-run").stdout
-    told = run(*words, "--adapter", "out/loftq_init")
+    told = run(*words, *log, "--adapter", "out/loftq_init")
     assert told.exit_code == 0, told.output
+    assert "refining: 2 blocks" in (converted / "log.txt").read_text()
     found = json.loads(told.stdout)
     assert (found["samples"], found["length"], found["tokens"]) == (8, 20, 160)
     assert (found["adapter"], found["end_to_end"]) == ("out/loftq_init", None)

@@ -46,6 +46,7 @@ class Method:
     (scale times code less zero point, blocks along each row). ``widths``: what it has codes of,
     and ``limit`` why of no others. ``auto_widths``: where method auto takes it. ``own_scale``: it
     defines its scales itself; ``searches``: it does so by searching for the least error.
+    ``effort``: how long a sweep takes, that of nf being 1, for estimates of the time that is left.
     ``one_scale``: the whole matrix has one, whatever the block size. ``symmetric``: every zero
     point is 2**(bits - 1). ``stored``: what its scales are rounded to for a container of its own.
     """
@@ -61,6 +62,7 @@ class Method:
     one_scale: bool = False
     symmetric: bool = False
     stored: Stored = "float32"
+    effort: float = 1.0
 
 
 _METHODS: dict[str, Method] = {}
@@ -193,6 +195,7 @@ _OURS = (
         limit="levels are fitted up to 4 bits",
         own_scale=True,
         searches=True,
+        effort=4.0,
     ),
     Method(
         "iq4-nl",
@@ -206,7 +209,7 @@ _OURS = (
     Method("uniform", _uniform, "affine", auto_widths=(2, 3, 8)),
     Method("uniform-symmetric", _uniform_symmetric, "affine", symmetric=True),
     # The uniform quantizers of the LoftQ authors' code.
-    Method("uniform-block", _uniform_block, own_scale=True),
-    Method("uniform-tensor", _uniform_tensor, own_scale=True, one_scale=True),
+    Method("uniform-block", _uniform_block, own_scale=True, effort=3.5),
+    Method("uniform-tensor", _uniform_tensor, own_scale=True, one_scale=True, effort=3.5),
 )
 _METHODS.update({each.name: each for each in _OURS})
