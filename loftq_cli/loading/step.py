@@ -77,13 +77,21 @@ def _of_all(skeleton: Any, adapted: Sequence[Adapted], layout: Layout, step: Ste
     return max(most)
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Have the blocks of ``model`` computed again for the gradient, whichever name transformers has
+    for it."""
+    name = "activation_checkpointing_enable"  # since 5.23
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
 def _counted(model: Any, step: Step) -> list[int]:
     """The most bytes in each phase."""
     mode = FakeTensorMode()
     filled(model, mode)
     if step.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        checkpoint_activations(model)
     live = _Live([*model.parameters(), *model.buffers()])
     narrow = step.dtype in (torch.bfloat16, torch.float16)
     autocast = torch.autocast("cpu", torch.bfloat16) if narrow else nullcontext()

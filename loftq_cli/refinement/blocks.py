@@ -43,8 +43,7 @@ class Blocks:
             else:
                 observer.skip(self.amount(name))
             if names:
-                told = (f"{record[key]:.3g}" for key in ("held_before", "held_after"))
-                observer.finished(f"loss of the last {' -> '.join(told)}")
+                observer.finished(_told(record))
             stored = stages.stored([name] if names else [])
             for each in names:
                 held = conversion.held[each]
@@ -89,3 +88,11 @@ class Blocks:
         specs = [spec for each in names for spec in conversion.held[each].specs]
         stages.write(name, tensors, specs, record)
         return record
+
+
+def _told(record: Mapping[str, Any]) -> str:
+    """A block's losses in few words; nothing if one was not finite."""
+    losses = [record["held_before"], record["held_after"]]
+    if None in losses:
+        return ""
+    return f"loss of the last {' -> '.join(f'{loss:.3g}' for loss in losses)}"

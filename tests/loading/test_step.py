@@ -29,11 +29,12 @@ def made(kind: str, place: Path) -> Path:
     return models.save(found, place / kind, torch.bfloat16)
 
 
+# Layouts that load with gptqmodel, which changes settings of its process, are in `make memory-check`.
+@pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys.*gate_up_proj")
 @pytest.mark.parametrize(
     ("kind", "layout", "bits"),
     [
         ("llama", "loftq", 2),
-        ("llama", "gptq", 4),
         ("llama", "dense", 4),
         ("bert", "loftq", 3),
         ("bart", "loftq", 4),

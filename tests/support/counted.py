@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import loftq_cli
+from loftq_cli.loading.step import checkpoint_activations
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ def counted(out: Path, batch: int, length: int, *, checkpointing: bool, dtype: s
     tokens; with autocast if ``dtype`` is bfloat16."""
     model = loftq_cli.load(out, dtype=getattr(torch, dtype)).train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        checkpoint_activations(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
     ids = torch.randint(0, 64, (batch, length))
