@@ -29,7 +29,7 @@ def made(kind: str, place: Path) -> Path:
     return models.save(found, place / kind, torch.bfloat16)
 
 
-# Layouts that load with gptqmodel, which changes settings of its process, are in `make memory-check`.
+# Layouts that gptqmodel loads, which changes its process, are in `make memory-check`.
 @pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys.*gate_up_proj")
 @pytest.mark.parametrize(
     ("kind", "layout", "bits"),
@@ -53,8 +53,9 @@ def test_what_is_said_is_what_is_counted(kind: str, layout: str, bits: int, tmp_
         assert said["optimizer_bytes"] == pytest.approx(found.optimizer, rel=0.01)
         assert said["weights_bytes"] == pytest.approx(found.weights, rel=0.02)
         step = said[f"{way}activations_bytes"] + said["gradients_bytes"]
-        assert step == pytest.approx(found.step, rel=0.1)  # what experts get differs
-        assert said[f"{way}train_bytes"] == pytest.approx(found.total, rel=0.05)
+        uneven = 0.1 if kind == "qwen3_moe" else 0.0  # what a router gives each expert is not known
+        assert step == pytest.approx(found.step, rel=0.1 + uneven)
+        assert said[f"{way}train_bytes"] == pytest.approx(found.total, rel=0.05 + uneven)
 
 
 def test_longer_windows_and_more_of_them_take_more(tmp_path: Path) -> None:
