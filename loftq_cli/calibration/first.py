@@ -97,11 +97,11 @@ def found(source: Source, output: Path, texts: Texts, *, overwrite: bool) -> Sta
     Raises InputError for the texts, OutputConflictError if there is something else and
     ``overwrite`` does not allow to replace it.
     """
-    path = beside(output)
+    read, path = texts.read(source, output), beside(output)
     refuse_taken(path, overwrite=True)  # what is not ours
     if not path.exists():
         return None
-    differing = _differing(path, source, texts.read(source, output), texts.moments)
+    differing = _differing(path, source, read, texts.moments)
     if differing is None:
         return statistics_for(source, str(path))
     if not overwrite:

@@ -100,7 +100,7 @@ def strip(depth: Depth, between: tuple[float, float], marks: str = MARKS, each: 
     for start in range(0, len(depth), each):
         values = [value for value in depth[start : start + each] if value is not None]
         share = (max(values) - least) / (most - least) if values and most > least else 0.0
-        place = min(int(max(share, 0.0) * len(marks)), len(marks) - 1)
+        place = min(int(min(max(share, 0.0), 1.0) * len(marks)), len(marks) - 1)
         found.append(marks[place] if values else " ")
     return "".join(found)
 

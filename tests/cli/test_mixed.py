@@ -29,12 +29,12 @@ def test_the_distribution_of_widths_is_shown(loftq: Command) -> None:
     result = loftq("convert", "model", *mixed, *QUICK)
     assert line(result.stdout, "matrices") == f"7, {kinds}"
     assert "layout loftq, because bnb and gptq hold one width" in result.stderr
-    assert line(loftq("inspect").stdout, "widths") == kinds
+    assert line(loftq("inspect").stdout, "matrices") == f"7, {kinds}"
 
 
 def test_one_width_is_shown_as_one(loftq: Command) -> None:
     assert line(loftq("convert", "model", *QUICK).stdout, "matrices") == "7, 4-bit nf"
-    assert line(loftq("inspect").stdout, "widths") == "4-bit nf"
+    assert line(loftq("inspect").stdout, "matrices") == "7, 4-bit nf"
 
 
 def test_a_dry_run_says_that_a_pass_will_settle_the_widths(loftq: Command) -> None:
@@ -104,7 +104,8 @@ def test_every_setting_of_the_command_line_is_one_of_a_recipe_s(place: Path) -> 
     about_the_run = {
         *("model", "output", "revision", "offline", "overwrite", "dry_run", "as_json", "quiet"),
         *("verbose", "recipe_file", "save_recipe", "discard_shards", "allow_pickle"),
-        *("texts", "moments", "refining"),
+        *("texts", "moments", "refining", "log_file"),
+        *("target_size", "fit", "fit_length", "fit_batch"),  # which come to target_bpw
     }
     options = {str(parameter.name) for parameter in main.commands["convert"].params}
     plan, _ = prepare(Request("./model"), place / "out", Options(), observer=Observer())
