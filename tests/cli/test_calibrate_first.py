@@ -253,7 +253,7 @@ def test_a_dry_run_measures_nothing(loftq: Command, measurements: list[Path]) ->
         ((*TEXT, "--stats", "x"), 2, "--stats and --calibrate-text exclude each other"),
         ((*TEXT, "--allow-pickle"), 2, "--allow-pickle and --calibrate-text"),
         ((*TEXT, "--discard-shards"), 2, "--discard-shards and --calibrate-text"),
-        (("--moments", "full"), 2, "--moments full is for --calibrate-text"),
+        (("--moments", "full"), 2, "--moments full needs text"),
         (("--calibrate-text", "none.txt"), 3, "--calibrate-text none.txt: no such file"),
         (("--calibrate-text", "short.txt"), 3, "windows of 64, 1 are needed"),
     ],
