@@ -144,6 +144,7 @@ TESTED_BY = {
     "reporting/page/comparison.py": "reporting/test_compare.py",
     "reporting/page/curves.py": "reporting/test_page.py",
     "reporting/page/document.py": "reporting/test_page.py",
+    "reporting/page/encodings.py": "reporting/test_page.py",
     "reporting/page/figures.py": "reporting/test_page.py",
     "reporting/page/file.py": "reporting/test_page.py",
     "reporting/page/html.py": "reporting/test_page.py",

@@ -11,7 +11,7 @@ from loftq_cli.reporting import summary
 from loftq_cli.reporting.compare import Compared
 from loftq_cli.reporting.page import html
 from loftq_cli.reporting.page.document import name_of
-from loftq_cli.reporting.page.figures import Figure, hint, residual, significant
+from loftq_cli.reporting.page.encodings import BY_STEP, Figure, hint, labels, residual, significant
 from loftq_cli.reporting.rows import EVALUATED, figure, rows_of, size
 
 _Conversions = Sequence[Compared]
@@ -49,14 +49,11 @@ def _kinds(found: Mapping[str, Any], names: Sequence[str]) -> Figure:
         for name, each in zip(names, kind["conversions"], strict=True)
         if each is not None
     ]
-    y = {
-        "field": "kind",
-        "type": "nominal",
-        "sort": [kind["kind"] for kind in found["kinds"]],
-        "title": None,
-        "axis": {"grid": False, "labelLimit": 220},
+    y = labels("kind", [kind["kind"] for kind in found["kinds"]])
+    apart = {
+        "yOffset": {"field": "conversion", "sort": list(names)},
+        "color": _by_conversion(names),
     }
-    apart = {"yOffset": {"field": "conversion", "sort": list(names)}, **_by_conversion(names)}
     tooltip = [
         hint("conversion", "conversion"),
         hint("kind", "kind"),
@@ -86,7 +83,7 @@ def _kinds(found: Mapping[str, Any], names: Sequence[str]) -> Figure:
                 },
                 {
                     "mark": {"type": "point", "filled": True, "size": 60, "aria": False},
-                    "encoding": {"x": residual("median"), "shape": _named(names)},
+                    "encoding": {"x": residual("median"), "shape": _by_conversion(names)},
                 },
             ],
         },
@@ -133,7 +130,7 @@ def _depth(conversions: _Conversions) -> Figure:
                         "scale": {"nice": False, "zero": False},
                     },
                     "y": residual("value", "residual"),
-                    **_by_conversion(names),
+                    "color": _by_conversion(names),
                     "tooltip": [
                         hint("conversion", "conversion"),
                         hint("kind", "kind"),
@@ -172,15 +169,10 @@ def _steps(conversions: _Conversions) -> Figure:
             "height": 240,
             "mark": {"type": "line", "point": {"size": 55, "filled": True}, "aria": False},
             "encoding": {
-                "x": {
-                    "field": "step",
-                    "type": "ordinal",
-                    "title": "step T",
-                    "axis": {"labelAngle": 0, "grid": False},
-                },
+                "x": BY_STEP,
                 "y": residual("value"),
-                **_by_conversion(names),
-                "shape": _named(names),
+                "color": _by_conversion(names),
+                "shape": _by_conversion(names),
                 "tooltip": [
                     hint("conversion", "conversion"),
                     hint("step", "step"),
@@ -230,7 +222,7 @@ def _shares(conversions: _Conversions) -> Figure:
                     "title": "share of matrices",
                     "axis": {"format": ".0%"},
                 },
-                **_by_conversion(names),
+                "color": _by_conversion(names),
                 "tooltip": [
                     hint("conversion", "conversion"),
                     hint("value", "residual", ".4f"),
@@ -266,13 +258,7 @@ def _room(found: Mapping[str, Any]) -> Figure:
             "height": 30 * len(found["conversions"]),
             "mark": {"type": "bar", "aria": False},
             "encoding": {
-                "y": {
-                    "field": "conversion",
-                    "type": "nominal",
-                    "sort": None,
-                    "title": None,
-                    "axis": {"grid": False, "labelLimit": 220},
-                },
+                "y": labels("conversion", None),
                 "x": {"field": "MB", "type": "quantitative"},
                 "order": {"field": "what", "sort": "descending"},
                 "color": {
@@ -327,25 +313,15 @@ def bars(values: Sequence[Mapping[str, Any]], title: str) -> dict[str, Any]:
         "height": 30 * len(values),
         "mark": {"type": "bar", "aria": False},
         "encoding": {
-            "y": {
-                "field": "conversion",
-                "type": "nominal",
-                "sort": None,
-                "title": None,
-                "axis": {"grid": False, "labelLimit": 220},
-            },
+            "y": labels("conversion", None),
             "x": {"field": "value", "type": "quantitative", "title": title},
             "tooltip": [hint("conversion", "conversion"), hint("value", title, ".4g")],
         },
     }
 
 
-def _named(names: Sequence[str]) -> dict[str, Any]:
+def _by_conversion(names: Sequence[str]) -> dict[str, Any]:
     """For colour and shape alike, so that they share a legend."""
     scale, legend = {"domain": list(names)}, {"orient": "top"}
     told = {"field": "conversion", "type": "nominal", "title": None}
     return {**told, "scale": scale, "legend": legend}
-
-
-def _by_conversion(names: Sequence[str]) -> dict[str, Any]:
-    return {"color": _named(names)}

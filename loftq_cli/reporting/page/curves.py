@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loftq_cli.reporting.page.figures import WITH, WITHOUT, Figure, hint, pair, residual
+from loftq_cli.reporting.page.encodings import Figure, hint, pair, residual
+from loftq_cli.reporting.page.figures import WITH, WITHOUT
 
 _UNKNOWN = (
     "Singular values are those of the original weights' residuals. Name the checkpoint that was "

@@ -9,7 +9,7 @@ from loftq_cli.checkpoint.output import Output
 from loftq_cli.reporting import summary
 from loftq_cli.reporting.page import figures, html
 from loftq_cli.reporting.page.curves import curves
-from loftq_cli.reporting.page.figures import Figure, significant
+from loftq_cli.reporting.page.encodings import Figure, significant
 from loftq_cli.reporting.page.room import room
 from loftq_cli.reporting.page.tables import kinds_table, span
 from loftq_cli.reporting.rows import size

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from loftq_cli.reporting import summary
-from loftq_cli.reporting.page.theme import AFTER, BEFORE, PALETTE, SCHEME
+from loftq_cli.reporting.page.encodings import (
+    BY_STEP,
+    DEEP,
+    Figure,
+    hint,
+    labels,
+    pair,
+    residual,
+    significant,
+)
+from loftq_cli.reporting.page.theme import AFTER, PALETTE, SCHEME
 from loftq_cli.reporting.summary import Kind
 
 WITHOUT, WITH = "without the adapter", "with the adapter"
@@ -28,32 +37,6 @@ _METRICS = {
 _Layers = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A plot: its heading, a sentence on how to read it, what it shows, for who does not see it,
-    and its specification, None if there is nothing to show, which the sentence then explains."""
-
-    name: str
-    title: str
-    caption: str
-    alt: str
-    specification: dict[str, Any] | None
-
-
-def residual(field: str, title: str = "relative residual", **others: Any) -> dict[str, Any]:
-    """An encoding of a residual; the axis need not begin at zero."""
-    scale = {"zero": False, "nice": True, **others.pop("scale", {})}
-    if scale.get("type") == "log":
-        del scale["zero"]
-    return {"field": field, "type": "quantitative", "title": title, "scale": scale, **others}
-
-
-def hint(field: str, title: str, form: str | None = None) -> dict[str, Any]:
-    """A line of what hovering shows."""
-    found = {"field": field, "title": title}
-    return found if form is None else {**found, "type": "quantitative", "format": form}
-
-
 def heat(kinds: Sequence[Kind], *, adapter: bool, weighted: bool) -> Figure:
     """Kinds of layers by depth."""
     deep = [kind for kind in kinds if kind.depth]
@@ -61,7 +44,6 @@ def heat(kinds: Sequence[Kind], *, adapter: bool, weighted: bool) -> Figure:
     if not adapter:
         metrics = {"as it is": "final"}
     chosen, values = list(metrics), list(metrics.values())
-    sizes = {"type": "ordinal", "axis": {"labelOverlap": True, "labelAngle": 0, "grid": False}}
     measured = [{"op": "median", "field": field, "as": field} for field in values]
     specification = {
         "data": _ROWS,
@@ -85,14 +67,8 @@ def heat(kinds: Sequence[Kind], *, adapter: bool, weighted: bool) -> Figure:
         ],
         "mark": {"type": "rect", "stroke": "var(--paper)", "strokeWidth": 1, "aria": False},
         "encoding": {
-            "x": {"field": "block", "title": "block", **sizes},
-            "y": {
-                "field": "kind",
-                "type": "nominal",
-                "sort": [kind.name for kind in deep],
-                "title": None,
-                "axis": {"grid": False, "labelLimit": 220},
-            },
+            "x": {"field": "block", "title": "block", **DEEP},
+            "y": labels("kind", [kind.name for kind in deep]),
             "color": residual(
                 "value", scale={"scheme": SCHEME, "reverse": {"expr": "!dark"}, "nice": False}
             ),
@@ -158,12 +134,7 @@ def steps(layers: _Layers, kinds: Mapping[str, str]) -> Figure:
             "transform": [{"filter": "datum.of == of"}],
             "mark": {"type": "line", "point": {"size": 55, "filled": True}, "aria": False},
             "encoding": {
-                "x": {
-                    "field": "step",
-                    "type": "ordinal",
-                    "title": "step T",
-                    "axis": {"labelAngle": 0, "grid": False},
-                },
+                "x": BY_STEP,
                 "y": residual("value"),
                 **_by_kind(list(groups)),
                 "strokeWidth": {
@@ -295,12 +266,6 @@ def refined(told: Mapping[str, Any]) -> Figure | None:
     ]
     shares = [block["held_after"] / block["held_before"] for block in blocks]
     scale = {"type": "log", "nice": True}
-    x = {
-        "field": "block",
-        "type": "ordinal",
-        "title": "block",
-        "axis": {"labelOverlap": True, "labelAngle": 0, "grid": False},
-    }
     tooltip = [
         hint("name", "block"),
         hint("when", "refinement"),
@@ -316,7 +281,7 @@ def refined(told: Mapping[str, Any]) -> Figure | None:
             "data": {"values": values},
             "width": "container",
             "height": 240,
-            "encoding": {"x": x},
+            "encoding": {"x": {"field": "block", "title": "block", **DEEP}},
             "layer": [
                 {
                     "mark": {"type": "line", "color": "var(--soft)", "aria": False},
@@ -336,23 +301,6 @@ def refined(told: Mapping[str, Any]) -> Figure | None:
             ],
         },
     )
-
-
-def pair(before: str, after: str, field: str = "which") -> dict[str, Any]:
-    """Two colours for two of a kind."""
-    return {
-        "field": field,
-        "type": "nominal",
-        "title": None,
-        "sort": [before, after],
-        "scale": {"domain": [before, after], "range": [BEFORE, AFTER]},
-        "legend": {"orient": "top"},
-    }
-
-
-def significant(value: float) -> float:
-    """Six digits: as many as figures have that are read, and a third of the room."""
-    return float(f"{value:.6g}")
 
 
 def _by_kind(order: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from loftq_cli.errors import printable
 from loftq_cli.machine.packages import required
-from loftq_cli.reporting.page.figures import Figure
+from loftq_cli.reporting.page.encodings import Figure
 from loftq_cli.reporting.page.theme import config
 
 GENERATOR = '<meta name="generator" content="loftq-cli">'

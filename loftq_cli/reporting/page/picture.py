@@ -11,6 +11,7 @@ from loftq_cli.machine.packages import required
 from loftq_cli.reporting import evaluations, summary
 from loftq_cli.reporting.inspect import inspect
 from loftq_cli.reporting.page.comparison import bars
+from loftq_cli.reporting.page.encodings import DEEP
 from loftq_cli.reporting.page.theme import SCHEME, fixed
 from loftq_cli.reporting.rows import EVALUATED
 
@@ -47,11 +48,7 @@ def specification(output: Output) -> dict[str, Any]:
         "height": 20 * len(kinds),
         "mark": {"type": "rect", "stroke": "white"},
         "encoding": {
-            "x": {
-                "field": "block",
-                "type": "ordinal",
-                "axis": {"labelOverlap": True, "labelAngle": 0, "grid": False},
-            },
+            "x": {"field": "block", **DEEP},
             "y": {
                 "field": "kind",
                 "type": "nominal",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loftq_cli.checkpoint.dtypes import BITS
-from loftq_cli.reporting.page.figures import Figure, hint
+from loftq_cli.reporting.page.encodings import Figure, hint, labels
 from loftq_cli.reporting.page.theme import AFTER, BEFORE, PALETTE
 
 _CODES, _PAIRS, _KEPT = "codes and scales", "adapter", "as it was"
@@ -39,13 +39,7 @@ def room(
             "transform": [{"calculate": "datum.bytes / 1e6", "as": "MB"}],
             "mark": {"type": "bar", "aria": False},
             "encoding": {
-                "y": {
-                    "field": "part",
-                    "type": "nominal",
-                    "sort": order,
-                    "title": None,
-                    "axis": {"grid": False, "labelLimit": 220},
-                },
+                "y": labels("part", order),
                 "x": {"field": "MB", "type": "quantitative", "title": "MB"},
                 "color": {
                     "field": "what",
