@@ -8,7 +8,7 @@ from typing import Any
 
 from loftq_cli.cli import console
 from loftq_cli.reporting import summary
-from loftq_cli.reporting.summary import Depth, Kind, Spread
+from loftq_cli.reporting.summary import Depth, Kind, Spread, span
 
 WORST = 10
 """How many matrices are listed as the worst."""
@@ -48,8 +48,8 @@ def _kinds(kinds: Sequence[Kind], adapter: bool) -> None:
     digits = _digits(kind.final for kind in kinds)
     rows = []
     for kind in kinds:
-        cells = [kind.name, str(kind.count), _shapes(kind), _span(kind.bits)]
-        cells += [_span(kind.ranks)] if adapter else []
+        cells = [kind.name, str(kind.count), _shapes(kind), span(kind.bits)]
+        cells += [span(kind.ranks)] if adapter else []
         cells += _cells(kind.quantized, digits) if adapter else []
         rows.append([*cells, *_cells(kind.final, digits)])
     both = ("no adapter", "range") if adapter else ()
@@ -138,7 +138,3 @@ def _shapes(kind: Kind) -> str:
     if len(kind.shapes) > 1:
         return f"{len(kind.shapes)} shapes"
     return "x".join(map(str, kind.shapes[0]))
-
-
-def _span(values: Sequence[int]) -> str:
-    return str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}"

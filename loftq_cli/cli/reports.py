@@ -9,6 +9,7 @@ from typing import Any
 from loftq_cli.cli import console, show
 from loftq_cli.cli.overview import gains, overview
 from loftq_cli.reporting.rows import figure, rows_of
+from loftq_cli.reporting.summary import has_adapter
 
 
 def inspection(found: Mapping[str, Any], *, as_json: bool, every: bool) -> None:
@@ -17,7 +18,7 @@ def inspection(found: Mapping[str, Any], *, as_json: bool, every: bool) -> None:
         console.json_object(found)
         return
     totals, source = found["totals"], found["source"]
-    adapter = _has_adapter(found["layers"])
+    adapter = has_adapter(found["layers"])
     revision = f" at {source['revision']}" if source["revision"] else ""
     pairs = [
         ("source", f"{source['id']}{revision}"),
@@ -78,11 +79,6 @@ def _layers_table(layers: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _has_adapter(layers: Sequence[Mapping[str, Any]]) -> bool:
-    """Not if a trained one was merged into the codes."""
-    return any(layer["rank"] for layer in layers)
-
-
 def _residual(totals: Mapping[str, Any], name: str, adapter: bool) -> str:
     if not adapter:
         return f"{totals[name]:.4f}"
@@ -119,7 +115,7 @@ def residuals(report: Mapping[str, Any], *, as_json: bool, as_csv: bool, every: 
     if as_csv:
         _csv(layers)
         return
-    totals, adapter = report["totals"], _has_adapter(layers)
+    totals, adapter = report["totals"], has_adapter(layers)
     pairs = [
         ("matrices", f"{len(layers)}{', recomputed from the source' * report['recomputed']}"),
         ("residual", f"{_residual(totals, 'relative_residual', adapter)} (of the weights)"),

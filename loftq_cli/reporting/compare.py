@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from loftq_cli.errors import InputError, UsageError
 from loftq_cli.reporting import evaluations, summary
 from loftq_cli.reporting.inspect import inspect
 from loftq_cli.reporting.residuals import error_report
+from loftq_cli.reporting.rows import FIGURES
 
 _NO_WEIGHTS = (".json",)  # of a source: config.json and the index may be told in other words
 # What follows from other settings, or changes last bits only.
 _FOLLOWS = {"widths", "structure", "threads", "kernels"}
-_FIGURES = ("perplexity", "source_perplexity", "kl", "top1", "cosine", "relative_error")
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,10 @@ def _conversion(each: Compared, common: set[str]) -> dict[str, Any]:
     layers = [layer for layer in each.report["layers"] if layer["name"] in common]
     outputs = [layer["weighted"] for layer in layers]
     weighted = [found for found in outputs if found is not None] if all(outputs) else []
+
+    def together(of: Sequence[Mapping[str, Any]], which: str) -> float | None:
+        return summary.together(of, which) if of else None
+
     return {
         "label": each.label,
         "directory": each.inspection["directory"],
@@ -123,19 +126,12 @@ def _conversion(each: Compared, common: set[str]) -> dict[str, Any]:
         "bits_per_weight_with_adapter": totals["bits_per_weight_with_adapter"],
         "backbone_bytes": totals["backbone_bytes"],
         "adapter_bytes": totals["adapter_bytes"],
-        "relative_residual": _together(layers, "final"),
-        "relative_residual_quantized": _together(layers, "quantized"),
-        "weighted_residual": _together(weighted, "final") if weighted else None,
+        "relative_residual": together(layers, "final"),
+        "relative_residual_quantized": together(layers, "quantized"),
+        "weighted_residual": together(weighted, "final"),
         "refined": "refined" in each.inspection,
         "merged": "merged" in each.output.manifest.get("exported", {}),
     }
-
-
-def _together(layers: Sequence[Mapping[str, Any]], which: str) -> float | None:
-    weight = math.fsum(layer["weight"] ** 2 for layer in layers)
-    if not layers:
-        return None
-    return math.sqrt(math.fsum(layer[which] ** 2 for layer in layers) / weight) if weight else 0.0
 
 
 def _settings(conversions: Sequence[Compared]) -> dict[str, list[Any]]:
@@ -173,7 +169,7 @@ def _evaluations(conversions: Sequence[Compared]) -> list[dict[str, Any]]:
         known = next(entry for entry in entries if entry is not None)
         told = {name: known[name] for name in ("texts", "source", "samples", "length", "seed")}
         figures = [
-            None if entry is None else {name: entry[name] for name in _FIGURES} for entry in entries
+            None if entry is None else {name: entry[name] for name in FIGURES} for entry in entries
         ]
         compared.append({**told, "conversions": figures})
     return compared

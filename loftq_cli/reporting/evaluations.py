@@ -11,13 +11,11 @@ from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.errors import CorruptFileError, UsageError
 from loftq_cli.machine.durable import pretty_json, write_file
+from loftq_cli.reporting.rows import FIGURES
 
 FILE = "loftq_evaluations.json"
 _KEY = ("texts", "source", "adapter", "samples", "length", "seed")
-_FIGURES = (
-    *("perplexity", "source_perplexity", "kl", "top1", "cosine", "relative_error"),
-    *("samples", "length", "seed", "tokens"),
-)
+_NUMBERS = (*FIGURES, "samples", "length", "seed", "tokens")
 
 
 def refuse_to_save(directory: Path, *, on_hub: bool) -> None:
@@ -67,11 +65,11 @@ def key(entry: Mapping[str, Any]) -> tuple[object, ...]:
 def _is_sound(entry: Mapping[str, Any]) -> bool:
     texts = entry.get("texts")
     return (
-        {*_KEY, *_FIGURES, "fingerprint"} <= entry.keys()
+        {*_KEY, *_NUMBERS, "fingerprint"} <= entry.keys()
         and isinstance(texts, list)
         and all(isinstance(text, str) for text in texts)
         and all(isinstance(entry[name], str | None) for name in ("source", "adapter"))
-        and all(_is_figure(entry[name]) for name in _FIGURES)
+        and all(_is_figure(entry[name]) for name in _NUMBERS)
     )
 
 

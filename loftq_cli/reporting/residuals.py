@@ -17,6 +17,7 @@ from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.errors import UsageError, VerificationError
 from loftq_cli.machine.paths import expanded
 from loftq_cli.reporting.recompute import Recomputed, Weighted, recompute
+from loftq_cli.reporting.summary import together
 
 WORST = 5
 """How many layers are listed as the worst."""
@@ -63,8 +64,8 @@ def error_report(
     totals = _totals(layers)
     outputs = [layer["weighted"] for layer in layers if layer["weighted"] is not None]
     if outputs:
-        totals["weighted_residual_quantized"] = _total(outputs, "quantized")
-        totals["weighted_residual"] = _total(outputs, "final")
+        totals["weighted_residual_quantized"] = together(outputs, "quantized")
+        totals["weighted_residual"] = together(outputs, "final")
     worst = sorted(layers, key=lambda layer: -layer["relative_residual"])[:WORST]
     return {
         "directory": str(place.directory),
@@ -117,8 +118,8 @@ def _differences(
 
 def _totals(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {
-        "relative_residual": _total(layers, "final"),
-        "relative_residual_quantized": _total(layers, "quantized"),
+        "relative_residual": together(layers, "final"),
+        "relative_residual_quantized": together(layers, "quantized"),
     }
 
 
@@ -144,8 +145,3 @@ def _layer(
         if weighted is None
         else {**asdict(weighted), "steps": stated["steps"] if stated else []},
     }
-
-
-def _total(layers: Sequence[Mapping[str, Any]], which: str) -> float:
-    weight = math.fsum(layer["weight"] ** 2 for layer in layers)
-    return math.sqrt(math.fsum(layer[which] ** 2 for layer in layers) / weight) if weight else 0.0

@@ -49,6 +49,7 @@ EVALUATED = (
     ("their relative error", "relative_error", "{:.2%}"),
 )
 """What an evaluation measures: title, key, format."""
+FIGURES = tuple(key for _, key, _ in EVALUATED)
 
 
 def figure(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -84,6 +85,22 @@ def first_block(layers: Sequence[Mapping[str, Any]]) -> int | None:
     """The number of the first block, with which every ``depth`` begins; None without blocks."""
     blocks = [spot.block for spot in places(layers).values() if spot.block is not None]
     return min(blocks, default=None)
+
+
+def has_adapter(layers: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether there is an adapter: not if a trained one was merged into the codes."""
+    return any(layer["rank"] for layer in layers)
+
+
+def together(layers: Sequence[Mapping[str, Any]], which: str) -> float:
+    """The relative residual of ``layers`` as if they were one matrix, 0 if that is zero."""
+    weight = math.fsum(layer["weight"] ** 2 for layer in layers)
+    return math.sqrt(math.fsum(layer[which] ** 2 for layer in layers) / weight) if weight else 0.0
+
+
+def span(values: Sequence[int]) -> str:
+    """The smallest and the largest of sorted ``values``."""
+    return str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}"
 
 
 def bounds(kinds: Iterable[Kind]) -> tuple[float, float] | None:

@@ -11,9 +11,9 @@ from loftq_cli.reporting.page import figures, html
 from loftq_cli.reporting.page.curves import curves
 from loftq_cli.reporting.page.encodings import Figure, significant
 from loftq_cli.reporting.page.room import room
-from loftq_cli.reporting.page.tables import kinds_table, span
+from loftq_cli.reporting.page.tables import kinds_table
 from loftq_cli.reporting.rows import size
-from loftq_cli.reporting.summary import weighted_figure
+from loftq_cli.reporting.summary import span, weighted_figure
 
 COLUMNS = (
     *("name", "kind", "block", "rows", "columns", "bits", "rank", "quantized", "final", "share"),
@@ -39,7 +39,7 @@ def document(
     kinds = summary.kinds(layers)
     places = summary.places(layers)
     named = {name: spot.kind for name, spot in places.items()}
-    adapter = any(layer["rank"] for layer in layers)
+    adapter = summary.has_adapter(layers)
     weighted = "weighted_residual" in report["totals"]
     shown: list[Figure] = [
         figures.heat(kinds, adapter=adapter, weighted=weighted),

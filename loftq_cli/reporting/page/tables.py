@@ -8,7 +8,7 @@ from typing import Any
 from loftq_cli.reporting import summary
 from loftq_cli.reporting.page.html import table, text
 from loftq_cli.reporting.rows import EVALUATED, figure, rows_of, size
-from loftq_cli.reporting.summary import Kind, Spread
+from loftq_cli.reporting.summary import Kind, Spread, span
 
 _WORST = 5
 _WIDEST = 48  # characters of a strip: a deeper model has several blocks in each
@@ -47,11 +47,6 @@ def kinds_table(kinds: Sequence[Kind], *, adapter: bool) -> str:
     columns = ("kind", "over depth", "matrices", "shape", "bits", "rank", *both, "residual")
     caption = "Kinds of layers: median and range of their residuals, relative to the weights"
     return table(caption, columns, rows, words=2).replace("<td>", '<td class="depth">')
-
-
-def span(values: Sequence[int]) -> str:
-    """The smallest and the largest of sorted ``values``."""
-    return str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}"
 
 
 def _inspection(found: _Report) -> Iterator[str]:
@@ -109,8 +104,7 @@ def _evaluation(found: _Report) -> Iterator[str]:
 
 
 def _kinds(layers: Sequence[_Report]) -> str:
-    adapter = any(layer["rank"] for layer in layers)
-    return kinds_table(summary.kinds(layers), adapter=adapter)
+    return kinds_table(summary.kinds(layers), adapter=summary.has_adapter(layers))
 
 
 def _code(source: str) -> str:
