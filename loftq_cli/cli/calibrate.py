@@ -15,6 +15,7 @@ from loftq_cli.cli.options import (
     json_option,
     length_option,
     log_option,
+    model_revision_option,
     offline_option,
     quiet_option,
     samples_option,
@@ -46,7 +47,7 @@ from loftq_cli.cli.options import (
 @length_option
 @device_option
 @seed_option
-@click.option("--revision", type=str, help="Branch, tag or commit on the hub.")
+@model_revision_option
 @offline_option
 @click.option("--overwrite", is_flag=True, help="Replace an earlier file of statistics once done.")
 @json_option

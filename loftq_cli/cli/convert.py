@@ -14,6 +14,7 @@ from loftq_cli.cli.options import (
     choice,
     json_option,
     log_option,
+    model_revision_option,
     offline_option,
     quiet_option,
     setting_options,
@@ -102,7 +103,7 @@ if TYPE_CHECKING:
     "OUTPUT.start.",
 )
 @setting_options("where")
-@click.option("--revision", type=str, help="Branch, tag or commit on the hub.")
+@model_revision_option
 @offline_option
 @click.option(
     "--allow-pickle",

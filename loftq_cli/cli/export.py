@@ -14,6 +14,7 @@ from loftq_cli.cli.options import (
     directory_argument,
     json_option,
     offline_option,
+    output_option,
     quiet_option,
     revision_option,
 )
@@ -22,7 +23,7 @@ from loftq_cli.layouts import registry
 
 @click.command(context_settings=CONTEXT)
 @directory_argument
-@click.option("-o", "--output", required=True, type=ExpandedPath(), help="Directory to write.")
+@output_option
 @click.option(
     "--layout",
     required=True,

@@ -13,6 +13,7 @@ from loftq_cli.cli.options import (
     directory_argument,
     json_option,
     offline_option,
+    output_option,
     quiet_option,
     revision_option,
 )
@@ -20,7 +21,7 @@ from loftq_cli.cli.options import (
 
 @click.command("import-adapter", context_settings=CONTEXT)
 @directory_argument
-@click.option("-o", "--output", required=True, type=ExpandedPath(), help="Directory to write.")
+@output_option
 @click.option(
     "--adapter",
     required=True,

@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 from loftq_cli.cli import show
-from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
+from loftq_cli.cli.guard import CONTEXT, guarded
 from loftq_cli.cli.narrator import Narrator
 from loftq_cli.cli.options import (
     choice,
     directory_argument,
     json_option,
     offline_option,
+    output_option,
     quiet_option,
     revision_option,
 )
@@ -21,7 +22,7 @@ from loftq_cli.cli.options import (
 
 @click.command(context_settings=CONTEXT)
 @directory_argument
-@click.option("-o", "--output", required=True, type=ExpandedPath(), help="Directory to write.")
+@output_option
 @click.option(
     "--adapter",
     type=str,

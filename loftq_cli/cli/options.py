@@ -15,6 +15,12 @@ directory_argument = click.argument("directory", default="out", type=str, metava
 revision_option = click.option(
     "--revision", type=str, help="Branch, tag or commit of DIR, if it is on the hub."
 )
+model_revision_option = click.option(
+    "--revision", type=str, help="Branch, tag or commit on the hub."
+)
+output_option = click.option(
+    "-o", "--output", required=True, type=ExpandedPath(), help="Directory to write."
+)
 offline_option = click.option("--offline", is_flag=True, help="Use only what is in the hub cache.")
 all_option = click.option("--all", "every", is_flag=True, help="List every matrix.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")

@@ -7,7 +7,13 @@ import click
 from loftq_cli.cli import show_fits
 from loftq_cli.cli.guard import CONTEXT, guarded
 from loftq_cli.cli.narrator import Narrator
-from loftq_cli.cli.options import choice, json_option, offline_option, quiet_option
+from loftq_cli.cli.options import (
+    choice,
+    json_option,
+    model_revision_option,
+    offline_option,
+    quiet_option,
+)
 
 
 @click.command(context_settings=CONTEXT)
@@ -52,7 +58,7 @@ from loftq_cli.cli.options import choice, json_option, offline_option, quiet_opt
     metavar="NAME",
     help="Layouts to look at (repeatable).  [default: auto]",
 )
-@click.option("--revision", type=str, help="Branch, tag or commit on the hub.")
+@model_revision_option
 @offline_option
 @click.option(
     "--allow-pickle", is_flag=True, help="Read the headers of pickled weights, as convert."

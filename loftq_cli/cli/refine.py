@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from loftq_cli.cli import show
-from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
+from loftq_cli.cli.guard import CONTEXT, guarded
 from loftq_cli.cli.narrator import Narrator
 from loftq_cli.cli.options import (
     device_option,
@@ -16,6 +16,7 @@ from loftq_cli.cli.options import (
     length_option,
     log_option,
     offline_option,
+    output_option,
     quiet_option,
     revision_option,
     seed_option,
@@ -33,7 +34,7 @@ from loftq_cli.cli.options import (
     help="The model that was converted, a directory or hub id.",
 )
 @text_option("Text to train on, UTF-8 (repeatable).")
-@click.option("-o", "--output", required=True, type=ExpandedPath(), help="Directory to write.")
+@output_option
 @click.option(
     "--epochs",
     type=int,

@@ -15,13 +15,12 @@ import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.families.architecture import initialised_through_weights, unreplaceable
-from loftq_cli.layouts.base import Layout, Matrix, Surroundings
+from loftq_cli.layouts.base import Layout, Matrix, Surroundings, ungrouped
 from loftq_cli.layouts.skipped import skip_list, skips
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.numerics.quantizers.packing import pack, unpack
 
-GROUP_SIZES = (32, 64, 128)
 _BITS = 4
 _A_WORD = 8  # codes
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -48,13 +47,10 @@ class AwqLayout(Layout):
             return "awq is not written for Conv1D layers"
         if method(matrix.method).decoding != "affine" or matrix.bits != _BITS:
             return f"awq holds 4-bit uniform codes, not {matrix.bits}-bit {matrix.method}"
-        if matrix.block_size not in GROUP_SIZES:
-            return f"awq holds groups of 32, 64 or 128, not {matrix.block_size}"
-        out_features, in_features = matrix.shape
-        if in_features % matrix.block_size:
-            return f"in_features {in_features} is not a multiple of {matrix.block_size}"
-        if out_features % _A_WORD:
-            return f"out_features {out_features} is not a multiple of {_A_WORD}"
+        if (reason := ungrouped(matrix, "awq")) is not None:
+            return reason
+        if matrix.shape[0] % _A_WORD:
+            return f"out_features {matrix.shape[0]} is not a multiple of {_A_WORD}"
         return None
 
     def cannot_describe(self, surroundings: Surroundings) -> str | None:

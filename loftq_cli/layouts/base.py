@@ -73,6 +73,19 @@ def matrix_of(record: Mapping[str, Any]) -> Matrix:
     )
 
 
+GROUP_SIZES = (32, 64, 128)
+"""Weights of a row that have one scale, in software that serves and trains uniform codes."""
+
+
+def ungrouped(matrix: Matrix, holder: str) -> str | None:
+    """Why the rows of ``matrix`` are not in whole groups that ``holder`` has; None if they are."""
+    if matrix.block_size not in GROUP_SIZES:
+        return f"{holder} holds groups of 32, 64 or 128, not {matrix.block_size}"
+    if matrix.shape[1] % matrix.block_size:
+        return f"in_features {matrix.shape[1]} is not a multiple of {matrix.block_size}"
+    return None
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What else a consumer's config needs to know: the backbone's config.json so far, modules with

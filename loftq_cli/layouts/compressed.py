@@ -21,14 +21,13 @@ from loftq_cli.errors import CorruptFileError
 from loftq_cli.families.architecture import ADDED_HEADS, unreplaceable
 from loftq_cli.families.experts import is_expert
 from loftq_cli.families.fused import fused_parts
-from loftq_cli.layouts.base import Layout, Matrix, Surroundings
+from loftq_cli.layouts.base import Layout, Matrix, Surroundings, ungrouped
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.decoding import decode
 from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.numerics.quantizers.packed import Packed
 from loftq_cli.numerics.quantizers.packing import pack, packed_length, unpack
 
-GROUP_SIZES = (32, 64, 128)
 _WORD = 32  # bits; also the codes that fill whole words at every width
 
 
@@ -53,10 +52,8 @@ class CompressedLayout(Layout):
             return "compressed is not written for Conv1D layers"
         if method(matrix.method).decoding != "affine":
             return f"compressed holds uniform codes, not {matrix.method}"
-        if matrix.block_size not in GROUP_SIZES:
-            return f"compressed holds groups of 32, 64 or 128, not {matrix.block_size}"
-        if matrix.shape[1] % matrix.block_size:
-            return f"in_features {matrix.shape[1]} is not a multiple of {matrix.block_size}"
+        if (reason := ungrouped(matrix, "compressed")) is not None:
+            return reason
         fits_a_word = matrix.bits == 4 and matrix.shape[0] * 4 <= _WORD
         if fits_a_word and not method(matrix.method).symmetric:
             # Its unpacking takes one word a group for contiguous, and raises.

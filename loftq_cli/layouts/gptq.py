@@ -22,12 +22,10 @@ from loftq_cli.families.architecture import (
     is_decoder_only,
     unreplaceable,
 )
-from loftq_cli.layouts.base import Layout, Matrix, Surroundings
+from loftq_cli.layouts.base import GROUP_SIZES, Layout, Matrix, Surroundings
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
 from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.numerics.quantizers.packing import pack, unpack
-
-GROUP_SIZES = (32, 64, 128)
 
 # The stacks that optimum recognises by itself (optimum.gptq.constants.BLOCK_PATTERNS).
 _KNOWN_STACKS = (

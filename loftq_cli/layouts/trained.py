@@ -96,13 +96,7 @@ def open_adapter(path: Path) -> TrainedAdapter:
         )
     config = read_json(config_file).content
     check_config(config_file, config)
-    try:
-        tensors = read_header(file).tensors
-    except HeaderError as error:
-        raise CorruptFileError(f"{file}: {error}") from error
-    except OSError as error:
-        raise EnvironmentFailure(f"{file}: {error.strerror or error}") from error
-    found = _sorted(file, tensors)
+    found = _sorted(file, tensors_in(file))
     fused = _fused(file, config, found.pairs)
     if config.get("trainable_token_indices") and not found.tokens:
         raise CorruptFileError(
@@ -118,6 +112,17 @@ def open_adapter(path: Path) -> TrainedAdapter:
         {module: _rows(file, config, module, rows) for module, rows in found.tokens.items()},
         fused,
     )
+
+
+def tensors_in(file: Path) -> tuple[StoredTensor, ...]:
+    """What the adapter ``file`` holds. Raises CorruptFileError, or EnvironmentFailure if it cannot
+    be read."""
+    try:
+        return read_header(file).tensors
+    except HeaderError as error:
+        raise CorruptFileError(f"{file}: {error}") from error
+    except OSError as error:
+        raise EnvironmentFailure(f"{file}: {error.strerror or error}") from error
 
 
 def _weights(path: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.dtypes import FLOATS
-from loftq_cli.checkpoint.header import HeaderError, StoredTensor, TensorSpec, read_header, shown
+from loftq_cli.checkpoint.header import StoredTensor, TensorSpec, shown
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.small_file import read_json
@@ -23,7 +23,6 @@ from loftq_cli.checkpoint.source import open_source
 from loftq_cli.checkpoint.writer import GrowingShard
 from loftq_cli.errors import (
     CorruptFileError,
-    EnvironmentFailure,
     InputError,
     SourceNotFoundError,
     UnsupportedInputError,
@@ -31,6 +30,7 @@ from loftq_cli.errors import (
 from loftq_cli.exporting.mlx.adapter import CONFIG, WEIGHTS
 from loftq_cli.families.tasks import task_type
 from loftq_cli.layouts import adapter as adapters
+from loftq_cli.layouts.trained import tensors_in
 from loftq_cli.machine.durable import explained, pretty_json, write_file
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.paths import check_output_path
@@ -111,14 +111,8 @@ def _opened(path: Path) -> Trained:
             f"{settings_file}: missing", hint="it says how the adapter's tensors are to be scaled"
         )
     scale, rank = _settings(settings_file, read_json(settings_file).content)
-    try:
-        tensors = read_header(file).tensors
-    except HeaderError as error:
-        raise CorruptFileError(f"{file}: {error}") from error
-    except OSError as error:
-        raise EnvironmentFailure(f"{file}: {error.strerror or error}") from error
     sides: dict[str, dict[str, StoredTensor]] = {}
-    for tensor in tensors:
+    for tensor in tensors_in(file):
         match = _TENSOR.fullmatch(tensor.name)
         if match is None or tensor.dtype not in FLOATS:
             raise InputError(

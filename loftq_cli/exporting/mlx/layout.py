@@ -16,12 +16,11 @@ import torch
 
 from loftq_cli.checkpoint.dtypes import computed, torch_dtype
 from loftq_cli.checkpoint.header import TensorSpec
-from loftq_cli.layouts.base import Layout, Matrix, Surroundings
+from loftq_cli.layouts.base import Layout, Matrix, Surroundings, ungrouped
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.numerics.quantizers.packing import pack, unpack
 
-GROUP_SIZES = (32, 64, 128)
 _WORD = 32  # bits
 
 
@@ -37,11 +36,7 @@ class MlxLayout(Layout):
             return "mlx-lm transposes Conv1D layers as it loads them"
         if method(matrix.method).decoding != "affine":
             return f"MLX holds uniform codes, not {matrix.method}"
-        if matrix.block_size not in GROUP_SIZES:
-            return f"MLX holds groups of 32, 64 or 128, not {matrix.block_size}"
-        if matrix.shape[1] % matrix.block_size:
-            return f"in_features {matrix.shape[1]} is not a multiple of {matrix.block_size}"
-        return None
+        return ungrouped(matrix, "MLX")
 
     def specs(self, matrix: Matrix) -> list[TensorSpec]:
         rows, columns = matrix.shape
