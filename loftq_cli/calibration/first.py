@@ -43,11 +43,10 @@ class Texts:
 
     def files(self, source: Source, output: Path) -> list[Path]:
         """The files of the texts, around a conversion of ``source`` to ``output``."""
-        return [own_text.beside(output, source) if p == Path(OWN) else p for p in self.paths]
-
-    def read(self, source: Source, output: Path) -> list[Text]:
-        """The texts. Raises InputError."""
-        return [read_text(OPTION, path) for path in self.files(source, output)]
+        if not self.own:
+            return list(self.paths)
+        own = own_text.beside(output, source)
+        return [own if path == Path(OWN) else path for path in self.paths]
 
 
 def asked(
@@ -79,29 +78,33 @@ def beside(output: Path) -> Path:
     return output.with_name(f"{output.name}.stats.safetensors")
 
 
-def write_own(
+def read(
     source: Source, output: Path, texts: Texts, *, device: str, observer: Observer
-) -> None:
-    """Have the model write its text, unless it lies there already, or other statistics do. Raises
-    what :func:`~loftq_cli.calibration.own_text.write` does."""
-    path = own_text.beside(output, source)
-    if texts.own and not path.exists():
-        own_text.write(source, path, device, observer)
-        observer.note(f"wrote {own_text.PASSAGES} passages: {path}")
+) -> list[Text]:
+    """The texts; what the model is to write itself is written now, unless it lies there already.
+    Raises InputError, and what :func:`~loftq_cli.calibration.own_text.write` does."""
+    files = texts.files(source, output)
+    for path, file in zip(texts.paths, files, strict=True):
+        if path == Path(OWN) and not file.exists():
+            own_text.write(source, file, device, observer)
+            observer.note(f"wrote {own_text.PASSAGES} passages: {file}")
+    return [read_text(OPTION, file) for file in files]
 
 
-def found(source: Source, output: Path, texts: Texts, *, overwrite: bool) -> Statistics | None:
-    """The statistics beside ``output``, if they are of this model and these texts; None if
+def found(
+    source: Source, output: Path, texts: Sequence[Text], moments: str, *, overwrite: bool
+) -> Statistics | None:
+    """The statistics beside ``output``, if they are of this model and these ``texts``; None if
     they have to be measured.
 
-    Raises InputError for the texts, OutputConflictError if there is something else and
-    ``overwrite`` does not allow to replace it.
+    Raises OutputConflictError if there is something else and ``overwrite`` does not allow to
+    replace it.
     """
-    read, path = texts.read(source, output), beside(output)
+    path = beside(output)
     refuse_taken(path, overwrite=True)  # what is not ours
     if not path.exists():
         return None
-    differing = _differing(path, source, read, texts.moments)
+    differing = _differing(path, source, texts, moments)
     if differing is None:
         return statistics_for(source, str(path))
     if not overwrite:
@@ -113,14 +116,19 @@ def found(source: Source, output: Path, texts: Texts, *, overwrite: bool) -> Sta
 
 
 def measured(
-    source: Source, output: Path, texts: Texts, *, device: str, observer: Observer
+    source: Source,
+    output: Path,
+    texts: Sequence[Text],
+    moments: str,
+    *,
+    device: str,
+    observer: Observer,
 ) -> Statistics:
     """Measure, and open what was written. Raises what :func:`measure` does."""
     path = beside(output)
-    wanted = Measuring(moments=texts.moments, device=device)
-    read = texts.read(source, output)
-    result = measure(source, path, read, wanted, overwrite=True, observer=observer)
-    observer.note(f"measured {result['tokens']:,} tokens ({texts.moments} moments): {path}")
+    wanted = Measuring(moments=moments, device=device)
+    result = measure(source, path, texts, wanted, overwrite=True, observer=observer)
+    observer.note(f"measured {result['tokens']:,} tokens ({moments} moments): {path}")
     return statistics_for(source, str(path))
 
 

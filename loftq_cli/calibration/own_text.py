@@ -18,6 +18,7 @@ from loftq_cli.calibration.measure import class_to_run
 from loftq_cli.calibration.pretrained import fits, load_model, load_tokenizer, quiet
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import EnvironmentFailure, UnsupportedInputError
+from loftq_cli.families.lengths import limits
 from loftq_cli.machine.durable import write_file
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.packages import required
@@ -106,8 +107,7 @@ def sampled(
 ) -> list[list[int]]:
     """PASSAGES of LENGTH tokens, in equal parts from each of ``starts``."""
     model.generation_config.eos_token_id = None  # what comes behind an end is a text as well
-    limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
-    length = min(LENGTH, limit)
+    length = min([LENGTH, *limits(model.config.to_dict())])
     found: list[list[int]] = []
     observer.begin(PASSAGES, "writing text", " passages")
     try:

@@ -191,9 +191,16 @@ def convert(
         narrator.note(f"nothing to do: {path if refining else output} is complete and verified")
     manifest = outcome.manifest
     if asked is not None and refining:
-        files = asked.files(plan.source, path)
-        start = refined.Start(path, output, files, manifest["recipe"]["device"])
-        manifest = start.refine(model, offline=offline, overwrite=overwrite, observer=narrator)
+        manifest = refined.refine_start(
+            plan,
+            path,
+            output,
+            asked,
+            model,
+            offline=offline,
+            overwrite=overwrite,
+            observer=narrator,
+        )
     again = outcome.nothing_to_do and not refining
     show.outcome(manifest, str(output), again=again, as_json=as_json)
 

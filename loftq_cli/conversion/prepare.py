@@ -105,8 +105,9 @@ def _measured_first(
     if texts.dry_run and texts.own:
         observer.note("the model writes its text first; this plan is made without it")
         return plan
-    first.write_own(plan.source, path, texts, device=settings.device, observer=observer)
-    statistics = first.found(plan.source, path, texts, overwrite=overwrite)
+    source, device = plan.source, settings.device
+    read = first.read(source, path, texts, device=device, observer=observer)
+    statistics = first.found(source, path, read, texts.moments, overwrite=overwrite)
     if statistics is None and texts.dry_run:
         observer.note("the statistics are measured first; this plan is made without them")
         return plan
@@ -116,9 +117,9 @@ def _measured_first(
             _refuse_beforehand(plan, workspace)
         check_resources(plan, workspace)
         statistics = first.measured(
-            plan.source, path, texts, device=settings.device, observer=observer
+            source, path, read, texts.moments, device=device, observer=observer
         )
-    return make_plan(plan.source, settings, statistics)
+    return make_plan(source, settings, statistics)
 
 
 def _with_earlier_threads(plan: Plan, workspace: ConversionWorkspace, overwrite: bool) -> Plan:

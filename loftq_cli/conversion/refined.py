@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +43,20 @@ def cost_note(plan: Plan) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Start:
-    """The conversion ``path``, which is to be refined to ``output`` on ``texts``."""
-
-    path: Path
-    output: Path
-    texts: Sequence[Path]
-    device: str
-
-    def refine(
-        self, model: str, *, offline: bool, overwrite: bool, observer: Observer
-    ) -> dict[str, Any]:
-        """Refine it against ``model``; the manifest. Raises what
-        :func:`~loftq_cli.refinement.refine.refine` does."""
-        wanted = Refining(device=self.device, offline=offline)
-        given = (self.path, self.output, model, self.texts, wanted)
-        refine(*given, overwrite=overwrite, observer=observer)
-        return open_output(self.output).manifest
+def refine_start(
+    plan: Plan,
+    start: Path,
+    output: Path,
+    texts: Texts,
+    model: str,
+    *,
+    offline: bool,
+    overwrite: bool,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Refine what ``plan`` has made in ``start`` against ``model``, to ``output``; the manifest.
+    Raises what :func:`~loftq_cli.refinement.refine.refine` does."""
+    files = texts.files(plan.source, start)
+    wanted = Refining(device=plan.recipe.device, offline=offline)
+    refine(start, output, model, files, wanted, overwrite=overwrite, observer=observer)
+    return open_output(output).manifest

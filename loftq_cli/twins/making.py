@@ -50,7 +50,7 @@ def convert(
     ``fit_batch`` at a time: either decides target_bpw. Resumes an unfinished conversion with the
     same settings.
     """
-    from loftq_cli.conversion.refined import Start
+    from loftq_cli.conversion.refined import refine_start
     from loftq_cli.conversion.run import run
     from loftq_cli.machine.observer import Logged
 
@@ -72,9 +72,16 @@ def convert(
     manifest = run(found, path, overwrite=overwrite, observer=Logged()).manifest
     if asked is None or not asked.refine:
         return manifest
-    texts = asked.files(found.source, path)
-    start = Start(path, expanded(output), texts, manifest["recipe"]["device"])
-    return start.refine(str(model), offline=offline, overwrite=overwrite, observer=Logged())
+    return refine_start(
+        found,
+        path,
+        expanded(output),
+        asked,
+        str(model),
+        offline=offline,
+        overwrite=overwrite,
+        observer=Logged(),
+    )
 
 
 def plan(
