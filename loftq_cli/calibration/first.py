@@ -13,6 +13,7 @@ from pathlib import Path
 from loftq_cli.calibration import own_text
 from loftq_cli.calibration.calibrate import Measuring, Text, measure, provenance, read_text
 from loftq_cli.calibration.own_text import OWN
+from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import OutputConflictError, UsageError
 from loftq_cli.machine.observer import Observer
@@ -83,6 +84,8 @@ def read(
 ) -> list[Text]:
     """The texts; what the model is to write itself is written now, unless it lies there already.
     Raises InputError, and what :func:`~loftq_cli.calibration.own_text.write` does."""
+    if texts.own:
+        deliver_all(source, observer)  # before its text has a name, by what is in them
     files = texts.files(source, output)
     for path, file in zip(texts.paths, files, strict=True):
         if path == Path(OWN) and not file.exists():

@@ -18,7 +18,8 @@ from loftq_cli.checkpoint.source import open_source
 from loftq_cli.cli.commands import main
 from loftq_cli.errors import EnvironmentFailure, UnsupportedInputError
 from loftq_cli.machine.observer import Observer
-from tests.support import models
+from tests.support import checkpoints, models
+from tests.support.hub_server import HubServer
 
 CHAT = "{% for m in messages %}({{ m['role'] }}){{ m['content'] }}{% endfor %}"
 WORDS = ("--bits", "4", "--rank", "2", "--layout", "loftq", "--calibrate-text", "self", "-q")
@@ -95,6 +96,21 @@ def test_convert_measures_and_keeps_it(model: Path, tmp_path: Path) -> None:
     llama = models.llama()
     models.save(llama, model)
     assert own_text.beside(tmp_path / "out", open_source(model)) != text
+
+
+def test_a_model_on_the_hub_is_brought_before_it_writes(
+    model: Path, tmp_path: Path, server: HubServer
+) -> None:
+    server.publish("org/model", checkpoints.files(model))
+    manifests = [
+        loftq_cli.convert(
+            name, place, bits=4, rank=2, layout="loftq", threads=1, calibrate_text="self"
+        )
+        for name, place in (("org/model", "online"), (model, "local"))
+    ]
+    online, local = (path.read_text() for path in sorted(tmp_path.glob("*.self-*.txt")))
+    assert online == local
+    assert manifests[0]["outputs"] == manifests[1]["outputs"]
 
 
 def test_what_does_not_write_is_refused(
