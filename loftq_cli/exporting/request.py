@@ -15,12 +15,8 @@ from loftq_cli.exporting.mlx.export import export_mlx
 from loftq_cli.exporting.work import Wanted
 from loftq_cli.machine.observer import Observer
 
-_NOT_FOR = {
-    "merge": (GGUF, MLX),
-    "stats": (GGUF, MLX),
-    "pad-ranks": (GGUF, MLX),
-    "base-model": (GGUF, MLX),
-}
+_OF_OTHERS = (GGUF, MLX)
+_NOT_FOR_THEM = ("merge", "stats", "pad-ranks", "base-model")
 _ONLY_FOR = {"skeleton": GGUF, "source": GGUF, "strict": GGUF, "rounded": MLX}
 
 
@@ -52,7 +48,7 @@ class Request:
             "rounded": self.rounded,
         }
         for option, value in given.items():
-            if value and layout in _NOT_FOR.get(option, ()):
+            if value and layout in _OF_OTHERS and option in _NOT_FOR_THEM:
                 raise UsageError(
                     f"--{option} is not for --layout {layout}",
                     hint="leave it out; a model merged into its codes is exported once more",

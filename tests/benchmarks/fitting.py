@@ -142,26 +142,11 @@ def model(kind: str) -> Any:
 def compared(case: Case, checkpointing: bool, folder: Path) -> tuple[dict[str, Any], Counted]:
     """What is said of ``case``, in bytes, and what was counted."""
     out = folder / f"{case.source.name}-{case.layout}-{case.bits}"
+    asked: dict[str, Any] = {"bits": case.bits, "rank": case.rank, "layout": case.layout}
     if not out.exists():
-        loftq_cli.convert(
-            case.source,
-            out,
-            bits=case.bits,
-            rank=case.rank,
-            layout=case.layout,
-            iters=1,
-            scale="absmax",
-            threads=1,
-        )
-    (row,) = loftq_cli.what_fits(
-        case.source,
-        length=case.length,
-        batch=case.batch,
-        dtype=case.dtype,
-        bits=case.bits,
-        rank=case.rank,
-        layout=case.layout,
-    )["rows"]
+        loftq_cli.convert(case.source, out, **asked, iters=1, scale="absmax", threads=1)
+    trained = {"length": case.length, "batch": case.batch, "dtype": case.dtype}
+    (row,) = loftq_cli.what_fits(case.source, **trained, **asked)["rows"]
     way = "checkpointed_" if checkpointing else ""
     said = {
         "weights": row["weights_bytes"],
