@@ -145,8 +145,8 @@ def compared(case: Case, checkpointing: bool, folder: Path) -> tuple[dict[str, A
     asked: dict[str, Any] = {"bits": case.bits, "rank": case.rank, "layout": case.layout}
     if not out.exists():
         loftq_cli.convert(case.source, out, **asked, iters=1, scale="absmax", threads=1)
-    trained = {"length": case.length, "batch": case.batch, "dtype": case.dtype}
-    (row,) = loftq_cli.what_fits(case.source, **trained, **asked)["rows"]
+    asked |= {"length": case.length, "batch": case.batch, "dtype": case.dtype}
+    (row,) = loftq_cli.what_fits(case.source, **asked)["rows"]
     way = "checkpointed_" if checkpointing else ""
     said = {
         "weights": row["weights_bytes"],
