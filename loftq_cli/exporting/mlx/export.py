@@ -22,6 +22,7 @@ from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
 from loftq_cli.checkpoint.writer import GrowingShard, index_of
 from loftq_cli.errors import LayoutError
 from loftq_cli.exporting.mlx.adapter import FOLDER, MlxAdapter
+from loftq_cli.exporting.mlx.config import with_rotary_settings
 from loftq_cli.exporting.mlx.layout import MlxLayout
 from loftq_cli.exporting.plan import ExportPlan, Item, Moved, make_export_plan, name_of, specs_of
 from loftq_cli.layouts import adapter as adapters
@@ -150,7 +151,7 @@ def _write(
         specs = (specs_of(items) for _, items in plan.shards)
         write_file(target / INDEX, pretty_json(index_of(zip(names, specs, strict=True))))
     copy_files(plan.companions, target)
-    config = {**plan.config, "quantization": plan.entry}
+    config = {**with_rotary_settings(plan.config), "quantization": plan.entry}
     write_file(target / CONFIG, pretty_json(config, in_order=True))
     with explained(target):
         if pairs is not None:

@@ -234,11 +234,11 @@ def asked(address: str, body: dict[str, Any]) -> Any:
     raise AssertionError("the server does not answer")
 
 
-def as_published(file: Path) -> None:
-    """Published configs have at the top what transformers 5 puts into ``rope_parameters``, and
-    mlx-lm looks for it there."""
+def another_base(file: Path) -> None:
+    """Give the rotary embedding a base that is nobody's default: mlx-lm has to be told."""
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config.get("rope_parameters", {}), **config}))
+    config.get("rope_parameters", {})["rope_theta"] = 20000.0
+    file.write_text(json.dumps(config))
 
 
 def families(mlx: Mlx, place: Path) -> bool:
@@ -248,7 +248,7 @@ def families(mlx: Mlx, place: Path) -> bool:
     for kind in FAMILIES:
         source, out = place / kind, place / f"{kind}-out"
         models.save(small.build(kind, small.MAPPINGS["causal"][kind]), source)
-        as_published(source / "config.json")
+        another_base(source / "config.json")
         given: dict[str, Any] = {"bits": 4, "method": "uniform-symmetric", "block_size": 32}
         loftq_cli.convert(source, out, layout="compressed", rank=4, iters=1, threads=1, **given)
         served = loftq_cli.export(out, place / f"{kind}-mlx", layout="mlx")
