@@ -19,7 +19,7 @@ from tests.support.calibrated import LENGTH, TEXT
 from tests.support.models import CHARACTERS, FIRST_CHARACTER
 
 KEYS = "adapter cosine device directory kl length perplexity relative_error samples seconds"
-KEYS += " source source_perplexity tokens top1"
+KEYS += " seed source source_perplexity texts tokens top1"
 SETTINGS: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 1, "threads": 1, "layout": "loftq"}
 ROOM = LENGTH - 2  # <s> and </s> are around every window
 
