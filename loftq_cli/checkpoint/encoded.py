@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.header import StoredTensor
 
@@ -28,13 +28,16 @@ class Part:
 class EncodedTensor(StoredTensor):
     """``start`` is that of ``main``, the part with the codes; ``others`` by what they are to it,
     perhaps in other shards. ``decode`` makes the tensor of all parts' values, and raises
-    CorruptFileError if these make no sense."""
+    CorruptFileError if these make no sense. ``stated``: what config.json has to say for it to be
+    found again among ``names``, the tensors that it takes up."""
 
     main: Part
     others: Mapping[str, Part] = field(hash=False)
     decode: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor] = field(
         compare=False, repr=False
     )
+    names: tuple[str, ...] = ()
+    stated: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def foreign(shard: Shard) -> set[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.decoding.find import decoded
 from loftq_cli.checkpoint.not_a_model import refuse_marked, refuse_unmerged
+from loftq_cli.checkpoint.output import MANIFEST
 from loftq_cli.checkpoint.quantized import refuse_quantized
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import Source, open_source
@@ -30,14 +31,21 @@ def locate(request: Request, say: Callable[[str], None]) -> Source:
     quantized in a form that is not read, or an adapter, or a conversion of ours; EnvironmentFailure
     for hub access.
     """
+    return _in_full_precision(opened(request, say))
+
+
+def opened(request: Request, say: Callable[[str], None], *, ours: bool = False) -> Source:
+    """The checkpoint that ``request`` names as :func:`locate` finds it, its tensors as they are
+    stored. ``ours``: a directory may be a conversion of ours. Raises as :func:`locate`."""
     model = request.model
     if is_path(model):
         _refuse_revision(model, request.revision)
         path = expanded(model)
-        refuse_marked(path, model)
-        return _in_full_precision(
-            open_source(path, source_id=model, allow_pickle=request.allow_pickle)
-        )
+        if not (ours and os.path.exists(path / MANIFEST)):
+            refuse_marked(path, model)
+        source = open_source(path, source_id=model, allow_pickle=request.allow_pickle)
+        refuse_unmerged(source)
+        return source
     # Imported here: a local conversion needs no hub client.
     from loftq_cli.checkpoint.hub import repository, shards
     from loftq_cli.checkpoint.hub.listing import looks_like_hub_id
@@ -45,23 +53,22 @@ def locate(request: Request, say: Callable[[str], None]) -> Source:
     if not looks_like_hub_id(model):
         raise SourceNotFoundError(f"{model}: no such directory, and not a hub id")
     snapshot = repository.fetch(request, say)
-    return _in_full_precision(
-        open_source(
-            snapshot.directory,
-            source_id=snapshot.repo_id,
-            revision=snapshot.revision,
-            requested_revision=request.revision,
-            resolved_from=snapshot.resolved_from,
-            supply=shards.HubSupply(snapshot, request.passing),
-            left=snapshot.left_behind,
-        )
+    source = open_source(
+        snapshot.directory,
+        source_id=snapshot.repo_id,
+        revision=snapshot.revision,
+        requested_revision=request.revision,
+        resolved_from=snapshot.resolved_from,
+        supply=shards.HubSupply(snapshot, request.passing),
+        left=snapshot.left_behind,
     )
+    refuse_unmerged(source)
+    return source
 
 
 def _in_full_precision(source: Source) -> Source:
     """The source, decoded if it is quantized itself. Raises UnsupportedInputError if it is not
     what can be converted."""
-    refuse_unmerged(source)
     source = decoded(source)
     refuse_quantized(source)
     return source

@@ -7,6 +7,9 @@ import os
 ADAPTER_FOLDER = "loftq_init"
 """Where an output has its adapter."""
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""By which PEFT knows an adapter."""
+
 
 def is_plain_name(name: str) -> bool:
     """Whether ``name`` names a file in its own directory: no separators, no parents, no NUL, and

@@ -10,13 +10,12 @@ from typing import Any
 
 from loftq_cli.checkpoint.header import shown
 from loftq_cli.checkpoint.lfs import refuse_pointers
-from loftq_cli.checkpoint.names import ADAPTER_FOLDER
+from loftq_cli.checkpoint.names import ADAPTER_CONFIG, ADAPTER_FOLDER
 from loftq_cli.checkpoint.output import MANIFEST, read_manifest
 from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.checkpoint.source import WEIGHTS, Source
 from loftq_cli.errors import InputError, UnsupportedInputError
 
-ADAPTER_CONFIG = "adapter_config.json"
 MARKERS = (ADAPTER_CONFIG, MANIFEST)
 """Files that say that a directory is no model."""
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -12,9 +12,9 @@ from typing import Any
 
 from loftq_cli.checkpoint.header import shown, strict_json
 from loftq_cli.checkpoint.lfs import refuse_pointer, refuse_pointers
-from loftq_cli.checkpoint.names import ADAPTER_FOLDER, is_plain_name
+from loftq_cli.checkpoint.names import ADAPTER_CONFIG, ADAPTER_FOLDER, is_plain_name
 from loftq_cli.checkpoint.schema import faults, manifest_schema
-from loftq_cli.errors import InputError, SourceNotFoundError, VerificationError
+from loftq_cli.errors import InputError, SourceNotFoundError, UsageError, VerificationError
 from loftq_cli.machine.durable import file_sha256, readable
 
 MANIFEST = "loftq_manifest.json"
@@ -46,8 +46,33 @@ class Output:
     @property
     def has_adapter(self) -> bool:
         """Whether there is a start: codes that a trained adapter was merged into have none."""
-        start = f"{ADAPTER_FOLDER}/"
-        return any(entry["name"].startswith(start) for entry in self.manifest["outputs"])
+        return any(name.endswith(ADAPTER_CONFIG) for name in self._names)
+
+    @property
+    def has_backbone(self) -> bool:
+        """Whether the backbone is here, too; an adapter for one that exists may be alone."""
+        return bool(self.manifest["recipe"].get("backbone") != "named")
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether it is an adapter for a backbone that existed before."""
+        return "backbone" in self.manifest
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether somebody else quantized the backbone."""
+        return any("held" in record for record in self.manifest["matrices"])
+
+    @property
+    def adapter_folder(self) -> str:
+        """Where the adapter is, with a slash behind it; empty if it is all that there is."""
+        return f"{ADAPTER_FOLDER}/" if self.has_backbone else ""
+
+    @property
+    def _names(self) -> list[str]:
+        start = self.adapter_folder
+        names = [entry["name"] for entry in self.manifest["outputs"]]
+        return [name for name in names if name.rpartition("/")[0] == start.removesuffix("/")]
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -79,6 +104,16 @@ def open_output(directory: Path) -> Output:
             hint="give the directory that `loftq convert` wrote",
         )
     return Output(directory, read_manifest(path))
+
+
+def require_backbone(output: Output) -> None:
+    """Raise UsageError if ``output`` is an adapter alone."""
+    if not output.has_backbone:
+        raise UsageError(
+            f"{output.directory} is an adapter without its backbone, "
+            f"{output.manifest['backbone']['id']}",
+            hint="`loftq adapt --with-backbone` writes both to one directory",
+        )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

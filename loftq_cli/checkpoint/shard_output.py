@@ -55,6 +55,10 @@ class ShardOutput:
         if self._unsynced > _UNSYNCED_LIMIT:
             self.settle()
 
+    def leave(self, tensor: StoredTensor | TensorSpec, prefix_sha256: str) -> None:
+        """Nothing becomes of ``tensor``, which was read."""
+        self._pending.append(Unit(tensor.name, prefix_sha256, {}, None))
+
     def write(
         self,
         tensor: str,

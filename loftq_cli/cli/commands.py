@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from loftq_cli.cli.adapt import adapt
 from loftq_cli.cli.calibrate import calibrate
 from loftq_cli.cli.compare import compare
 from loftq_cli.cli.convert import convert
@@ -35,6 +36,6 @@ def main() -> None:
 
 for _command in (
     *(merge, export, inspect, error_report, compare, convert, calibrate, evaluate, push),
-    *(refine, import_adapter, plan),
+    *(refine, adapt, import_adapter, plan),
 ):
     main.add_command(_command)

@@ -139,7 +139,7 @@ def _fail(error: LoftqError, verbose: bool) -> NoReturn:
 
 def _interruption(number: signal.Signals) -> InterruptedConversion:
     context = click.get_current_context(silent=True)
-    resumes = context is not None and context.info_name in ("convert", "export", "push")
+    resumes = context is not None and context.info_name in ("convert", "adapt", "export", "push")
     hint = None if resumes else "nothing was written"
     message = f"interrupted by {number.name}"
     return InterruptedConversion(message, signal_number=number, hint=hint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
@@ -65,7 +65,13 @@ def text_option(told: str) -> Callable[[_F], _F]:
 def setting_options(group: Group) -> Callable[[_F], _F]:
     """Options for the settings of ``group``, in the order of the table. A setting that is not given
     is None, or an empty tuple."""
-    found = [entry for entry in entries().values() if entry.group == group]
+    return settings_options(entry.name for entry in entries().values() if entry.group == group)
+
+
+def settings_options(names: Iterable[str]) -> Callable[[_F], _F]:
+    """Options for the settings of these ``names``, as :func:`setting_options`."""
+    known = entries()
+    found = [known[name] for name in names]
 
     def decorate(command: _F) -> _F:
         for entry in reversed(found):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from loftq_cli.checkpoint.shard_output import ShardOutput
 from loftq_cli.checkpoint.source import CONFIG, INDEX
 from loftq_cli.checkpoint.writer import GrowingShard, index_of
 from loftq_cli.conversion import record as manifests
+from loftq_cli.conversion.beside import surround
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
 from loftq_cli.conversion.reread import check_contents, check_prefix
 from loftq_cli.conversion.workspace import ConversionWorkspace
@@ -31,30 +32,32 @@ from loftq_cli.errors import InputError, ScaleRangeError
 from loftq_cli.families.kinds import turned
 from loftq_cli.families.tasks import task_type
 from loftq_cli.layouts import adapter
+from loftq_cli.layouts.base import Matrix
 from loftq_cli.layouts.fused import is_fused
 from loftq_cli.machine.durable import explained, pretty_json, write_file
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.peak_memory import peak_host_bytes
 from loftq_cli.machine.resources import memory_explained
-from loftq_cli.numerics.decomposition import Decomposition
+from loftq_cli.numerics.decomposition import Adapted, Decomposition
 from loftq_cli.numerics.finite import computable
 from loftq_cli.planning.decomposer import Decomposer
+from loftq_cli.planning.pairs import check_same_model
 from loftq_cli.planning.plan import Plan, PlannedMatrix, PlannedShard
 from loftq_cli.planning.work import work
-
-_ADAPTER_FILE = f"{adapter.DIRECTORY}/{adapter.WEIGHTS}"
 
 
 @dataclass
 class _Item:
-    """A tensor of the source as it was read: a ``weight`` to convert, a ``piece`` to copy, or
-    neither if it was finished before. ``prefix_sha256``: of the shard up to the tensor's end, on
-    its last item."""
+    """A tensor of the source as it was read: a ``weight`` to convert, with the Q that is ``given``
+    for it, a ``piece`` to copy, or nothing if it was ``finished`` before, or if nothing becomes of
+    it. ``prefix_sha256``: of the shard up to the tensor's end, on its last item."""
 
     tensor: StoredTensor
     prefix_sha256: str | None
     weight: torch.Tensor | None = None
+    given: torch.Tensor | None = None
     piece: bytearray | None = None
+    finished: bool = False
 
 
 @dataclass
@@ -79,8 +82,9 @@ class Conversion:
         started = time.monotonic()
         plan, output = self.plan, self.workspace.output
         with explained(output):
-            (output / adapter.DIRECTORY).mkdir(parents=True, exist_ok=True)
-        self.workspace.keep_only({*(shard.name for shard in plan.shards), _ADAPTER_FILE})
+            (output / plan.adapter_folder).mkdir(parents=True, exist_ok=True)
+        shards = [] if plan.given else [shard.name for shard in plan.shards]
+        self.workspace.keep_only({*shards, self._adapter_file})
         self.observer.begin(sum(work(plan, tensor) for tensor in plan.source.tensors))
         self.observer.count(len(plan.matrices), "matrices")
         with (
@@ -99,13 +103,13 @@ class Conversion:
                     if source.name not in needed:
                         deliveries.done(source.name)
         if plan.fused:
-            self._fuse(output / _ADAPTER_FILE)
-        copy_companions(plan.source.directory, output)
-        write_file(output / CONFIG, pretty_json(self._config(), in_order=True))
-        write_file(output / adapter.DIRECTORY / adapter.CONFIG, pretty_json(self._adapter_config()))
-        if len(plan.shards) > 1:
-            index = index_of((shard.name, shard.specs) for shard in plan.shards)
-            write_file(output / INDEX, pretty_json(index))
+            self._fuse(output / self._adapter_file)
+        if plan.given is None:
+            self._surround(output)
+        else:
+            surround(plan.given, plan.source, [*self.records.values()], output)
+        config = pretty_json(self._adapter_config())
+        write_file(output / plan.adapter_folder / adapter.CONFIG, config)
         with explained(output):
             value = manifests.build(
                 plan,
@@ -116,6 +120,19 @@ class Conversion:
             )
         write_file(output / MANIFEST, pretty_json(value))
         return value
+
+    def _surround(self, output: Path) -> None:
+        """Write what belongs to a backbone beside its tensors."""
+        plan = self.plan
+        copy_companions(plan.source.directory, output)
+        write_file(output / CONFIG, pretty_json(self._config(), in_order=True))
+        if len(plan.shards) > 1:
+            index = index_of((shard.name, shard.specs) for shard in plan.shards)
+            write_file(output / INDEX, pretty_json(index))
+
+    @property
+    def _adapter_file(self) -> str:
+        return str(PurePosixPath(self.plan.adapter_folder) / adapter.WEIGHTS)
 
     def _record(self, name: str, record: dict[str, Any]) -> None:
         """Keep the ``record`` of a finished matrix, and tell of the residual so far."""
@@ -130,7 +147,7 @@ class Conversion:
     def _pairs(self) -> Path:
         """The file of every pair: the adapter, or what it is made of in the end."""
         fused = bool(self.plan.fused)
-        return self.workspace.pairs if fused else self.workspace.output / _ADAPTER_FILE
+        return self.workspace.pairs if fused else self.workspace.output / self._adapter_file
 
     def _fuse(self, path: Path) -> None:
         """Write the adapter with the pairs of experts as PEFT has them, one parameter at a time."""
@@ -158,8 +175,10 @@ class Conversion:
         self, shard: PlannedShard, journal: Journal, adapters: GrowingShard, deliveries: Deliveries
     ) -> None:
         path = self.workspace.output / shard.name
-        with GrowingShard(path, shard.specs) as backbone:
-            files = {shard.name: backbone, _ADAPTER_FILE: adapters}
+        with ExitStack() as stack:
+            files = {self._adapter_file: adapters}
+            if self.plan.given is None:
+                files[shard.name] = stack.enter_context(GrowingShard(path, shard.specs))
             output = ShardOutput(journal, files, shard.name)
             tensors = shard.source.header.tensors
             found = ((tensor.name, output.finished(tensor.name)) for tensor in tensors)
@@ -217,13 +236,18 @@ class Conversion:
             if tensor.name in finished:
                 reader.pass_over(tensor)
                 check_prefix(reader, finished[tensor.name])
-                yield _Item(tensor, reader.sha256)
+                yield _Item(tensor, reader.sha256, finished=True)
             elif tensor.name in self.plan.matrices:
                 with self._memory_for(tensor):
                     weight = reader.read(tensor)
                     if self.plan.device.type == "cuda":
                         weight = weight.pin_memory()
-                yield _Item(tensor, reader.sha256, weight=weight)
+                    given = self._given and self._given(self.plan.matrices[tensor.name].matrix)
+                yield _Item(tensor, reader.sha256, weight=weight, given=given)
+            elif self.plan.given is not None:
+                check_same_model(shard.source, tensor, self.plan.given)
+                reader.pass_over(tensor)
+                yield _Item(tensor, reader.sha256)
             else:
                 pieces = reader.pieces(tensor)
                 piece = next(pieces, bytearray())
@@ -232,11 +256,15 @@ class Conversion:
                     piece = following
                 yield _Item(tensor, reader.sha256, piece=piece)
 
+    @cached_property
+    def _given(self) -> Callable[[Matrix], torch.Tensor] | None:
+        """Reads what is given of a matrix, if the backbone is."""
+        return None if self.plan.given is None else self.plan.given.reader()
+
     def _convert_item(
         self, shard: PlannedShard, item: _Item, output: ShardOutput, behind: WriteBehind
     ) -> None:
         tensor, prefix = item.tensor, item.prefix_sha256
-        finished = item.weight is None and item.piece is None
         self.observer.working_on(tensor.name)
         if item.weight is not None:
             assert prefix is not None
@@ -251,10 +279,10 @@ class Conversion:
             def write() -> None:
                 matrix = planned.matrix
                 with self._memory_for(tensor):
-                    groups = {
-                        shard.name: self.plan.layout.encode(matrix, result.quantized),
-                        _ADAPTER_FILE: adapter.tensors(matrix, result.lora_A, result.lora_B),
-                    }
+                    pair = adapter.tensors(matrix, result.lora_A, result.lora_B)
+                    groups = {self._adapter_file: pair}
+                    if isinstance(result, Decomposition):
+                        groups[shard.name] = self.plan.layout.encode(matrix, result.quantized)
                 output.write(tensor.name, prefix, groups, record)
 
             behind.submit(write)
@@ -263,8 +291,11 @@ class Conversion:
             behind.submit(lambda: output.copy(tensor.name, piece))
             if prefix is not None:
                 behind.submit(lambda: output.end_copy(tensor, prefix))
+        elif prefix is not None and not item.finished:
+            behind.submit(lambda: output.leave(tensor, prefix))
         if prefix is not None:
-            (self.observer.skip if finished else self.observer.advance)(work(self.plan, tensor))
+            done = self.observer.skip if item.finished else self.observer.advance
+            done(work(self.plan, tensor))
 
     def _memory_for(self, tensor: StoredTensor) -> AbstractContextManager[None]:
         needed = "--dry-run says how much is needed"
@@ -272,15 +303,17 @@ class Conversion:
 
     def _convert_matrix(
         self, shard: PlannedShard, tensor: StoredTensor, item: _Item, planned: PlannedMatrix
-    ) -> Decomposition:
+    ) -> Adapted:
         assert item.weight is not None
         weight = item.weight.to(self.plan.device, non_blocking=True)
+        given, item.given = item.given, None
         item.weight = None  # on the host it is not needed any more
         weight = computable(weight, f"{shard.source.path}: tensor {tensor.name!r}")
+        weight = turned(weight, planned.matrix.kind).contiguous()
         try:
-            return self.decomposer.decompose(
-                turned(weight, planned.matrix.kind).contiguous(), planned
-            )
+            if given is not None:
+                return self.decomposer.adapt(weight, planned, given.to(self.plan.device))
+            return self.decomposer.decompose(weight, planned)
         except ScaleRangeError as error:
             raise ScaleRangeError(f"tensor {tensor.name!r}: {error.message}") from error
         except InputError as error:
@@ -306,7 +339,7 @@ class Conversion:
             plan.recipe.lora_alpha,
             task,
             architecture=architecture,
-            base_model=plan.recipe.base_model,
+            base_model=plan.recipe.base_model or (plan.given.address if plan.given else None),
             # Other layouts load transposed matrices as ordinary linear layers.
             transposed=plan.layout.keeps_conv1d
             and any(item.matrix.kind == "conv1d" for item in plan.matrices.values()),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from loftq_cli.calibration import first
@@ -19,16 +21,63 @@ from loftq_cli.errors import OutputConflictError, UsageError
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.paths import check_output_path, real_path
 from loftq_cli.planning import target
+from loftq_cli.planning.adapted import make_adapted_plan
 from loftq_cli.planning.budget import Budget
+from loftq_cli.planning.given import Given, open_given
 from loftq_cli.planning.make import make_plan
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.remarks import remarks
+from loftq_cli.settings.kinds import flag
 from loftq_cli.settings.options import Options
-from loftq_cli.settings.table import Settings
+from loftq_cli.settings.table import OF_ADAPTERS, Settings
 from loftq_cli.statistics.file import statistics_for
+from loftq_cli.statistics.statistics import Statistics
+
+Planned = Callable[[Settings, Statistics | None], Plan]
+"""A plan, given the settings and the statistics."""
 
 SETTLED = ("widths", "layout", "layout_fallback")
 """Fields of a recipe that may not be known yet when it is first planned."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone that exists, as it was asked for. ``kept``: its files are to be in the output."""
+
+    request: Request
+    kept: bool
+
+    def check(self, options: Options) -> None:
+        """Raise UsageError for settings that are a quantizer's."""
+        strange = [name for name in options.given if name not in OF_ADAPTERS]
+        if strange:
+            raise UsageError(
+                f"{flag(strange[0])} is for quantizing, and the backbone is quantized already",
+                hint=f"leave it out; there are {', '.join(map(flag, OF_ADAPTERS))}",
+            )
+
+    def opened(self, observer: Observer) -> Given:
+        """Its files, on disk. Raises InputError, EnvironmentFailure."""
+        return open_given(self.request, observer.note, kept=self.kept)
+
+
+def asked(
+    backbone: str,
+    source: str | None,
+    revision: str | None = None,
+    source_revision: str | None = None,
+    *,
+    offline: bool = False,
+    kept: bool = False,
+) -> tuple[Backbone, Request]:
+    """The backbone and its source, as they are named. Raises UsageError without a source."""
+    if not source:
+        raise UsageError(
+            "--source is missing: without the original there is nothing to correct",
+            hint="name the model in full precision that the backbone was made from",
+        )
+    given = Backbone(Request(backbone, revision, offline), kept)
+    return given, Request(source, source_revision, offline)
 
 
 def prepare(
@@ -39,12 +88,15 @@ def prepare(
     overwrite: bool = False,
     discard_shards: bool = False,
     texts: Texts | None = None,
+    backbone: Backbone | None = None,
     budget: Budget | None = None,
     observer: Observer,
 ) -> tuple[Plan, Path]:
     """The plan of a conversion and the absolute output path; nothing is written but the small
     files of a hub model to the hub cache, and statistics of ``texts``, which are measured now
     unless they lie beside the output already.
+
+    ``backbone``: one that exists, and only adapters are to be made for it.
 
     Unfinished work goes on with the commit that it was begun with, unless ``overwrite``.
     ``discard_shards``: shards that are not in the hub cache pass through the partial directory.
@@ -58,6 +110,8 @@ def prepare(
     EnvironmentFailure if the hub or the device cannot be reached.
     """
     settings = options.resolve()
+    if backbone is not None:
+        backbone.check(options)
     if texts is not None:
         _check_texts(settings, discard_shards=discard_shards, allow_pickle=request.allow_pickle)
     if discard_shards and is_path(request.model):
@@ -75,17 +129,25 @@ def prepare(
     source = locate(request, observer.note)
     path = check_output_path(Path(output), source.directory)
     statistics = None if settings.stats is None else statistics_for(source, settings.stats)
-    plan = make_plan(source, settings, statistics)
+    if backbone is None:
+        planned: Planned = partial(make_plan, source)
+    else:
+        given = backbone.opened(observer)
+        check_output_path(Path(output), given.raw.directory)
+        planned = partial(make_adapted_plan, source, given)
+    plan = planned(settings, statistics)
     if budget is not None:
         options = options.having(target_bpw=budget.target(plan))
         settings = options.resolve()
-        plan = make_plan(source, settings, statistics)
+        plan = planned(settings, statistics)
         observer.note(f"{budget.said}: {settings.target_bpw:.4f} stored bits per weight")
     target.check(plan)
     if texts is not None and texts.refine:
         observer.note(cost_note(plan))
     if texts is not None:
-        plan = _measured_first(plan, settings, path, texts, overwrite=overwrite, observer=observer)
+        plan = _measured_first(
+            plan, planned, settings, path, texts, overwrite=overwrite, observer=observer
+        )
     if settings.threads is None:
         plan = _with_earlier_threads(plan, workspace, overwrite)
     return replace(plan, remarks=remarks(plan, options, measuring=texts is not None)), path
@@ -93,6 +155,7 @@ def prepare(
 
 def _measured_first(
     plan: Plan,
+    planned: Planned,
     settings: Settings,
     path: Path,
     texts: Texts,
@@ -119,7 +182,7 @@ def _measured_first(
         statistics = first.measured(
             source, path, read, texts.moments, device=device, observer=observer
         )
-    return make_plan(source, settings, statistics)
+    return planned(settings, statistics)
 
 
 def _with_earlier_threads(plan: Plan, workspace: ConversionWorkspace, overwrite: bool) -> Plan:

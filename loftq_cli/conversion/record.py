@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.output import file_entries, relative
-from loftq_cli.numerics.decomposition import Decomposition
+from loftq_cli.numerics.decomposition import Adapted
 from loftq_cli.planning.plan import Plan, PlannedMatrix
 from loftq_cli.version import VERSION
 
@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 
 
 def matrix_record(
-    item: PlannedMatrix, layout: str, result: Decomposition, kind: str | None
+    item: PlannedMatrix, layout: str, result: Adapted, kind: str | None
 ) -> dict[str, Any]:
     """The manifest's entry for one matrix; ``kind`` of its statistics, if it has any."""
     matrix = item.matrix
@@ -40,6 +40,7 @@ def matrix_record(
         **({} if matrix.kind == "linear" else {"kind": matrix.kind}),
         **({} if matrix.in_memory is None else {"in_memory": matrix.in_memory}),
         **({} if matrix.cut is None else {"cut": asdict(matrix.cut)}),
+        **({} if matrix.held is None else {"held": matrix.held.as_dict()}),
     }
 
 
@@ -67,6 +68,7 @@ def build(
         "tool": {"name": "loftq-cli", "version": VERSION},
         "source": {**origin, "files": sorted(files, key=lambda file: str(file["name"]))},
         "recipe": plan.recipe.as_dict(),
+        **({} if plan.given is None else {"backbone": plan.given.described()}),
         "fingerprint": plan.fingerprint,
         "matrices": list(records),
         "passed_through": [

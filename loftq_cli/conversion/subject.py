@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from loftq_cli.checkpoint.journal import Subject
-from loftq_cli.checkpoint.source import file_hashes
 from loftq_cli.planning.plan import Plan
 
 
 def subject(plan: Plan) -> Subject:
     """What the work on ``plan`` is of."""
-    return Subject(plan.fingerprint, plan.recipe.as_dict(), file_hashes(plan.source))
+    return Subject(plan.fingerprint, plan.recipe.as_dict(), plan.sources)

@@ -20,7 +20,7 @@ from loftq_cli.calibration.pretrained import class_of, load_tokenizer, quiet
 from loftq_cli.calibration.windows import cut
 from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.locate import Place, locate
-from loftq_cli.checkpoint.output import MANIFEST
+from loftq_cli.checkpoint.output import MANIFEST, open_output, require_backbone
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.checkpoint.source import CONFIG
@@ -73,6 +73,8 @@ def evaluate(
     device = choose_device(wanted.device)
     read = [read_text("--text", path) for path in texts]
     directory = place.directory
+    if (directory / MANIFEST).is_file():
+        require_backbone(open_output(directory))
     config = read_json(directory / CONFIG).content
     causal = _is_causal(config)
     if not causal and source is None:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.output import Output, open_output, verify
+from loftq_cli.checkpoint.output import Output, open_output, require_backbone, verify
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import UsageError
 from loftq_cli.exporting.adapter import exported
@@ -48,6 +48,7 @@ def export(
     started = time.monotonic()
     wanted.check()
     found = open_output(directory)
+    require_backbone(found)
     verify(found)
     final = check_output_path(output, directory)
     if wanted.adapter is not None and final in _homes(wanted.adapter):

@@ -47,10 +47,14 @@ class Moved:
         (out, in)."""
         matrix = self.matrix
         tensors = {spec.name: read(directory, stored, spec) for spec in self.held.specs(matrix)}
-        quantized = self.held.quantized(matrix, tensors)
-        assert quantized is not None, "refused before"
-        found = self.wanted.encode(matrix, quantized)
-        return found, self.wanted.decode(matrix, found), self.held.decode(matrix, tensors)
+        values = self.held.decode(matrix, tensors)
+        if matrix.held is not None:
+            found = self.wanted.encode_values(matrix, values)
+        else:
+            quantized = self.held.quantized(matrix, tensors)
+            assert quantized is not None, "refused before"
+            found = self.wanted.encode(matrix, quantized)
+        return found, self.wanted.decode(matrix, found), values
 
     def encoded(self, directory: Path, stored: Stored) -> dict[str, torch.Tensor]:
         """Its tensors in the wanted layout. Raises LayoutError if they would mean other values than
@@ -249,7 +253,12 @@ def _refuse(plan: ExportPlan, moved: Sequence[Moved], surroundings: Surroundings
     obstacles = [f"this model: {described}"] if described else []
     for item, matrix in zip(moved, matrices, strict=True):
         name = matrix.name
-        if plan.merging is None and not item.held.holds_codes:
+        if matrix.held is not None:
+            if plan.merging is not None or not wanted.holds_values:
+                obstacles.append(
+                    f"{name}: held as {matrix.held.form}, not in codes of a method here"
+                )
+        elif plan.merging is None and not item.held.holds_codes:
             obstacles.append(f"{name}: layout {item.held.name} holds values, no codes")
         elif is_expert(name) and not wanted.holds_experts:
             obstacles.append(f"{name}: an expert")
@@ -259,7 +268,7 @@ def _refuse(plan: ExportPlan, moved: Sequence[Moved], surroundings: Surroundings
             obstacles.append(f"{name}: {reason}")
     if not wanted.mixes and len({(matrix.method, matrix.bits) for matrix in matrices}) > 1:
         obstacles.append("matrices of several widths")
-    if together := wanted.cannot_combine(matrices):
+    if together := wanted.cannot_combine([each for each in matrices if each.held is None]):
         obstacles.append(together)
     if obstacles:
         raise LayoutError(

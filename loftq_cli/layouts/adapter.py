@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
-from loftq_cli.checkpoint.names import ADAPTER_FOLDER
+from loftq_cli.checkpoint.names import ADAPTER_CONFIG, ADAPTER_FOLDER
 from loftq_cli.layouts.base import Matrix
 
 DIRECTORY = ADAPTER_FOLDER
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER_CONFIG
 OF_MLX_LM = "adapters.safetensors"
 """The weights of an adapter that mlx-lm saved, instead of WEIGHTS."""
 PREFIX = "base_model.model."

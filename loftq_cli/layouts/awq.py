@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.checkpoint.packing import pack, unpack
 from loftq_cli.families.architecture import initialised_through_weights, unreplaceable
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings, ungrouped
 from loftq_cli.layouts.skipped import skip_list, skips
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.methods import method
-from loftq_cli.numerics.quantizers.packing import pack, unpack
 
 _BITS = 4
 _A_WORD = 8  # codes

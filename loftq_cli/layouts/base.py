@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -18,13 +18,41 @@ from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype
 
 
 @dataclass(frozen=True)
+class Held:
+    """How a checkpoint that somebody else quantized holds a matrix: the tensors that are it, and
+    what config.json has to say of them (checkpoint.decoding). ``form``: the format, ``dtype``: the
+    tag of what it is decoded to, in which its consumers compute."""
+
+    form: str
+    dtype: str
+    specs: tuple[TensorSpec, ...]
+    stated: Mapping[str, Any] = field(hash=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, as the manifest holds it."""
+        tensors = [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in self.specs]
+        return {
+            "form": self.form,
+            "dtype": self.dtype,
+            "tensors": tensors,
+            "stated": dict(self.stated),
+        }
+
+    @staticmethod
+    def read(held: Mapping[str, Any]) -> Held:
+        """Inverse of :meth:`as_dict`."""
+        specs = (TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in held["tensors"])
+        return Held(held["form"], held["dtype"], tuple(specs), held["stated"])
+
+
+@dataclass(frozen=True)
 class Matrix:
     """A weight matrix that is to be, or was, quantized.
 
     ``name`` is the tensor's (``….weight``), ``dtype`` its safetensors tag in the source, ``shape``
     (out, in), whichever way it is stored. ``in_memory``: the name of its module in the class that
     config.json names, if that is another than on disk. ``cut``: of which tensor it is a part, if
-    the source holds it with others in one.
+    the source holds it with others in one. ``held``: how, if the backbone is somebody else's.
     """
 
     name: str
@@ -36,6 +64,7 @@ class Matrix:
     kind: Kind = "linear"
     in_memory: str | None = None
     cut: Cut | None = None
+    held: Held | None = None
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -70,6 +99,7 @@ def matrix_of(record: Mapping[str, Any]) -> Matrix:
         record.get("kind", "linear"),
         record.get("in_memory"),
         Cut(**record["cut"]) if "cut" in record else None,
+        Held.read(record["held"]) if "held" in record else None,
     )
 
 
@@ -120,6 +150,8 @@ class Layout(ABC):
     """Whether PEFT can put adapters on experts that are stored so."""
     holds_fused_alike: ClassVar[bool] = False
     """Whether layers that servers fuse, such as q, k and v, have to have one width."""
+    holds_values: ClassVar[bool] = False
+    """Whether it takes values that are no codes of a method of ours (:meth:`encode_values`)."""
     holds_codes: ClassVar[bool] = True
     """Whether :meth:`quantized` gives them back."""
     keeps_decoded: ClassVar[bool] = False
@@ -178,6 +210,10 @@ class Layout(ABC):
     @abstractmethod
     def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
         """The stored tensors of a quantized matrix, by name."""
+
+    def encode_values(self, matrix: Matrix, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The stored tensors of Q, float32 (out, in), if the layout ``holds_values``."""
+        raise NotImplementedError(self.name)
 
     @abstractmethod
     def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 
 from loftq_cli.checkpoint.dtypes import computed, torch_dtype
 from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.checkpoint.packing import pack, packed_length, unpack
 from loftq_cli.errors import CorruptFileError
 from loftq_cli.families.architecture import ADDED_HEADS, unreplaceable
 from loftq_cli.families.experts import is_expert
@@ -26,7 +27,6 @@ from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.decoding import decode
 from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.numerics.quantizers.packed import Packed
-from loftq_cli.numerics.quantizers.packing import pack, packed_length, unpack
 
 _WORD = 32  # bits; also the codes that fill whole words at every width
 

@@ -22,6 +22,7 @@ class DenseLayout(Layout):
     imports = ("transformers", "peft")
     settings = ("dense_dtype",)
     holds_experts = True
+    holds_values = True
     holds_codes = False
     keeps_conv1d = True
 
@@ -45,7 +46,10 @@ class DenseLayout(Layout):
         return [TensorSpec(matrix.name, self._tag(matrix), matrix.stored_shape)]
 
     def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
-        dense = quantized.decode().to(torch_dtype(self._tag(matrix)))
+        return self.encode_values(matrix, quantized.decode())
+
+    def encode_values(self, matrix: Matrix, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        dense = values.to(torch_dtype(self._tag(matrix)))
         return {matrix.name: turned(dense, matrix.kind).contiguous()}
 
     def decode(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

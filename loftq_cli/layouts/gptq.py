@@ -4,7 +4,7 @@
 (groups, out*bits/32) holding zero - 1, packed along out_features; ``X.scales`` float16
 (groups, out); ``X.g_idx`` int32 (in,). ``w[o, i] = scales[g, o] * (code - zero)``, g = g_idx[i].
 The words hold, at every width, the little-endian bit stream of
-:mod:`loftq_cli.numerics.quantizers.packing`. With ``sym: true`` in the config every zero point is
+:mod:`loftq_cli.checkpoint.packing`. With ``sym: true`` in the config every zero point is
 2^(bits - 1), and consumers may leave ``X.qzeros`` unread.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.checkpoint.packing import pack, unpack
 from loftq_cli.errors import CorruptFileError
 from loftq_cli.families.architecture import (
     initialised_through_weights,
@@ -25,7 +26,6 @@ from loftq_cli.families.architecture import (
 from loftq_cli.layouts.base import GROUP_SIZES, Layout, Matrix, Surroundings
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
 from loftq_cli.numerics.quantizers.methods import method
-from loftq_cli.numerics.quantizers.packing import pack, unpack
 
 # The stacks that optimum recognises by itself (optimum.gptq.constants.BLOCK_PATTERNS).
 _KNOWN_STACKS = (

@@ -1,7 +1,7 @@
 """Layout ``loftq``: any codebook and width, packed. Normative text: docs/output-format.md.
 
 ``X.weight`` uint8 (ceil(out*in*bits/8),), the bit stream of
-:mod:`loftq_cli.numerics.quantizers.packing` over the row-major codes; ``X.weight_scales``
+:mod:`loftq_cli.checkpoint.packing` over the row-major codes; ``X.weight_scales``
 (blocks,), float32, bfloat16, or int8 with ``X.weight_scale_steps`` bfloat16 (ceil(blocks/64),).
 With a codebook: ``X.weight_levels`` float32 (2**bits,), blocks run over the flattened matrix. With
 zero points: ``X.weight_zeros`` uint8, the packed zero points, one per scale; groups run along
@@ -17,12 +17,12 @@ import torch
 
 from loftq_cli.checkpoint.dtypes import tag_named
 from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.checkpoint.packing import pack, packed_length
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
 from loftq_cli.numerics.quantizers.decoding import decode
 from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.numerics.quantizers.packed import Packed
-from loftq_cli.numerics.quantizers.packing import pack, packed_length
 from loftq_cli.numerics.quantizers.scale_storage import (
     STEP_GROUP,
     ScaleDtype,

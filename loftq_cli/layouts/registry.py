@@ -20,6 +20,9 @@ AUTO = "auto"
 """The setting that leaves the choice to planning.choices."""
 
 _OURS = ("bnb", "gptq", "awq", "compressed", "loftq", "dense")
+GIVEN = "given"
+"""A backbone that is not ours, which no conversion is asked to write."""
+
 _OTHERS: dict[str, type[Layout]] = {}
 
 
@@ -45,7 +48,7 @@ def layout_class(name: str) -> type[Layout]:
     """The layout ``name``. Raises UnsupportedInputError if there is none: a file names it."""
     if name in _OTHERS:
         return _OTHERS[name]
-    if name not in _OURS:
+    if name not in (*_OURS, GIVEN):
         raise UnsupportedInputError(
             f"layout {name!r} is not one of {', '.join(names())}",
             hint="pip install --upgrade loftq-cli, or import what it comes from",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from loftq_cli.checkpoint.packing import pack, unpack_at
 from loftq_cli.loading.packed_weight import PackedFormat, PackedTensors, PackedWeight, dense
-from loftq_cli.numerics.quantizers.packing import pack, unpack_at
 from loftq_cli.numerics.quantizers.scale_storage import STEP_GROUP
 
 

@@ -11,7 +11,7 @@ from loftq_cli.checkpoint.names import ADAPTER_FOLDER
 from loftq_cli.checkpoint.output import Output, verify
 from loftq_cli.errors import VerificationError
 from loftq_cli.layouts import adapter
-from loftq_cli.loading.trained_beside import START, start_is_replaced, trained_beside
+from loftq_cli.loading.trained_beside import start_is_replaced, start_of, trained_beside
 from loftq_cli.machine.durable import readable
 
 
@@ -25,7 +25,7 @@ def check_files(output: Output, *, start: bool = True) -> None:
         (name for name in names if start or not name.startswith(f"{ADAPTER_FOLDER}/")),
     )
     for entry in output.manifest["outputs"]:
-        if not entry["name"].endswith(".safetensors") or entry["name"] == START:
+        if not entry["name"].endswith(".safetensors") or entry["name"] == start_of(output):
             continue
         file = output.directory / entry["name"]
         try:
@@ -59,14 +59,15 @@ def verified(output: Output) -> int:
 def check_start(output: Output, taken: str) -> None:
     """Raises VerificationError if ``loftq_init`` does not hold the adapter that the conversion
     made; ``taken``: how to take one that training put there."""
-    file = output.directory / START
+    name = start_of(output)
+    file = output.directory / name
     try:
         with readable(file):
             replaced, size = start_is_replaced(output), file.stat().st_size
     except OSError as error:
         raise VerificationError(f"{file}: {error.strerror or error}") from error
     if replaced:
-        stated = {entry["name"]: entry["size"] for entry in output.manifest["outputs"]}.get(START)
+        stated = {entry["name"]: entry["size"] for entry in output.manifest["outputs"]}.get(name)
         sizes = "" if size == stated else f"{size} bytes, the manifest says {stated}: "
         raise VerificationError(
             f"{file}: {sizes}not the adapter that this backbone was converted with",

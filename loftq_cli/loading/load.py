@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header
-from loftq_cli.checkpoint.output import Output, open_output
+from loftq_cli.checkpoint.output import Output, open_output, require_backbone
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.errors import (
@@ -39,6 +39,7 @@ from loftq_cli.layouts.registry import layout_class
 from loftq_cli.loading import guard, hook
 from loftq_cli.loading.attach_trained import attach_trained
 from loftq_cli.loading.container import contained_modules
+from loftq_cli.loading.decoded import DecodedBackbone, state_dict, without_quantization
 from loftq_cli.loading.intact import check_files
 from loftq_cli.loading.trained_beside import TrainedBeside, leave_beside
 from loftq_cli.loading.warned import DetachedAdapter
@@ -76,6 +77,7 @@ def load(
     """
     directory = Path(path)
     output = open_output(directory)
+    require_backbone(output)
     start = adapter is None and output.has_adapter
     check_files(output, start=start)
     beside = leave_beside(output, adapter)
@@ -114,9 +116,37 @@ def _backbone(chosen: Any, output: Output, options: Mapping[str, Any]) -> tuple[
                 **{**options, **_config(chosen, output, layout, options)},
             )
     except ImportError as error:
-        raise missing_extra(error, layout.extra, "loading") from error
+        if not output.is_foreign:
+            raise missing_extra(error, layout.extra, "loading") from error
+        backbone, report = _decoded(chosen, output, options, error)
+    except Exception as error:  # of any kind, in other people's code
+        if not output.is_foreign:
+            raise
+        backbone, report = _decoded(chosen, output, options, error)
     guard.tell_of_resizing(backbone)
     return backbone, report
+
+
+def _decoded(
+    chosen: Any, output: Output, options: Mapping[str, Any], error: Exception
+) -> tuple[Any, Any]:
+    """As :func:`_backbone`, of somebody else's quantizer that cannot be loaded as it is."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    warnings.warn(
+        f"{output.directory}: transformers cannot load it as it is ({said}); its matrices are "
+        "decoded, which takes the memory of the model itself",
+        DecodedBackbone,
+        stacklevel=4,
+    )
+    transformers = required("transformers", "train", "loading")
+    remote = bool(options.get("trust_remote_code"))
+    config = transformers.AutoConfig.from_pretrained(output.directory, trust_remote_code=remote)
+    found = chosen.from_pretrained(
+        None,
+        output_loading_info=True,
+        **{**options, "config": without_quantization(config), "state_dict": state_dict(output)},
+    )
+    return found[0], found[1]
 
 
 def _config(

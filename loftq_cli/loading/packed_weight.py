@@ -17,11 +17,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from loftq_cli.checkpoint.dtypes import tag_named, torch_dtype
+from loftq_cli.checkpoint.packing import packed_length
 from loftq_cli.layouts.loftq import scale_count
 from loftq_cli.numerics.quantizers.blocks import block_count
 from loftq_cli.numerics.quantizers.decoding import decode
 from loftq_cli.numerics.quantizers.packed import Packed
-from loftq_cli.numerics.quantizers.packing import packed_length
 from loftq_cli.numerics.quantizers.scale_storage import STEP_GROUP, ScaleDtype, unpack_scales
 
 _PACKED = ("weight", "weight_scales", "weight_scale_steps", "weight_levels", "weight_zeros")

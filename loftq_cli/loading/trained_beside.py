@@ -23,9 +23,6 @@ NOWHERE = {"adapter_kwargs": {"subfolder": "no trained adapter"}}
 """What has from_pretrained leave alone an adapter that lies beside the backbone: transformers looks
 for it in a folder that does not exist."""
 
-START = f"{adapter.DIRECTORY}/{adapter.WEIGHTS}"
-"""The adapter that the conversion made, in its directory."""
-
 
 class TrainedBeside(UserWarning):
     """A trained adapter lies beside the backbone that is loaded, and is not what is attached."""
@@ -39,12 +36,12 @@ def lies_beside(directory: str | os.PathLike[str]) -> bool:
 def trained_beside(output: Output) -> Path | None:
     """The directory of the adapter that training left: beside the backbone of ``output``, in the
     place of its start, or in another folder; None if there is none."""
-    if lies_beside(output.directory):
+    if output.has_backbone and lies_beside(output.directory):
         return output.directory
     with contextlib.suppress(OSError):
         if start_is_replaced(output):
-            return output.directory / adapter.DIRECTORY
-    return beside_the_start(output.directory)
+            return output.directory / output.adapter_folder
+    return beside_the_start(output.directory) if output.has_backbone else None
 
 
 def beside_the_start(directory: Path) -> Path | None:
@@ -85,13 +82,26 @@ def warn_of_attached(directory: str) -> None:
         )
 
 
+def start_of(output: Output) -> str:
+    """The adapter that the conversion made, in its directory."""
+    return f"{output.adapter_folder}{adapter.WEIGHTS}"
+
+
 def start_is_replaced(output: Output) -> bool:
     """Whether ``loftq_init`` holds another adapter than the one that the conversion made. Raises
     OSError if it cannot be read."""
-    file = output.directory / START
-    entries = [entry for entry in output.manifest["outputs"] if entry["name"] == START]
+    start = start_of(output)
+    file = output.directory / start
+    entries = [entry for entry in output.manifest["outputs"] if entry["name"] == start]
     size, sha256 = (entries[0]["size"], entries[0]["sha256"]) if entries else (0, "")
     return file.stat().st_size != size or file_sha256(file) != sha256
+
+
+def _is_backbone_of(other: Output, output: Output) -> bool:
+    """Whether the weights of ``other`` are those that ``output`` is an adapter for."""
+    held = {entry["sha256"] for entry in other.manifest["outputs"]}
+    files = output.manifest.get("backbone", {}).get("files", ())
+    return bool(files) and held >= {file["sha256"] for file in files}
 
 
 def refuse_other_conversion(output: Output, file: Path, config: Mapping[str, Any]) -> None:
@@ -104,7 +114,7 @@ def refuse_other_conversion(output: Output, file: Path, config: Mapping[str, Any
         other = open_output(Path(base))
     except (LoftqError, OSError, ValueError):
         return  # moved, renamed, or never a path: nothing can be said
-    if other.origin != output.origin:
+    if other.origin != output.origin and not _is_backbone_of(other, output):
         raise InputError(
             f"{file}: trained on {base}, another conversion than {output.directory}",
             hint="take that one, or correct base_model_name_or_path in its config",

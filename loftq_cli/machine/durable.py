@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -68,6 +69,25 @@ def write_file(path: Path, content: bytes) -> None:
                 os.unlink(temporary)
             raise
         sync_directory(path.parent)
+
+
+def copy_file(path: Path, target: Path) -> None:
+    """Copy a file of any size to ``target``, durably: a copy, never another name of the same file,
+    which whoever writes to one of them would change under both. Disks that can share what two files
+    have in common do. Raises EnvironmentFailure."""
+    with explained(target):
+        target.unlink(missing_ok=True)
+        with path.open("rb") as source, target.open("xb") as copy:
+            try:
+                while os.copy_file_range(source.fileno(), copy.fileno(), 1 << 30):
+                    pass
+            except (OSError, AttributeError):  # from one disk to another, or on another system
+                source.seek(0)
+                copy.seek(0)
+                copy.truncate()
+                shutil.copyfileobj(source, copy, _PIECE)
+            copy.flush()
+            os.fsync(copy.fileno())
 
 
 def write_all(descriptor: int, content: bytes | memoryview, offset: int | None = None) -> None:

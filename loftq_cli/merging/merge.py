@@ -15,7 +15,7 @@ import torch
 
 from loftq_cli.checkpoint.companions import copy_files
 from loftq_cli.checkpoint.dtypes import tag_named
-from loftq_cli.checkpoint.output import open_output
+from loftq_cli.checkpoint.output import open_output, require_backbone
 from loftq_cli.checkpoint.reader import TensorFile, pieces_of
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
 from loftq_cli.checkpoint.writer import GrowingShard, index_of
@@ -65,6 +65,7 @@ def merge(
     """
     started = time.monotonic()
     found = open_output(directory)
+    require_backbone(found)
     own = directory / adapters.DIRECTORY
     if adapter is None and not found.has_adapter:
         raise UsageError(

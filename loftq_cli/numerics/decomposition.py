@@ -60,21 +60,28 @@ class Norms:
 
 
 @dataclass(frozen=True)
-class Decomposition:
-    """Q, A, B of one matrix and how close they are.
+class Adapted:
+    """A and B of one matrix and how close Q + B A is to it.
 
     ``lora_A`` (rank, in) and ``lora_B`` (out, rank) in the adapter's dtype, to be applied as
     ``scaling * B @ A``; ``frobenius`` the plain norms, ``weighted`` those in ||.||_H if second
     moments were given; ``step`` the t that was kept (1-based, 0 when iters = 0).
     """
 
-    quantized: Quantized
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     step: int
     frobenius: Norms
     weighted: Norms | None
     scaling: float
+
+
+@dataclass(frozen=True)
+class Decomposition(Adapted):
+    """Q, A, B of one matrix and how close they are. ``backbone_dtype``: what Q itself is rounded
+    to, None if codes and scales are stored."""
+
+    quantized: Quantized
     backbone_dtype: torch.dtype | None
 
     @property

@@ -17,7 +17,8 @@ from loftq_cli.kernels import native
 from loftq_cli.layouts.base import Layout, Matrix
 from loftq_cli.numerics.alone import quantize
 from loftq_cli.numerics.alternation import decompose, make_sweep
-from loftq_cli.numerics.decomposition import Decomposition, Procedure
+from loftq_cli.numerics.decomposition import Adapted, Decomposition, Procedure
+from loftq_cli.numerics.given import adapt
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.methods import make_quantizer, method
 from loftq_cli.numerics.quantizers.scale_storage import Stored
@@ -68,28 +69,18 @@ class Decomposer:
         Raises ScaleRangeError and InputError as :func:`loftq_cli.numerics.alternation.decompose`,
         and what :meth:`weighting` raises.
         """
-        recipe, matrix = self._recipe, item.matrix
-        procedure = Procedure(
-            rank=item.rank,
-            iters=recipe.iters,
-            order=recipe.order,
-            svd=recipe.svd,
-            keep=recipe.keep,
-            momentum=recipe.momentum,
-            feedback=recipe.feedback,
-            scaling=item.scaling,
-            products=self._variant.products,
-            adapter_dtype=torch_dtype(item.adapter_dtype),
-            backbone_dtype=self._layout.rounding(matrix),
-            scale_dtype=self._stored(matrix),
-            seed=recipe.seed,
-            name=matrix.name,
-        )
+        matrix = item.matrix
         if moments is None:
             weighting = self.weighting(matrix)
         else:
             weighting = make_weighting(moments.to(self._device), self._variant.products)
-        return decompose(weight, self._quantizer(matrix), procedure, weighting)
+        return decompose(weight, self._quantizer(matrix), self._procedure(item), weighting)
+
+    def adapt(self, weight: torch.Tensor, item: PlannedMatrix, backbone: torch.Tensor) -> Adapted:
+        """A and B of ``weight`` as above for its quantization ``backbone``, float32 (out, in),
+        which is taken over. Raises as :func:`loftq_cli.numerics.given.adapt` and
+        :meth:`weighting`."""
+        return adapt(weight, backbone, self._procedure(item), self.weighting(item.matrix))
 
     def quantize(
         self, weight: torch.Tensor, matrix: Matrix, *, feedback: bool = False
@@ -134,8 +125,29 @@ class Decomposer:
             native=self._variant.native and native.available(),
         )
 
+    def _procedure(self, item: PlannedMatrix) -> Procedure:
+        recipe, matrix = self._recipe, item.matrix
+        return Procedure(
+            rank=item.rank,
+            iters=recipe.iters,
+            order=recipe.order,
+            svd=recipe.svd,
+            keep=recipe.keep,
+            momentum=recipe.momentum,
+            feedback=recipe.feedback,
+            scaling=item.scaling,
+            products=self._variant.products,
+            adapter_dtype=torch_dtype(item.adapter_dtype),
+            backbone_dtype=self._layout.rounding(matrix),
+            scale_dtype=self._stored(matrix),
+            seed=recipe.seed,
+            name=matrix.name,
+        )
+
     def _stored(self, matrix: Matrix) -> Stored:
         """What its scales are rounded to. bfloat16 holds whatever a method rounds to by itself."""
+        if matrix.held is not None:  # no method of ours has scales there
+            return self._recipe.scale_dtype
         asked, own = self._recipe.scale_dtype, method(matrix.method).stored
         return asked if own == "float32" or asked == "int8" else own
 

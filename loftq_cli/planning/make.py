@@ -49,7 +49,7 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
     widths = survey.widths(settings)
     matrices = survey.matrices(settings, widths)
     if statistics is not None:
-        _check_statistics(statistics, matrices)
+        check_statistics(statistics, matrices)
     name, note = choose_layout(settings, matrices, survey.surroundings)
     recipe = _recipe(settings, name, matrices, survey)
     layout = make_layout(name, recipe.as_dict())
@@ -65,7 +65,7 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
         device=survey.device,
         statistics=statistics,
         unsettled=frozenset(name for name, bits in widths.items() if bits is None),
-        **_stored(survey.source, recipe, layout, matrices),
+        **stored(survey.source, recipe, layout, matrices),
     )
 
 
@@ -81,7 +81,7 @@ def with_fallback(plan: Plan) -> Plan:
         layout=layout,
         auto_layout=False,
         layout_note=None,
-        **_stored(plan.source, recipe, layout, matrices),
+        **stored(plan.source, recipe, layout, matrices),
     )
 
 
@@ -100,7 +100,7 @@ def with_widths(plan: Plan, widths: Mapping[str, int]) -> Plan:
         recipe=recipe,
         auto_layout=False,
         unsettled=frozenset(name for name, bits in assigned.items() if bits is None),
-        **_stored(plan.source, recipe, plan.layout, matrices),
+        **stored(plan.source, recipe, plan.layout, matrices),
     )
 
 
@@ -172,7 +172,7 @@ def _survey(source: Source, settings: Settings, statistics: Statistics | None) -
     if found.refusal is not None:
         raise UnsupportedInputError(found.refusal, hint="config.json may name another class")
     source, selection = _selected(source, settings, found)
-    surroundings = _surroundings(source, selection, found)
+    surroundings = surroundings_of(source, selection, found)
     device = choose_device(settings.device)
     return _Survey(source, found, selection, surroundings, device, statistics)
 
@@ -257,10 +257,15 @@ def _recipe(settings: Settings, layout: str, matrices: Sequence[Matrix], survey:
     return settled(settings, layout, method, survey.device, stats, survey.anatomy.sha256)
 
 
-def _stored(
-    source: Source, recipe: Recipe, layout: Layout, matrices: Sequence[Matrix]
+def stored(
+    source: Source,
+    recipe: Recipe,
+    layout: Layout,
+    matrices: Sequence[Matrix],
+    shards: Sequence[PlannedShard] = (),
 ) -> dict[str, Any]:
-    """The fields of a plan that say how the matrices are stored."""
+    """The fields of a plan that say how the matrices are stored; ``shards``: where, if not in such
+    as the source has."""
     ranks = assign_ranks(recipe, [matrix.name for matrix in matrices])
     planned = {}
     for matrix in matrices:
@@ -273,10 +278,10 @@ def _stored(
             tuple(layout.specs(matrix)),
         )
     check_ranks({name: item.rank for name, item in planned.items()}, recipe.rank)
-    return {"matrices": planned, "shards": _output_shards(source, planned)}
+    return {"matrices": planned, "shards": shards or _output_shards(source, planned)}
 
 
-def _check_statistics(statistics: Statistics, matrices: Sequence[Matrix]) -> None:
+def check_statistics(statistics: Statistics, matrices: Sequence[Matrix]) -> None:
     """Raise StatisticsError if an entry does not fit its matrix, MissingStatisticsError if there
     is none for any of them."""
     widths = {matrix.name: matrix.shape[1] for matrix in matrices if matrix.kind != "embedding"}
@@ -303,7 +308,9 @@ def _output_shards(source: Source, matrices: Mapping[str, PlannedMatrix]) -> lis
     return planned
 
 
-def _surroundings(source: Source, selection: Selection, found: Anatomy) -> Surroundings:
+def surroundings_of(source: Source, selection: Selection, found: Anatomy) -> Surroundings:
+    """What a layout's config needs to know beside the matrices."""
+
     def in_memory(tensor: StoredTensor) -> str:
         return found.names.get(tensor.name, tensor.name)
 

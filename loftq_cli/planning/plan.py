@@ -15,6 +15,7 @@ from loftq_cli.families.anatomy import Anatomy
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
 from loftq_cli.layouts.fused import FusedAdapter, Member, fused_adapters, is_fused
+from loftq_cli.planning.given import Given
 from loftq_cli.planning.selection import Selection
 from loftq_cli.settings.recipe import Recipe, fingerprint
 from loftq_cli.statistics.statistics import Statistics
@@ -68,8 +69,23 @@ class Plan:
     device: torch.device
     unsettled: frozenset[str]
     statistics: Statistics | None
+    given: Given | None = None
+    """The backbone, if it exists: only adapters are written, and its files if they are to be."""
     remarks: tuple[str, ...] = ()
     """What the user is to hear before it starts."""
+
+    @property
+    def adapter_folder(self) -> str:
+        """Where in the output the adapter is: an adapter alone is the output."""
+        return "" if self.given is not None and not self.given.kept else adapter.DIRECTORY
+
+    @property
+    def sources(self) -> list[tuple[str, int, str]]:
+        """(name, size, sha256) of the files that it is made of: of a backbone that is given all
+        of each file, of the source's weights the header."""
+        files = [] if self.given is None else self.given.files
+        beside = [(f"backbone/{file.name}", file.size, file.sha256) for file in files]
+        return [*file_hashes(self.source), *beside]
 
     @property
     def unmeasured(self) -> list[str]:
@@ -80,7 +96,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.recipe.as_dict(), file_hashes(self.source))
+        return fingerprint(self.recipe.as_dict(), self.sources)
 
     @property
     def source_bytes(self) -> int:
@@ -92,6 +108,8 @@ class Plan:
 
     @property
     def backbone_bytes(self) -> int:
+        if self.given is not None:
+            return self.given.nbytes
         return sum(spec.nbytes for shard in self.shards for spec in shard.specs)
 
     @property
@@ -129,4 +147,5 @@ class Plan:
         """Bytes of all tensor files, headers included."""
         files = [list(shard.specs) for shard in self.shards] + [self.adapter_specs]
         files += [self.pair_specs] if self.fused else []  # until they are fused
-        return sum(len(place(specs)[0]) + sum(spec.nbytes for spec in specs) for specs in files)
+        held = sum(len(place(specs)[0]) + sum(spec.nbytes for spec in specs) for specs in files)
+        return held + (0 if self.given is None else self.given.disk_bytes)

@@ -14,6 +14,7 @@ from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import InputError
 from loftq_cli.families import experts
+from loftq_cli.planning.adapted import adapted_remarks
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.unused import unused_notes
 from loftq_cli.settings.options import Options
@@ -32,6 +33,8 @@ _IN_REPOSITORY = re.compile(r"(?:(?P<repo>.+)--)?(?P<module>[\w.]+)\.\w+")
 def remarks(plan: Plan, options: Options, *, measuring: bool) -> tuple[str, ...]:
     """What the user is to hear before ``plan`` is carried out. ``measuring``: statistics are made
     for it, so that nothing needs to be said of there being none."""
+    if plan.given is not None:
+        return tuple(adapted_remarks(plan))
     lines: list[str | None] = [*source_remarks(plan)]
     if plan.unmeasured and plan.statistics is not None:
         lines.append(

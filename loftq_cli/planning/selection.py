@@ -195,6 +195,13 @@ def _outside_rule(name: str) -> str | None:
     return None if is_in_block(name) else "outside the repeated blocks"
 
 
+def excluded(tensors: Sequence[StoredTensor], patterns: Sequence[str]) -> set[str]:
+    """The names that the ``patterns`` of --exclude match. Raises PatternError for one that matches
+    none."""
+    names = [tensor.name for tensor in tensors]
+    return {name for each in patterns for name in _matches("--exclude", each, names, set(names))}
+
+
 def _matches(option: str, pattern: str, names: Sequence[str], eligible: set[str]) -> list[str]:
     matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if not matched:

@@ -24,7 +24,7 @@ def work(plan: Plan, tensor: StoredTensor) -> int:
 
 def _of_matrix(plan: Plan, item: PlannedMatrix) -> float:
     matrix, recipe = item.matrix, plan.recipe
-    effort = method(matrix.method).effort
+    effort = 1.0 if plan.given is not None else method(matrix.method).effort
     step = _STEP * effort + _OF_RANK * item.rank
     held = plan.statistics
     if held is not None and matrix.name in held.matrices and held.kind(matrix.name) == "full":

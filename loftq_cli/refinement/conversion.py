@@ -152,7 +152,8 @@ class Conversion:
         pair = self._pair(held) if tensors is None else held.pair_in(tensors)
         tensors = self.stored(name) if tensors is None else tensors
         pair = Pair(pair.lora_A.to(device), pair.lora_B.to(device), pair.scaling)
-        quantized = held.layout.quantized(held.matrix, tensors)
+        adapted = self.output.is_adapted  # the codes are somebody else's
+        quantized = None if adapted else held.layout.quantized(held.matrix, tensors)
         if quantized is None:
             return Fixed(held.layout.decode(held.matrix, tensors).to(device), pair)
         return Latent(quantized.to(device), pair, self.weight(name).to(device))

@@ -17,7 +17,7 @@ import torch
 from loftq_cli.calibration.calibrate import Text, read_text
 from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.journal import Subject
-from loftq_cli.checkpoint.output import MANIFEST, Output, open_output, verify
+from loftq_cli.checkpoint.output import MANIFEST, Output, open_output, require_backbone, verify
 from loftq_cli.checkpoint.source import Source, open_source
 from loftq_cli.errors import InputError, SourceChangedError, UsageError
 from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
@@ -58,6 +58,7 @@ def refine(
     device = choose_device(wanted.device)
     read = [read_text("--text", path) for path in texts]
     found = open_output(directory)
+    require_backbone(found)
     verify(found)
     final = check_output_path(output, directory)
     trained = None if wanted.adapter is None else open_adapter(wanted.adapter)

@@ -15,7 +15,7 @@ from loftq_cli.checkpoint.stored import Stored
 from loftq_cli.checkpoint.writer import GrowingShard
 from loftq_cli.exporting.plan import TRAINED
 from loftq_cli.layouts.adapter import CONFIG, DIRECTORY, WEIGHTS
-from loftq_cli.machine.durable import explained, pretty_json, write_file
+from loftq_cli.machine.durable import copy_file, explained, pretty_json, write_file
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.refinement.conversion import Conversion
 
@@ -26,14 +26,18 @@ def write_files(conversion: Conversion, refined: Stored, target: Path, final: Pa
     start, weights = conversion.start, f"{DIRECTORY}/{WEIGHTS}"
     with explained(target):
         (target / DIRECTORY).mkdir(parents=True, exist_ok=True)
-    for shard in conversion.files.shards:
+    adapted = conversion.output.is_adapted
+    for shard in [] if adapted else conversion.files.shards:
         _write(shard.path, shard.header.tensors, refined, target / shard.name)
     _write(start.file, read_header(start.file).tensors, refined, target / weights)
-    written = {MANIFEST, weights, *(shard.name for shard in conversion.files.shards)}
+    shards = {shard.name: shard.path for shard in conversion.files.shards}
+    for name, path in shards.items() if adapted else ():
+        copy_file(path, target / name)
+    written = {MANIFEST, weights, *shards}
     names = [entry["name"] for entry in conversion.output.manifest["outputs"]]
     kept = [name for name in names if name not in written and not name.startswith(f"{TRAINED}/")]
     copy_files({name: conversion.directory / name for name in kept}, target)
-    if start.config.get("base_model_name_or_path"):
+    if start.config.get("base_model_name_or_path") and not adapted:
         config = {**start.config, "base_model_name_or_path": str(final)}
         write_file(target / DIRECTORY / CONFIG, pretty_json(config))
 

@@ -58,6 +58,10 @@ _START = """{base}, quantized, with a LoRA adapter that makes up for the quantiz
 ([LoftQ](https://arxiv.org/abs/2310.08659)): Q + B·A ≈ W, matrix by matrix. Fine-tuning starts from
 the adapter in `{adapter}/` instead of from zero."""
 
+_ADAPTER = """A LoRA adapter that makes up for the quantization of {backbone}
+([LoftQ](https://arxiv.org/abs/2310.08659)): Q + B·A ≈ W, matrix by matrix, W those of {base}.
+The backbone stays as it is. Fine-tuning starts from this adapter instead of from zero."""
+
 _MERGED = """{base}, fine-tuned from a quantized start
 ([LoftQ](https://arxiv.org/abs/2310.08659)), merged with what was trained and
 quantized once more."""
@@ -66,6 +70,8 @@ quantized once more."""
 def metadata(output: Output) -> dict[str, Any]:
     """The fields by which the hub lists the model as a quantization of its base, and as an adapter
     of it. Without a base if the source was a directory, which says nothing to others."""
+    if output.is_adapted:
+        return _of_adapter(output)
     source = output.manifest["source"]
     base = source["id"] if source["revision"] else None
     tags = [
@@ -83,6 +89,23 @@ def metadata(output: Output) -> dict[str, Any]:
     }
 
 
+def _of_adapter(output: Output) -> dict[str, Any]:
+    """The fields of an adapter for a backbone that is somewhere else on the hub."""
+    base = named_backbone(output)
+    return {
+        "base_model": base,
+        "base_model_relation": "adapter" if base else None,
+        "library_name": "peft",
+        "tags": ["loftq", "lora", *([f"base_model:adapter:{base}"] if base else [])],
+    }
+
+
+def named_backbone(output: Output) -> str | None:
+    """The hub id of the backbone that an adapter is for; None if it is a path."""
+    backbone, named = output.manifest["backbone"], output.manifest["recipe"]["base_model"]
+    return named or (backbone["id"] if backbone["revision"] else None)
+
+
 def body(output: Output, repo_id: str, picture: str | None = None) -> str:
     """The card below its metadata, in Markdown. ``picture`` is a file beside it."""
     found = inspect(Place(output.directory))
@@ -92,6 +115,9 @@ def body(output: Output, repo_id: str, picture: str | None = None) -> str:
     source, totals = found["source"], found["totals"]
     base = f"`{source['id']}` at `{source['revision']}`" if source["revision"] else "A checkpoint"
     about = _START if output.has_adapter else _MERGED
+    backbone = ""
+    if output.is_adapted:
+        about, backbone = _ADAPTER, f"`{named_backbone(output) or 'a checkpoint'}`"
     settings = [
         (f"`{name}`", f"`{value}`")
         for name, value in found["recipe"].items()
@@ -100,7 +126,7 @@ def body(output: Output, repo_id: str, picture: str | None = None) -> str:
     worst = sorted(output.records, key=lambda record: -_relative(record, "final"))[:WORST]
     return _CARD.format(
         name=repo_id.rpartition("/")[2],
-        about=about.format(base=base, adapter=adapter.DIRECTORY),
+        about=about.format(base=base, adapter=adapter.DIRECTORY, backbone=backbone),
         residual="W - Q - B·A" if output.has_adapter else "W - Q, W the trained weights,",
         loading=snippet(output, repo_id),
         facts=_table(("", ""), _facts(found, totals)),

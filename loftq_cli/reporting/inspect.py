@@ -48,7 +48,7 @@ def inspect(place: Place, *, verify: bool = False) -> dict[str, Any]:
         "totals": totals,
         "layers": layers,
         "passed_through": len(manifest["passed_through"]),
-        **({"refined": manifest["refined"]} if "refined" in manifest else {}),
+        **{key: manifest[key] for key in ("backbone", "refined") if key in manifest},
         **({} if left is None else {"trained_adapter": str(left)}),
         "verified_files": hashed,
         "needs": needs(layers[0]["layout"]),
@@ -62,6 +62,8 @@ def snippet(output: Output, place: str | None = None, revision: str | None = Non
     """Python that loads the backbone and attaches the adapter, if there is one, for training, from
     ``place``, by default the output's directory, or from a ``revision`` of it if it is on the
     hub."""
+    if not output.has_backbone:
+        return _of_adapter(output, place or str(output.directory), revision)
     place = place or str(output.directory)
     at = "" if revision is None else f", revision={revision!r}"
     runs = ", trust_remote_code=True" if brings_code(_config(output)) else ""
@@ -81,6 +83,20 @@ def snippet(output: Output, place: str | None = None, revision: str | None = Non
         f"{first}from peft import PeftModel\n{backbone}\n"
         f"model = PeftModel.from_pretrained(model, {place!r}{at}, "
         'subfolder="loftq_init", is_trainable=True)'
+    )
+
+
+def _of_adapter(output: Output, place: str, revision: str | None) -> str:
+    """Python that loads the backbone from where it is, and the adapter from ``place``."""
+    backbone = output.manifest["backbone"]
+    base = output.manifest["recipe"]["base_model"] or backbone["id"]
+    commit = "" if backbone["revision"] is None else f", revision={backbone['revision']!r}"
+    at = "" if revision is None else f", revision={revision!r}"
+    loaded = backbone["class"]
+    return (
+        f"from peft import PeftModel\nfrom transformers import {loaded}\n\n"
+        f"model = {loaded}.from_pretrained({base!r}{commit})\n"
+        f"model = PeftModel.from_pretrained(model, {place!r}{at}, is_trainable=True)"
     )
 
 

@@ -29,7 +29,8 @@ def push(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Verify the conversion in ``directory`` and send its files, and no others, with a model card;
-    what ``--json`` prints. Nothing is written to ``directory``.
+    what ``--json`` prints. Of an adapter for a backbone that exists the adapter alone is sent,
+    whether or not that lies beside it. Nothing is written to ``directory``.
 
     Raises UsageError for a malformed id, InputError and VerificationError if the conversion is
     not finished or was altered, OutputConflictError if the repository holds something else, and
@@ -45,16 +46,18 @@ def push(
     verified(output)
     fields = metadata(output)
     if fields["base_model"] is None:
-        say(f"{output.manifest['source']['id']} is no hub id: the card names no base model")
+        what = output.manifest["backbone" if output.is_adapted else "source"]["id"]
+        say(f"{what} is no hub id: the card names no base model")
     with explained(directory), tempfile.TemporaryDirectory(prefix="loftq-push-") as folder:
         names = _stage(output, Path(folder), repo_id, revision)
+        told = adapter_alone(output) if output.is_adapted else output
         drawn = picture(output)
         if drawn is None:
             say('the card has no picture: pip install "loftq-cli[report]"')
         else:
             (Path(folder) / PICTURE).write_text(drawn, "utf-8")
         pictures = [] if drawn is None else [PICTURE]
-        card = front_matter(fields) + body(output, repo_id, *pictures)
+        card = front_matter(fields) + body(told, repo_id, *pictures)
         (Path(folder) / _CARD).write_text(card, "utf-8")
         pushed = push_folder(
             Path(folder),
@@ -66,8 +69,23 @@ def push(
             message=f"Upload a LoftQ conversion, fingerprint {output.fingerprint[:12]}",
             say=say,
         )
-    size = sum(entry["size"] for entry in output.manifest["outputs"])
+    size = sum(entry["size"] for entry in told.manifest["outputs"])
     return {**asdict(pushed), "files": len(names) + len(pictures) + 1, "bytes": size}
+
+
+def adapter_alone(output: Output) -> Output:
+    """An adapted ``output`` as a repository has it: the adapter, without its backbone."""
+    folder = output.adapter_folder
+    manifest = {
+        **output.manifest,
+        "recipe": {**output.manifest["recipe"], "backbone": "named"},
+        "outputs": [
+            {**entry, "name": entry["name"].removeprefix(folder)}
+            for entry in output.manifest["outputs"]
+            if entry["name"].startswith(folder)
+        ],
+    }
+    return Output(output.directory, manifest)
 
 
 def _stage(output: Output, folder: Path, repo_id: str, revision: str | None) -> list[str]:
@@ -75,17 +93,21 @@ def _stage(output: Output, folder: Path, repo_id: str, revision: str | None) -> 
     of a training, stays at home. Links, but for the configs of adapters, which say where the
     backbone will be, and the manifest, which has their hashes."""
     entries = []
-    for entry in output.manifest["outputs"]:
+    sent = adapter_alone(output) if output.is_adapted else output
+    for entry in sent.manifest["outputs"]:
         file = folder / entry["name"]
+        held = output.directory / entry["name"]
+        if output.is_adapted:
+            held = output.directory / output.adapter_folder / entry["name"]
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.name == adapter.CONFIG:
-            config = read_json(output.directory / entry["name"]).content
+        if file.name == adapter.CONFIG and not output.is_adapted:
+            config = read_json(held).content
             told = {**config, "base_model_name_or_path": repo_id, "revision": revision}
             file.write_bytes(pretty_json(told))
             entry = {**entry, "size": file.stat().st_size, "sha256": file_sha256(file)}
         else:
-            file.symlink_to((output.directory / entry["name"]).absolute())
+            file.symlink_to(held.absolute())
         entries.append(entry)
-    manifest = {**output.manifest, "outputs": entries}
+    manifest = {**sent.manifest, "outputs": entries}
     (folder / MANIFEST).write_bytes(pretty_json(manifest))
     return [*(entry["name"] for entry in entries), MANIFEST]

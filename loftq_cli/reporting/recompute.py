@@ -12,7 +12,7 @@ import torch
 
 from loftq_cli.checkpoint.dtypes import resolve
 from loftq_cli.checkpoint.header import HeaderError, read_header
-from loftq_cli.checkpoint.output import Output
+from loftq_cli.checkpoint.output import Output, require_backbone
 from loftq_cli.checkpoint.stored import Stored, read
 from loftq_cli.errors import InputError, LoftqError, VerificationError
 from loftq_cli.layouts import adapter
@@ -58,6 +58,7 @@ def recompute(
             f"{output.directory}: a trained adapter was merged into its codes",
             hint="its residuals are of that sum, which no checkpoint holds: leave out --source",
         )
+    require_backbone(output)
     reread = Reread(output, model, stats, offline=offline)
     return {record["name"]: reread.norms(record) for record in output.records}
 
@@ -87,17 +88,28 @@ class Reread:
     ) -> torch.Tensor:
         """W - Q - B A of a matrix, float32 (out, in)."""
         recipe = self._output.manifest["recipe"]
-        layout = layout_of(record, recipe)
-        directory, stored = self._output.directory, self._stored
-        tensors = {spec.name: read(directory, stored, spec) for spec in layout.specs(matrix)}
         lora_A, lora_B = self._pairs.of(matrix)
         scaling = adapter.scaling(recipe["lora_alpha"], record["rank"])
-        residual = weight - layout.decode(matrix, tensors)
+        residual = weight - self._decoded(record, matrix)
         return residual.addmm_(lora_B.float() * scaling, lora_A.float(), alpha=-1)
 
-    def alone(self, matrix: Matrix, weight: torch.Tensor) -> Decomposition:
-        """Quantization alone. Raises InputError if the weights cannot be quantized: those that
-        were converted could."""
+    def without(
+        self, record: Mapping[str, Any], matrix: Matrix, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """W less what it is without an adapter, float32 (out, in): quantized alone, or as the
+        backbone has it if that was given. Raises InputError as :meth:`norms`."""
+        if self._output.is_adapted:
+            return weight - self._decoded(record, matrix)
+        return weight - self._alone(matrix, weight).backbone()
+
+    def _decoded(self, record: Mapping[str, Any], matrix: Matrix) -> torch.Tensor:
+        """Q of a matrix, as it is stored."""
+        layout = layout_of(record, self._output.manifest["recipe"])
+        directory, stored = self._output.directory, self._stored
+        tensors = {spec.name: read(directory, stored, spec) for spec in layout.specs(matrix)}
+        return layout.decode(matrix, tensors)
+
+    def _alone(self, matrix: Matrix, weight: torch.Tensor) -> Decomposition:
         try:
             return self.decomposer.quantize(weight, matrix)
         except LoftqError as error:
@@ -107,18 +119,38 @@ class Reread:
             ) from error
 
     def norms(self, record: Mapping[str, Any]) -> tuple[Recomputed, Weighted | None]:
-        """Of one matrix."""
+        """Of one matrix. Raises InputError if the weights cannot be quantized: those that were
+        converted could."""
         matrix = matrix_of(record)
         weight = self.weight(matrix)
         residual = self.residual(record, matrix, weight)
+        if self._output.is_adapted:
+            return self._of_given(record, matrix, weight, residual)
         final = math.sqrt(squared_norm(residual))
-        plain = self.alone(matrix, weight)
+        plain = self._alone(matrix, weight)
         norms = Recomputed(plain.weight_norm, plain.quantized_norm, final)
         kind, weighting = self.decomposer.kind(matrix), self.decomposer.weighting(matrix)
         if kind is None or weighting is None or plain.weighted is None:
             return norms, None
         stated = plain.weighted
         return norms, Weighted(stated.weight, stated.quantized, weighting.norm(residual), kind)
+
+    def _of_given(
+        self,
+        record: Mapping[str, Any],
+        matrix: Matrix,
+        weight: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> tuple[Recomputed, Weighted | None]:
+        """As :meth:`norms`, of a backbone that nobody here quantized."""
+        before = self.without(record, matrix, weight)
+        whole, lost, left = (math.sqrt(squared_norm(each)) for each in (weight, before, residual))
+        plain = Recomputed(whole, lost, left)
+        kind, weighting = self.decomposer.kind(matrix), self.decomposer.weighting(matrix)
+        if kind is None or weighting is None:
+            return plain, None
+        whole, lost, left = (weighting.norm(each) for each in (weight, before, residual))
+        return plain, Weighted(whole, lost, left, kind)
 
 
 class _Pairs:

@@ -25,8 +25,8 @@ def spectra(
     offline: bool = False,
 ) -> list[dict[str, Any]]:
     """Of the worst of ``layers``: ``name``, ``rank``, and ``alone`` and ``final``, the singular
-    values of W - quantize(W) and of W - Q - B A relative to the norm of W, the largest first, as
-    (number from 1, value), of which the curve needs no more.
+    values of W - quantize(W), or of W - Q if Q was given, and of W - Q - B A relative to the norm
+    of W, the largest first, as (number from 1, value), of which the curve needs no more.
 
     Raises what :func:`~loftq_cli.reporting.recompute.recompute` does.
     """
@@ -39,7 +39,7 @@ def spectra(
         matrix = matrix_of(record)
         weight = reread.weight(matrix)
         norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) or 1.0
-        alone = weight - reread.alone(matrix, weight).backbone()
+        alone = reread.without(record, matrix, weight)
         final = reread.residual(record, matrix, weight)
         found.append(
             {

@@ -22,12 +22,15 @@ class Recipe(Settings):
     type; ``kernels`` the variant of the inner loops (numerics.variant). ``layout_fallback`` says
     why layout auto had to leave its first choice while converting. ``structure`` is the sha256 of
     what transformers says of the tensors (families.anatomy), None if that changes nothing.
+    ``backbone``: of an adapter for a backbone that exists, whether that is "named" or "held" in
+    the output; else None.
     """
 
     threads: int
     layout_fallback: str | None
     kernels: str
     structure: str | None = None
+    backbone: str | None = None
 
     @staticmethod
     def of(settings: Settings, **settled: Any) -> Recipe:
@@ -45,8 +48,9 @@ class Recipe(Settings):
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, as the manifest holds it."""
         values = asdict(self)
-        if self.structure is None:
-            del values["structure"]
+        for name in ("structure", "backbone"):
+            if values[name] is None:
+                del values[name]
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()
@@ -62,6 +66,7 @@ BEYOND: Mapping[str, Mapping[str, Any]] = {
     "kernels": {"type": "string", "pattern": "^[0-9]+:(native|tensor)\\+(bfloat16|float32)$"},
     "layout_fallback": {"enum": [None, "float16-range"]},
     "structure": {"$ref": "#/$defs/sha256"},
+    "backbone": {"enum": ["named", "held"]},
 }
 """What a recipe holds beside settings, with the schema of each."""
 

@@ -48,6 +48,12 @@ _SAME: Any = object()
 DTYPES = ("source", "float32", "float16", "bfloat16")
 _POSITIVE = {"$ref": "#/$defs/positive"}
 
+OF_ADAPTERS = (
+    *("rank", "rank_map", "svd", "include", "exclude", "stats", "lora_alpha", "base_model"),
+    *("adapter_dtype", "device", "threads", "seed"),
+)
+"""The settings of an adapter for a backbone that exists."""
+
 Group = Literal["how", "which", "statistics", "where"]
 """Settings that stand together in ``--help``."""
 

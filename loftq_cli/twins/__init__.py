@@ -13,10 +13,11 @@ from loftq_cli.twins.finished import (
     merge,
     push,
 )
-from loftq_cli.twins.making import calibrate, convert, plan, refine, what_fits
+from loftq_cli.twins.making import adapt, calibrate, convert, plan, refine, what_fits
 from loftq_cli.twins.places import located
 
 __all__ = [
+    "adapt",
     "calibrate",
     "compare",
     "convert",

@@ -131,6 +131,50 @@ def plan(
     return describe(found, path)
 
 
+def adapt(
+    backbone: AnyPath,
+    output: AnyPath,
+    *,
+    source: AnyPath | None = None,
+    with_backbone: bool = False,
+    calibrate_text: AnyPath | Sequence[AnyPath] = (),
+    moments: str | None = None,
+    revision: str | None = None,
+    source_revision: str | None = None,
+    offline: bool = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Make an adapter for ``backbone``, a quantized checkpoint that exists, which was made from
+    ``source``; both are directories or hub ids. The manifest as a dict.
+
+    ``settings``: rank, rank_map, svd, include, exclude, stats, lora_alpha, base_model,
+    adapter_dtype, device, threads, seed, as for :func:`convert`, and so are ``calibrate_text`` and
+    ``moments``. ``with_backbone`` copies the backbone's files to the output, for the other
+    functions. Resumes.
+    """
+    from loftq_cli.calibration import first
+    from loftq_cli.conversion.prepare import asked, prepare
+    from loftq_cli.conversion.run import run
+    from loftq_cli.machine.observer import Logged
+    from loftq_cli.settings.options import Options
+
+    origin = None if source is None else str(source)
+    given, model = asked(
+        str(backbone), origin, revision, source_revision, offline=offline, kept=with_backbone
+    )
+    found, path = prepare(
+        model,
+        expanded(output),
+        Options(**settings),
+        overwrite=overwrite,
+        texts=first.asked(paths(calibrate_text), moments, refine=False),
+        backbone=given,
+        observer=Logged(),
+    )
+    return run(found, path, overwrite=overwrite, observer=Logged()).manifest
+
+
 def what_fits(
     model: AnyPath,
     memory: str | None = None,

@@ -7,9 +7,9 @@ import functools
 import torch
 from bitsandbytes import functional
 
+from loftq_cli.checkpoint.packing import packed_length
 from loftq_cli.numerics.quantizers.decoding import decode
 from loftq_cli.numerics.quantizers.packed import Packed
-from loftq_cli.numerics.quantizers.packing import packed_length
 from tests.benchmarks.tools import seconds, table
 
 _SIDES = (1024, 2048, 4096)

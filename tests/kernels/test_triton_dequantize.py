@@ -26,7 +26,7 @@ import itertools, torch
 from loftq_cli.kernels import triton_dequantize
 from loftq_cli.numerics.quantizers import decoding
 from loftq_cli.numerics.quantizers.packed import Packed
-from loftq_cli.numerics.quantizers.packing import packed_length
+from loftq_cli.checkpoint.packing import packed_length
 
 def random_bytes(count, bits):
     return torch.randint(0, 256, (packed_length(count, bits),), dtype=torch.uint8)

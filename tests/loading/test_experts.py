@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from loftq_cli.checkpoint.packing import pack
 from loftq_cli.errors import UnsupportedInputError
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.loading.experts import PackedExperts, take_over
 from loftq_cli.loading.packed_weight import PackedWeight
 from loftq_cli.loading.replacement import packed
 from loftq_cli.numerics.quantizers.packed import Packed
-from loftq_cli.numerics.quantizers.packing import pack
 from tests.support import moe
 from tests.support.quantizing import gaussian
 from tests.support.stored import drawn

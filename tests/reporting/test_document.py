@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from loftq_cli.checkpoint.output import FORMAT_VERSION as MANIFEST_VERSION
+from loftq_cli.checkpoint.packing import pack, unpack
 from loftq_cli.checkpoint.schema import manifest_schema
 from loftq_cli.layouts.base import matrix_of
 from loftq_cli.layouts.loftq import FORMAT_VERSION
 from loftq_cli.layouts.registry import layout_of
 from loftq_cli.numerics.quantizers.methods import WIDTHS
-from loftq_cli.numerics.quantizers.packing import pack, unpack
 from loftq_cli.settings.recipe import fingerprint
 from loftq_cli.settings.table import BLOCK_SIZES
 from tests.reporting.conftest import CASES

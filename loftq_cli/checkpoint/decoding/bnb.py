@@ -44,8 +44,9 @@ def find(model: Model) -> Iterator[tuple[EncodedTensor, set[str]]]:
             raise broken(name, f"{part.tensor.elements} bytes of codes for {list(shape)}")
         tag = tag_named(state["dtype"])
         decode = partial(_decoded, name=name, state=state, dtype=torch_dtype(tag))
-        encoded = EncodedTensor(name, tag, shape, part.tensor.start, part, others, decode)
-        yield encoded, {stored, name, *(other.tensor.name for other in others.values())}
+        names = (name, stored, *(other.tensor.name for other in others.values()))
+        encoded = EncodedTensor(name, tag, shape, part.tensor.start, part, others, decode, names)
+        yield encoded, set(names)
 
 
 def _state(name: str, raw: bytes) -> dict[str, Any]:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.decoding import bnb, fp8, gptq, mxfp4, packed
+from loftq_cli.checkpoint.decoding import bnb, fp8, gptq, int8, mxfp4, packed
 from loftq_cli.checkpoint.decoding.parts import Model
-from loftq_cli.checkpoint.dtypes import tag_named
+from loftq_cli.checkpoint.dtypes import tag_named, tag_of
 from loftq_cli.checkpoint.encoded import EncodedTensor, Part
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.quantized import KEYS, stated
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import Shard, Source
+from loftq_cli.errors import CorruptFileError
 
-_FORMATS = (fp8, mxfp4, packed, bnb, gptq)
+_FORMATS = (fp8, mxfp4, packed, bnb, int8, gptq)
 _DEFAULT = "BF16"
 
 
@@ -51,6 +53,24 @@ def decoded(source: Source) -> Source:
     shards = tuple(_with(shard, found) for shard in source.shards)
     config = replace(source.config, content=_without(source.config.content))
     return replace(source, shards=shards, config=config, encoded=found.formats)
+
+
+def decoded_alone(
+    tensors: Mapping[str, torch.Tensor], stated: Mapping[str, Any], dtype: str
+) -> torch.Tensor:
+    """What the stored ``tensors`` of one matrix mean, by ``names`` and ``stated`` of the
+    :class:`EncodedTensor` that they were, in the dtype of that tag. Raises CorruptFileError if they
+    make no sense."""
+    parts = {
+        name: Part("", Path(), StoredTensor(name, tag_of(each.dtype), tuple(each.shape), 0))
+        for name, each in tensors.items()
+    }
+    found = _find(Model(parts, stated, dtype, lambda part: tensors[part.tensor.name]))
+    if len(found.tensors) != 1:
+        raise CorruptFileError(f"{', '.join(tensors)}: not the parts of one matrix")
+    (encoded,) = found.tensors.values()
+    others = {key: tensors[part.tensor.name] for key, part in encoded.others.items()}
+    return encoded.decode(tensors[encoded.main.tensor.name], others)
 
 
 def _find(model: Model) -> _Found:

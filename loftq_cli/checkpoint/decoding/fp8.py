@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.decoding.parts import Model, broken, checked_scales
+from loftq_cli.checkpoint.decoding.parts import Model, broken, checked_scales, schemes
 from loftq_cli.checkpoint.dtypes import torch_dtype
 from loftq_cli.checkpoint.encoded import EncodedTensor, Part
 from loftq_cli.checkpoint.header import shown
@@ -52,12 +52,18 @@ def find(model: Model) -> Iterator[tuple[EncodedTensor, set[str]]]:
         )
         module = name.removesuffix("weight")
         left = {module + key for key in _LEFT} & model.parts.keys()
-        yield (
-            EncodedTensor(
-                name, model.dtype, part.tensor.shape, part.tensor.start, part, {"s": scale}, decode
-            ),
-            {name, scale.tensor.name, *left},
+        encoded = EncodedTensor(
+            name,
+            model.dtype,
+            part.tensor.shape,
+            part.tensor.start,
+            part,
+            {"s": scale},
+            decode,
+            (name, scale.tensor.name),
+            {"weight_block_size": [rows, columns]},
         )
+        yield encoded, {name, scale.tensor.name, *left}
 
 
 def _block(
@@ -80,11 +86,8 @@ def _block(
 
 
 def _stated_blocks(stated: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    groups = stated.get("config_groups")
-    schemes = list(groups.values()) if isinstance(groups, Mapping) else []
-    weights = [each.get("weights") for each in schemes if isinstance(each, Mapping)]
     found = [stated.get("weight_block_size")]
-    found += [each.get("block_structure") for each in weights if isinstance(each, Mapping)]
+    found += [each.get("block_structure") for each in schemes(stated)]
     for block in found:
         sizes = block if isinstance(block, list) and len(block) == 2 else []
         if sizes and all(type(size) is int and size > 0 for size in sizes):

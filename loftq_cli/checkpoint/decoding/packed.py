@@ -1,25 +1,32 @@
-"""compressed-tensors pack-quantized with 4 or 8 bits (Kimi-K2): ``X.weight_packed`` int32
-(out, in*bits/32), the lowest bits first; ``X.weight_scale`` (out, groups);
-``X.weight_zero_point`` int32, packed along out, if the codes are asymmetric; ``X.weight_g_idx``
-int32 (in,), if columns were quantized in another order; ``X.weight_shape``.
-W = scale * (code - zero), multiplied in the dtype of the scales."""
+"""compressed-tensors pack-quantized with 2 to 8 bits: ``X.weight_packed`` int32 (out,
+in*bits/32), each row a bit stream; ``X.weight_scale`` (out, groups); ``X.weight_zero_point`` int32,
+packed along out, if the codes are asymmetric; ``X.weight_g_idx`` int32 (in,), if columns were
+quantized in another order; ``X.weight_shape``. W = scale * (code - zero), multiplied in the dtype
+of the scales."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.decoding.parts import Model, broken, check_shape, checked_scales, nibbles
+from loftq_cli.checkpoint.decoding.parts import (
+    Model,
+    broken,
+    check_shape,
+    checked_scales,
+    grouped,
+    schemes,
+)
 from loftq_cli.checkpoint.dtypes import torch_dtype
 from loftq_cli.checkpoint.encoded import EncodedTensor
+from loftq_cli.checkpoint.packing import unpack
 from loftq_cli.errors import UnsupportedInputError
 
 NAME = "compressed-tensors pack-quantized"
 _CODES = "_packed"
-_BITS = (4, 8)
+_BITS = range(2, 9)
 
 
 def find(model: Model) -> Iterator[tuple[EncodedTensor, set[str]]]:
@@ -31,9 +38,13 @@ def find(model: Model) -> Iterator[tuple[EncodedTensor, set[str]]]:
         name = stored.removesuffix(_CODES)
         if name == stored or not name.endswith(".weight") or part.tensor.dtype != "I32":
             continue
-        bits = _width(model.stated, stored)
+        others = {
+            key: model.parts[f"{name}_{key}"]
+            for key in ("shape", "zero_point", "g_idx")
+            if f"{name}_{key}" in model.parts
+        }
         rows, words = part.tensor.shape
-        columns = words * 32 // bits
+        bits, columns = _width(model, name, stored, words)
         scale = model.parts.get(f"{name}_scale")
         if scale is None or scale.tensor.dtype not in ("F32", "BF16", "F16"):
             raise broken(name, f"{name}_scale is missing, or no float")
@@ -41,29 +52,46 @@ def find(model: Model) -> Iterator[tuple[EncodedTensor, set[str]]]:
         check_shape(name, scale, (rows, groups), (1,) if groups == 1 else (rows, groups))
         if columns % groups:
             raise broken(name, f"{columns} columns with {groups} scales a row")
-        others = {"s": scale}
-        for key in ("shape", "zero_point", "g_idx"):
-            if f"{name}_{key}" in model.parts:
-                others[key] = model.parts[f"{name}_{key}"]
+        others["s"] = scale
         if "zero_point" in others:
             check_shape(name, others["zero_point"], (-(-rows * bits // 32), groups))
-        decode = partial(_decoded, name=name, bits=bits, dtype=torch_dtype(model.dtype))
-        encoded = EncodedTensor(
-            name, model.dtype, (rows, columns), part.tensor.start, part, others, decode
+        decode = partial(
+            _decoded, name=name, bits=bits, columns=columns, dtype=torch_dtype(model.dtype)
         )
-        yield encoded, {stored, *(other.tensor.name for other in others.values())}
+        names = (stored, *(other.tensor.name for other in others.values()))
+        stated = {"num_bits": bits}
+        encoded = EncodedTensor(
+            name,
+            model.dtype,
+            (rows, columns),
+            part.tensor.start,
+            part,
+            others,
+            decode,
+            names,
+            stated,
+        )
+        yield encoded, set(names)
 
 
-def _width(stated: Mapping[str, Any], stored: str) -> int:
-    groups = stated.get("config_groups")
-    schemes = groups.values() if isinstance(groups, Mapping) else ()
-    weights = [each.get("weights") for each in schemes if isinstance(each, Mapping)]
-    found = {each.get("num_bits") for each in weights if isinstance(each, Mapping)}
-    if len(found) == 1 and (bits := found.pop()) in _BITS:
-        return int(bits)
+def _width(model: Model, name: str, stored: str, words: int) -> tuple[int, int]:
+    """The bits of a code, and how many there are in a row of ``words``: as config.json says, if it
+    has one width for all, or else by the number of columns that the file states."""
+    widths = {each.get("num_bits") for each in schemes(model.stated)}
+    stated = [bits for bits in _BITS if bits in widths]
+    if len(widths) == len(stated) == 1 and words * 32 % stated[0] == 0:
+        return stated[0], words * 32 // stated[0]
+    shape = model.parts.get(f"{name}_shape")
+    if shape is not None and shape.tensor.elements == 2:
+        columns = int(model.read(shape)[1])
+        fit = [bits for bits in _BITS if -(-columns * bits // 32) == words]
+        fit = [bits for bits in fit if bits in stated] or fit
+        if len(fit) == 1:
+            return fit[0], columns
+        raise broken(name, f"{words} words a row for {columns} columns")
     raise UnsupportedInputError(
-        f"tensor {stored!r}: the checkpoint is quantized already ({NAME}), and config.json does "
-        "not give it one width of 4 or 8 bits",
+        f"tensor {stored!r}: the checkpoint is quantized already ({NAME}), and neither config.json "
+        "nor the file itself gives it one width of 2 to 8 bits",
         hint="convert the full-precision checkpoint it was made from",
     )
 
@@ -74,20 +102,16 @@ def _decoded(
     *,
     name: str,
     bits: int,
+    columns: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    rows, columns = codes.shape[0], codes.shape[1] * 32 // bits
+    rows = codes.shape[0]
     if "shape" in others and others["shape"].tolist() != [rows, columns]:
         raise broken(name, f"weight_shape is {others['shape'].tolist()}, not {[rows, columns]}")
     checked_scales(name, others["s"])
     scales = others["s"].reshape(-1, others["s"].shape[-1] if others["s"].dim() == 2 else 1)
-    values = _unpacked(codes, bits).to(scales.dtype)
-    groups = scales.shape[1]
-    group = torch.arange(columns) // (columns // groups)
-    if "g_idx" in others:
-        group = others["g_idx"].long()
-        if group.shape != (columns,) or not bool(((group >= 0) & (group < groups)).all()):
-            raise broken(name, "weight_g_idx names a group that is not there")
+    values = _unpacked(codes, bits)[:, :columns].to(scales.dtype)
+    group = grouped(name, others.get("g_idx"), columns, scales.shape[1])
     if "zero_point" in others:
         zeros = _unpacked(others["zero_point"].T.contiguous(), bits)[:, :rows].T
         values -= zeros.to(scales.dtype)[:, group]
@@ -98,6 +122,10 @@ def _decoded(
 
 
 def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 (n, codes) of int32 (n, words)."""
-    raw = words.contiguous().view(torch.uint8)
-    return nibbles(raw) if bits == 4 else raw
+    """uint8 (n, codes) of int32 (n, words), each row a stream of its own; bits left over at the
+    end of a row are no codes."""
+    held = words.shape[1] * 32 // bits
+    raw = words.contiguous().view(torch.uint8).view(len(words), -1)
+    if words.shape[1] * 32 % bits == 0:
+        return unpack(raw.view(-1), bits, len(words) * held).view(len(words), held)
+    return torch.stack([unpack(row, bits, held) for row in raw])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,3 +55,26 @@ def nibbles(packed: torch.Tensor) -> torch.Tensor:
     """The 4-bit codes of uint8 (…, n), the lower one first: uint8 (…, 2 n)."""
     pairs = torch.stack((packed & 15, packed >> 4), dim=-1)
     return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+def schemes(stated: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What compressed-tensors' config says of weights, group by group; of one matrix alone what is
+    known of it."""
+    if "num_bits" in stated:
+        yield stated
+    groups = stated.get("config_groups")
+    for each in groups.values() if isinstance(groups, Mapping) else ():
+        weights = each.get("weights") if isinstance(each, Mapping) else None
+        if isinstance(weights, Mapping):
+            yield weights
+
+
+def grouped(name: str, index: torch.Tensor | None, columns: int, groups: int) -> torch.Tensor:
+    """The group of each column, int64 (columns,): as ``index`` says, or one after the other. Raises
+    CorruptFileError."""
+    if index is None:
+        return torch.arange(columns) // (columns // groups)
+    group = index.long()
+    if group.shape != (columns,) or not bool(((group >= 0) & (group < groups)).all()):
+        raise broken(name, "g_idx names a group that is not there")
+    return group

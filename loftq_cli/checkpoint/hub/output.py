@@ -12,6 +12,7 @@ from loftq_cli.checkpoint.header import shown
 from loftq_cli.checkpoint.hub.cache import cached_directory
 from loftq_cli.checkpoint.hub.listing import Listing, list_files
 from loftq_cli.checkpoint.hub.transfer import download
+from loftq_cli.checkpoint.names import ADAPTER_CONFIG
 from loftq_cli.checkpoint.output import MANIFEST, read_manifest
 from loftq_cli.checkpoint.source import CONFIG, INDEX, SINGLE
 from loftq_cli.errors import (
@@ -21,7 +22,6 @@ from loftq_cli.errors import (
     UnsupportedInputError,
 )
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MOST_SHOWN = 3
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.output import Output, file_entries, open_output, verify
+from loftq_cli.checkpoint.output import Output, file_entries, open_output, require_backbone, verify
 from loftq_cli.checkpoint.reader import PIECE, TensorFile, pieces_of
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import LayoutError, UsageError
@@ -93,6 +93,7 @@ def export_gguf(
     """
     started = time.monotonic()
     found = open_output(directory)
+    require_backbone(found)
     verify(found)
     final = check_output_path(output, directory)
     if final == wanted.skeleton.resolve() or final in wanted.skeleton.resolve().parents:

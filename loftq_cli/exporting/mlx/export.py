@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.companions import copy_files
-from loftq_cli.checkpoint.output import Output, file_entries, open_output, verify
+from loftq_cli.checkpoint.output import Output, file_entries, open_output, require_backbone, verify
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
 from loftq_cli.checkpoint.writer import GrowingShard, index_of
@@ -89,6 +89,7 @@ def export_mlx(
     """
     started = time.monotonic()
     found = open_output(directory)
+    require_backbone(found)
     verify(found)
     final = check_output_path(output, directory)
     source = open_source(found.directory)

@@ -16,10 +16,10 @@ import torch
 
 from loftq_cli.checkpoint.dtypes import computed, torch_dtype
 from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.checkpoint.packing import pack, unpack
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings, ungrouped
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.methods import method
-from loftq_cli.numerics.quantizers.packing import pack, unpack
 
 _WORD = 32  # bits
 

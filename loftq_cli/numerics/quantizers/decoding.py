@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import torch
 
+from loftq_cli.checkpoint.packing import unpack
 from loftq_cli.numerics.quantizers import native_decoding
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
 from loftq_cli.numerics.quantizers.packed import Packed
-from loftq_cli.numerics.quantizers.packing import unpack
 
 _CHUNK = 1 << 19  # codes: 2 MiB of float32
 _PER_ENTRY = {2: 4, 3: 4, 4: 2}

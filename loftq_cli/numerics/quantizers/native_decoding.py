@@ -8,10 +8,10 @@ import ctypes
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from loftq_cli.checkpoint.packing import packed_length
 from loftq_cli.kernels import native
 from loftq_cli.numerics.quantizers.blocks import block_count
 from loftq_cli.numerics.quantizers.packed import Packed
-from loftq_cli.numerics.quantizers.packing import packed_length
 
 _STORES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PIECE = 4096  # elements; what one block for the whole matrix is divided into

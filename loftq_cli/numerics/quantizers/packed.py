@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from loftq_cli.checkpoint.packing import unpack
 from loftq_cli.numerics.quantizers.blocks import Quantized
-from loftq_cli.numerics.quantizers.packing import unpack
 
 
 @dataclass(frozen=True)

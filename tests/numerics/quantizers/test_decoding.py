@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loftq_cli.checkpoint.packing import packed_length, unpack
 from loftq_cli.kernels import native
 from loftq_cli.numerics.quantizers import decoding
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
 from loftq_cli.numerics.quantizers.decoding import decode
 from loftq_cli.numerics.quantizers.packed import Packed
-from loftq_cli.numerics.quantizers.packing import packed_length, unpack
 from tests.support.quantizing import needs_kernels
 
 SHAPES = [(1, 1), (3, 64), (7, 45), (8, 129), (16, 96), (33, 70), (50, 64)]

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from loftq_cli.checkpoint.packing import packed_length
 from loftq_cli.kernels import native
 from loftq_cli.numerics.quantizers import decoding, native_decoding
 from loftq_cli.numerics.quantizers.blocks import block_count
 from loftq_cli.numerics.quantizers.decoding import decode
 from loftq_cli.numerics.quantizers.packed import Packed
-from loftq_cli.numerics.quantizers.packing import packed_length
 from tests.support.quantizing import needs_kernels
 
 pytestmark = needs_kernels

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from loftq_cli.numerics.quantizers.packing import pack
+from loftq_cli.checkpoint.packing import pack
 
 SIDE = 64
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loftq_cli.numerics.quantizers.packing import pack, packed_length, unpack, unpack_at
+from loftq_cli.checkpoint.packing import pack, packed_length, unpack, unpack_at
 from tests.support.quantizing import PROPERTY
 
 every_width = pytest.mark.parametrize("bits", range(1, 9))

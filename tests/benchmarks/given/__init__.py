@@ -1,0 +1,1 @@
+"""What an adapter for a backbone that exists is worth, beside none and EoRA's."""
