@@ -27,7 +27,7 @@ RANK = 64
 RATE = 2e-4
 STEPS = 44
 KINDS = ("zero", "EoRA", "plain", "full", "refined")
-REFINED = ("--epochs", "1", "--end-to-end", "32", "--samples", "64", "--length", "512")
+REFINED = ("--end-to-end", "32", "--samples", "144", "--length", "512")
 
 
 def main() -> None:
