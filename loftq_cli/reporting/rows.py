@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from loftq_cli.settings.sizes import decimal
+
 
 def rows_of(found: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """What a table shows of a comparison: a title, and a cell for each conversion."""
@@ -17,8 +19,8 @@ def rows_of(found: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         yield "refined", ["yes" if each["refined"] else "no" for each in conversions]
     if len({each["matrices"] for each in conversions}) > 1:
         yield "matrices", [str(each["matrices"]) for each in conversions]
-    yield "backbone", [size(each["backbone_bytes"]) for each in conversions]
-    yield "adapter", [size(each["adapter_bytes"]) for each in conversions]
+    yield "backbone", [decimal(each["backbone_bytes"]) for each in conversions]
+    yield "adapter", [decimal(each["adapter_bytes"]) for each in conversions]
     for title, key in (
         ("bits per weight", "bits_per_weight"),
         ("with the adapter", "bits_per_weight_with_adapter"),
@@ -55,12 +57,6 @@ FIGURES = tuple(key for _, key, _ in EVALUATED)
 def figure(value: float | None) -> str:
     """A residual, or a dash for none."""
     return "-" if value is None else f"{value:.4f}"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units."""
-    unit, each = ("GB", 1e9) if nbytes >= 1e9 else ("MB", 1e6)
-    return f"{nbytes / each:.2f} {unit}"
 
 
 _LONGEST = 20  # characters of a setting

@@ -12,7 +12,8 @@ from loftq_cli.reporting.compare import Compared
 from loftq_cli.reporting.page import html
 from loftq_cli.reporting.page.document import name_of
 from loftq_cli.reporting.page.encodings import BY_STEP, Figure, hint, labels, residual, significant
-from loftq_cli.reporting.rows import EVALUATED, figure, rows_of, size
+from loftq_cli.reporting.rows import EVALUATED, figure, rows_of
+from loftq_cli.settings.sizes import decimal
 
 _Conversions = Sequence[Compared]
 
@@ -248,7 +249,7 @@ def _room(found: Mapping[str, Any]) -> Figure:
         "What they take",
         "Backbone and adapter, tensors that were copied included.",
         "; ".join(
-            f"{each['label']}: {size(each['backbone_bytes'] + each['adapter_bytes'])}"
+            f"{each['label']}: {decimal(each['backbone_bytes'] + each['adapter_bytes'])}"
             for each in found["conversions"]
         )
         + ".",

@@ -12,8 +12,8 @@ from loftq_cli.reporting.page.curves import curves
 from loftq_cli.reporting.page.encodings import Figure, significant
 from loftq_cli.reporting.page.room import room
 from loftq_cli.reporting.page.tables import kinds_table
-from loftq_cli.reporting.rows import size
 from loftq_cli.reporting.summary import span, weighted_figure
+from loftq_cli.settings.sizes import decimal
 
 COLUMNS = (
     *("name", "kind", "block", "rows", "columns", "bits", "rank", "quantized", "final", "share"),
@@ -81,7 +81,7 @@ def _tiles(inspection: _Report, report: _Report, adapter: bool) -> Iterator[tupl
     with_adapter = f"{totals['bits_per_weight_with_adapter']:.3f} with the adapter"
     yield "bits a weight", f"{totals['bits_per_weight']:.3f}", with_adapter if adapter else ""
     taken = totals["backbone_bytes"] + totals["adapter_bytes"]
-    yield "size", size(taken), f"{size(totals['source_bytes'])} before"
+    yield "size", decimal(taken), f"{decimal(totals['source_bytes'])} before"
     if report.get("refined", {}).get("end_to_end"):
         end = report["refined"]["end_to_end"]
         yield (

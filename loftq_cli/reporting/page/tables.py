@@ -7,8 +7,9 @@ from typing import Any
 
 from loftq_cli.reporting import summary
 from loftq_cli.reporting.page.html import table, text
-from loftq_cli.reporting.rows import EVALUATED, figure, rows_of, size
+from loftq_cli.reporting.rows import EVALUATED, figure, rows_of
 from loftq_cli.reporting.summary import Kind, Spread, span
+from loftq_cli.settings.sizes import decimal
 
 _WORST = 5
 _WIDEST = 48  # characters of a strip: a deeper model has several blocks in each
@@ -58,8 +59,11 @@ def _inspection(found: _Report) -> Iterator[str]:
             ("source", found["source"]["id"]),
             ("matrices", len(found["layers"])),
             ("layout", found["layers"][0]["layout"]),
-            ("backbone", f"{size(totals['source_bytes'])} -> {size(totals['backbone_bytes'])}"),
-            ("adapter", size(totals["adapter_bytes"])),
+            (
+                "backbone",
+                f"{decimal(totals['source_bytes'])} -> {decimal(totals['backbone_bytes'])}",
+            ),
+            ("adapter", decimal(totals["adapter_bytes"])),
             ("bits per weight", f"{totals['bits_per_weight']:.3f}"),
             ("with the adapter", f"{totals['bits_per_weight_with_adapter']:.3f}"),
         ],
