@@ -51,16 +51,17 @@ def eora(
     moments: dict[str, torch.Tensor],
     rank: int,
 ) -> Pairs:
-    """gptqmodel's EoRA (arXiv:2410.21271), on the moments that ours is made under."""
+    """gptqmodel's EoRA (arXiv:2410.21271), on the moments that ours is made under, stored in 16 bits
+    as ours is."""
     from gptqmodel.eora.eora import eora_compute_lora
 
     found = {}
     for name, values in held.items():
         lost = (weights[name] - values).float()
         lora_A, lora_B = eora_compute_lora(
-            lost, name, moments[name], rank, torch.float32, torch.device("cpu")
+            lost, name, moments[name], rank, torch.bfloat16, torch.device("cpu")
         )
-        found[name] = lora_A, lora_B
+        found[name] = lora_A.float(), lora_B.float()
     return found
 
 
