@@ -18,10 +18,13 @@ _NOISE = 0.5
 """The share of a column's energy that may be noise: with more, nothing is known of its scale."""
 _CLEAR = 0.2
 """The share with which rounding does not change a scale by itself: few values become zero."""
-_SPREAD = 0.1
-"""The deviation of logarithms that a quantizer may leave by itself: by clipping, by centroids."""
+# What a quantizer does to scales by itself, by clipping and by centroids, as the least allowed:
+_MIDDLE = 0.3
+"""All of them together, as a logarithm."""
+_SPREAD = 0.05
+"""Their deviation from that."""
 _FURTHEST = 0.4
-"""The most that one scale may be off so."""
+"""One of them."""
 _ALIKE = 0.5
 """The least correlation of scales that are one another's counterpart."""
 _FEWEST = 8
@@ -60,21 +63,23 @@ class Scales:
         known = self.known
         if self.noise is None:
             return None
-        if 2 * int(known.sum()) < len(self):
+        if 8 * int(known.sum()) < len(self):
             return "by what is not to be told from noise"
         logs, errors = self.values[known].log(), self.errors[known]
+        # The weights themselves are off by this share: less in a scale is no more harm than that.
+        rounding, estimate = math.sqrt(self.noise), 5 * _mean_square(errors)
         middle = float(logs.median())
-        allowed = max(_SPREAD, 2 * self.noise, 5 * _mean_square(errors))
-        if abs(middle) > allowed:
+        if abs(middle) > max(_MIDDLE, 2 * self.noise, estimate):
             return f"by {math.exp(middle):.3g}"
-        spread = _mean_square(logs - middle)
-        if spread > allowed:
-            return f"by {math.exp(-spread):.3g} to {math.exp(spread):.3g}"
-        off = ((logs - middle).exp() - 1).abs() - torch.clamp(10 * errors, min=_FURTHEST)
+        furthest = torch.clamp(10 * errors, min=max(_FURTHEST, 2 * rounding))
+        off = ((logs - middle).exp() - 1).abs() - furthest
         off[self.shares[known] > max(_CLEAR, 1.5 * self.noise)] = 0
         if float(off.max()) > 0:
             number = int(known.nonzero()[off.argmax()])
             return f"number {number} by {float(self.values[number]):.3g}"
+        spread = _mean_square(logs - middle)
+        if spread > max(_SPREAD, 0.75 * rounding, estimate):
+            return f"by {math.exp(-spread):.3g} to {math.exp(spread):.3g}"
         return None
 
 
@@ -116,8 +121,8 @@ def fit(
     return Scales(c, *of_columns, noise), Scales(a, *of_rows, noise)
 
 
-def counterpart(columns: Scales, rows: Scales) -> tuple[float, torch.Tensor] | None:
-    """(how alike, s (n,)) if the ``columns`` of a matrix were multiplied by s and the ``rows`` of
+def counterpart(columns: Scales, rows: Scales) -> tuple[float, Scales] | None:
+    """(how alike, s) if the ``columns`` of a matrix were multiplied by s and the ``rows`` of
     the one in front of it divided by s; None if that is not to be seen. Each is an estimate of its
     own: s is the mean of both, weighted by what is known of them."""
     both = columns.known & rows.known
@@ -135,7 +140,8 @@ def counterpart(columns: Scales, rows: Scales) -> tuple[float, torch.Tensor] | N
     logs = of_columns * columns.values.log().nan_to_num(0.0, 0.0, 0.0)
     logs -= of_rows * rows.values.log().nan_to_num(0.0, 0.0, 0.0)
     middle = float(((up + down) / 2).median())
-    return alike, torch.where(total > 0, logs / total, torch.tensor(middle)).exp()
+    s = torch.where(total > 0, logs / total, torch.tensor(middle)).exp()
+    return alike, replace(columns, values=s, errors=total.rsqrt())
 
 
 def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,8 @@ from loftq_cli.planning.plan import Plan
 
 _SMALLEST = 2**-14
 """Smaller values have fewer than 11 bits in float16: they say little of a scale."""
+_OFF = 0.25
+"""The most that a scale may differ from what a bias says of it."""
 _STEP = 2**-24
 """The least that two float16 numbers differ by."""
 _HINT = (
@@ -188,7 +190,9 @@ class _Finder:
         for name in changed:
             module, _, last = name.rpartition(".")
             if last == "weight" and module not in known:
-                raise self.sides.refusal(f"{name} is not the source's, and the model calls no such norm")
+                raise self.sides.refusal(
+                    f"{name} is not the source's, and the model calls no such norm"
+                )
 
     def _follow_norm(self, home: str, readers: Readers) -> None:
         weights = self.sides.vectors(f"{home}.weight")
@@ -258,9 +262,9 @@ class _Finder:
             ]
             s = None
             if found:
-                name, _, s = max(found, key=lambda each: each[1])
+                name, _, estimated = max(found, key=lambda each: each[1])
                 divided.add(name)
-                s = self._exactly(name, s)
+                s = self._exactly(name, estimated)
                 module = name.removesuffix(".weight")
                 self.vectors[module] = s
                 self.matrices[later.tensor.name] = Rescaled(columns=module)
@@ -285,16 +289,25 @@ class _Finder:
                     "them makes up for that"
                 )
 
-    def _exactly(self, name: str, s: torch.Tensor) -> torch.Tensor:
-        """``s`` as the bias says, which was divided, too, and cannot be corrected: where it is
-        large enough, and near."""
-        both = self.sides.vectors(f"{name.removesuffix('.weight')}.bias")
+    def _exactly(self, name: str, estimated: Scales) -> torch.Tensor:
+        """What the rows of a matrix were ``estimated`` to be divided by, as its bias says where it
+        is large enough: that was divided, too, and cannot be corrected."""
+        bias = f"{name.removesuffix('.weight')}.bias"
+        both = self.sides.vectors(bias)
         if both is None:
-            return s
-        ours, theirs = (each[-len(s) :] for each in both)
-        stated = ours / theirs
-        held = (theirs.abs() >= _SMALLEST) & ((stated / s - 1).abs() < 0.5)
-        return torch.where(held, stated, s)
+            return estimated.values
+        ours, theirs = (each[-len(estimated) :] for each in both)
+        large = theirs.abs() >= _SMALLEST
+        stated = torch.where(large, ours / theirs, estimated.values)
+        off = (stated / estimated.values - 1).abs() > torch.clamp(10 * estimated.errors, min=_OFF)
+        if bool((off | (stated <= 0)).any()):
+            raise self._of_bias(bias)
+        return stated
+
+    def _of_bias(self, name: str) -> InputError:
+        return self.sides.refusal(
+            f"{name} is not the source's, and not scaled as what it is added to"
+        )
 
     def check_biases(self, changed: Sequence[str]) -> None:
         """Raise InputError if a bias ``changed`` other than what it is added to."""
@@ -311,10 +324,10 @@ class _Finder:
                 ours = ours.clone()
                 ours[-len(s) :] /= s
             if not _alike(ours, theirs, least=_SMALLEST):
-                raise self.sides.refusal(f"{name} is not the source's, and not scaled as what it is added to")
+                raise self._of_bias(name)
 
 
-def _counterpart(later: _Fitted, earlier: _Fitted) -> tuple[float, torch.Tensor] | None:
+def _counterpart(later: _Fitted, earlier: _Fitted) -> tuple[float, Scales] | None:
     """How alike the columns of one and the rows of the other are, and their s. Of an ``earlier``
     that is two matrices in one (gate_up_proj) the second may be it."""
     width = len(later.columns)

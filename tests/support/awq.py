@@ -40,17 +40,18 @@ def rescaled(
             match = re.fullmatch(rf"({re.escape(front)})\.weight".replace(r"\*", r"(\d+)"), name)
             if match is None:
                 continue
-            size = len(found[name])
+            weights = [f"{front.split('*')[0]}{match[2]}.{each}.weight" for each in behind]
+            size = found[weights[0]].shape[1]
             s = (torch.randn(size, generator=generator, dtype=torch.float64) * spread).exp()
             if found[name].dim() == 1:
                 found[name] = (found[name] + offset) / s - offset
-            else:
-                found[name] = found[name] / s[:, None]
+            else:  # the last rows, of a layer that is two in one
+                rows = torch.ones(len(found[name]), dtype=torch.float64)
+                rows[-size:] = s
+                found[name] = found[name] / rows[:, None]
             if f"{match[1]}.bias" in found:
                 found[f"{match[1]}.bias"] = found[f"{match[1]}.bias"] / s
-            block = front.split("*")[0] + match[2]
-            for each in behind:
-                found[f"{block}.{each}.weight"] = found[f"{block}.{each}.weight"] * s
+            found |= {each: found[each] * s for each in weights}
     return found
 
 
