@@ -91,18 +91,6 @@ MADE: dict[str, tuple[Callable[[], Any], awq.Fronts, float]] = {
 }
 
 
-def whole(output: Path, held: awq.Tensors) -> awq.Tensors:
-    """What the backbone's tensors ``held`` mean with the adapter in ``output``, float64."""
-    pairs = load_file(output / "adapter_model.safetensors")
-    found = dict(held)
-    for name in held:
-        module = f"base_model.model.{name.removesuffix('.weight')}"
-        if f"{module}.lora_A.weight" in pairs:
-            lora_A, lora_B = (pairs[f"{module}.lora_{side}.weight"].double() for side in "AB")
-            found[name] = held[name] + lora_B @ lora_A
-    return found
-
-
 @pytest.mark.parametrize("spread", [0.05, 0.7])
 @pytest.mark.parametrize("name", MADE)
 def test_with_full_rank_it_is_the_original(name: str, spread: float, tmp_path: Path) -> None:
@@ -122,7 +110,7 @@ def test_with_full_rank_it_is_the_original(name: str, spread: float, tmp_path: P
         expected = model.double()(ids).logits
         model.load_state_dict(held, strict=False)
         without = model(ids).logits
-        model.load_state_dict(whole(tmp_path / "out", held), strict=False)
+        model.load_state_dict(awq.whole(tmp_path / "out", held), strict=False)
         found = model(ids).logits
     assert (found - expected).norm() < 5e-6 * expected.norm()
     assert (without - expected).norm() > 0.01 * expected.norm()
@@ -208,7 +196,7 @@ def test_statistics_are_divided_as_the_inputs_are(
     (record,) = (each for each in manifest["matrices"] if each["module"] == q)
     original = load_file(source / "model.safetensors")
     s = original[f"{FIRST}.weight"].double() / norm.double()
-    for key, now in (("quantized", held), ("final", whole(tmp_path / "out", held))):
+    for key, now in (("quantized", held), ("final", awq.whole(tmp_path / "out", held))):
         error = original[f"{q}.weight"].double() - now[f"{q}.weight"] / s
         outputs = inputs.double() @ error.T
         if full:

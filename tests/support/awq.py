@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from tests.support import given
 
@@ -102,3 +103,15 @@ def checkpoint(
         "zero_point": True,
     }
     return given.of(source, target, held, stated), meant
+
+
+def whole(output: Path, held: Tensors) -> Tensors:
+    """What the backbone's tensors ``held`` mean with the adapter in ``output``, float64."""
+    pairs = load_file(output / "adapter_model.safetensors")
+    found = dict(held)
+    for name in held:
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" in pairs:
+            lora_A, lora_B = (pairs[f"{module}.lora_{side}.weight"].double() for side in "AB")
+            found[name] = held[name] + lora_B @ lora_A
+    return found
