@@ -116,8 +116,12 @@ class _Sides:
         ours, theirs = (_read(path, tensor).double() for path, tensor in both)
         return None if ours.shape != theirs.shape else (ours, theirs)
 
-    def is_compared(self, tensor: StoredTensor) -> bool:
-        """Whether it is a linear layer's matrix, and in both."""
+    @cached_property
+    def compared(self) -> Mapping[str, StoredTensor]:
+        """The matrices of linear layers that are in both, by name."""
+        return {t.name: t for t in self.plan.source.tensors if self._is_compared(t)}
+
+    def _is_compared(self, tensor: StoredTensor) -> bool:
         other = self.plan.pairs.get(tensor.name)
         if other is None or len(tensor.shape) != 2 or not tensor.name.endswith(".weight"):
             return False
@@ -133,12 +137,7 @@ class _Sides:
         shape = turned_shape((tensor.shape[0], tensor.shape[1]), kind)
         wanted = Matrix(tensor.name, shape, tensor.dtype, "", 0, 0, kind)
         matrix = self.given.matrix(wanted, self.plan.pairs[tensor.name])
-        quantized = self._quantized(matrix).float().clone()
-        return turned(weight, kind).float().contiguous().clone(), quantized
-
-    @property
-    def tensors(self) -> list[StoredTensor]:
-        return self.plan.source.tensors
+        return turned(weight, kind).float().contiguous(), self._quantized(matrix)
 
     def refusal(self, what: str) -> InputError:
         """The error that says ``what`` is not explained."""
@@ -207,10 +206,9 @@ class _Finder:
         if not bool(((s > 0) & s.isfinite()).all()):
             raise self.sides.refusal(f"{home}.weight is not the source's times positive scales")
         self.vectors[home], self.unknown[home] = s, unknown
-        compared = {t.name for t in self.sides.tensors if self.sides.is_compared(t)}
         for module in readers.linears:
             name = f"{self.sides.homes.get(module, module)}.weight"
-            if name not in compared:
+            if name not in self.sides.compared:
                 raise self.sides.refusal(
                     f"{home}.weight is not the source's, and {name}, which reads what it gives, is "
                     "not a matrix of both"
@@ -221,11 +219,10 @@ class _Finder:
         """The matrices that are compared, block by block; of those outside of blocks the ones
         behind a norm that changed."""
         found: dict[tuple[str, int] | str, list[StoredTensor]] = {}
-        for tensor in self.sides.tensors:
-            if self.sides.is_compared(tensor):
-                place = block_of(tensor.name)
-                if place is not None or tensor.name in self.matrices:
-                    found.setdefault(place or tensor.name, []).append(tensor)
+        for name, tensor in self.sides.compared.items():
+            place = block_of(name)
+            if place is not None or name in self.matrices:
+                found.setdefault(place or name, []).append(tensor)
         return list(found.values())
 
     def fitted(self, tensor: StoredTensor) -> _Fitted:

@@ -363,3 +363,37 @@ def test_vectors_that_are_missing_or_of_something_else(adapted: Path) -> None:
     path.unlink()
     with pytest.raises(VerificationError, match=FILE):
         Rescaling.of(output)
+
+
+def test_activations_that_were_divided(tmp_path: Path) -> None:
+    """As AWQ does where a GELU is between two layers: its scales are in the checkpoint, but
+    whoever merges or decodes it would lose them."""
+    source = models.save(model_of("GPTNeoX", intermediate_size=128), tmp_path / "source")
+    start = "gpt_neox.layers"
+    fronts: awq.Fronts = {
+        f"{start}.*.input_layernorm": ["attention.query_key_value"],
+        f"{start}.*.post_attention_layernorm": ["mlp.dense_h_to_4h"],
+    }
+    made = awq.rescaled(load_file(source / "model.safetensors"), fronts)
+    made[f"{start}.0.mlp.dense_4h_to_h.weight"] *= spread(128)
+    made[f"{start}.0.mlp.act.scales"] = spread(128)
+    backbone, _ = awq.checkpoint(source, tmp_path / "theirs", made)
+    words = f"columns of {start}.0.mlp.dense_4h_to_h.weight were scaled"
+    with pytest.raises(InputError, match=words):
+        loftq_cli.adapt(backbone, tmp_path / "out", source=source, **FULL)
+
+
+@pytest.mark.parametrize("form", ["int8", "values"])
+def test_eight_bits_and_no_codes(
+    form: str, source: Path, made: awq.Tensors, tmp_path: Path
+) -> None:
+    """As SmoothQuant leaves them, and before anything was rounded."""
+    narrow = {name: tensor.float() for name, tensor in made.items()}
+    if form == "int8":
+        backbone = given.of(source, tmp_path / "theirs", *given.int8(narrow))
+    else:
+        halves = {name: tensor.half() for name, tensor in narrow.items()}
+        backbone = given.of(source, tmp_path / "theirs", halves, None)
+    manifest = loftq_cli.adapt(backbone, tmp_path / "out", source=source, rank=4, threads=1)
+    assert len([each for each in manifest["matrices"] if "rescaled" in each]) == 7
+    assert manifest["totals"]["relative_residual_quantized"] < 0.02
