@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.companions import copy_companions
-from loftq_cli.checkpoint.deliveries import Deliveries
+from loftq_cli.checkpoint.deliveries import Deliveries, deliver_all
 from loftq_cli.checkpoint.encoded import foreign
 from loftq_cli.checkpoint.header import StoredTensor, read_header
 from loftq_cli.checkpoint.journal import Journal, ReadShard, Subject, Unit
@@ -131,8 +131,8 @@ class Conversion:
         """See whether the backbone is one of the source, and how it was rescaled."""
         plan = self.plan
         assert plan.given is not None
+        deliver_all(plan.source, self.observer)
         for shard in plan.source.shards:
-            plan.source.supply.ensure(shard.name)
             for tensor in shard.header.tensors:
                 check_same_model(shard, tensor, plan.given)
         self.rescaling = find_rescaling(plan, self.observer)

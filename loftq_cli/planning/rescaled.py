@@ -164,12 +164,13 @@ class _Fitted:
 @dataclass
 class _Finder:
     """``vectors`` and ``matrices``: what was found so far. ``unknown``: where a norm is zero, and
-    does not tell its s."""
+    does not tell its s. ``behind``: the matrices that read what a norm gives."""
 
     sides: _Sides
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     matrices: dict[str, Rescaled] = field(default_factory=dict)
     unknown: dict[str, torch.Tensor] = field(default_factory=dict)
+    behind: set[str] = field(default_factory=set)
 
     def follow_norms(self, changed: Sequence[str]) -> None:
         """The s of every norm that ``changed``, and the matrices that read what it gives."""
@@ -183,6 +184,7 @@ class _Finder:
             )
         for module, found in readers.items():
             home = self.sides.homes.get(module, module)
+            self.behind |= {f"{self.sides.homes.get(n, n)}.weight" for n in found.linears}
             if home in modules:
                 self._follow_norm(home, found)
         known = {self.sides.homes.get(module, module) for module in readers}
@@ -249,11 +251,10 @@ class _Finder:
         Raises InputError if scales are left that nothing explains."""
         divided: set[str] = set()
         for later in block:
-            if later.tensor.name in self.matrices:  # behind a norm
-                continue
             found = [
                 (each.tensor.name, *alike)
                 for each in block
+                if later.tensor.name not in self.behind
                 if each is not later and each.tensor.name not in divided
                 if (alike := _counterpart(later, each)) is not None
             ]
@@ -264,9 +265,8 @@ class _Finder:
                 s = self._exactly(name, estimated)
                 module = name.removesuffix(".weight")
                 self.vectors[module] = s
-                self.matrices[later.tensor.name] = Rescaled(columns=module)
-                earlier = self.matrices.get(name, Rescaled())
-                self.matrices[name] = replace(earlier, rows=module)
+                self._note(later.tensor.name, columns=module)
+                self._note(name, rows=module)
             columns = later.columns if s is None else later.columns.over(s)
             if (told := columns.told()) is not None:
                 raise self.sides.refusal(
@@ -285,6 +285,9 @@ class _Finder:
                     f"the rows of {each.tensor.name} were scaled ({told}), and no matrix behind "
                     "them makes up for that"
                 )
+
+    def _note(self, name: str, **vectors: str) -> None:
+        self.matrices[name] = replace(self.matrices.get(name, Rescaled()), **vectors)
 
     def _exactly(self, name: str, estimated: Scales) -> torch.Tensor:
         """What the rows of a matrix were ``estimated`` to be divided by, as its bias says where it
