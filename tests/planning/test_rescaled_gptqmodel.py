@@ -49,6 +49,7 @@ def decoded(backbone: Path) -> awq.Tensors:
 
 def test_with_full_rank_it_is_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # fewer than that it does not start with
+    monkeypatch.chdir(tmp_path)  # where it leaves a log
     model = models.llama(hidden=128, intermediate=256, num_key_value_heads=4, num_hidden_layers=1)
     source = models.save(model, tmp_path / "source", torch.bfloat16)
     models.save_tokenizer(source)
