@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.companions import copy_companions
-from loftq_cli.checkpoint.deliveries import Deliveries
+from loftq_cli.checkpoint.deliveries import Deliveries, deliver_all
 from loftq_cli.checkpoint.encoded import foreign
 from loftq_cli.checkpoint.header import StoredTensor, read_header
 from loftq_cli.checkpoint.journal import Journal, ReadShard, Subject, Unit
@@ -34,6 +34,8 @@ from loftq_cli.families.tasks import task_type
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.layouts.fused import is_fused
+from loftq_cli.layouts.rescaled import FILE as RESCALING
+from loftq_cli.layouts.rescaled import Rescaling
 from loftq_cli.machine.durable import explained, pretty_json, write_file
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.peak_memory import peak_host_bytes
@@ -43,6 +45,7 @@ from loftq_cli.numerics.finite import computable
 from loftq_cli.planning.decomposer import Decomposer
 from loftq_cli.planning.pairs import check_same_model
 from loftq_cli.planning.plan import Plan, PlannedMatrix, PlannedShard
+from loftq_cli.planning.rescaled import find_rescaling
 from loftq_cli.planning.work import work
 
 
@@ -69,13 +72,14 @@ class Conversion:
     observer: Observer
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     source_hashes: dict[str, str] = field(default_factory=dict)
+    rescaling: Rescaling = field(default_factory=Rescaling)
     squared_left: float = 0.0
     squared_weight: float = 0.0
 
     @cached_property
     def decomposer(self) -> Decomposer:
         plan = self.plan
-        return Decomposer(plan.recipe, plan.layout, plan.device, plan.statistics)
+        return Decomposer(plan.recipe, plan.layout, plan.device, plan.statistics, self.rescaling)
 
     def run(self, identity: Subject) -> dict[str, Any]:
         """Convert every shard, write the rest of the output, and return the manifest."""
@@ -85,6 +89,8 @@ class Conversion:
             (output / plan.adapter_folder).mkdir(parents=True, exist_ok=True)
         shards = [] if plan.given else [shard.name for shard in plan.shards]
         self.workspace.keep_only({*shards, self._adapter_file})
+        if plan.given is not None:
+            self._compare(output / plan.adapter_folder)
         self.observer.begin(sum(work(plan, tensor) for tensor in plan.source.tensors))
         self.observer.count(len(plan.matrices), "matrices")
         with (
@@ -120,6 +126,23 @@ class Conversion:
             )
         write_file(output / MANIFEST, pretty_json(value))
         return value
+
+    def _compare(self, folder: Path) -> None:
+        """See whether the backbone is one of the source, and how it was rescaled."""
+        plan = self.plan
+        assert plan.given is not None
+        deliver_all(plan.source, self.observer)
+        for shard in plan.source.shards:
+            for tensor in shard.header.tensors:
+                check_same_model(shard, tensor, plan.given)
+        self.rescaling = find_rescaling(plan, self.observer)
+        count = sum(name in self.rescaling.matrices for name in plan.matrices)
+        if self.rescaling.vectors:
+            self.observer.note(
+                f"the backbone was rescaled: {count} of {len(plan.matrices)} matrices are compared "
+                "with the source's as they were then"
+            )
+            self.rescaling.write(folder / RESCALING)
 
     def _surround(self, output: Path) -> None:
         """Write what belongs to a backbone beside its tensors."""
@@ -245,7 +268,6 @@ class Conversion:
                     given = self._given and self._given(self.plan.matrices[tensor.name].matrix)
                 yield _Item(tensor, reader.sha256, weight=weight, given=given)
             elif self.plan.given is not None:
-                check_same_model(shard.source, tensor, self.plan.given)
                 reader.pass_over(tensor)
                 yield _Item(tensor, reader.sha256)
             else:
@@ -273,6 +295,7 @@ class Conversion:
                 result = self._convert_matrix(shard, tensor, item, planned)
             kind = None if result.weighted is None else self.decomposer.kind(planned.matrix)
             record = manifests.matrix_record(planned, self.plan.layout.name, result, kind)
+            record |= self.rescaling.record(tensor.name)
             self.observer.detail(_described(record))
             self._record(tensor.name, record)
 
@@ -310,6 +333,7 @@ class Conversion:
         item.weight = None  # on the host it is not needed any more
         weight = computable(weight, f"{shard.source.path}: tensor {tensor.name!r}")
         weight = turned(weight, planned.matrix.kind).contiguous()
+        weight = self.rescaling.applied(tensor.name, weight)
         try:
             if given is not None:
                 return self.decomposer.adapt(weight, planned, given.to(self.plan.device))

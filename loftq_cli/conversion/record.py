@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.output import file_entries, relative
 from loftq_cli.numerics.decomposition import Adapted
 from loftq_cli.planning.plan import Plan, PlannedMatrix
@@ -75,7 +76,7 @@ def build(
             {
                 "name": tensor.name,
                 "shape": list(tensor.shape),
-                "dtype": tensor.dtype,
+                "dtype": _dtype(plan, tensor),
                 "reason": reason,
                 **_renamed(plan.anatomy.names, tensor.name),
             }
@@ -93,6 +94,14 @@ def build(
         "outputs": file_entries(output),
         "environment": dict(environment),
     }
+
+
+def _dtype(plan: Plan, tensor: StoredTensor) -> str:
+    """Of a tensor that is not quantized: a backbone that is given has it in its own."""
+    other = plan.pairs.get(tensor.name)
+    if plan.given is None or other is None or plan.given.is_quantized(other):
+        return tensor.dtype
+    return other.dtype
 
 
 def _renamed(names: Mapping[str, str], name: str) -> dict[str, str]:

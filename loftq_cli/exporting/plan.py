@@ -21,6 +21,7 @@ from loftq_cli.families.kinds import turned_shape
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings, matrix_of
 from loftq_cli.layouts.registry import layout_of
+from loftq_cli.layouts.rescaled import FILE as RESCALING
 from loftq_cli.merging.config import merged_config
 from loftq_cli.merging.plan import Copied, Merged, MergePlan, parts_of
 
@@ -227,7 +228,8 @@ def _companions(output: Output, shards: Sequence[str]) -> dict[str, Path]:
     return {
         name: output.directory / name
         for name in names
-        if name not in written and not name.startswith(left_out)
+        if name not in written
+        and (not name.startswith(left_out) or name == f"{adapters.DIRECTORY}/{RESCALING}")
     }
 
 

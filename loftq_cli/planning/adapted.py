@@ -68,6 +68,7 @@ def make_adapted_plan(
         statistics=statistics,
         unsettled=frozenset(),
         given=given,
+        pairs=pairs,
         **stored(source, recipe, given.layout, matrices, _shards(source)),
     )
 

@@ -15,6 +15,7 @@ import torch
 from loftq_cli.checkpoint.dtypes import torch_dtype
 from loftq_cli.kernels import native
 from loftq_cli.layouts.base import Layout, Matrix
+from loftq_cli.layouts.rescaled import Rescaling
 from loftq_cli.numerics.alone import quantize
 from loftq_cli.numerics.alternation import decompose, make_sweep
 from loftq_cli.numerics.decomposition import Adapted, Decomposition, Procedure
@@ -43,8 +44,8 @@ def threads(count: int) -> Iterator[None]:
 
 class Decomposer:
     """Decomposes matrices as ``recipe`` says and ``layout`` stores, on ``device``, with the second
-    moments that ``statistics`` hold. One entry of these is in memory at a time: matrices that share
-    their inputs should follow one another."""
+    moments that ``statistics`` hold, divided as ``rescaling`` divided the inputs. One entry of
+    these is in memory at a time: matrices that share their inputs should follow one another."""
 
     def __init__(
         self,
@@ -52,13 +53,15 @@ class Decomposer:
         layout: Layout,
         device: torch.device,
         statistics: Statistics | None = None,
+        rescaling: Rescaling | None = None,
     ) -> None:
         self._recipe = recipe
         self._layout = layout
         self._device = device
         self._statistics = statistics
         self._variant = Variant.parse(recipe.kernels)
-        self._last: tuple[str, Weighting] | None = None
+        self._rescaling = rescaling or Rescaling()
+        self._last: tuple[tuple[str, str | None], Weighting] | None = None
 
     def decompose(
         self, weight: torch.Tensor, item: PlannedMatrix, moments: torch.Tensor | None = None
@@ -100,11 +103,13 @@ class Decomposer:
         statistics, name = self._statistics, matrix.name
         if statistics is None or name not in statistics.matrices:
             return None
-        entry = statistics.matrices[name]
+        rescaled = self._rescaling.matrices.get(name)
+        entry = statistics.matrices[name], None if rescaled is None else rescaled.columns
         if self._last is None or self._last[0] != entry:
             self._last = None  # before the next one is read
-            moments = statistics.moments(name, matrix.shape[1]).to(self._device)
+            moments = statistics.moments(name, matrix.shape[1])
             statistics.check_unchanged()
+            moments = self._rescaling.moments(name, moments).to(self._device)
             self._last = entry, make_weighting(moments, self._variant.products)
         return self._last[1]
 

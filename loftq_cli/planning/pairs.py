@@ -15,14 +15,14 @@ from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import Shard, Source
 from loftq_cli.errors import InputError
-from loftq_cli.families.architecture import EMBEDDING, NORM, kind_of
+from loftq_cli.families.architecture import EMBEDDING, kind_of
 from loftq_cli.families.blocks import is_in_block
 from loftq_cli.planning.given import Given
 
 _FUSED = re.compile(r"(?:qkv|gate_up|query_key_value|in_proj|c_attn|kv_proj)", re.IGNORECASE)
 _ROWS = 512
 """Of an embedding that are compared."""
-_ROUNDING = 2**-7
+ROUNDING = 2**-7
 """The most that two roundings to 16 bits differ by, relative to the value."""
 
 
@@ -64,32 +64,23 @@ def paired(
 
 
 def check_same_model(shard: Shard, tensor: StoredTensor, given: Given) -> None:
-    """Raise InputError if ``tensor`` of the source's ``shard`` is an embedding or a norm that
-    ``given`` holds in floating point, too, and another: who quantizes the blocks changes no
-    embedding, and norms only if the matrices behind them are rescaled for it."""
-    embeds, normalises = EMBEDDING.search(tensor.name), NORM.search(tensor.name)
-    place = given.stored.get(tensor.name) if embeds or normalises else None
+    """Raise InputError if ``tensor`` of the source's ``shard`` is an embedding that ``given`` holds
+    in floating point, too, and another: who quantizes the blocks changes none."""
+    place = given.stored.get(tensor.name) if EMBEDDING.search(tensor.name) else None
     if place is None or tensor.dtype not in FLOATS or place[1].dtype not in FLOATS:
         return
     path, stored = place
     if not tensor.shape or tensor.shape[1:] != stored.shape[1:] or not tensor.elements:
         return
-    rows = min(_ROWS if embeds else tensor.shape[0], tensor.shape[0], stored.shape[0])
+    rows = min(_ROWS, tensor.shape[0], stored.shape[0])
     ours, held = _rows(shard.path, tensor, rows), _rows(path, stored, rows)
     largest = torch.maximum(ours.abs(), held.abs())
-    if bool(((ours - held).abs() <= _ROUNDING * largest).all()):
+    if bool(((ours - held).abs() <= ROUNDING * largest).all()):
         return
-    said = f"{path}: tensor {tensor.name!r} is not that of {shard.path}"
-    if embeds:
-        raise InputError(
-            f"{said}: the backbone was made from another model, or its weights were rotated first",
-            hint="give the model that the backbone was made from",
-        )
     raise InputError(
-        f"{said}: the backbone was made from another model, or its matrices were rescaled before "
-        "they were quantized (AWQ, SmoothQuant), and then Q + B A is not to be W",
-        hint="give the model that the backbone was made from, or take a backbone that was not "
-        "rescaled (GPTQ, AutoRound, bitsandbytes)",
+        f"{path}: tensor {tensor.name!r} is not that of {shard.path}: the backbone was made from "
+        "another model, or its weights were rotated first",
+        hint="give the model that the backbone was made from",
     )
 
 

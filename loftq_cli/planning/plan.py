@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -71,6 +71,8 @@ class Plan:
     statistics: Statistics | None
     given: Given | None = None
     """The backbone, if it exists: only adapters are written, and its files if they are to be."""
+    pairs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    """Its tensors, by the names that they have in the source."""
     remarks: tuple[str, ...] = ()
     """What the user is to hear before it starts."""
 

@@ -17,6 +17,7 @@ from loftq_cli.errors import InputError
 from loftq_cli.families.kinds import turned
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.layouts.cuts import stacks_of
+from loftq_cli.layouts.rescaled import Rescaling
 from loftq_cli.numerics.finite import computable
 
 
@@ -40,6 +41,7 @@ class Original:
     def __init__(self, output: Output, source: Source) -> None:
         self.source = source
         apart = cut(source, stacks_of(output.records))
+        self.rescaling = Rescaling.of(output)
         self._stored = {t.name: (s.path, t) for s in apart.shards for t in s.header.tensors}
 
     def bring(self) -> None:
@@ -65,10 +67,10 @@ class Original:
                 )
 
     def read(self, matrix: Matrix) -> torch.Tensor:
-        """W, float32 (out, in). Raises InputError as :meth:`check`, or for a value that is not
-        finite."""
+        """W, float32 (out, in), as the backbone's was rescaled if it was. Raises InputError as
+        :meth:`check`, or for a value that is not finite."""
         self.check([matrix])
         path, tensor = self._stored[matrix.name]
         with TensorFile(path) as file:
             weight = computable(file.read(tensor), f"{path}: tensor {matrix.name!r}").float()
-        return turned(weight, matrix.kind).contiguous()
+        return self.rescaling.applied(matrix.name, turned(weight, matrix.kind).contiguous())

@@ -19,6 +19,7 @@ from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import Matrix, matrix_of
 from loftq_cli.layouts.fused import Member, fused_adapters, is_fused
 from loftq_cli.layouts.registry import layout_of, make_layout
+from loftq_cli.layouts.rescaled import Rescaling
 from loftq_cli.numerics.decomposition import Decomposition
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.planning.decomposer import Decomposer
@@ -72,9 +73,9 @@ class Reread:
         """Raises what :func:`recompute` does."""
         source = converted_source(output, model, offline=offline)
         statistics = None if stats is None else statistics_for(source, stats)
-        self.decomposer = _decomposer(output, statistics)
         self._output = output
         self._original = Original(output, source)
+        self.decomposer = _decomposer(output, statistics, self._original.rescaling)
         self._original.bring()
         self._stored = _stored_tensors(output)
         self._pairs = _Pairs(output, self._stored)
@@ -184,7 +185,7 @@ class _Pairs:
         return fused.pair(number, lora_A, lora_B)
 
 
-def _decomposer(output: Output, statistics: Statistics | None) -> Decomposer:
+def _decomposer(output: Output, statistics: Statistics | None, rescaling: Rescaling) -> Decomposer:
     """What quantizes as the conversion did. Raises InputError if it used other statistics."""
     stated = output.manifest["recipe"]["stats"]
     if statistics is not None and stated is not None and stated != statistics.sha256:
@@ -195,7 +196,7 @@ def _decomposer(output: Output, statistics: Statistics | None) -> Decomposer:
         )
     recipe = output.manifest["recipe"]
     layout = make_layout(recipe["layout"], recipe)
-    return Decomposer(Recipe.read(recipe), layout, torch.device("cpu"), statistics)
+    return Decomposer(Recipe.read(recipe), layout, torch.device("cpu"), statistics, rescaling)
 
 
 def _stored_tensors(output: Output) -> Stored:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import loftq_cli
-from tests.support import checkpoints, given, models
+from tests.support import awq, checkpoints, given, models
 from tests.support.commands import Command
 from tests.support.hub_fixtures import cache, server
 from tests.support.hub_server import HubServer
@@ -156,3 +157,40 @@ def test_a_backbone_that_transformers_cannot_load_is_decoded(
         assert (place / "new" / name).read_bytes() == (theirs / name).read_bytes()
     assert loftq_cli.inspect(place / "new", verify=True)["refined"]["blocks"]
     assert checkpoints.files(place / "new").keys() == checkpoints.files(place / "out").keys()
+
+
+def test_a_backbone_that_was_rescaled_in_every_command(place: Path, loftq: Command) -> None:
+    """Awq's: reports agree with the source, what is merged is the source's, refined files stay."""
+    source = models.save(models.llama(hidden=128, intermediate=256), place / "source")
+    models.save_tokenizer(source)
+    made = awq.rescaled(load_file(source / "model.safetensors"), awq.GATED)
+    awq.checkpoint(source, place / "theirs", made, torch.float32)
+    (place / "text.txt").write_text("Nobody knew why the mill stood still. " * 60)
+    words = ("theirs", "--source", "source", "--with-backbone", "-t", "1")
+    measured = ("--calibrate-text", "text.txt", "--moments", "full")
+    made_by = loftq("adapt", *words, *measured, "--rank", "8", "-o", "out")
+    assert made_by.exit_code == 0, made_by.stderr
+    assert "the backbone was rescaled: 12 of 14 matrices" in made_by.stderr
+    stats = ("--stats", "out.stats.safetensors")
+    assert loftq("error-report", "out", "--source", "source", *stats).exit_code == 0
+    assert loftq("inspect", "out", "--verify").exit_code == 0
+    assert loftq("adapt", *words, "--rank", "128", "-o", "full", "-q").exit_code == 0
+    merged = loftq("merge", "full", "-o", "merged")
+    assert merged.exit_code == 0, merged.stderr
+    ids = torch.arange(4, 44)[None]
+    whole, original = (
+        transformers.AutoModelForCausalLM.from_pretrained(place / name, dtype=torch.float32)(ids)
+        for name in ("merged", "source")
+    )
+    assert torch.allclose(whole.logits, original.logits, atol=1e-4)
+    dense = loftq("export", "out", "-o", "dense", "--layout", "dense")
+    assert dense.exit_code == 0, dense.stderr
+    assert loftq("error-report", "dense", "--source", "source").exit_code == 0
+    few = ("--text", "text.txt", "--source", "source", "--length", "32", "--samples", "8")
+    refined = loftq("refine", "out", *few, "--epochs", "1", "-o", "new", "-q")
+    assert refined.exit_code == 0, refined.stderr
+    assert checkpoints.files(place / "new").keys() == checkpoints.files(place / "out").keys()
+    assert loftq("error-report", "new", "--source", "source").exit_code == 0
+    (place / "out/loftq_init/loftq_rescaling.safetensors").unlink()
+    lost = loftq("error-report", "out", "--source", "source")
+    assert (lost.exit_code, "loftq_rescaling.safetensors" in lost.stderr) == (3, True)

@@ -253,7 +253,7 @@ def test_a_layer_that_is_fused_on_one_side(gptq: Path, tmp_path: Path) -> None:
     ("changed", "words"),
     [
         ("model.embed_tokens.weight", "or its weights were rotated first"),
-        ("model.layers.0.input_layernorm.weight", "were rescaled before they were quantized"),
+        ("model.layers.0.input_layernorm.weight", "is not the source's times positive scales"),
         (f"{Q}.weight", f"tensor '{Q}.weight': the backbone's is no quantization of it"),
     ],
 )

@@ -13,6 +13,7 @@ from loftq_cli.errors import LayoutError, UsageError
 from loftq_cli.layouts import registry
 from loftq_cli.numerics.quantizers import methods
 from loftq_cli.numerics.quantizers.methods import WIDTHS
+from loftq_cli.planning.given import METHOD
 from loftq_cli.settings.options import Options
 from loftq_cli.settings.recipe import Recipe, fingerprint, recipe_schema, settings_of
 from loftq_cli.settings.table import BLOCK_SIZES, DTYPES, PRESETS, Settings, entries
@@ -211,8 +212,9 @@ def test_methods_with_a_scale_of_their_own_refuse_another(method, scale):
 def test_a_recipe_is_json_and_holds_every_field():
     as_dict = RECIPE.as_dict()
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    assert set(as_dict) == fields - {"structure"}  # nothing was looked up
-    assert set(dataclasses.replace(RECIPE, structure="aa").as_dict()) == fields
+    assert set(as_dict) == fields - {"structure", "backbone"}  # nothing looked up, none given
+    whole = dataclasses.replace(RECIPE, structure="aa", backbone="held")
+    assert set(whole.as_dict()) == fields
     assert json.loads(json.dumps(as_dict)) == as_dict
     assert as_dict["include"] == ["a", "b"]
 
@@ -281,10 +283,12 @@ def test_the_schema_of_the_manifest_has_the_recipe_of_the_table() -> None:
     """``python -m tests.support.schema`` writes that part anew."""
     schema = manifest_schema()
     assert schema["properties"]["recipe"] == recipe_schema()
-    assert schema["$defs"]["layout"]["enum"] == [*registry.names()]
-    assert schema["$defs"]["method"]["enum"] == [*methods.names()]
-    assert schema["$defs"]["bits"]["enum"] == [*WIDTHS]
-    assert schema["$defs"]["block_size"]["enum"] == [*BLOCK_SIZES]
+    assert schema["$defs"]["layout"]["enum"] == [*registry.names(), registry.GIVEN]
+    assert schema["$defs"]["method"]["enum"] == [METHOD, *methods.names()]
+    # Of a backbone that is given there are other widths, and no blocks.
+    assert schema["$defs"]["bits"]["enum"] == [*range(2, 9), 16, 32, 64]
+    assert {*WIDTHS} <= {*schema["$defs"]["bits"]["enum"]}
+    assert schema["$defs"]["block_size"]["enum"] == [0, *BLOCK_SIZES]
 
 
 def test_every_entry_can_be_read_from_a_manifest_of_before_there_was_it() -> None:

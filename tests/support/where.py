@@ -67,6 +67,7 @@ TESTED_BY = {
     "exporting/gguf/plan.py": "exporting/gguf/test_export.py",
     "reporting/original.py": "reporting/test_residuals.py",
     "families/expert_homes.py": "families/test_anatomy.py",
+    "layouts/rescaled.py": "planning/test_rescaled.py",
     "layouts/cuts.py": "whole/interop/test_stacked_experts.py",
     "exporting/work.py": "exporting/test_export.py",
     "exporting/record.py": "exporting/test_requantize.py",
