@@ -51,7 +51,7 @@ def eora(
     moments: dict[str, torch.Tensor],
     rank: int,
 ) -> Pairs:
-    """gptqmodel's EoRA (arXiv:2410.21271) on the moments that ours is made under; in 16 bits, too."""
+    """gptqmodel's EoRA (arXiv:2410.21271) on the moments that ours is made under, in 16 bits."""
     from gptqmodel.eora.eora import eora_compute_lora
 
     found = {}
