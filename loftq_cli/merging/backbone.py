@@ -14,6 +14,7 @@ from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.stored import Stored, find, read
+from loftq_cli.errors import UnsupportedInputError
 from loftq_cli.families.architecture import kind_of
 from loftq_cli.families.kinds import Kind, turned
 from loftq_cli.layouts.base import Layout, Matrix, matrix_of
@@ -145,7 +146,8 @@ class Backbone:
 
 def open_backbone(output: Output, source: Source) -> Backbone:
     """The backbone of ``output``, whose files are ``source``. Raises VerificationError if a
-    tensor is missing, or of another dtype or shape than the manifest says."""
+    tensor is missing, or of another dtype or shape than the manifest says, UnsupportedInputError for
+    matrices of somebody else's backbone that were left in codes."""
     stored = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
     matrices, parts = {}, {}
     cuts: dict[str, dict[int, str]] = {}
@@ -159,6 +161,12 @@ def open_backbone(output: Output, source: Source) -> Backbone:
         if matrix.cut is not None:
             cuts.setdefault(matrix.cut.tensor, {})[matrix.cut.index] = matrix.name
     for entry in output.manifest["passed_through"]:
+        if "backbone" in output.manifest and entry["name"] not in stored:
+            raise UnsupportedInputError(
+                f"{output.directory}: {entry['name']} is in codes and has no adapter "
+                f"({entry['reason']}); only what has one is decoded",
+                hint="adapt every quantized matrix, or load the backbone with its own library",
+            )
         spec = TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
         find(output.directory, stored, spec)
     shapes = {name: tensor.shape for name, (_, tensor) in stored.items() if name not in parts}

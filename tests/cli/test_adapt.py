@@ -111,6 +111,22 @@ def test_with_the_backbone_reports_merge_and_export(backbone: Path, loftq: Comma
     assert (refused.exit_code, "not in codes of a method here" in refused.stderr) == (2, True)
 
 
+def test_what_was_left_in_codes_is_not_merged(backbone: Path, loftq: Command) -> None:
+    words = (
+        "theirs",
+        *WORDS,
+        "--with-backbone",
+        "-o",
+        "out",
+        "--exclude",
+        "*.0.self_attn.q_proj.*",
+    )
+    assert loftq("adapt", *words).exit_code == 0
+    result = loftq("merge", "out", "-o", "whole")
+    said = "model.layers.0.self_attn.q_proj.weight is in codes and has no adapter"
+    assert (result.exit_code, said in result.stderr) == (3, True), result.stderr
+
+
 def test_an_adapter_is_sent_alone_and_names_its_backbone(
     server: HubServer, backbone: Path, loftq: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
