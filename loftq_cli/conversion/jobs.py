@@ -45,8 +45,9 @@ class Held:
 
 
 def jobs(plan: Plan) -> list[Job]:
-    """Everything that there is to do, the largest first: what is left for the end is small, so that
-    nobody waits long for anybody. The same list in every process."""
+    """Everything that there is to do, the same list in every process: what is left of each shard,
+    then the matrices, the largest first. What remains for the end is small, so that nobody waits
+    long for anybody, however fast a device is beside the hashing of a shard."""
     found: list[Job] = []
     for shard in plan.shards:
         groups: dict[str, list[StoredTensor]] = {}
@@ -61,7 +62,8 @@ def jobs(plan: Plan) -> list[Job]:
             found.append(Job(shard, tuple(matrices), (), cost))
         cost = reading(shard.source.header.size) + sum(work(plan, tensor) for tensor in kept)
         found.append(Job(shard, (), tuple(kept), cost))
-    return sorted(found, key=lambda job: -job.cost)  # stable: equals stay as they lie
+    # Stable: equals stay as they lie.
+    return sorted(found, key=lambda job: (bool(job.matrices), -job.cost))
 
 
 def _together(plan: Plan, name: str) -> str:
@@ -80,12 +82,12 @@ def claim(counter: Callable[[], int], found: Sequence[Job], before: Held) -> Ite
 
 
 def shares(found: Sequence[Job], count: int) -> list[list[Job]]:
-    """``found``, the largest first, dealt out to ``count`` processes that cannot ask each other:
-    each job goes to whom least was given so far. No share is dearer than the least possible by more
-    than a third (Graham 1969, LPT)."""
+    """``found`` dealt out to ``count`` processes that cannot ask each other: the dearest first,
+    each to whom least was given so far. No share is dearer than the least possible by more than a
+    third (Graham 1969, LPT)."""
     loads = [(0, number) for number in range(count)]
     dealt: list[list[Job]] = [[] for _ in range(count)]
-    for job in found:
+    for job in sorted(found, key=lambda job: -job.cost):
         load, number = heapq.heappop(loads)
         dealt[number].append(job)
         heapq.heappush(loads, (load + job.cost, number))

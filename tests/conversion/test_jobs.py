@@ -36,11 +36,12 @@ def test_every_tensor_is_in_one_job_and_every_shard_is_read_once(tmp_path: Path)
     assert sorted(named) == sorted(tensor.name for tensor in plan.source.tensors)
     rests = [job.shard.name for job in found if not job.matrices]
     assert sorted(rests) == sorted(shard.name for shard in plan.shards)
-    costs = [job.cost for job in found]
+    assert min(job.cost for job in found) > 0
+    # What takes as long as a disk does, whatever the device, is begun first.
+    assert [bool(job.matrices) for job in found] == [False] * 3 + [True] * 14
+    costs = [job.cost for job in found[3:]]
     assert costs == sorted(costs, reverse=True)
-    assert min(costs) > 0
-    # The larger of two kinds of matrices comes first.
-    assert "mlp" in found[0].matrices[0].name
+    assert "mlp" in found[3].matrices[0].name
 
 
 @pytest.mark.parametrize(("full", "together"), [(False, 1), (True, 3)])
