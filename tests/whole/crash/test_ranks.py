@@ -199,11 +199,12 @@ def test_what_several_cannot_do_is_refused(
 
 
 def test_other_commands_are_for_one_process(model: Path, scratch: Path) -> None:
-    for words in (
+    commands: list[list[str | Path]] = [
         ["calibrate", model, "--text", "a"],
         ["refine", "out", "--source", "a", "--text", "a", "-o", "b"],
         ["adapt", "a", "--source", "b", "-o", "c"],
-    ):
+    ]
+    for words in commands:
         for ended in several.run(words, scratch):
             assert ended.code == 2
             assert f"loftq {words[0]} runs in one process, and this is rank" in ended.stderr
