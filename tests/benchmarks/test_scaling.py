@@ -66,4 +66,4 @@ def test_a_checkpoint_of_headers_can_be_planned(tmp_path: Path) -> None:
     plan, _ = prepare(Request(str(model)), tmp_path / "out", options, observer=Observer())
     # Shared experts and dense layers stay as they are: PEFT would take them for experts.
     assert len(plan.matrices) == 4 * 5 + 8 * 3
-    assert plan.source.encoded == ("fp8",)
+    assert plan.source.encoded == ("FP8",)
