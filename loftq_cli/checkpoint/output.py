@@ -16,6 +16,7 @@ from loftq_cli.checkpoint.names import ADAPTER_CONFIG, ADAPTER_FOLDER, is_plain_
 from loftq_cli.checkpoint.schema import faults, manifest_schema
 from loftq_cli.errors import InputError, SourceNotFoundError, UsageError, VerificationError
 from loftq_cli.machine.durable import file_sha256, readable
+from loftq_cli.machine.threads import side_by_side
 
 MANIFEST = "loftq_manifest.json"
 FORMAT_VERSION = 1
@@ -151,20 +152,19 @@ def relative(records: Sequence[Mapping[str, Any]], which: str) -> float:
     return math.sqrt(residual / weight) if weight else 0.0
 
 
-def file_entries(directory: Path) -> list[dict[str, Any]]:
-    """``outputs`` of a manifest: every file below ``directory``, by name."""
-    entries = []
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            path = Path(folder) / name
-            entries.append(
-                {
-                    "name": path.relative_to(directory).as_posix(),
-                    "size": path.stat().st_size,
-                    "sha256": file_sha256(path),
-                }
-            )
-    return sorted(entries, key=lambda entry: str(entry["name"]))
+def file_entries(directory: Path, threads: int = 1) -> list[dict[str, Any]]:
+    """``outputs`` of a manifest: every file below ``directory``, by name; hashed in so many
+    ``threads``."""
+
+    def entry(path: Path) -> dict[str, Any]:
+        return {
+            "name": path.relative_to(directory).as_posix(),
+            "size": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
+
+    paths = [Path(folder) / name for folder, _, names in os.walk(directory) for name in names]
+    return sorted(side_by_side(entry, paths, threads), key=lambda found: str(found["name"]))
 
 
 def verify(output: Output) -> int:

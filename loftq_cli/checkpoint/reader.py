@@ -29,6 +29,7 @@ _File = TypeVar("_File", bound="TensorFile")
 
 class TensorFile:
     """An open safetensors file. Never maps it: a file that shrinks raises instead of killing.
+    ``mtime_ns`` is what it was when it was opened.
 
     Raises EnvironmentFailure if the file cannot be opened.
     """
@@ -39,6 +40,7 @@ class TensorFile:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise EnvironmentFailure(f"{path}: {error.strerror or error}", hint=_HINT) from error
+        self.mtime_ns = os.fstat(self._file).st_mtime_ns
 
     def __enter__(self: _File) -> _File:
         return self
@@ -50,6 +52,15 @@ class TensorFile:
         trace: TracebackType | None,
     ) -> None:
         os.close(self._file)
+
+    def check_unchanged(self) -> None:
+        """Raise SourceChangedError if the file was written to since it was opened."""
+        now = os.fstat(self._file).st_mtime_ns
+        if now != self.mtime_ns:
+            raise SourceChangedError(
+                f"{self.path}: changed while it was read: mtime {utc(self.mtime_ns)} then, "
+                f"{utc(now)} now"
+            )
 
     def read_range(self, start: int, length: int) -> bytearray:
         """Exactly ``length`` bytes from ``start``. Raises CorruptFileError if the file ends
@@ -100,12 +111,10 @@ class TensorFile:
 
 
 class ShardReader(TensorFile):
-    """A source shard, read in file order so that its sha256 comes for free. ``mtime_ns`` is what
-    it was when it was opened."""
+    """A source shard, read in file order so that its sha256 comes for free."""
 
     def __init__(self, shard: Shard) -> None:
         super().__init__(shard.path)
-        self.mtime_ns = os.fstat(self._file).st_mtime_ns
         self._position = shard.header.data_start
         self._size = shard.header.size
         self._start = 0  # of the tensor read last
@@ -116,15 +125,6 @@ class ShardReader(TensorFile):
         except BaseException:
             os.close(self._file)
             raise
-
-    def check_unchanged(self) -> None:
-        """Raise SourceChangedError if the file was written to since it was opened."""
-        now = os.fstat(self._file).st_mtime_ns
-        if now != self.mtime_ns:
-            raise SourceChangedError(
-                f"{self.path}: changed while it was read: mtime {utc(self.mtime_ns)} then, "
-                f"{utc(now)} now"
-            )
 
     def pieces(self, tensor: StoredTensor) -> Iterator[bytearray]:
         if isinstance(tensor, EncodedTensor):

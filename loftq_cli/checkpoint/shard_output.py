@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
-from loftq_cli.checkpoint.journal import Journal, Unit
+from loftq_cli.checkpoint.journal import Apart, Journal, Unit
 from loftq_cli.checkpoint.writer import GrowingShard, TensorWriter
 
 _UNSYNCED_LIMIT = 64 << 20  # bytes of passed-through tensors between two journal entries
@@ -62,16 +62,17 @@ class ShardOutput:
     def write(
         self,
         tensor: str,
-        prefix_sha256: str,
+        prefix_sha256: str | None,
         groups: Mapping[str, Mapping[str, torch.Tensor]],
         record: dict[str, object] | None,
+        apart: Apart | None = None,
     ) -> None:
         """The tensors that a quantized matrix became, by file, and its manifest entry."""
         outputs = {
             file: {name: self.files[file].write(name, value) for name, value in group.items()}
             for file, group in groups.items()
         }
-        self._pending.append(Unit(tensor, prefix_sha256, outputs, record))
+        self._pending.append(Unit(tensor, prefix_sha256, outputs, record, apart))
         self.settle()
 
     def settle(self) -> None:

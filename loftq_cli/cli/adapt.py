@@ -89,10 +89,12 @@ def adapt(
     """
     from loftq_cli.calibration import first
     from loftq_cli.conversion.prepare import asked, prepare
+    from loftq_cli.conversion.ranks import refuse_several
     from loftq_cli.conversion.run import run, say_remarks
     from loftq_cli.planning.describe import describe
     from loftq_cli.settings.options import Options
 
+    refuse_several("adapt")
     narrator = Narrator(quiet=quiet, verbose=verbose, log_file=log_file)
     given, model = asked(
         backbone, source, revision, source_revision, offline=offline, kept=with_backbone

@@ -83,7 +83,9 @@ def calibrate(
     from loftq_cli.calibration.calibrate import Measuring
     from loftq_cli.calibration.calibrate import calibrate as run
     from loftq_cli.checkpoint.request import Request
+    from loftq_cli.conversion.ranks import refuse_several
 
+    refuse_several("calibrate")
     narrator = Narrator(quiet=quiet, verbose=verbose, log_file=log_file)
     result = run(
         Request(model, revision, offline),

@@ -29,6 +29,13 @@ _PIPE_WIDTH = 200  # columns if stdout is not a terminal: names are not to be cu
 
 
 _log: TextIO | None = None
+_name = "loftq"
+
+
+def called(name: str) -> None:
+    """Begin lines on stderr with ``name``: one of several processes says which it is."""
+    global _name
+    _name = name
 
 
 def log_to(path: Path | None) -> None:
@@ -61,7 +68,7 @@ def complain(text: str) -> None:
     """One line on stderr. If nobody reads it any more, work goes on all the same."""
     log(text)
     try:
-        print(f"loftq: {printable(text)}", file=sys.stderr)
+        print(f"{_name}: {printable(text)}", file=sys.stderr)
     except OSError:
         streams.drop(sys.stderr)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from loftq_cli.cli import show
+from loftq_cli.cli import console, show
 from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
 from loftq_cli.cli.narrator import Narrator
 from loftq_cli.cli.options import (
@@ -117,6 +118,13 @@ if TYPE_CHECKING:
     help="Delete each shard from the hub once it is converted: room for two of them is enough.  "
     "What is in the hub cache already stays.",
 )
+@click.option(
+    "--part",
+    type=str,
+    metavar="I/N",
+    help="Do only this share of the work, for N processes that need not know of each other; the "
+    "command without it then publishes.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output once done.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; read headers, write nothing.")
 @json_option
@@ -130,6 +138,7 @@ def convert(
     offline: bool,
     discard_shards: bool,
     allow_pickle: bool,
+    part: str | None,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -158,33 +167,56 @@ def convert(
     """
     from loftq_cli.calibration import first
     from loftq_cli.checkpoint.request import Request
-    from loftq_cli.conversion import refined
+    from loftq_cli.conversion import parts, ranks, refined
+    from loftq_cli.conversion.group import Group
     from loftq_cli.conversion.prepare import prepare
     from loftq_cli.conversion.run import run
+    from loftq_cli.conversion.run_part import run_part
     from loftq_cli.planning import budget as budgets
     from loftq_cli.settings import file as recipes
 
+    place = ranks.asked(part=part is not None, discard_shards=discard_shards, texts=bool(texts))
+    if place is not None and place.rank:
+        console.called(f"loftq[{place.rank}]")
+        quiet = True  # rank 0 speaks for all
+        if dry_run:
+            return
     narrator = Narrator(quiet=quiet, verbose=verbose, log_file=log_file)
     budget = budgets.asked(settings, target_size, fit, fit_length, fit_batch)
     options = recipes.options(settings, recipe_file, measuring=bool(texts))
     if save_recipe is not None:
         recipes.check_writable(save_recipe, dry_run=dry_run)
+    share = parts.asked(part, discard_shards=discard_shards, texts=bool(texts))
     asked = first.asked(texts, moments, refine=refining, preset=options.preset, dry_run=dry_run)
     refining = asked is not None and asked.refine
-    plan, path = prepare(
-        Request(model, revision, offline, allow_pickle),
-        refined.start_of(output, asked),
-        options,
-        overwrite=overwrite,
-        discard_shards=discard_shards,
-        texts=asked,
-        budget=budget,
-        observer=narrator,
-    )
-    if dry_run:
-        _show(plan, path, narrator, as_json=as_json)
-        return
-    outcome = run(plan, path, overwrite=overwrite, observer=narrator)
+    with ExitStack() as stack:
+        group = None if place is None or dry_run else stack.enter_context(Group(place))
+        if group is not None:
+            ranks.take_turn(group)
+        plan, path = prepare(
+            Request(model, revision, offline, allow_pickle),
+            refined.start_of(output, asked),
+            options,
+            overwrite=overwrite,
+            discard_shards=discard_shards,
+            texts=asked,
+            budget=budget,
+            observer=narrator,
+        )
+        if dry_run:
+            _show(plan, path, narrator, as_json=as_json)
+            return
+        if share is not None:
+            done = run_part(plan, path, share, overwrite=overwrite, observer=narrator)
+            show.part(done, str(output), as_json=as_json)
+            return
+        helpers = None
+        if group is not None:
+            helpers = ranks.Helpers(group, ranks.introduce(group, plan))
+        if group is not None and group.place.rank:
+            ranks.assist(group, plan, path, narrator)
+            return
+        outcome = run(plan, path, overwrite=overwrite, observer=narrator, helpers=helpers)
     if save_recipe is not None:
         recipes.save(save_recipe, outcome.manifest["recipe"])
     if outcome.nothing_to_do:

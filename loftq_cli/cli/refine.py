@@ -102,9 +102,11 @@ def refine(
     loftq refine out/ --source ./my-model --text notes.txt -o refined --epochs 2
     """
     from loftq_cli.checkpoint.locate import locate_adapter, locate_output
+    from loftq_cli.conversion.ranks import refuse_several
     from loftq_cli.refinement.refine import refine as run
     from loftq_cli.refinement.settings import Refining
 
+    refuse_several("refine")
     narrator = Narrator(quiet=quiet, verbose=verbose, log_file=log_file)
     wanted = Refining(samples, length, epochs, end_to_end, device, seed, None, offline)
     place = locate_output(

@@ -111,6 +111,20 @@ def outcome(manifest: Mapping[str, Any], output: str, *, again: bool, as_json: b
     console.line(f"next: loftq inspect {printable(shlex.quote(output))}")
 
 
+def part(result: Mapping[str, Any], output: str, *, as_json: bool) -> None:
+    """What one part of a conversion came to."""
+    if as_json:
+        console.json_object(result)
+        return
+    named = f"part {result['part']} of {result['parts']}"
+    if result["published"]:
+        console.line(f"{named}: nothing to do, {printable(shlex.quote(output))} is complete")
+        return
+    how = "was finished before" if result["nothing_to_do"] else "is finished"
+    console.line(f"{named}, {result['matrices']} matrices, {how}")
+    console.line("next: the other parts, then the same command without --part")
+
+
 def merge(result: Mapping[str, Any], *, as_json: bool) -> None:
     """The summary at the end of ``loftq merge``, and how to load the result."""
     if as_json:

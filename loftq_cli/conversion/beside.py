@@ -1,4 +1,4 @@
-"""The files of a backbone that exists, put beside the adapter that is made for it."""
+"""A backbone that exists: whether it is one of the source, and its files beside the adapter."""
 
 from __future__ import annotations
 
@@ -7,13 +7,42 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.companions import companions, copy_files
+from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import UnsupportedInputError
+from loftq_cli.layouts.rescaled import FILE as RESCALING
+from loftq_cli.layouts.rescaled import Rescaling
 from loftq_cli.machine.durable import copy_file
+from loftq_cli.machine.observer import Observer
 from loftq_cli.planning.given import Given
+from loftq_cli.planning.pairs import check_same_model
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.rescaled import find_rescaling
 
 _OF_QUANTIZERS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 """What libraries that quantize write beside config.json."""
+
+
+def compare(plan: Plan, folder: Path, observer: Observer) -> Rescaling:
+    """How the backbone of ``plan`` was rescaled, which is written to ``folder`` unless it was not.
+
+    Raises InputError if it is not one of the source, and what
+    :func:`~loftq_cli.planning.rescaled.find_rescaling` does.
+    """
+    assert plan.given is not None
+    deliver_all(plan.source, observer)
+    for shard in plan.source.shards:
+        for tensor in shard.header.tensors:
+            check_same_model(shard, tensor, plan.given)
+    rescaling = find_rescaling(plan, observer)
+    if rescaling.vectors:
+        count = sum(name in rescaling.matrices for name in plan.matrices)
+        observer.note(
+            f"the backbone was rescaled: {count} of {len(plan.matrices)} matrices are compared "
+            "with the source's as they were then"
+        )
+        rescaling.write(folder / RESCALING)
+    return rescaling
 
 
 def surround(

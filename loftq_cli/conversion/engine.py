@@ -14,19 +14,19 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.companions import copy_companions
-from loftq_cli.checkpoint.deliveries import Deliveries, deliver_all
+from loftq_cli.checkpoint.deliveries import Deliveries
 from loftq_cli.checkpoint.encoded import foreign
 from loftq_cli.checkpoint.header import StoredTensor, read_header
-from loftq_cli.checkpoint.journal import Journal, ReadShard, Subject, Unit
+from loftq_cli.checkpoint.journal import Apart, Journal, ReadShard, Subject, Unit
 from loftq_cli.checkpoint.output import MANIFEST
 from loftq_cli.checkpoint.reader import ShardReader, TensorFile
 from loftq_cli.checkpoint.shard_output import ShardOutput
 from loftq_cli.checkpoint.source import CONFIG, INDEX
 from loftq_cli.checkpoint.writer import GrowingShard, index_of
 from loftq_cli.conversion import record as manifests
-from loftq_cli.conversion.beside import surround
+from loftq_cli.conversion.beside import compare, surround
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
-from loftq_cli.conversion.reread import check_contents, check_prefix
+from loftq_cli.conversion.reread import check_contents, is_as_old, pass_over
 from loftq_cli.conversion.workspace import ConversionWorkspace
 from loftq_cli.errors import InputError, ScaleRangeError
 from loftq_cli.families.kinds import turned
@@ -34,26 +34,25 @@ from loftq_cli.families.tasks import task_type
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.layouts.fused import is_fused
-from loftq_cli.layouts.rescaled import FILE as RESCALING
 from loftq_cli.layouts.rescaled import Rescaling
 from loftq_cli.machine.durable import explained, pretty_json, write_file
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.peak_memory import peak_host_bytes
 from loftq_cli.machine.resources import memory_explained
+from loftq_cli.machine.threads import side_by_side
 from loftq_cli.numerics.decomposition import Adapted, Decomposition
 from loftq_cli.numerics.finite import computable
 from loftq_cli.planning.decomposer import Decomposer
-from loftq_cli.planning.pairs import check_same_model
 from loftq_cli.planning.plan import Plan, PlannedMatrix, PlannedShard
-from loftq_cli.planning.rescaled import find_rescaling
 from loftq_cli.planning.work import work
 
 
 @dataclass
-class _Item:
+class Item:
     """A tensor of the source as it was read: a ``weight`` to convert, with the Q that is ``given``
     for it, a ``piece`` to copy, or nothing if it was ``finished`` before, or if nothing becomes of
-    it. ``prefix_sha256``: of the shard up to the tensor's end, on its last item."""
+    it. ``prefix_sha256``: of the shard up to the tensor's end, on its last item, unless it was read
+    ``apart``."""
 
     tensor: StoredTensor
     prefix_sha256: str | None
@@ -61,6 +60,7 @@ class _Item:
     given: torch.Tensor | None = None
     piece: bytearray | None = None
     finished: bool = False
+    apart: Apart | None = None
 
 
 @dataclass
@@ -75,6 +75,7 @@ class Conversion:
     rescaling: Rescaling = field(default_factory=Rescaling)
     squared_left: float = 0.0
     squared_weight: float = 0.0
+    began: float = field(default_factory=time.monotonic)
 
     @cached_property
     def decomposer(self) -> Decomposer:
@@ -83,19 +84,19 @@ class Conversion:
 
     def run(self, identity: Subject) -> dict[str, Any]:
         """Convert every shard, write the rest of the output, and return the manifest."""
-        started = time.monotonic()
         plan, output = self.plan, self.workspace.output
         with explained(output):
             (output / plan.adapter_folder).mkdir(parents=True, exist_ok=True)
         shards = [] if plan.given else [shard.name for shard in plan.shards]
-        self.workspace.keep_only({*shards, self._adapter_file})
+        self.workspace.keep_only({*shards, self.adapter_file})
         if plan.given is not None:
-            self._compare(output / plan.adapter_folder)
+            folder = output / plan.adapter_folder
+            self.rescaling = compare(plan, folder, self.observer)
         self.observer.begin(sum(work(plan, tensor) for tensor in plan.source.tensors))
         self.observer.count(len(plan.matrices), "matrices")
         with (
-            Journal(self.workspace.journal, identity) as journal,
-            GrowingShard(self._pairs, plan.pair_specs) as adapters,
+            Journal(self.workspace.journal, identity, self.workspace.others()) as journal,
+            GrowingShard(self.pairs, plan.pair_specs) as adapters,
             Deliveries(plan.source, self._unread(journal), self.observer) as deliveries,
         ):
             if journal.damaged:
@@ -109,7 +110,7 @@ class Conversion:
                     if source.name not in needed:
                         deliveries.done(source.name)
         if plan.fused:
-            self._fuse(output / self._adapter_file)
+            self._fuse(output / self.adapter_file)
         if plan.given is None:
             self._surround(output)
         else:
@@ -122,27 +123,10 @@ class Conversion:
                 [self.records[name] for name in plan.matrices],
                 self.source_hashes,
                 output,
-                self._environment(time.monotonic() - started),
+                self._environment(time.monotonic() - self.began),
             )
         write_file(output / MANIFEST, pretty_json(value))
         return value
-
-    def _compare(self, folder: Path) -> None:
-        """See whether the backbone is one of the source, and how it was rescaled."""
-        plan = self.plan
-        assert plan.given is not None
-        deliver_all(plan.source, self.observer)
-        for shard in plan.source.shards:
-            for tensor in shard.header.tensors:
-                check_same_model(shard, tensor, plan.given)
-        self.rescaling = find_rescaling(plan, self.observer)
-        count = sum(name in self.rescaling.matrices for name in plan.matrices)
-        if self.rescaling.vectors:
-            self.observer.note(
-                f"the backbone was rescaled: {count} of {len(plan.matrices)} matrices are compared "
-                "with the source's as they were then"
-            )
-            self.rescaling.write(folder / RESCALING)
 
     def _surround(self, output: Path) -> None:
         """Write what belongs to a backbone beside its tensors."""
@@ -154,7 +138,8 @@ class Conversion:
             write_file(output / INDEX, pretty_json(index))
 
     @property
-    def _adapter_file(self) -> str:
+    def adapter_file(self) -> str:
+        """The name in the output of the file of A and B."""
         return str(PurePosixPath(self.plan.adapter_folder) / adapter.WEIGHTS)
 
     def _record(self, name: str, record: dict[str, Any]) -> None:
@@ -167,17 +152,17 @@ class Conversion:
         self.observer.finished(f"residual {share:.4f}")
 
     @property
-    def _pairs(self) -> Path:
+    def pairs(self) -> Path:
         """The file of every pair: the adapter, or what it is made of in the end."""
         fused = bool(self.plan.fused)
-        return self.workspace.pairs if fused else self.workspace.output / self._adapter_file
+        return self.workspace.pairs if fused else self.workspace.output / self.adapter_file
 
     def _fuse(self, path: Path) -> None:
         """Write the adapter with the pairs of experts as PEFT has them, one parameter at a time."""
         plan = self.plan
-        tensors = {tensor.name: tensor for tensor in read_header(self._pairs).tensors}
+        tensors = {tensor.name: tensor for tensor in read_header(self.pairs).tensors}
         with (
-            TensorFile(self._pairs) as pairs,
+            TensorFile(self.pairs) as pairs,
             GrowingShard(path, plan.adapter_specs) as adapter_file,
         ):
             for spec in plan.adapter_specs:
@@ -199,13 +184,18 @@ class Conversion:
     ) -> None:
         path = self.workspace.output / shard.name
         with ExitStack() as stack:
-            files = {self._adapter_file: adapters}
+            files = {self.adapter_file: adapters}
             if self.plan.given is None:
                 files[shard.name] = stack.enter_context(GrowingShard(path, shard.specs))
             output = ShardOutput(journal, files, shard.name)
             tensors = shard.source.header.tensors
-            found = ((tensor.name, output.finished(tensor.name)) for tensor in tensors)
-            finished = {name: unit for name, unit in found if unit is not None}
+            names = [tensor.name for tensor in tensors]
+            found = side_by_side(output.finished, names, self.plan.recipe.threads)
+            finished = {
+                name: unit
+                for name, unit in zip(names, found, strict=True)
+                if unit is not None and is_as_old(shard.source, unit)
+            }
             for name, unit in finished.items():
                 self.observer.detail(f"{name}: kept, it was finished before")
                 if unit.record:
@@ -222,7 +212,7 @@ class Conversion:
                 items = self._read(shard, reader, finished)
                 with WriteBehind() as behind, ReadAhead(items) as ahead:
                     for item in ahead:
-                        self._convert_item(shard, item, output, behind)
+                        self.convert_item(shard, item, output, behind)
                 reader.finish()
                 reader.check_unchanged()
                 output.settle()
@@ -241,7 +231,13 @@ class Conversion:
         tensors, known = shard.source.header.tensors, journal.shards.get(shard.source.name)
         done = [tensor.name in finished for tensor in tensors]
         supply, name = self.plan.source.supply, shard.source.name
-        touched = known and not supply.is_unchanged(name, known.sha256, known.mtime_ns)
+        touched = known and not (
+            supply.is_unchanged(name, known.sha256, known.mtime_ns)
+            and all(
+                each.apart is None or each.apart.mtime_ns == known.mtime_ns
+                for each in finished.values()
+            )
+        )
         if touched or (False in done and (known or True in done[done.index(False) :])):
             deliveries.take(name)
             self.observer.detail(f"{name}: read again, to see whether it changed")
@@ -253,43 +249,35 @@ class Conversion:
 
     def _read(
         self, shard: PlannedShard, reader: ShardReader, finished: Mapping[str, Unit]
-    ) -> Iterator[_Item]:
+    ) -> Iterator[Item]:
         """The shard's tensors in file order: matrices whole, the others in pieces."""
         for tensor in shard.source.header.tensors:
             if tensor.name in finished:
-                reader.pass_over(tensor)
-                check_prefix(reader, finished[tensor.name])
-                yield _Item(tensor, reader.sha256, finished=True)
+                pass_over(reader, tensor, finished[tensor.name])
+                yield Item(tensor, reader.sha256, finished=True)
             elif tensor.name in self.plan.matrices:
+                weight = self.weight(reader, tensor)
                 with self._memory_for(tensor):
-                    weight = reader.read(tensor)
-                    if self.plan.device.type == "cuda":
-                        weight = weight.pin_memory()
                     given = self._given and self._given(self.plan.matrices[tensor.name].matrix)
-                yield _Item(tensor, reader.sha256, weight=weight, given=given)
+                yield Item(tensor, reader.sha256, weight=weight, given=given)
             elif self.plan.given is not None:
                 reader.pass_over(tensor)
-                yield _Item(tensor, reader.sha256)
+                yield Item(tensor, reader.sha256)
             else:
-                pieces = reader.pieces(tensor)
-                piece = next(pieces, bytearray())
-                for following in pieces:
-                    yield _Item(tensor, None, piece=piece)
-                    piece = following
-                yield _Item(tensor, reader.sha256, piece=piece)
+                yield from copied(reader, tensor)
 
     @cached_property
     def _given(self) -> Callable[[Matrix], torch.Tensor] | None:
         """Reads what is given of a matrix, if the backbone is."""
         return None if self.plan.given is None else self.plan.given.reader()
 
-    def _convert_item(
-        self, shard: PlannedShard, item: _Item, output: ShardOutput, behind: WriteBehind
+    def convert_item(
+        self, shard: PlannedShard, item: Item, output: ShardOutput, behind: WriteBehind
     ) -> None:
+        """Do to a tensor what the plan says, and have it written."""
         tensor, prefix = item.tensor, item.prefix_sha256
         self.observer.working_on(tensor.name)
         if item.weight is not None:
-            assert prefix is not None
             planned = self.plan.matrices[tensor.name]
             with self._memory_for(tensor):
                 result = self._convert_matrix(shard, tensor, item, planned)
@@ -303,10 +291,10 @@ class Conversion:
                 matrix = planned.matrix
                 with self._memory_for(tensor):
                     pair = adapter.tensors(matrix, result.lora_A, result.lora_B)
-                    groups = {self._adapter_file: pair}
+                    groups = {self.adapter_file: pair}
                     if isinstance(result, Decomposition):
                         groups[shard.name] = self.plan.layout.encode(matrix, result.quantized)
-                output.write(tensor.name, prefix, groups, record)
+                output.write(tensor.name, prefix, groups, record, item.apart)
 
             behind.submit(write)
         elif item.piece is not None:
@@ -316,16 +304,22 @@ class Conversion:
                 behind.submit(lambda: output.end_copy(tensor, prefix))
         elif prefix is not None and not item.finished:
             behind.submit(lambda: output.leave(tensor, prefix))
-        if prefix is not None:
+        if prefix is not None or item.apart is not None:
             done = self.observer.skip if item.finished else self.observer.advance
             done(work(self.plan, tensor))
+
+    def weight(self, file: TensorFile, tensor: StoredTensor) -> torch.Tensor:
+        """A matrix of ``file`` as it is stored, ready to be sent to the device."""
+        with self._memory_for(tensor):
+            weight = file.read(tensor)
+            return weight.pin_memory() if self.plan.device.type == "cuda" else weight
 
     def _memory_for(self, tensor: StoredTensor) -> AbstractContextManager[None]:
         needed = "--dry-run says how much is needed"
         return memory_explained(f"tensor {tensor.name!r}", hint=needed, device=self.plan.device)
 
     def _convert_matrix(
-        self, shard: PlannedShard, tensor: StoredTensor, item: _Item, planned: PlannedMatrix
+        self, shard: PlannedShard, tensor: StoredTensor, item: Item, planned: PlannedMatrix
     ) -> Adapted:
         assert item.weight is not None
         weight = item.weight.to(self.plan.device, non_blocking=True)
@@ -380,6 +374,16 @@ class Conversion:
             "peak_host_bytes": peak_host_bytes(),
             "peak_device_bytes": torch.cuda.max_memory_allocated(device) if cuda else 0,
         }
+
+
+def copied(reader: ShardReader, tensor: StoredTensor) -> Iterator[Item]:
+    """A tensor that is passed through, in pieces."""
+    pieces = reader.pieces(tensor)
+    piece = next(pieces, bytearray())
+    for following in pieces:
+        yield Item(tensor, None, piece=piece)
+        piece = following
+    yield Item(tensor, reader.sha256, piece=piece)
 
 
 def _described(record: Mapping[str, Any]) -> str:

@@ -91,7 +91,7 @@ def build(
             "relative_residual": relative(records, "final"),
             "relative_residual_quantized": relative(records, "quantized"),
         },
-        "outputs": file_entries(output),
+        "outputs": file_entries(output, plan.recipe.threads),
         "environment": dict(environment),
     }
 

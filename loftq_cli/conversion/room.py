@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loftq_cli.checkpoint.companions import companion_bytes
 from loftq_cli.conversion.workspace import ConversionWorkspace
+from loftq_cli.machine import launched
 from loftq_cli.machine.resources import check_memory
 from loftq_cli.planning import target
 from loftq_cli.planning.download import check_disks
@@ -19,5 +20,13 @@ def check_resources(plan: Plan, workspace: ConversionWorkspace) -> None:
     needed = plan.disk_bytes + target.headroom(plan) + copied + _MARGIN
     check_disks(plan.source, workspace.final.parent, needed - workspace.written())
     workspace.check_permissions()
+    beside = launched.local()[1] if plan.device.type == "cpu" else 1
+    check_memory_for(plan, beside)
+
+
+def check_memory_for(plan: Plan, processes: int = 1) -> None:
+    """Raise EnvironmentFailure if memory is not enough for so many processes of this one's kind."""
     largest = max(plan.matrices, key=lambda name: plan.matrices[name].matrix.elements)
-    check_memory(memory_bytes(plan), f"tensor {largest!r}", plan.device)
+    needed = memory_bytes(plan) * processes
+    each = "" if processes == 1 else f", in each of {processes} processes"
+    check_memory(needed, f"tensor {largest!r}{each}", plan.device)

@@ -7,13 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from loftq_cli.checkpoint.journal import is_damaged
+from loftq_cli.checkpoint.journal import Subject, is_damaged
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.conversion.engine import Conversion
+from loftq_cli.conversion.parts import refuse_missing
 from loftq_cli.conversion.pin import pin
 from loftq_cli.conversion.room import check_resources
+from loftq_cli.conversion.sharing import held
 from loftq_cli.conversion.subject import subject
 from loftq_cli.conversion.workspace import ConversionWorkspace
 from loftq_cli.errors import (
@@ -52,8 +54,20 @@ def say_remarks(plan: Plan, observer: Observer) -> None:
         observer.detail(f"slower without compiled kernels: {native.load().reason}")
 
 
-def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outcome:
-    """Convert, resume, or find that it is done already.
+class Work(Protocol):
+    """Others that share the work on a conversion."""
+
+    def work(
+        self, plan: Plan, workspace: ConversionWorkspace, identity: Subject, observer: Observer
+    ) -> None:
+        """Have done, by all, what is not finished of ``plan``."""
+
+
+def run(
+    plan: Plan, path: Path, *, overwrite: bool, observer: Observer, helpers: Work | None = None
+) -> Outcome:
+    """Convert, resume, or find that it is done already. ``helpers`` do first what can
+    be shared.
 
     Raises OutputConflictError, EnvironmentFailure (disk, device), InputError (non-finite weights,
     a source that changed), VerificationError (a complete output that was altered).
@@ -61,13 +75,14 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
     workspace, planned = ConversionWorkspace(path), plan
     if overwrite or not workspace.is_taken():
         check_resources(plan, workspace)
-    with workspace.locked():
+    # Who shares the work keeps to files of its own: no lock of a network is relied on then.
+    with workspace.locked(needed=helpers is None and not workspace.others()):
         if plan.unsettled:
-            plan = _settled(plan, workspace, overwrite, observer)
+            plan = settled(plan, workspace, overwrite, observer)
         plans = [plan] + ([with_fallback(plan)] if plan.auto_layout else [])
         accepted = {each.fingerprint: subject(each) for each in plans}
         existing = workspace.complete_output()
-        if existing is not None and not overwrite and _is_of(existing, plan, accepted):
+        if existing is not None and not overwrite and is_of(existing, plan, accepted):
             verified(existing)
             workspace.discard_unless_other(accepted)
             return Outcome(existing.manifest, nothing_to_do=True)
@@ -79,9 +94,11 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
         if resumed is not None:
             observer.note(f"resuming the unfinished conversion in {workspace.partial}")
             plan = next(each for each in plans if each.fingerprint == resumed)
+            if helpers is None:
+                refuse_missing(workspace, plan, held(workspace, subject(plan)))
         if resumed is None or overwrite or not workspace.pin.exists():
             pin(workspace, plan.source)
-        work = _Work(plan, plans[-1], workspace, overwrite, observer)
+        work = _Work(plan, plans[-1], workspace, overwrite, observer, helpers)
         try:
             return work.finish()
         except SourceChangedError:
@@ -92,7 +109,7 @@ def run(plan: Plan, path: Path, *, overwrite: bool, observer: Observer) -> Outco
             return work.finish()
 
 
-def _is_of(output: Output, plan: Plan, accepted: Collection[str]) -> bool:
+def is_of(output: Output, plan: Plan, accepted: Collection[str]) -> bool:
     """Whether ``output`` is what the plan would give: of one of these fingerprints, and of the same
     contents if those are known, as they are on the hub."""
     files = {entry["name"]: entry["sha256"] for entry in output.manifest["source"]["files"]}
@@ -102,7 +119,7 @@ def _is_of(output: Output, plan: Plan, accepted: Collection[str]) -> bool:
     )
 
 
-def _settled(
+def settled(
     plan: Plan, workspace: ConversionWorkspace, overwrite: bool, observer: Observer
 ) -> Plan:
     """The plan with the widths that its own earlier work or output has, or else settled anew.
@@ -132,13 +149,16 @@ class _Work:
     workspace: ConversionWorkspace
     overwrite: bool
     observer: Observer
+    helpers: Work | None
 
     def finish(self) -> Outcome:
         """Convert what is left, and publish."""
         identity = subject(self.plan)
+        conversion = Conversion(self.plan, self.workspace, self.observer)
         try:
+            if self.helpers is not None:
+                self.helpers.work(self.plan, self.workspace, identity, self.observer)
             with threads(self.plan.recipe.threads):
-                conversion = Conversion(self.plan, self.workspace, self.observer)
                 manifest = conversion.run(identity)
             self.workspace.publish(self.overwrite, partial(self.workspace.described, identity))
             return Outcome(manifest)

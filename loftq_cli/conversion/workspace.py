@@ -3,6 +3,7 @@
 Beside what every workspace has there are in ``.<name>.loftq-partial/``::
 
     journal    what is finished (see journal.py)
+    journals/  the same, of other processes that share the work: a file each
     source     which commit of a hub repository it is of (see pin.py)
     shards/    shards of a hub model that do not stay
     pairs      adapters of single experts, until they are fused
@@ -10,6 +11,8 @@ Beside what every workspace has there are in ``.<name>.loftq-partial/``::
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from loftq_cli.checkpoint.journal import Subject, subject_in
 from loftq_cli.checkpoint.output import MANIFEST, Output, open_output
 from loftq_cli.checkpoint.unfinished import JournaledWorkspace
 from loftq_cli.errors import InputError
+from loftq_cli.machine.durable import explained, make_directory
 
 
 class ConversionWorkspace(JournaledWorkspace):
@@ -32,9 +36,27 @@ class ConversionWorkspace(JournaledWorkspace):
 
     def __init__(self, output: Path) -> None:
         super().__init__(output)
+        self.journals = self.partial / "journals"
         self.pin = self.partial / "source"
         self.passing = self.partial / "shards"
         self.pairs = self.partial / "pairs"
+
+    def others(self) -> list[Path]:
+        """The journals of other processes that share the work, or have shared it."""
+        return sorted(self.journals.glob("*-*.journal"))
+
+    def new_journal(self, whose: str) -> Path:
+        """Where a process that shares the work is to keep its own journal: a file of nobody
+        else."""
+        with explained(self.journals):
+            make_directory(self.journals)
+        return self.journals / f"{whose}.{secrets.token_hex(4)}.journal"
+
+    def discard_work(self) -> None:
+        with explained(self.journals):
+            if self.journals.exists():
+                shutil.rmtree(self.journals)
+        super().discard_work()
 
     def complete_output(self) -> Output | None:
         """The output if it is there and readable, else None."""
@@ -63,7 +85,7 @@ class ConversionWorkspace(JournaledWorkspace):
         return f"another conversion: {what}"
 
     def _folders(self) -> list[Path]:
-        return [self.passing]
+        return [self.passing, self.journals]
 
     def _files(self) -> list[Path]:
         return [*super()._files(), self.pin, self.pairs]

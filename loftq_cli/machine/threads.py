@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import _thread
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import Generic, TypeVar, cast
 
 _T = TypeVar("_T")
+_Of = TypeVar("_Of")
 
 
 class Task(Generic[_T]):
@@ -86,6 +88,23 @@ class Worker:
             task.run()
         self._over = True
         self._bell.put(None)
+
+
+def side_by_side(function: Callable[[_Of], _T], items: Sequence[_Of], count: int) -> list[_T]:
+    """``function`` of each of ``items``, in their order, in up to ``count`` threads. Raises what
+    the first one that fails raises."""
+    if count < 2 or len(items) < 2:
+        return [function(item) for item in items]
+    workers = [Worker() for _ in range(min(count, len(items)))]
+    tasks = [Task(partial(function, item)) for item in items]
+    try:
+        for number, task in enumerate(tasks):
+            workers[number % len(workers)].submit(task)
+        return [task.result() for task in tasks]
+    finally:
+        settle(tasks)
+        for worker in workers:
+            worker.end()
 
 
 def settle(tasks: Sequence[Task[_T]]) -> None:

@@ -44,22 +44,25 @@ class Workspace:
         return False
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, shared: bool = False, needed: bool = True) -> Iterator[None]:
         """Hold the lock, in a partial directory that is made for it and, unless there is
-        unfinished work in it, removed again. Raises OutputConflictError if another process
-        holds it."""
-        descriptor = self._lock()
+        unfinished work in it, removed again; ``shared`` with others that hold it so, and without it
+        where the file system has no locks, unless it is ``needed``. Raises OutputConflictError if
+        another process holds it otherwise."""
+        descriptor = self._lock(fcntl.LOCK_SH if shared else fcntl.LOCK_EX, needed)
         try:
             yield
         finally:
             try:
                 # Once we have published, the directory may be another process's already.
                 if self._is_lock(descriptor) and not self.holds_work():
-                    self.discard()
+                    with suppress(BlockingIOError):  # others are at it
+                        _flock(descriptor, fcntl.LOCK_EX, needed)
+                        self.discard()
             finally:
                 os.close(descriptor)
 
-    def _lock(self) -> int:
+    def _lock(self, kind: int, needed: bool) -> int:
         while True:
             with explained(self.partial):
                 make_directory(self.partial)
@@ -69,7 +72,7 @@ class Workspace:
                     continue  # its holder finished and removed the directory
             try:
                 with explained(self._lock_file):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _flock(descriptor, kind, needed)
                     if self._is_lock(descriptor):
                         return descriptor
             except EnvironmentFailure as error:
@@ -188,3 +191,12 @@ class Workspace:
     def _files(self) -> list[Path]:
         """And files."""
         return []
+
+
+def _flock(descriptor: int, kind: int, needed: bool) -> None:
+    """Take the lock, or raise OSError; where there are none, and none is ``needed``, do nothing."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if needed or error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise

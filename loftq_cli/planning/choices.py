@@ -13,6 +13,7 @@ from loftq_cli.families.experts import is_expert
 from loftq_cli.kernels import native
 from loftq_cli.layouts import registry
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
+from loftq_cli.machine import launched
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.quantizers import methods
 from loftq_cli.numerics.variant import Variant
@@ -121,8 +122,10 @@ def _obstacles(layout: Layout, matrices: Sequence[Matrix], surroundings: Surroun
 
 
 def choose_device(name: str) -> torch.device:
+    """The device that is called ``name``. Of several processes on one host, each has another of its
+    devices, unless they are told which. Raises UsageError, EnvironmentFailure."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -135,11 +138,16 @@ def choose_device(name: str) -> torch.device:
             raise EnvironmentFailure(
                 f"--device {name}: torch sees {count} CUDA devices", hint="use --device cpu"
             )
+        number, processes = launched.local()
+        if processes > 1 and device.index is None:
+            return torch.device("cuda", number % count)
     return device
 
 
 def count_cpus() -> int:
-    """The CPUs this process may use."""
+    """The CPUs this process may use: of several processes on one host, its share."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        found = len(os.sched_getaffinity(0))
+    else:
+        found = os.cpu_count() or 1
+    return max(1, found // launched.local()[1])

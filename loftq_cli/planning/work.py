@@ -22,6 +22,11 @@ def work(plan: Plan, tensor: StoredTensor) -> int:
     return round(copied if item is None else copied + _of_matrix(plan, item))
 
 
+def reading(nbytes: int) -> int:
+    """What it takes to read and hash so many bytes, in the same measure."""
+    return round(_COPIED * nbytes)
+
+
 def _of_matrix(plan: Plan, item: PlannedMatrix) -> float:
     matrix, recipe = item.matrix, plan.recipe
     effort = 1.0 if plan.given is not None else method(matrix.method).effort

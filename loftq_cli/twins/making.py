@@ -23,6 +23,7 @@ def convert(
     offline: bool = False,
     discard_shards: bool = False,
     allow_pickle: bool = False,
+    part: str | None = None,
     recipe: AnyPath | None = None,
     calibrate_text: AnyPath | Sequence[AnyPath] = (),
     moments: str | None = None,
@@ -48,10 +49,13 @@ def convert(
     ``target_size``, such as "3.5GB", is that of the files,
     ``fit``, such as "24GiB", the memory to fine-tune in, with windows of ``fit_length`` tokens,
     ``fit_batch`` at a time: either decides target_bpw. Resumes an unfinished conversion with the
-    same settings.
+    same settings. ``part``, such as "3/8", does only this share of the work, and returns what it
+    came to; a call without it then publishes.
     """
+    from loftq_cli.conversion.parts import parsed
     from loftq_cli.conversion.refined import refine_start
     from loftq_cli.conversion.run import run
+    from loftq_cli.conversion.run_part import run_part
     from loftq_cli.machine.observer import Logged
 
     found, path, asked = _planned(
@@ -62,6 +66,7 @@ def convert(
         offline=offline,
         discard_shards=discard_shards,
         allow_pickle=allow_pickle,
+        part=part,
         recipe=recipe,
         calibrate_text=calibrate_text,
         moments=moments,
@@ -69,6 +74,8 @@ def convert(
         sizes=(target_size, fit, fit_length, fit_batch),
         settings=settings,
     )
+    if part is not None:
+        return run_part(found, path, parsed(part), overwrite=overwrite, observer=Logged())
     manifest = run(found, path, overwrite=overwrite, observer=Logged()).manifest
     if asked is None or not asked.refine:
         return manifest
@@ -93,6 +100,7 @@ def plan(
     offline: bool = False,
     discard_shards: bool = False,
     allow_pickle: bool = False,
+    part: str | None = None,
     recipe: AnyPath | None = None,
     calibrate_text: AnyPath | Sequence[AnyPath] = (),
     moments: str | None = None,
@@ -120,6 +128,7 @@ def plan(
         offline=offline,
         discard_shards=discard_shards,
         allow_pickle=allow_pickle,
+        part=part,
         recipe=recipe,
         calibrate_text=calibrate_text,
         moments=moments,
@@ -302,6 +311,7 @@ def _planned(
     offline: bool,
     discard_shards: bool,
     allow_pickle: bool,
+    part: str | None,
     recipe: AnyPath | None,
     calibrate_text: AnyPath | Sequence[AnyPath],
     moments: str | None,
@@ -313,6 +323,7 @@ def _planned(
     """The plan, where it is carried out, and what is done with texts."""
     from loftq_cli.calibration import first
     from loftq_cli.checkpoint.request import Request
+    from loftq_cli.conversion import parts
     from loftq_cli.conversion.prepare import prepare
     from loftq_cli.conversion.refined import start_of
     from loftq_cli.machine.observer import Logged
@@ -320,6 +331,7 @@ def _planned(
     from loftq_cli.settings.file import options
 
     budget = budgets.asked(settings, *sizes)
+    parts.asked(part, discard_shards=discard_shards, texts=bool(calibrate_text))
     texts, file = paths(calibrate_text), None if recipe is None else expanded(recipe)
     given = options(settings, file, measuring=bool(texts))
     asked = first.asked(texts, moments, refine=refine, preset=given.preset, dry_run=dry_run)

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from loftq_cli.machine.threads import Task, Worker, settle
+from loftq_cli.machine.threads import Task, Worker, settle, side_by_side
 
 _PATIENCE = 30.0  # seconds until a test that hangs is given up
 
@@ -126,3 +126,26 @@ def test_an_interrupt_at_any_instruction_locks_nothing_up(what):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_what_is_done_side_by_side_comes_in_order(count: int) -> None:
+    threads = set()
+
+    def square(number: int) -> int:
+        threads.add(threading.get_ident())
+        return number * number
+
+    assert side_by_side(square, range(20), count) == [number**2 for number in range(20)]
+    assert len(threads) <= count
+    assert side_by_side(square, [], count) == []
+
+
+def test_what_fails_first_of_those_side_by_side_is_raised() -> None:
+    def fail(number: int) -> int:
+        if number % 3 == 2:
+            raise ValueError(str(number))
+        return number
+
+    with pytest.raises(ValueError, match=r"^2$"):
+        side_by_side(fail, range(9), 3)

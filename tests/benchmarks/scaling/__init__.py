@@ -1,0 +1,1 @@
+"""What it brings to share a conversion: measured with processes of this machine, and simulated."""
