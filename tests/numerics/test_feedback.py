@@ -50,10 +50,11 @@ def levels_of(quantized: Quantized, row: int, column: int) -> torch.Tensor:
 
 @every_method
 @pytest.mark.parametrize("bits", [2, 4])
-def test_it_is_gptq_with_what_the_adapter_leaves_of_the_moments(method, bits):
+@pytest.mark.parametrize("search", SEARCHES)
+def test_it_is_gptq_with_what_the_adapter_leaves_of_the_moments(method, bits, search):
     weight, H = llm_like(OUT, IN), moments("full", IN)
     left, right = gaussian(OUT, RANK, seed=1) / 50, gaussian(RANK, IN, seed=2) / 50
-    quantizer = make_quantizer(method, bits, 32, "fixed" if "uniform-" in method else "mse")
+    quantizer = quantizer_of(method, bits, 32, "fixed" if "uniform-" in method else search)
     sweep = make_sweep(weight, quantizer, Procedure(rank=RANK, iters=1))
     product = Product(left, right)
     given = sweep.quantize(None, product).quantized
