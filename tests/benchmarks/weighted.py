@@ -1,8 +1,8 @@
 """What statistics cost: ``decompose`` without them, with diagonal and with full moments, in turn.
 
-4096², NF2 and uniform, r = 64, T = 5, moments that fall as 1/k. Times are the least of all rounds, on
-as many threads as torch takes and on one, there also of the processor alone: what others do on the
-same cores is not in that.
+4096², NF2 and uniform, r = 64, T = 5, moments that fall as 1/k. Times are the least of all rounds,
+on as many threads as torch takes and on one, there also of the processor alone: what others do on
+the same cores is not in that.
 """
 
 from __future__ import annotations
