@@ -182,9 +182,8 @@ def _of_the_weight(
     weight: torch.Tensor, norm: float, procedure: Procedure, weighting: Weighting | None
 ) -> _Iterate:
     """A_0 and B_0 of svd-first: the low-rank approximation of ``weight`` itself."""
-    narrow, wide = weight.to(procedure.products), weight.float()
-    along = None if weighting is None else weighting.along(wide)
-    A, B, _ = fit_adapter(wide, narrow, norm, None, procedure, weighting, along)
+    narrow = weight.to(procedure.products)
+    A, B, _ = fit_adapter(weight.float(), narrow, norm, None, procedure, weighting)
     return _Iterate(None, A, B)
 
 
