@@ -39,7 +39,7 @@ from loftq_cli.planning.choices import choose_device
 from loftq_cli.planning.make import anatomy_of
 from loftq_cli.planning.selection import select
 from loftq_cli.statistics.save import contents_sha256, measured_model, write_entry
-from loftq_cli.statistics.writer import StatisticsWriter, refuse_taken
+from loftq_cli.statistics.writer import StatisticsWriter, entry_bytes, refuse_taken
 
 MOMENTS = ("diagonal", "full")
 _MOST_SHOWN = 3
@@ -127,7 +127,7 @@ def measure(
     deliver_all(source, observer)
     full = wanted.moments == "full"
     widest = max(job.widths.values())
-    check_space(output.absolute().parent, widest * (widest if full else 1) * 4)
+    check_space(output.absolute().parent, entry_bytes(widest, full))
     workspace = _Workspace(output)
     with memory_explained("calibrating", hint=_LESS_MEMORY), workspace.locked():
         workspace.discard_work()  # what a crash left

@@ -31,11 +31,15 @@ def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
 
 
 def place(
-    specs: Sequence[TensorSpec], metadata: Mapping[str, str] = _METADATA, room: int = 0
+    specs: Sequence[TensorSpec],
+    metadata: Mapping[str, str] = _METADATA,
+    room: int = 0,
+    *,
+    as_given: bool = False,
 ) -> tuple[bytes, dict[str, StoredTensor]]:
-    """(length field and header, place of every tensor) of a file that holds ``specs``. The two
-    take ``room`` bytes, if they need no more."""
-    ordered = sorted(specs, key=lambda spec: -BITS[spec.dtype])
+    """(length field and header, place of every tensor) of a file that holds ``specs``, the widest
+    dtypes first, or ``as_given``. The two take ``room`` bytes, if they need no more."""
+    ordered = list(specs) if as_given else sorted(specs, key=lambda spec: -BITS[spec.dtype])
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for spec in ordered:

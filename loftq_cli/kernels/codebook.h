@@ -50,6 +50,23 @@ typedef struct {
             codes[i] = (uint8_t)c;                                                                 \
             values[i] = q;                                                                         \
         }                                                                                          \
+    }                                                                                              \
+    static void each_##COUNT(const float *restrict x, int n, const float *restrict scales,         \
+                             const float *levels, const float *bounds, uint8_t *restrict codes,    \
+                             float *restrict values) {                                             \
+        float level[COUNT], bound[COUNT - 1];                                                      \
+        UNROLL for (int k = 0; k < COUNT; k++) level[k] = levels[k];                               \
+        UNROLL for (int k = 0; k < COUNT - 1; k++) bound[k] = bounds[k];                           \
+        for (int i = 0; i < n; i++) {                                                              \
+            float y = x[i] / (scales[i] == 0.0f ? 1.0f : scales[i]), q = level[0];                 \
+            int32_t c = 0;                                                                         \
+            UNROLL for (int k = 0; k < COUNT - 1; k++) {                                           \
+                q = y > bound[k] ? level[k + 1] : q;                                               \
+                c = y > bound[k] ? k + 1 : c;                                                      \
+            }                                                                                      \
+            codes[i] = (uint8_t)c;                                                                 \
+            values[i] = q * scales[i];                                                             \
+        }                                                                                          \
     }
 
 DEFINE_CODEBOOK(4)
@@ -102,6 +119,22 @@ static void codebook_at(const Codebook *book, const float *restrict x, int n, fl
     float unit[LARGEST_BLOCK], divisor = scale == 0.0f ? 1.0f : scale;
     for (int i = 0; i < n; i++) unit[i] = x[i] / divisor;
     codebook_encode(book, unit, n, 1.0f, scale, codes, values);
+}
+
+/* Codes and values of x, each at a scale of its own. */
+static inline void codebook_each(const Codebook *book, const float *restrict x, int n,
+                                 const float *restrict scales, uint8_t *restrict codes,
+                                 float *restrict values) {
+    const float *levels = book->levels, *bounds = book->bounds;
+    if (book->count == 4) each_4(x, n, scales, levels, bounds, codes, values);
+    else if (book->count == 8) each_8(x, n, scales, levels, bounds, codes, values);
+    else if (book->count == 16) each_16(x, n, scales, levels, bounds, codes, values);
+    else
+        for (int i = 0; i < n; i++) {
+            int32_t c = code_of(book, x[i] / (scales[i] == 0.0f ? 1.0f : scales[i]));
+            codes[i] = (uint8_t)c;
+            values[i] = levels[c] * scales[i];
+        }
 }
 
 /* Codes and values of x, n <= LARGEST_BLOCK; returns the scale. `start`: the scale to begin beside,

@@ -9,6 +9,8 @@
 #define LARGEST_BLOCK 256
 #define UNROLL _Pragma("GCC unroll 16")
 
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 }; /* dtypes of what a kernel is given */
+
 /* A grid of scales relative to a start, then least-squares refinements of the best. */
 typedef struct {
     const float *grid;
@@ -60,6 +62,25 @@ static inline float as_float16(float x) {
     u = (u + 0xfffu + ((u >> 13) & 1u)) & ~0x1fffu;
     memcpy(&x, &u, 4);
     return x;
+}
+
+/* values[i] as `dtype` stores them. */
+static inline void round_values(float *restrict values, int n, int32_t dtype) {
+    if (dtype == BFLOAT16)
+        for (int i = 0; i < n; i++) values[i] = as_bfloat16(values[i]);
+    else if (dtype == FLOAT16)
+        for (int i = 0; i < n; i++) values[i] = as_float16(values[i]);
+}
+
+/* Elements [at, at + n) of an array of `dtype`. */
+static inline void widen(const void *array, int32_t dtype, int64_t at, int64_t n,
+                         float *restrict out) {
+    const uint16_t *restrict half = (const uint16_t *)array + at;
+    if (dtype == FLOAT32) memcpy(out, (const float *)array + at, (size_t)n * sizeof(float));
+    else if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < n; i++) out[i] = from_bfloat16(half[i]);
+    else
+        for (int64_t i = 0; i < n; i++) out[i] = from_float16(half[i]);
 }
 
 /* The nearest portable scale (quantizers/portable.py): 7 significant bits, multiples of 2^-24; 0 or

@@ -1,10 +1,13 @@
 /* tr(M H M^T) of a bfloat16 matrix and symmetric bfloat16 moments, where the processor multiplies
- * pairs of bfloat16: a tile of M H is summed with M while it is in registers, and of H only what is
+ * pairs of bfloat16: a tile of M H is summed with M before it leaves the cache, and of H only what is
  * on and below the diagonal is read.
  */
+#define _GNU_SOURCE
 #include <stdlib.h>
 
 #include "common.h"
+#include "pairs.h"
+#include "transpose.h"
 
 enum { DONE = 0, NO_MEMORY = 1 };
 
@@ -17,95 +20,84 @@ typedef struct {
     double *sums;            /* out, one a group */
 } Form;
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-#include <immintrin.h>
-
-#define TILE 64      /* columns of M H: four registers */
-#define TILE_ROWS 6  /* 6 x 4 accumulators of 32 registers */
-#define DEPTH 256    /* of a panel of H, which fills the first-level cache */
+#ifdef HAS_PAIRS
+#define TILE ACROSS_PAIRS
 
 int loftq_has_form(void) { return 1; }
 
 /* H[column + j][from + 2 i], H[..][.. + 1] as panel[i][j]. */
 static void pack(const Form *s, int64_t column, int64_t from, int64_t depth, uint32_t *panel) {
-    for (int j = 0; j < TILE; j++) {
-        const uint16_t *row = s->moments + (column + j) * s->columns + from;
-        for (int64_t i = 0; i < depth / 2; i++) memcpy(panel + i * TILE + j, row + 2 * i, 4);
+    for (int j = 0; j < TILE; j += TURNED)
+        for (int64_t i = 0; i < depth / 2; i += TURNED)
+            transpose_16(s->moments + (column + j) * s->columns + from + 2 * i, s->columns / 2,
+                         panel + i * TILE + j, TILE);
+}
+
+static void halve(uint32_t *panel, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t low = bfloat16_bits(0.5f * from_bfloat16((uint16_t)panel[i]));
+        uint32_t high = bfloat16_bits(0.5f * from_bfloat16((uint16_t)(panel[i] >> 16)));
+        panel[i] = low | high << 16;
     }
 }
 
-/* sum of (M[.., first:last] H[first:last, tile]) * M[.., tile] over `height` rows; `panel` begins
- * at `first`, `values` hold the rows from there, `across` from the tile's first column. */
-static double multiply_tile(const uint16_t *const values[TILE_ROWS],
-                            const uint16_t *const across[TILE_ROWS], int height,
-                            const uint32_t *panel, int64_t depth) {
-    __m512 sum[TILE_ROWS][4];
-    UNROLL for (int i = 0; i < TILE_ROWS; i++)
-        UNROLL for (int j = 0; j < 4; j++) sum[i][j] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < depth / 2; k++) {
-        __m512i right[4];
-        UNROLL for (int j = 0; j < 4; j++)
-            right[j] = _mm512_loadu_si512(panel + k * TILE + 16 * j);
-        UNROLL for (int i = 0; i < TILE_ROWS; i++) {
-            int32_t pair;
-            memcpy(&pair, values[i] + 2 * k, 4);
-            __m512i left = _mm512_set1_epi32(pair);
-            UNROLL for (int j = 0; j < 4; j++)
-                sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)left, (__m512bh)right[j]);
-        }
+/* M[begin:end] cut into PAIR_DEPTH columns at a time, which lie together: rows as far apart as M's
+ * would share a few sets of the first-level cache. */
+static void cut(const Form *s, int64_t begin, int64_t end, uint16_t *pieces) {
+    for (int64_t from = 0; from < s->columns; from += PAIR_DEPTH) {
+        int64_t depth = s->columns - from < PAIR_DEPTH ? s->columns - from : PAIR_DEPTH;
+        for (int64_t row = begin; row < end; row++, pieces += PAIR_DEPTH)
+            memcpy(pieces, s->matrix + row * s->columns + from, (size_t)depth * 2);
     }
-    double total = 0.0;
-    for (int i = 0; i < height; i++) {
-        __m512 row = _mm512_setzero_ps();
-        for (int j = 0; j < 4; j++) {
-            __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)(across[i] + 16 * j));
-            __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
-            row = _mm512_fmadd_ps(sum[i][j], _mm512_castsi512_ps(wide), row);
-        }
-        total += (double)_mm512_reduce_add_ps(row);
-    }
-    return total;
 }
 
-/* The part of the sum, over rows [begin, end), in which H[from:from + DEPTH, tile at `column`] is. */
-static double multiply_panel(const Form *s, int64_t begin, int64_t end, int64_t column, int64_t from,
-                             uint32_t *panel) {
-    /* The tile on the diagonal counts once, those left of it twice. */
-    int64_t left = column - from < DEPTH ? column - from : DEPTH;
-    int64_t depth = column + TILE - from < DEPTH ? column + TILE - from : DEPTH;
-    double total = 0.0;
-    pack(s, column, from, depth, panel);
-    for (int64_t row = begin; row < end; row += TILE_ROWS) {
-        const uint16_t *values[TILE_ROWS], *diagonal[TILE_ROWS], *across[TILE_ROWS];
-        int height = (int)(end - row < TILE_ROWS ? end - row : TILE_ROWS);
-        for (int i = 0; i < TILE_ROWS; i++) {
-            const uint16_t *start = s->matrix + (row + (i < height ? i : 0)) * s->columns;
-            values[i] = start + from;
-            diagonal[i] = start + from + left;
-            across[i] = start + column;
+/* products = M[:, :column + TILE] H[:column + TILE, tile at `column`] of `height` rows, what is on
+ * the diagonal counting half. */
+static void multiply_column(Pairs *pairs, const Form *s, const uint16_t *pieces, int64_t height,
+                            int64_t column, uint32_t *panel, float *products) {
+    memset(products, 0, (size_t)(height * TILE) * sizeof(float));
+    for (int64_t from = 0; from <= column; from += PAIR_DEPTH) {
+        int64_t depth = column + TILE - from < PAIR_DEPTH ? column + TILE - from : PAIR_DEPTH;
+        pack(s, column, from, depth, panel);
+        if (from + depth > column) halve(panel + (column - from) / 2 * TILE, TILE / 2 * TILE);
+        for (int64_t row = 0; row < height; row += pairs->rows) {
+            int some = (int)(height - row < pairs->rows ? height - row : pairs->rows);
+            multiply_pairs(pairs, pieces + from * height + row * PAIR_DEPTH, PAIR_DEPTH, some,
+                           panel, depth, products + row * TILE);
         }
-        if (left) total += 2.0 * multiply_tile(values, across, height, panel, left);
-        if (depth > left)
-            total += multiply_tile(diagonal, across, height, panel + left / 2 * TILE, depth - left);
     }
-    return total;
 }
 
 /* Groups [first, last). */
 int loftq_form(const Form *s, int64_t first, int64_t last) {
-    uint32_t *panel = malloc(sizeof(uint32_t) * DEPTH / 2 * TILE);
-    if (!panel) return NO_MEMORY;
-    for (int64_t group = first; group < last; group++) {
+    uint32_t *panel = malloc(sizeof(uint32_t) * PAIR_DEPTH / 2 * TILE);
+    float *products = malloc(sizeof(float) * (size_t)(s->group * TILE));
+    int64_t depths = (s->columns + PAIR_DEPTH - 1) / PAIR_DEPTH;
+    uint16_t *pieces = malloc((size_t)(s->group * depths * PAIR_DEPTH) * 2);
+    int status = panel && products && pieces ? DONE : NO_MEMORY;
+    Pairs pairs = begin_pairs();
+    for (int64_t group = first; group < last && status == DONE; group++) {
         int64_t begin = group * s->group, end = begin + s->group;
         if (end > s->rows) end = s->rows;
         double total = 0.0;
-        for (int64_t column = 0; column < s->columns; column += TILE)
-            for (int64_t from = 0; from <= column; from += DEPTH)
-                total += multiply_panel(s, begin, end, column, from, panel);
-        s->sums[group] = total;
+        cut(s, begin, end, pieces);
+        for (int64_t column = 0; column < s->columns; column += TILE) {
+            float sums[TILE] = {0};
+            multiply_column(&pairs, s, pieces, end - begin, column, panel, products);
+            for (int64_t row = begin; row < end; row++) {
+                const uint16_t *restrict across = s->matrix + row * s->columns + column;
+                const float *restrict product = products + (row - begin) * TILE;
+                for (int j = 0; j < TILE; j++) sums[j] += product[j] * from_bfloat16(across[j]);
+            }
+            for (int j = 0; j < TILE; j++) total += (double)sums[j];
+        }
+        s->sums[group] = 2.0 * total;
     }
+    end_pairs(&pairs);
     free(panel);
-    return DONE;
+    free(products);
+    free(pieces);
+    return status;
 }
 #else
 int loftq_has_form(void) { return 0; }

@@ -10,7 +10,6 @@
 #include "uniform.h"
 
 enum { DONE = 0, NO_MEMORY = 1, SCALE_LOST = 2 };
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 /* The fields of native_sweep.py's _Sweep, in its order. All matrices are row-major, and float32 where
  * nothing else is said. */
@@ -47,12 +46,7 @@ typedef struct {
 static const float *weight_rows(const Sweep *s, int64_t first, int64_t last, float *buffer) {
     int64_t at = first * s->columns, count = (last - first) * s->columns;
     if (s->kind == FLOAT32) return (const float *)s->weight + at;
-    const uint16_t *restrict half = (const uint16_t *)s->weight + at;
-    float *restrict out = buffer;
-    if (s->kind == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) out[i] = from_bfloat16(half[i]);
-    else
-        for (int64_t i = 0; i < count; i++) out[i] = from_float16(half[i]);
+    widen(s->weight, s->kind, at, count, buffer);
     return buffer;
 }
 
@@ -109,10 +103,7 @@ static double subtract_values(const Sweep *s, int64_t at, int n, const float *re
                               float *restrict values) {
     float *restrict residual = s->residual + at;
     double total = 0.0;
-    if (s->store == BFLOAT16)
-        for (int i = 0; i < n; i++) values[i] = as_bfloat16(values[i]);
-    else if (s->store == FLOAT16)
-        for (int i = 0; i < n; i++) values[i] = as_float16(values[i]);
+    round_values(values, n, s->store);
     for (int i = 0; i < n; i++) {
         float rest = weight[i] - values[i];
         residual[i] = rest;

@@ -41,6 +41,20 @@ static void uniform_encode(const float *restrict x, int n, float scale, float ze
     }
 }
 
+/* Codes and values of x, each at a scale and a zero point of its own. */
+static inline void uniform_each(const float *restrict x, int n, const float *restrict scales,
+                                const float *restrict zeros, float top, uint8_t *restrict codes,
+                                float *restrict values) {
+    for (int i = 0; i < n; i++) {
+        float low = -zeros[i], high = top - zeros[i];
+        float q = rintf(x[i] / (scales[i] == 0.0f ? 1.0f : scales[i]));
+        q = q < low ? low : q;
+        q = q > high ? high : q;
+        codes[i] = (uint8_t)(int32_t)(q + zeros[i]);
+        values[i] = q * scales[i];
+    }
+}
+
 /* One try at `at`: its products, and the scale and zero point if they gain more than `gain`. */
 static inline void uniform_try(const float *restrict unit, int n, float at, float z, float top,
                                float *gain, float *scale, float *zero) {

@@ -88,15 +88,30 @@ class _WeightedTrace(_Trace):
         self.quantized = self._weighting.norm(residual)
         self._seen = True
 
-    def see_step(self, remains: torch.Tensor | None, product: Product) -> None:
-        """``remains`` = R - product. If nothing was seen before, R is W - quantize(W)."""
+    def see_step(
+        self, remains: torch.Tensor | None, product: Product, along: torch.Tensor | None
+    ) -> None:
+        """``remains`` = R - product; ``along``: what R has along the directions that the weighting
+        keeps apart. If nothing was seen before, R is W - quantize(W)."""
         assert remains is not None
+        along = _along_remains(self._weighting, along, product)
         if self._seen:
-            self.steps.append(self._weighting.norm(remains))
+            self.steps.append(self._weighting.norm(remains, along))
             return
-        adapted, self.quantized = self._weighting.norms(remains, product.left, product.right)
+        left, right = product.left, product.right
+        adapted, self.quantized = self._weighting.norms(remains, left, right, along)
         self.steps.append(adapted)
         self._seen = True
+
+
+def _along_remains(
+    weighting: Weighting, along: torch.Tensor | None, product: Product
+) -> torch.Tensor | None:
+    """Of R - product, from what R has along the directions kept apart."""
+    of_product = weighting.along(product.right)
+    if along is None or of_product is None:
+        return None
+    return torch.addmm(along, product.left, of_product, alpha=-1)
 
 
 @dataclass(frozen=True)
@@ -134,24 +149,27 @@ def decompose(
             drawn = _Iterate(quantized, *drawn_adapter(quantized.shape, weight.device, procedure))
             return _finish(procedure, drawn, 0, plain, weighted)
         previous = _of_the_weight(weight, plain.weight, procedure, weighting)
-    basis = best = None
+    basis = best = along = None
     for step in range(1, procedure.iters + 1):
         quantized, norm, adapted = _quantize(sweep, previous, procedure, earlier, step)
         if step > 1:
             assert previous is not None
             plain.steps.append(adapted)
             if weighted is not None:
-                weighted.see_step(sweep.remains, _product(previous, procedure))
+                weighted.see_step(sweep.remains, _product(previous, procedure), along)
             best = _better(best, deciding.steps[-1], step - 1, previous, procedure.keep)
         elif procedure.order == "quantize-first":
             plain.quantized = norm
-        A, B, basis = fit_adapter(sweep.residual, sweep.narrow, norm, basis, procedure, weighting)
+        along = None if weighting is None else weighting.along(sweep.residual)
+        A, B, basis = fit_adapter(
+            sweep.residual, sweep.narrow, norm, basis, procedure, weighting, along
+        )
         earlier, previous = previous, _Iterate(quantized, A, B)
     assert previous is not None
     product = _product(previous, procedure)
     plain.steps.append(math.sqrt(sweep.remainder(product)))
     if weighted is not None and weighting is not None:
-        weighted.see_step(sweep.remains, product)
+        weighted.see_step(sweep.remains, product, along)
         if procedure.feedback and weighting.is_full:
             fed = _fed_back(sweep, weight, previous, basis, procedure, weighting)
             if fed is not None and fed.weighted < weighted.steps[-1]:
@@ -198,11 +216,14 @@ def _fed_back(
         return None
     warm = None if basis is None else replace(basis, calls=1)  # nearly every code has changed
     norm = math.sqrt(squared)
-    A, B, _ = fit_adapter(sweep.residual, sweep.narrow, norm, warm, procedure, weighting)
+    along = weighting.along(sweep.residual)
+    A, B, _ = fit_adapter(sweep.residual, sweep.narrow, norm, warm, procedure, weighting, along)
     fed = _Iterate(quantized, A, B)
-    left = math.sqrt(sweep.remainder(_product(fed, procedure)))
+    product = _product(fed, procedure)
+    left = math.sqrt(sweep.remainder(product))
     assert sweep.remains is not None
-    return _Fed(fed, left, weighting.norm(sweep.remains))
+    along = _along_remains(weighting, along, product)
+    return _Fed(fed, left, weighting.norm(sweep.remains, along))
 
 
 def make_sweep(weight: torch.Tensor, quantizer: Quantizer, procedure: Procedure) -> Sweep:

@@ -30,6 +30,8 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.errors import InputError
+from loftq_cli.numerics import native_feedback
+from loftq_cli.numerics.cholesky import unit_factor
 from loftq_cli.numerics.metrics import squares
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import TINY, Parameters, Quantized
@@ -65,19 +67,26 @@ def make_feedback(weighting: Weighting, lora_A: torch.Tensor) -> Feedback:
     taken = _taken(moments, lora_A)
     diagonal = moments.diagonal() - _ABSORBED * taken.square().sum(dim=0)
     order = diagonal.argsort(stable=True)
-    rest, taken = moments[order[:, None], order], taken[:, order]
-    rest.addmm_(taken.T, taken, alpha=-_ABSORBED)
-    rest.diagonal().add_(_RIDGE * diagonal.mean())
-    factor, failed = torch.linalg.cholesky_ex(rest, upper=True)
-    if failed:
-        factor, failed = torch.linalg.cholesky_ex(rest.double(), upper=True)
-    if failed:
+    added = _RIDGE * diagonal.mean()
+
+    def rows_of(start: int, stop: int) -> torch.Tensor:
+        """What the adapter leaves of the moments, of rows [start, stop) from their diagonal on."""
+        rows = moments.index_select(0, order[start:stop]).index_select(1, order[start:])
+        chosen = taken.index_select(1, order[start:])
+        rows.addmm_(chosen[:, : stop - start].T, chosen, alpha=-_ABSORBED)
+        rows.diagonal().add_(added)
+        return rows
+
+    dtype = weighting.narrow.dtype
+    factor = unit_factor(rows_of, len(order), moments.device, torch.float32, dtype)
+    if factor is None:
+        factor = unit_factor(rows_of, len(order), moments.device, torch.float64, dtype)
+    if factor is None:
         raise InputError(
             "the second moments of its input are not positive semidefinite",
             hint="the statistics are damaged, or no averages of x x^T: measure them again",
         )
-    factor /= factor.diagonal().clone()[:, None]
-    return Feedback(order, factor.to(weighting.narrow.dtype))
+    return Feedback(order, factor)
 
 
 def _taken(moments: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
@@ -108,6 +117,11 @@ def requantize(
     the sweep; returns Q and ||R||^2, which is not finite if a value overflowed.
     """
     order, quantizer = feedback.order, sweep.quantizer
+    if native_feedback.can_run(quantizer, feedback.factor):
+        codes, squared = native_feedback.requantize(
+            sweep, weight, parameters, product, order, feedback.factor, dtype
+        )
+        return quantizer.assemble(codes, parameters), squared
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     right = product.right.T[order]
@@ -131,7 +145,7 @@ def requantize(
 def working_bytes(out_features: int, in_features: int, device: torch.device) -> int:
     """About what both functions need beside the moments and the sweep."""
     chunk = min(out_features * in_features, _chunk_elements(device))
-    return 12 * in_features**2 + 12 * chunk
+    return 6 * in_features**2 + 12 * chunk
 
 
 def _chunk_elements(device: torch.device) -> int:

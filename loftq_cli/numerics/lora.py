@@ -20,10 +20,12 @@ def fit_adapter(
     warm: lowrank.Basis | None,
     procedure: Procedure,
     weighting: Weighting | None,
+    along: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, lowrank.Basis | None]:
     """(A, B) as stored, the rank-r approximation of ``matrix``, and the basis to carry.
 
-    ``narrow``: the matrix in the products' dtype; ``norm`` its Frobenius norm.
+    ``narrow``: the matrix in the products' dtype; ``norm`` its Frobenius norm; ``along``: what it
+    has along the directions that ``weighting`` keeps apart, None if that was not computed yet.
     """
     rank = min(procedure.rank, *matrix.shape)
     try:
@@ -31,7 +33,9 @@ def fit_adapter(
             low = lowrank.exact(matrix, rank, weighting)
         else:
             generator = _generator(procedure, "basis")
-            low = lowrank.subspace(narrow, norm, rank, generator, warm, weighting)
+            if along is None and weighting is not None:
+                along = weighting.along(matrix)
+            low = lowrank.subspace(narrow, norm, rank, generator, warm, weighting, along)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise too_large("a product of the values", torch.float32) from error
     out_features, in_features = matrix.shape

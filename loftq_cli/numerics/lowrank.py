@@ -18,7 +18,9 @@ their weight however small their sigma.
 
 The products may be in bfloat16, if the device is faster at it. Rounding then moves the basis
 and the projection by 0.4 % at most, which enters the residual squared: 1e-5 of what the adapter
-holds, against a remainder of a third and more.
+holds, against a remainder of a third and more. With a weighting that is not so for the few
+directions that inputs are large in, which the weighting keeps apart: what the matrix has along them
+is given, and put in the place of what rounding made of it.
 """
 
 from __future__ import annotations
@@ -99,24 +101,34 @@ def subspace(
     generator: torch.Generator,
     warm: Basis | None = None,
     weighting: Weighting | None = None,
+    along: torch.Tensor | None = None,
 ) -> LowRank:
     """Rank-``rank`` approximation of ``matrix`` (out, in), which must be thin enough
     (:func:`is_thin`), in the dtype that the passes are to multiply in.
 
-    ``norm``: its Frobenius norm. ``warm``: the basis of an earlier call for nearly the same matrix
-    and the same weighting; None draws one from ``generator`` (a CPU generator, so that every device
-    starts alike).
+    ``norm``: its Frobenius norm. ``along``: what it has along the directions that ``weighting``
+    keeps apart, before it was rounded (:meth:`Weighting.along`). ``warm``: the basis of an earlier
+    call for nearly the same matrix and the same weighting; None draws one from ``generator`` (a CPU
+    generator, so that every device starts alike).
     """
     # Dividing every product by the norm keeps squares of sigma inside float32's range.
     norm = max(norm, _SMALLEST)
     unit = 1 / norm
 
+    split = None if weighting is None else weighting.split
+    known = None if split is None or along is None else along.T
+
     # Thin matrices are kept as rows: CPU libraries multiply those faster.
     def times(thin: torch.Tensor) -> torch.Tensor:
+        if split is not None and known is not None:
+            return split.apart(thin, matrix, known) * unit
         return (thin.to(matrix.dtype) @ matrix.T).float() * unit
 
     def transposed_times(thin: torch.Tensor) -> torch.Tensor:
-        return (thin.to(matrix.dtype) @ matrix).float() * unit
+        product = (thin.to(matrix.dtype) @ matrix).float()
+        if split is not None and known is not None:
+            product.addmm_(thin @ known.T - product @ split.directions.T, split.directions)
+        return product * unit
 
     def weighed(thin: torch.Tensor) -> torch.Tensor:
         return thin if weighting is None else weighting.times(thin)

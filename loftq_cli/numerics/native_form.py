@@ -13,7 +13,9 @@ import torch
 from loftq_cli.kernels import native
 
 _TILE = 64  # columns; TILE in kernels/form.c
-_GROUP = 516  # rows, a multiple of TILE_ROWS there; more would not stay in the cache
+_GROUP = (
+    528  # rows, a multiple of what pairs.h multiplies at once; more would not stay in the cache
+)
 _NO_MEMORY = 1
 
 

@@ -11,9 +11,9 @@ import torch
 
 from loftq_cli.errors import ScaleRangeError
 from loftq_cli.kernels import native
+from loftq_cli.numerics.native_quantizer import DTYPES, Codebook, Uniform, codebook, uniform
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import Fitted, Parameters, block_count
-from loftq_cli.numerics.quantizers.codebooks import Table
 from loftq_cli.numerics.quantizers.grid import REFINEMENTS, grid
 from loftq_cli.numerics.quantizers.scale_storage import Stored
 from loftq_cli.numerics.sweep import Product, Swept, stored_parameters, target_of
@@ -21,29 +21,7 @@ from loftq_cli.numerics.sweep import Product, Swept, stored_parameters, target_o
 _TILE = 64  # columns; TILE in kernels/product.h
 _ROWS = 16  # of a group, so that a tile of A is used often enough
 _BUFFER_ELEMENTS = 1 << 18  # of a group's targets: 1 MiB
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MEMORY, _SCALE_LOST = 1, 2
-
-
-class _Codebook(ctypes.Structure):
-    _fields_ = (
-        ("levels", ctypes.c_void_p),
-        ("bounds", ctypes.c_void_p),
-        ("count", ctypes.c_int32),
-        ("lowest", ctypes.c_float),
-        ("per_cell", ctypes.c_float),
-        ("cells", ctypes.c_int32),
-        ("cell_code", ctypes.c_void_p),
-        ("cell_bound", ctypes.c_void_p),
-    )
-
-
-class _Uniform(ctypes.Structure):
-    _fields_ = (
-        ("top", ctypes.c_int32),
-        ("portable", ctypes.c_int32),
-        ("symmetric", ctypes.c_int32),
-    )
 
 
 class _Search(ctypes.Structure):
@@ -63,8 +41,8 @@ class _Sweep(ctypes.Structure):
         ("flattened", ctypes.c_int32),
         ("store", ctypes.c_int32),
         ("kind", ctypes.c_int32),
-        ("codebook", ctypes.POINTER(_Codebook)),
-        ("uniform", _Uniform),
+        ("codebook", ctypes.POINTER(Codebook)),
+        ("uniform", Uniform),
         ("search", _Search),
         ("rank", ctypes.c_int32),
         ("left", ctypes.c_void_p),
@@ -105,7 +83,7 @@ class NativeSweep:
         self._scale_dtype: Stored = scale_dtype
         self._weight = weight.contiguous()
         self.quantizer = quantizer
-        self._store = _DTYPES[backbone_dtype or torch.float32]
+        self._store = DTYPES[backbone_dtype or torch.float32]
         self.residual = torch.empty_like(self._weight, dtype=torch.float32)
         half = products == torch.bfloat16
         self.narrow = torch.empty_like(self._weight, dtype=products) if half else self.residual
@@ -150,13 +128,13 @@ class NativeSweep:
         book = None
         if table is not None:
             cell_code = table.cell_code.int()  # to be kept until the kernel is done
-            book = _codebook(table, cell_code)
+            book = codebook(table, cell_code)
         call = _Sweep(
             size=search.block_size,
             flattened=table is not None,
             store=self._store,
             codebook=None if book is None else ctypes.pointer(book),
-            uniform=_Uniform(2**search.bits - 1, search.portable, search.symmetric),
+            uniform=uniform(search),
             search=_Search(multiples.data_ptr(), multiples.numel(), REFINEMENTS),
             narrow=None if self.narrow is self.residual else self.narrow.data_ptr(),
             start=None if begin is None else begin.data_ptr(),
@@ -178,7 +156,7 @@ class NativeSweep:
         weight = self._weight
         call.rows, call.columns = weight.shape
         call.group = self._group
-        call.kind = _DTYPES[weight.dtype]
+        call.kind = DTYPES[weight.dtype]
         call.weight, call.residual = weight.data_ptr(), self.residual.data_ptr()
         if self.remains is not None and not call.fixed:  # the second pass finds another R
             call.remains = self.remains.data_ptr()
@@ -222,17 +200,3 @@ def _tiles(right: torch.Tensor) -> torch.Tensor:
     rank, columns = right.shape
     padded = torch.nn.functional.pad(right, (0, -columns % _TILE))
     return padded.view(rank, -1, _TILE).transpose(0, 1).contiguous()
-
-
-def _codebook(table: Table, cell_code: torch.Tensor) -> _Codebook:
-    """``table`` for the kernels; ``cell_code`` int32 has to outlive it."""
-    return _Codebook(
-        levels=table.levels.data_ptr(),
-        bounds=table.boundaries.data_ptr(),
-        count=table.levels.numel(),
-        lowest=table.lowest,
-        per_cell=table.cells_per_unit,
-        cells=cell_code.numel(),
-        cell_code=cell_code.data_ptr(),
-        cell_bound=table.cell_boundary.data_ptr(),
-    )

@@ -26,7 +26,8 @@ _DIRECTIONS = 8  # kept apart
 class Split:
     """H = ``rest`` + V S V^T: few directions V (in, k), about the leading eigenvectors, with
     ``inner`` S float32 (k, k), and the rest (in, in) in the dtype to multiply in. ``pieces``
-    (2 k, in), in that dtype too, are V^T rounded and what rounding took.
+    (2 k, in), in that dtype too, add up to ``directions`` V^T float32 (k, in); ``images`` V^T H,
+    like them.
 
     Inputs of language models have directions with 10^4 times the mean moment. Adapters take them
     first, so that nearly nothing of a residual is left there, and what rounding H to bfloat16 makes
@@ -34,14 +35,34 @@ class Split:
     """
 
     pieces: torch.Tensor
+    directions: torch.Tensor
+    images: torch.Tensor
     inner: torch.Tensor
     rest: torch.Tensor
 
-    def outer(self, matrix: torch.Tensor) -> float:
-        """tr(M V S V^T M^T) of (out, in) M."""
+    def along(self, matrix: torch.Tensor) -> torch.Tensor:
+        """M V, float32 (out, k), of floating-point (out, in) M."""
+        if matrix.dtype == torch.float32:
+            return matrix @ self.directions.T
         both = (self.pieces @ matrix.to(self.pieces.dtype).T).float()
-        along = both[: len(self.inner)] + both[len(self.inner) :]
-        return float(((self.inner @ along) * along).sum(dtype=torch.float64))
+        return (both[: len(self.inner)] + both[len(self.inner) :]).T
+
+    def outer(self, along: torch.Tensor) -> float:
+        """tr(M V S V^T M^T) of M V."""
+        return float(((along @ self.inner) * along).sum(dtype=torch.float64))
+
+    def times(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows @ H`` of float32 (k, in), float32."""
+        along = rows @ self.directions.T
+        across = (rows - along @ self.directions).to(self.rest.dtype)  # V^T of it is zero
+        return torch.addmm((across @ self.rest.T).float(), along, self.images)
+
+    def apart(self, rows: torch.Tensor, matrix: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
+        """``rows @ M^T`` of float32 (r, in), float32; ``matrix`` is M in the dtype to multiply in,
+        ``along`` (k, out) the V^T M^T that it had before it was rounded."""
+        share = rows @ self.directions.T
+        across = (rows - share @ self.directions).to(matrix.dtype)
+        return torch.addmm((across @ matrix.T).float(), share, along)
 
 
 @dataclass(frozen=True)
@@ -66,24 +87,44 @@ class Weighting:
         """``rows @ H`` of float32 (k, in), float32."""
         if not self.is_full:
             return rows * self.moments
+        if self.split is not None:
+            return self.split.times(rows)
         return (rows.to(self.narrow.dtype) @ self.narrow.T).float()  # as fast as H is read
 
-    def norm(self, matrix: torch.Tensor) -> float:
-        """||matrix||_H of a floating-point (out, in)."""
-        return math.sqrt(self._squared(matrix) * self.unit)
+    def along(self, matrix: torch.Tensor) -> torch.Tensor | None:
+        """What ``matrix``, floating-point (out, in), has along the directions that are kept apart,
+        float32 (out, few); None if none are."""
+        return None if self.split is None else self.split.along(matrix)
+
+    def norm(self, matrix: torch.Tensor, along: torch.Tensor | None = None) -> float:
+        """||matrix||_H of a floating-point (out, in). ``along``: as :meth:`along` gives it, of what
+        ``matrix`` was before it was rounded."""
+        return math.sqrt(self._squared(matrix, along) * self.unit)
 
     def norms(
-        self, matrix: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+        self,
+        matrix: torch.Tensor,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        along: torch.Tensor | None = None,
     ) -> tuple[float, float]:
         """(||matrix||_H, ||matrix + left @ right||_H) of (out, in), (out, r), (r, in), the last
-        two float32: the second by thin products alone."""
-        squared = self._squared(matrix)
+        two float32: the second by thin products alone. ``along`` as for :meth:`norm`."""
+        squared = self._squared(matrix, along)
         weighed = right @ self.moments if self.is_full else right * self.moments
-        mixed = (matrix @ weighed.to(matrix.dtype).T).float()
+        mixed = self._mixed(matrix, along, weighed)
         twice = 2 * (mixed * left).sum(dtype=torch.float64)
         added = ((left.T @ left) * (weighed @ right.T)).sum(dtype=torch.float64)
         together = max(squared + float(twice + added), 0.0)
         return math.sqrt(squared * self.unit), math.sqrt(together * self.unit)
+
+    def _mixed(
+        self, matrix: torch.Tensor, along: torch.Tensor | None, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """matrix @ rows^T, float32 (out, r), of float32 (r, in)."""
+        if self.split is None or along is None:
+            return (matrix @ rows.to(matrix.dtype).T).float()
+        return self.split.apart(rows, matrix, along.T).T
 
     def root(self) -> torch.Tensor:
         """S with S S^T = H, float32: its diagonal, or (in, in) by eigendecomposition."""
@@ -93,9 +134,11 @@ class Weighting:
         root: torch.Tensor = vectors * values.clamp_min(0).sqrt()
         return root.float()
 
-    def _squared(self, matrix: torch.Tensor) -> float:
-        inner = self.narrow if self.split is None else self.split.rest
-        outer = 0.0 if self.split is None else self.split.outer(matrix)
+    def _squared(self, matrix: torch.Tensor, along: torch.Tensor | None) -> float:
+        inner, outer = self.narrow, 0.0
+        if self.split is not None:
+            inner = self.split.rest
+            outer = self.split.outer(self.split.along(matrix) if along is None else along)
         if native_form.can_run(inner):
             return max(outer + native_form.quadratic_form(matrix.to(inner.dtype), inner), 0.0)
         step = max(_CHUNK_ELEMENTS // matrix.shape[1], 1)
@@ -138,9 +181,11 @@ def _split(moments: torch.Tensor, products: torch.dtype) -> Split:
     found = torch.randn((len(moments), count), generator=generator).to(moments.device)
     for _ in range(3):
         found = torch.linalg.qr(moments @ found).Q
-    inner = found.T @ (moments @ found)
-    inner = (inner + inner.T) / 2
-    rest = torch.addmm(moments, found @ inner, found.T, alpha=-1)
     rounded = found.T.to(products)
     pieces = torch.cat([rounded, (found.T - rounded.float()).to(products)])
-    return Split(pieces, inner, rest.to(products))
+    directions = pieces[:count].float() + pieces[count:].float()
+    images = directions @ moments
+    inner = directions @ images.T
+    inner = (inner + inner.T) / 2
+    rest = torch.addmm(moments, directions.T @ inner, directions, alpha=-1)
+    return Split(pieces, directions, images, inner, rest.to(products))

@@ -1,7 +1,8 @@
 """Activation statistics: second moments of the inputs of a model's linear layers, read from a file.
 
-Our own format is a safetensors file with one tensor for every distinct input, described in
-docs/statistics.md; llama.cpp's importance matrices are read as well (:mod:`imatrix`).
+Our own format is a safetensors file with one tensor for every distinct input, or three if its
+moments are packed (:mod:`triangle`), described in docs/statistics.md; llama.cpp's importance
+matrices are read as well (:mod:`imatrix`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,15 @@ from loftq_cli.errors import (
     UnsupportedInputError,
 )
 from loftq_cli.statistics import imatrix
-from loftq_cli.statistics.statistics import DIAGONAL, FULL, Entry, Kind, MeasuredModel, Statistics
+from loftq_cli.statistics.statistics import DIAGONAL, FULL, Entry, MeasuredModel, Statistics
+from loftq_cli.statistics.triangle import Triangle, length, unpack
 
 FORMAT = "loftq-statistics"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = ("1", "2")
+"""Whole entries alone, and packed ones as well."""
+
+PARTS = {"diagonal": ("F32", 1), "directions": ("F32", 2), "correlations": ("I16", 1)}
+"""Tensors of a packed entry, ``ENTRY.`` before each: dtype and sides."""
 
 
 def open_statistics(path: str | os.PathLike[str], source: Source | None = None) -> Statistics:
@@ -96,50 +102,78 @@ def _parse(path: Path, header: Header) -> Statistics:
             f"{path}: a safetensors file, but none of activation statistics",
             hint="give a file that `loftq calibrate` wrote, or an importance matrix of llama.cpp",
         )
-    if metadata.get("format_version") != str(FORMAT_VERSION):
+    version = metadata.get("format_version")
+    if version not in FORMAT_VERSIONS:
         raise UnsupportedInputError(
-            f"{path}: format version {shown(metadata.get('format_version'))}, this loftq reads "
-            f"version {FORMAT_VERSION}",
+            f"{path}: format version {shown(version)}, this loftq reads "
+            f"{' and '.join(FORMAT_VERSIONS)}",
             hint="update loftq",
         )
     tokens = _map(path, metadata, "tokens", int)
     matrices = _map(path, metadata, "matrices", str)
-    entries = {}
+    parts: dict[str, dict[str, StoredTensor]] = {}
     for tensor in header.tensors:
-        name, kind = _checked(path, tensor)
-        if name in entries:
+        name, _, suffix = tensor.name.rpartition(".")
+        parts.setdefault(name, {})[suffix] = tensor
+    entries = {}
+    for name, found in parts.items():
+        for tensor in found.values():
+            _check(path, tensor, packed=version != "1")
+        if {DIAGONAL, FULL} <= set(found):
             raise StatisticsError(f"{path}: entry {shown(name)} occurs twice")
+        if set(found) not in ({DIAGONAL}, {FULL}, set(PARTS)):
+            raise StatisticsError(f"{path}: entry {shown(name)} has {' and '.join(sorted(found))}")
         if tokens.get(name, 0) < 1:
             raise StatisticsError(f"{path}: entry {shown(name)} has no count of tokens")
-        entries[name] = Entry(kind, tensor.shape[0], tokens[name], _reader(path, tensor))
+        entries[name] = _entry(path, name, found, tokens[name])
     for matrix, name in matrices.items():
         if name not in entries:
             raise StatisticsError(f"{path}: no entry {shown(name)} for tensor {shown(matrix)}")
     return Statistics(path, matrices, entries, _model(path, metadata), _text(metadata))
 
 
-def _checked(path: Path, tensor: StoredTensor) -> tuple[str, Kind]:
-    """(entry, kind) of a stored tensor of the right dtype and shape."""
+def _check(path: Path, tensor: StoredTensor, packed: bool) -> None:
+    """Of the right name, dtype and number of sides. ``packed``: parts of such entries may be."""
     name, _, suffix = tensor.name.rpartition(".")
-    kind = next((known for known in (DIAGONAL, FULL) if known == suffix), None)
-    if not name or kind is None:
-        raise StatisticsError(f"{path}: tensor {shown(tensor.name)} is neither .diagonal nor .full")
-    sides = 1 if kind == DIAGONAL else 2
-    if tensor.dtype != "F32" or tensor.elements == 0 or tensor.shape != tensor.shape[:1] * sides:
-        expected = "(in,)" if kind == DIAGONAL else "(in, in)"
+    known = {DIAGONAL: ("F32", 1), FULL: ("F32", 2), **(PARTS if packed else {})}
+    if not name or suffix not in known:
+        raise StatisticsError(
+            f"{path}: tensor {shown(tensor.name)} is neither "
+            f"{' nor '.join('.' + part for part in known)}"
+        )
+    dtype, sides = known[suffix]
+    square = suffix != FULL or tensor.shape == tensor.shape[:1] * 2
+    if tensor.dtype != dtype or len(tensor.shape) != sides or not (tensor.elements and square):
+        shapes: dict[str, str] = {DIAGONAL: "(in,)", FULL: "(in, in)"}
+        expected = shapes.get(suffix, f"with {sides} sides")
         raise StatisticsError(
             f"{path}: tensor {shown(tensor.name)} is {tensor.dtype} {shown(tensor.shape)}, "
-            f"not F32 {expected}"
+            f"not {dtype} {expected}"
         )
-    return name, kind
 
 
-def _reader(path: Path, tensor: StoredTensor) -> Callable[[], torch.Tensor]:
+def _entry(path: Path, name: str, parts: Mapping[str, StoredTensor], tokens: int) -> Entry:
+    """Of tensors that were checked, each by itself."""
+    if len(parts) == 1:
+        ((suffix, tensor),) = parts.items()
+        kind = FULL if suffix == FULL else DIAGONAL
+        return Entry(kind, tensor.shape[0], tokens, lambda: _read(path, tensor))
+    diagonal, directions, correlations = (parts[part] for part in PARTS)
+    (width,) = diagonal.shape
+    if directions.shape[1] != width or correlations.elements != length(width):
+        raise StatisticsError(f"{path}: the parts of entry {shown(name)} do not fit each other")
+
     def read() -> torch.Tensor:
-        with TensorFile(path) as file:
-            return file.read(tensor)
+        return unpack(
+            Triangle(_read(path, diagonal), _read(path, directions), _read(path, correlations))
+        )
 
-    return read
+    return Entry(FULL, width, tokens, read)
+
+
+def _read(path: Path, tensor: StoredTensor) -> torch.Tensor:
+    with TensorFile(path) as file:
+        return file.read(tensor)
 
 
 def _map(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from loftq_cli.checkpoint.reader import pieces_of
 from loftq_cli.checkpoint.writer import TensorWriter, place
 from loftq_cli.errors import EnvironmentFailure, InputError, OutputConflictError
 from loftq_cli.machine.durable import explained, make_directory, sync_directory, write_all
-from loftq_cli.statistics.file import FORMAT, FORMAT_VERSION, compact_json, open_statistics
+from loftq_cli.statistics.file import FORMAT, PARTS, compact_json, open_statistics
 from loftq_cli.statistics.statistics import DIAGONAL, FULL, MeasuredModel
+from loftq_cli.statistics.triangle import DIRECTIONS, pack
 
 _LARGEST = 1 << 62
+_PACKED_FROM = 1024  # inputs: full moments of fewer are less than 4 MiB, and stay whole
 
 
 class StatisticsWriter:
@@ -46,7 +48,7 @@ class StatisticsWriter:
     ) -> None:
         self.path = path
         self._overwrite = overwrite
-        self._fixed = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+        self._fixed = {"format": FORMAT, "format_version": "1"}
         if model is not None:
             self._fixed["model"] = compact_json({"id": model.id, "sha256": model.sha256})
         if text is not None:
@@ -102,19 +104,28 @@ class StatisticsWriter:
         """Append an entry: ``moments``, float32 (in,) or (in, in) over ``tokens`` tokens, of the
         inputs that the layers of all ``matrices`` share."""
         entry = matrices[0].removesuffix(".weight")
-        kind = DIAGONAL if moments.dim() == 1 else FULL
-        spec = TensorSpec(f"{entry}.{kind}", "F32", tuple(moments.shape))
-        writer = TensorWriter(self._partial, self._file, self._position)
-        for piece in pieces_of(moments):
-            writer.append(piece)
-        self._specs.append(spec)
-        self._position += spec.nbytes
+        if moments.dim() == 2 and len(moments) >= _PACKED_FROM:
+            self._fixed["format_version"] = "2"
+            packed = pack(moments)
+            for part, (dtype, _) in PARTS.items():
+                self._append(f"{entry}.{part}", dtype, getattr(packed, part))
+        else:
+            self._append(f"{entry}.{DIAGONAL if moments.dim() == 1 else FULL}", "F32", moments)
         self._tokens[entry] = tokens
         self._matrices.update(dict.fromkeys(matrices, entry))
 
+    def _append(self, name: str, dtype: str, values: torch.Tensor) -> None:
+        spec = TensorSpec(name, dtype, tuple(values.shape))
+        writer = TensorWriter(self._partial, self._file, self._position)
+        for piece in pieces_of(values):
+            writer.append(piece)
+        self._specs.append(spec)
+        self._position += spec.nbytes
+
     def publish(self) -> int:
         """Complete the file, make it durable and give it its name; its size in bytes."""
-        header, _ = place(self._specs, self._metadata(self._matrices, self._tokens), self._room)
+        metadata = self._metadata(self._matrices, self._tokens)
+        header, _ = place(self._specs, metadata, self._room, as_given=True)
         assert len(header) == self._room
         with explained(self._partial):
             write_all(self._file, header, 0)
@@ -133,9 +144,20 @@ class StatisticsWriter:
     def _largest_header(self, names: list[str]) -> int:
         """Bytes of the longest header: an entry for every matrix, under the longest name."""
         longest = max(names, key=lambda name: len(compact_json(name)))
-        specs = [TensorSpec(f"{name}.{DIAGONAL}", "F32", (_LARGEST,)) for name in names]
+        specs = [
+            TensorSpec(f"{name}.{part}", dtype, (DIRECTIONS, _LARGEST)[-sides:])
+            for name in names
+            for part, (dtype, sides) in PARTS.items()
+        ]
         tokens = dict.fromkeys(names, _LARGEST)
         return len(place(specs, self._metadata(dict.fromkeys(names, longest), tokens))[0])
+
+
+def entry_bytes(width: int, full: bool) -> int:
+    """About what an entry of so many inputs takes in a file."""
+    if not full:
+        return 4 * width
+    return (2 if width >= _PACKED_FROM else 4) * width**2
 
 
 def refuse_taken(path: Path, overwrite: bool) -> None:

@@ -14,6 +14,7 @@ NAMES = (
     "choices",
     "speed",
     "svd",
+    "weighted",
     "memory",
     "overlap",
     "dequantize",

@@ -19,12 +19,15 @@ def calibrate(model: Path, text: Path, target: Path, tokens: int, length: int) -
 
 def diagonals(full: Path, target: Path) -> None:
     """Write to ``target`` what calibration would have measured with the diagonals alone."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    from loftq_cli.statistics.file import open_statistics
+    from loftq_cli.statistics.writer import StatisticsWriter
 
-    with safe_open(full, "pt") as file:
-        kept = {
-            name.removesuffix(".full") + ".diagonal": file.get_tensor(name).diagonal().clone()
-            for name in file.keys()  # noqa: SIM118 (not a mapping)
-        }
-        save_file(kept, target, file.metadata())
+    opened = open_statistics(full)
+    sharing: dict[str, list[str]] = {}
+    for matrix, entry in opened.matrices.items():
+        sharing.setdefault(entry, []).append(matrix)
+    with StatisticsWriter(target, opened.matrices, model=opened.model, overwrite=True) as writer:
+        for names in sharing.values():
+            diagonal = opened.moments(names[0]).diagonal().clone()
+            writer.add(names, diagonal, opened.tokens(names[0]))
+        writer.publish()

@@ -17,7 +17,7 @@ from loftq_cli.numerics.quantizers.blocks import Parameters, Quantized
 from loftq_cli.numerics.quantizers.methods import make_quantizer
 from loftq_cli.numerics.sweep import Product
 from loftq_cli.numerics.weighting import make_weighting
-from tests.numerics.test_weighting import moments, norm
+from tests.numerics.test_weighting import dominated, moments, norm
 from tests.support import textbook
 from tests.support.quantizing import SEARCHES, effective, gaussian, quantizer_of, recomputed
 from tests.support.synthetic import llm_like
@@ -50,10 +50,11 @@ def levels_of(quantized: Quantized, row: int, column: int) -> torch.Tensor:
 
 @every_method
 @pytest.mark.parametrize("bits", [2, 4])
-def test_it_is_gptq_with_what_the_adapter_leaves_of_the_moments(method, bits):
+@pytest.mark.parametrize("search", SEARCHES)
+def test_it_is_gptq_with_what_the_adapter_leaves_of_the_moments(method, bits, search):
     weight, H = llm_like(OUT, IN), moments("full", IN)
     left, right = gaussian(OUT, RANK, seed=1) / 50, gaussian(RANK, IN, seed=2) / 50
-    quantizer = make_quantizer(method, bits, 32, "fixed" if "uniform-" in method else "mse")
+    quantizer = quantizer_of(method, bits, 32, "fixed" if "uniform-" in method else search)
     sweep = make_sweep(weight, quantizer, Procedure(rank=RANK, iters=1))
     product = Product(left, right)
     given = sweep.quantize(None, product).quantized
@@ -192,14 +193,6 @@ def test_moments_that_are_none_are_an_error():
     with pytest.raises(InputError, match="not positive semidefinite") as caught:
         decompose(llm_like(64, 96), quantizer, settings, make_weighting(H, torch.float32))
     assert "measure them again" in caught.value.hint
-
-
-def dominated(width: int, times: float, seed: int) -> torch.Tensor:
-    """Moments of inputs with a mean so many times their spread, as massive activations make it."""
-    spread, mean = gaussian(2 * width, width, seed=seed), gaussian(width, seed=seed + 1)
-    steady = 1 + 0.1 * gaussian(2 * width, 1, seed=seed + 2)
-    inputs = (spread + times * mean * steady).double()
-    return (inputs.T @ inputs / len(inputs)).float()
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])

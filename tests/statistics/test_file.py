@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -23,6 +24,7 @@ from loftq_cli.errors import (
 )
 from loftq_cli.statistics.file import open_statistics
 from loftq_cli.statistics.statistics import MeasuredModel
+from loftq_cli.statistics.triangle import pack, unpack
 from loftq_cli.statistics.writer import StatisticsWriter
 from tests.support.makers import container, entry, flip_bit, shorten
 
@@ -116,6 +118,84 @@ def test_the_safetensors_library_reads_it(tmp_path):
         assert torch.equal(opened.get_tensor("b.diagonal"), DIAGONAL)
 
 
+def packed(width: int = 1030) -> torch.Tensor:
+    rows = torch.randn(40, width, generator=torch.Generator().manual_seed(0))
+    return rows.T @ rows / 40
+
+
+def test_wide_moments_are_packed_between_others(tmp_path):
+    path, wide = tmp_path / "stats.safetensors", packed()
+    names = ["a.q.weight", "b.weight", "c.weight", "d.weight"]
+    with StatisticsWriter(path, names) as writer:
+        writer.add(["a.q.weight"], FULL, 7)
+        writer.add(["b.weight"], wide, 40)
+        writer.add(["c.weight"], DIAGONAL, 5)
+        writer.add(["d.weight"], packed(1024), 40)
+        assert writer.publish() == path.stat().st_size
+    assert path.stat().st_size < 0.52 * 4 * (1030**2 + 1024**2)
+    found = open_statistics(path)
+    assert torch.equal(found.moments("a.q.weight"), FULL)
+    assert torch.equal(found.moments("c.weight"), DIAGONAL)
+    assert (found.kind("b.weight"), found.entry("b.weight").in_features) == ("full", 1030)
+    assert torch.equal(found.moments("b.weight"), unpack(pack(wide)))
+    with safe_open(path, framework="pt") as opened:
+        assert opened.metadata()["format_version"] == "2"
+        assert opened.get_tensor("b.correlations").dtype == torch.int16
+        torch.testing.assert_close(opened.get_tensor("d.directions"), pack(packed(1024)).directions)
+
+
+def parts(tensors: dict[str, tuple[str, list[int]]], version: str = "2") -> bytes:
+    """A file of zeros, whose only entry is b."""
+    metadata = {**METADATA, "format_version": version, "matrices": '{"b.weight":"b"}'}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    place = 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * (2 if dtype.endswith("16") else 4)
+        header[name] = entry(dtype, shape, place, place + size)
+        place += size
+    return container(header, bytes(place))
+
+
+WHOLE: dict[str, tuple[str, list[int]]] = {
+    "b.diagonal": ("F32", [3]),
+    "b.directions": ("F32", [1, 3]),
+    "b.correlations": ("I16", [4]),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"b.diagonal": ("F32", [4])}, "do not fit each other"),
+        ({"b.directions": ("F32", [2, 2])}, "do not fit each other"),
+        ({"b.directions": ("F32", [3])}, "not F32 with 2 sides"),
+        ({"b.correlations": ("I16", [3])}, "do not fit each other"),
+        ({"b.correlations": ("I16", [2, 2])}, "not I16 with 1 sides"),
+        ({"b.correlations": ("F16", [4])}, "is F16"),
+        ({"b.full": ("F32", [3, 3])}, "'b' occurs twice"),
+    ],
+)
+def test_the_parts_of_a_packed_entry_fit_each_other(tmp_path, changes, message):
+    path = tmp_path / "stats.safetensors"
+    path.write_bytes(parts(WHOLE))
+    assert open_statistics(path).kind("b.weight") == "full"
+    path.write_bytes(parts({**WHOLE, **changes}))
+    with pytest.raises(StatisticsError, match=message):
+        open_statistics(path)
+
+
+def test_a_packed_entry_has_all_of_its_parts(tmp_path):
+    path = tmp_path / "stats.safetensors"
+    for missing, has in (("correlations", "diagonal and directions"), ("diagonal", "correlations")):
+        left = {name: part for name, part in WHOLE.items() if name != f"b.{missing}"}
+        path.write_bytes(parts(left))
+        with pytest.raises(StatisticsError, match=f"'b' has {has}"):
+            open_statistics(path)
+    path.write_bytes(parts(WHOLE, version="1"))
+    with pytest.raises(StatisticsError, match=r"neither \.diagonal nor \.full"):
+        open_statistics(path)
+
+
 def test_the_room_for_the_header_is_enough_for_unwieldy_names(tmp_path):
     names = [f'model."layers".\\{number}.ü.weight' for number in range(120)]
     path = tmp_path / "stats.safetensors"
@@ -178,7 +258,7 @@ def test_something_else_is_never_replaced(tmp_path, make):
     [
         ({"metadata": {"format": None}}, UnsupportedInputError, "none of activation statistics"),
         ({"metadata": {"format": "pt"}}, UnsupportedInputError, "none of activation statistics"),
-        ({"metadata": {"format_version": "2"}}, UnsupportedInputError, "format version '2'"),
+        ({"metadata": {"format_version": "3"}}, UnsupportedInputError, "format version '3'"),
         ({"metadata": {"format_version": None}}, UnsupportedInputError, "format version None"),
         ({"metadata": {"tokens": None}}, StatisticsError, "'tokens' is missing"),
         ({"metadata": {"tokens": "{"}}, StatisticsError, "'tokens' is missing or malformed"),
@@ -257,8 +337,8 @@ def test_rounding_is_no_asymmetry(file):
 
 
 def test_asymmetry_is_seen_in_matrices_of_any_size(tmp_path):
-    values = torch.eye(2500)
-    values[2400, 3] = 0.5
+    values = torch.eye(900)
+    values[800, 3] = 0.5
     path = tmp_path / "stats.safetensors"
     with StatisticsWriter(path, ["a.weight"]) as writer:
         writer.add(["a.weight"], values, 1)

@@ -120,6 +120,7 @@ TESTED_BY = {
     "numerics/decomposition.py": "numerics/test_alternation.py",
     "numerics/finite.py": "conversion/test_float64.py",
     "numerics/lora.py": "numerics/test_alternation_storage.py",
+    "numerics/native_quantizer.py": "numerics/test_native_sweep.py",
     "numerics/quantizers/base.py": "numerics/quantizers/test_methods.py",
     "numerics/quantizers/blocks.py": "numerics/quantizers/test_methods.py",
     "numerics/quantizers/codebook.py": "numerics/quantizers/test_methods_reference.py",
