@@ -179,12 +179,13 @@ def _quantize_panel(
     ``added`` and the errors of those behind it, through ``factor`` (columns, columns)."""
     codes = torch.empty(targets.shape, dtype=torch.uint8, device=targets.device)
     values, errors = torch.empty_like(targets), torch.empty_like(targets)
+    begun = targets + added
     for column in reversed(range(len(targets))):
         later = slice(column + 1, None)
-        wanted = targets[column] + added[column] + factor[column, later] @ errors[later]
+        wanted = begun[column] + factor[column, later] @ errors[later]
         wanted.nan_to_num_()  # after an overflow, which whoever asked finds in ||R||
         zero = None if zeros is None else zeros[column]
         codes[column], decoded = quantizer.encode_at(wanted, scales[column], zero)
         values[column] = as_stored(decoded, dtype)
-        errors[column] = targets[column] - values[column]
+        torch.sub(targets[column], values[column], out=errors[column])
     return codes, values

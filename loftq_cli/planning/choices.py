@@ -121,8 +121,9 @@ def _obstacles(layout: Layout, matrices: Sequence[Matrix], surroundings: Surroun
 
 
 def choose_device(name: str) -> torch.device:
+    """The device of that name; a CUDA device with its number, as its tensors have it."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -135,6 +136,8 @@ def choose_device(name: str) -> torch.device:
             raise EnvironmentFailure(
                 f"--device {name}: torch sees {count} CUDA devices", hint="use --device cpu"
             )
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
