@@ -25,6 +25,7 @@ def quantize_panel(
     factor: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
+    *,
     levels: torch.Tensor | None,
     boundaries: torch.Tensor | None,
     bits: int,

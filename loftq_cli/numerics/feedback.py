@@ -26,10 +26,12 @@ them the others can still make up for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from loftq_cli.errors import InputError
+from loftq_cli.numerics.fused_panel import fused_panel
 from loftq_cli.numerics.metrics import squares
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import TINY, Parameters, Quantized
@@ -150,6 +152,7 @@ def _quantize_columns(
     feedback's order, which become the values that they decode to."""
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
     errors = torch.empty(columns.shape, dtype=feedback.factor.dtype, device=columns.device)
+    quantize = fused_panel(quantizer, columns.device) or partial(_quantize_panel, quantizer)
     for stop in range(len(columns), 0, -_PANEL):
         panel = slice(max(stop - _PANEL, 0), stop)
         factor, targets = feedback.factor[panel], columns[panel]
@@ -158,9 +161,7 @@ def _quantize_columns(
         scales = parameters.scales[index].float()
         zeros = None if parameters.zeros is None else parameters.zeros[index].float()
         within = factor[:, panel].float()
-        codes[panel], values = _quantize_panel(
-            quantizer, targets, added, within, scales, zeros, dtype
-        )
+        codes[panel], values = quantize(targets, added, within, scales, zeros, dtype=dtype)
         errors[panel] = targets - values
         targets.copy_(values)
     return codes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from unittest import mock
 import safetensors.torch
 import torch
 
+from loftq_cli.numerics import fused_panel
 from tests.support.stand_in import rules, tensor
 from tests.support.stand_in.tensor import StandInMode, here
 
@@ -62,6 +64,7 @@ def stand_in_devices(
             mock.patch.object(_thread, "start_new_thread", _seeing(_thread.start_new_thread))
         )
         stack.enter_context(mock.patch.object(threading.Thread, "run", _run))
+        stack.enter_context(_without_triton())
         stack.enter_context(mock.patch.object(safetensors.torch, "safe_open", _safe_open))
         engine = partial(tensor.backward, torch.autograd.graph._engine_run_backward)
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", engine))
@@ -90,6 +93,32 @@ def _device(device: Any) -> Iterator[None]:
 
 def _synchronize(device: Any = None) -> None:
     tensor.tally.waits["synchronize"] += 1
+
+
+_TRITON = ("loftq_cli.kernels.triton_feedback", "loftq_cli.kernels.triton_dequantize")
+
+
+@contextmanager
+def _without_triton() -> Iterator[None]:
+    """Kernels in Triton need a device that is one: they are tested in its interpreter."""
+    before = {name: sys.modules.get(name) for name in _TRITON}
+    _forget_kernels()
+    sys.modules.update(dict.fromkeys(_TRITON))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        _forget_kernels()
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+def _forget_kernels() -> None:
+    loading: Any = sys.modules.get("loftq_cli.loading.packed_weight")
+    for look in (fused_panel._kernels, getattr(loading, "_triton_decode", None)):
+        if hasattr(look, "cache_clear"):  # else a test has put something in its place
+            look.cache_clear()
 
 
 class _Opened:
