@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from loftq_cli.checkpoint.companions import companion_bytes
+from loftq_cli.checkpoint.dtypes import BITS
+from loftq_cli.conversion.devices import held
 from loftq_cli.conversion.workspace import ConversionWorkspace
 from loftq_cli.machine.resources import check_memory
 from loftq_cli.planning import target
@@ -20,4 +24,14 @@ def check_resources(plan: Plan, workspace: ConversionWorkspace) -> None:
     check_disks(plan.source, workspace.final.parent, needed - workspace.written())
     workspace.check_permissions()
     largest = max(plan.matrices, key=lambda name: plan.matrices[name].matrix.elements)
-    check_memory(memory_bytes(plan), f"tensor {largest!r}", plan.device)
+    for device in plan.devices:
+        check_memory(memory_bytes(plan), f"tensor {largest!r}", device)
+    if len(plan.devices) > 1:
+        waiting = f"{held(plan.devices)} matrices for {len(plan.devices)} devices"
+        check_memory(_source_bytes(plan) * held(plan.devices), waiting, torch.device("cpu"))
+
+
+def _source_bytes(plan: Plan) -> int:
+    """Of the largest matrix."""
+    matrices = (item.matrix for item in plan.matrices.values())
+    return max(matrix.elements * BITS[matrix.dtype] // 8 for matrix in matrices)

@@ -78,10 +78,12 @@ class Kernels(SimpleNamespace):
         super().__init__(panels=0)
 
     def quantize_panel(
-        self, *given: Any, levels: Any, boundaries: Any, bits: int, dtype: Any
+        self, *given: Any, levels: Any, boundaries: Any, bits: int, dtype: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.panels += 1
-        return feedback._quantize_panel(_Told(levels, boundaries, bits), *given, dtype)
+        told: Any = _Told(levels, boundaries, bits)
+        panel: Any = feedback._quantize_panel
+        return panel(told, *given, dtype)
 
 
 class _Told:
@@ -109,7 +111,7 @@ def test_it_is_used_for_these_quantizers(
     method: str, bits: int, panels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A panel is 64 columns, and what comes of it is the same."""
-    settings = {"bits": bits, "method": method, "rank": 4, "iters": 1}
+    settings: dict[str, Any] = {"bits": bits, "method": method, "rank": 4, "iters": 1}
     weight, moments = llm_like(32, 130), torch.eye(130) + 0.1
     with stand_in_devices():
         expected = loftq_cli.decompose(weight.cuda(), moments=moments, **settings)

@@ -38,12 +38,11 @@ def stand_in_devices(
         "device_of": lambda of: _device(of._number),
         "synchronize": _synchronize,
         "empty_cache": lambda: None,
-        "is_bf16_supported": lambda *_, **__: bfloat16,
         "get_device_name": lambda device=None: "a stand-in for a CUDA device",
         "get_device_properties": lambda device=None: SimpleNamespace(
             name="a stand-in for a CUDA device", total_memory=free[_number(device)]
         ),
-        "get_device_capability": lambda device=None: (8, 0),
+        "get_device_capability": lambda device=None: (8, 0) if bfloat16 else (7, 5),
         "mem_get_info": lambda device=None: (free[_number(device)], MEMORY),
         **{
             name: lambda device=None: 0
@@ -95,22 +94,23 @@ def _synchronize(device: Any = None) -> None:
     tensor.tally.waits["synchronize"] += 1
 
 
+_ABSENT = object()
 _TRITON = ("loftq_cli.kernels.triton_feedback", "loftq_cli.kernels.triton_dequantize")
 
 
 @contextmanager
 def _without_triton() -> Iterator[None]:
     """Kernels in Triton need a device that is one: they are tested in its interpreter."""
-    before = {name: sys.modules.get(name) for name in _TRITON}
+    before: dict[str, Any] = {name: sys.modules.get(name, _ABSENT) for name in _TRITON}
     _forget_kernels()
-    sys.modules.update(dict.fromkeys(_TRITON))  # type: ignore[arg-type]
+    sys.modules.update(dict.fromkeys(_TRITON))
     try:
         yield
     finally:
         _forget_kernels()
         for name, module in before.items():
             del sys.modules[name]
-            if module is not None:
+            if module is not _ABSENT:
                 sys.modules[name] = module
 
 
