@@ -17,7 +17,7 @@ NAMES = (
     "memory",
     "overlap",
     "dequantize",
-    "gpu",
+    "launches",
 )
 
 

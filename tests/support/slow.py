@@ -18,6 +18,7 @@ FOLDERS = {
     "whole/crash",
     "whole/hostile",
     "whole/interop",
+    "whole/gpu",
     "whole/zoo",
 }
 MODULES = {
