@@ -17,7 +17,7 @@ from loftq_cli.checkpoint.companions import copy_companions
 from loftq_cli.checkpoint.deliveries import Deliveries
 from loftq_cli.checkpoint.encoded import foreign
 from loftq_cli.checkpoint.header import StoredTensor, read_header
-from loftq_cli.checkpoint.journal import Apart, Journal, ReadShard, Subject, Unit
+from loftq_cli.checkpoint.journal import Journal, ReadShard, Subject, Unit
 from loftq_cli.checkpoint.output import MANIFEST
 from loftq_cli.checkpoint.reader import ShardReader, TensorFile
 from loftq_cli.checkpoint.shard_output import ShardOutput
@@ -25,6 +25,8 @@ from loftq_cli.checkpoint.source import CONFIG, INDEX
 from loftq_cli.checkpoint.writer import GrowingShard, index_of
 from loftq_cli.conversion import record as manifests
 from loftq_cli.conversion.beside import compare, surround
+from loftq_cli.conversion.devices import converted, environment
+from loftq_cli.conversion.items import Item, copied
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
 from loftq_cli.conversion.reread import check_contents, is_as_old, pass_over
 from loftq_cli.conversion.workspace import ConversionWorkspace
@@ -37,30 +39,13 @@ from loftq_cli.layouts.fused import is_fused
 from loftq_cli.layouts.rescaled import Rescaling
 from loftq_cli.machine.durable import explained, pretty_json, write_file
 from loftq_cli.machine.observer import Observer
-from loftq_cli.machine.peak_memory import peak_host_bytes
 from loftq_cli.machine.resources import memory_explained
 from loftq_cli.machine.threads import side_by_side
 from loftq_cli.numerics.decomposition import Adapted, Decomposition
 from loftq_cli.numerics.finite import computable
 from loftq_cli.planning.decomposer import Decomposer
-from loftq_cli.planning.plan import Plan, PlannedMatrix, PlannedShard
+from loftq_cli.planning.plan import Plan, PlannedShard
 from loftq_cli.planning.work import work
-
-
-@dataclass
-class Item:
-    """A tensor of the source as it was read: a ``weight`` to convert, with the Q that is ``given``
-    for it, a ``piece`` to copy, or nothing if it was ``finished`` before, or if nothing becomes of
-    it. ``prefix_sha256``: of the shard up to the tensor's end, on its last item, unless it was read
-    ``apart``."""
-
-    tensor: StoredTensor
-    prefix_sha256: str | None
-    weight: torch.Tensor | None = None
-    given: torch.Tensor | None = None
-    piece: bytearray | None = None
-    finished: bool = False
-    apart: Apart | None = None
 
 
 @dataclass
@@ -78,9 +63,13 @@ class Conversion:
     began: float = field(default_factory=time.monotonic)
 
     @cached_property
-    def decomposer(self) -> Decomposer:
+    def decomposers(self) -> dict[torch.device, Decomposer]:
+        """One for each device."""
         plan = self.plan
-        return Decomposer(plan.recipe, plan.layout, plan.device, plan.statistics, self.rescaling)
+        given = plan.statistics, self.rescaling
+        return {
+            device: Decomposer(plan.recipe, plan.layout, device, *given) for device in plan.devices
+        }
 
     def run(self, identity: Subject) -> dict[str, Any]:
         """Convert every shard, write the rest of the output, and return the manifest."""
@@ -123,7 +112,7 @@ class Conversion:
                 [self.records[name] for name in plan.matrices],
                 self.source_hashes,
                 output,
-                self._environment(time.monotonic() - self.began),
+                environment(plan.devices, time.monotonic() - self.began),
             )
         write_file(output / MANIFEST, pretty_json(value))
         return value
@@ -211,8 +200,7 @@ class Conversion:
             with ShardReader(shard.source) as reader:
                 items = self._read(shard, reader, finished)
                 with WriteBehind() as behind, ReadAhead(items) as ahead:
-                    for item in ahead:
-                        self.convert_item(shard, item, output, behind)
+                    self.convert_items(shard, ahead, output, behind)
                 reader.finish()
                 reader.check_unchanged()
                 output.settle()
@@ -271,20 +259,49 @@ class Conversion:
         """Reads what is given of a matrix, if the backbone is."""
         return None if self.plan.given is None else self.plan.given.reader()
 
-    def convert_item(
-        self, shard: PlannedShard, item: Item, output: ShardOutput, behind: WriteBehind
+    def convert_items(
+        self,
+        shard: PlannedShard,
+        items: Iterator[Item],
+        output: ShardOutput,
+        behind: WriteBehind,
     ) -> None:
-        """Do to a tensor what the plan says, and have it written."""
+        """Do to the ``items`` of ``shard`` what the plan says, and have them written."""
+        for item, result in self._converted(shard, items):
+            self._finish_item(shard, item, result, output, behind)
+            del result
+
+    def _converted(
+        self, shard: PlannedShard, items: Iterator[Item]
+    ) -> Iterator[tuple[Item, Adapted | None]]:
+        """The items of ``shard``, and what the devices make of those that are matrices."""
+        decomposers = self.decomposers  # made here, not by the threads
+
+        def convert(item: Item, device: torch.device) -> Adapted:
+            with self._memory_for(item.tensor, device):
+                return self._convert_matrix(shard, item, device, decomposers[device])
+
+        announce = self.observer.working_on
+        return converted(items, self.plan.devices, announce, convert, self.plan.recipe.threads)
+
+    def _finish_item(
+        self,
+        shard: PlannedShard,
+        item: Item,
+        result: Adapted | None,
+        output: ShardOutput,
+        behind: WriteBehind,
+    ) -> None:
+        """Have written what became of an item: the ``result`` if it was a matrix."""
         tensor, prefix = item.tensor, item.prefix_sha256
-        self.observer.working_on(tensor.name)
-        if item.weight is not None:
+        if result is not None:
+            assert prefix is not None
             planned = self.plan.matrices[tensor.name]
-            with self._memory_for(tensor):
-                result = self._convert_matrix(shard, tensor, item, planned)
-            kind = None if result.weighted is None else self.decomposer.kind(planned.matrix)
+            decomposer = self.decomposers[self.plan.device]
+            kind = None if result.weighted is None else decomposer.kind(planned.matrix)
             record = manifests.matrix_record(planned, self.plan.layout.name, result, kind)
             record |= self.rescaling.record(tensor.name)
-            self.observer.detail(_described(record))
+            self.observer.detail(manifests.described(record))
             self._record(tensor.name, record)
 
             def write() -> None:
@@ -314,15 +331,18 @@ class Conversion:
             weight = file.read(tensor)
             return weight.pin_memory() if self.plan.device.type == "cuda" else weight
 
-    def _memory_for(self, tensor: StoredTensor) -> AbstractContextManager[None]:
-        needed = "--dry-run says how much is needed"
-        return memory_explained(f"tensor {tensor.name!r}", hint=needed, device=self.plan.device)
+    def _memory_for(
+        self, tensor: StoredTensor, device: torch.device | None = None
+    ) -> AbstractContextManager[None]:
+        needed, device = "--dry-run says how much is needed", device or self.plan.device
+        return memory_explained(f"tensor {tensor.name!r}", hint=needed, device=device)
 
     def _convert_matrix(
-        self, shard: PlannedShard, tensor: StoredTensor, item: Item, planned: PlannedMatrix
+        self, shard: PlannedShard, item: Item, device: torch.device, decomposer: Decomposer
     ) -> Adapted:
         assert item.weight is not None
-        weight = item.weight.to(self.plan.device, non_blocking=True)
+        tensor, planned = item.tensor, self.plan.matrices[item.tensor.name]
+        weight = item.weight.to(device, non_blocking=True)
         given, item.given = item.given, None
         item.weight = None  # on the host it is not needed any more
         weight = computable(weight, f"{shard.source.path}: tensor {tensor.name!r}")
@@ -330,8 +350,8 @@ class Conversion:
         weight = self.rescaling.applied(tensor.name, weight)
         try:
             if given is not None:
-                return self.decomposer.adapt(weight, planned, given.to(self.plan.device))
-            return self.decomposer.decompose(weight, planned)
+                return decomposer.adapt(weight, planned, given.to(device))
+            return decomposer.decompose(weight, planned)
         except ScaleRangeError as error:
             raise ScaleRangeError(f"tensor {tensor.name!r}: {error.message}") from error
         except InputError as error:
@@ -363,30 +383,3 @@ class Conversion:
             and any(item.matrix.kind == "conv1d" for item in plan.matrices.values()),
             parameters={each.target: each.rank for each in plan.fused},
         )
-
-    def _environment(self, seconds: float) -> dict[str, Any]:
-        device = self.plan.device
-        cuda = device.type == "cuda"
-        return {
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-            "seconds": round(seconds, 3),
-            "peak_host_bytes": peak_host_bytes(),
-            "peak_device_bytes": torch.cuda.max_memory_allocated(device) if cuda else 0,
-        }
-
-
-def copied(reader: ShardReader, tensor: StoredTensor) -> Iterator[Item]:
-    """A tensor that is passed through, in pieces."""
-    pieces = reader.pieces(tensor)
-    piece = next(pieces, bytearray())
-    for following in pieces:
-        yield Item(tensor, None, piece=piece)
-        piece = following
-    yield Item(tensor, reader.sha256, piece=piece)
-
-
-def _described(record: Mapping[str, Any]) -> str:
-    norms = record["frobenius"]
-    left = norms["final"] / (norms["weight"] or 1.0)
-    return f"{record['name']}: converted, residual {left:.4f} of the weight, step {record['step']}"

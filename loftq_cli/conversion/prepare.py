@@ -168,7 +168,7 @@ def _measured_first(
     if texts.dry_run and texts.own:
         observer.note("the model writes its text first; this plan is made without it")
         return plan
-    source, device = plan.source, settings.device
+    source, device = plan.source, str(plan.device)
     read = first.read(source, path, texts, device=device, observer=observer)
     statistics = first.found(source, path, read, texts.moments, overwrite=overwrite)
     if statistics is None and texts.dry_run:

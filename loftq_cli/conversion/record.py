@@ -104,5 +104,12 @@ def _dtype(plan: Plan, tensor: StoredTensor) -> str:
     return other.dtype
 
 
+def described(record: Mapping[str, Any]) -> str:
+    """A matrix's entry as a line for people."""
+    norms = record["frobenius"]
+    left = norms["final"] / (norms["weight"] or 1.0)
+    return f"{record['name']}: converted, residual {left:.4f} of the weight, step {record['step']}"
+
+
 def _renamed(names: Mapping[str, str], name: str) -> dict[str, str]:
     return {"in_memory": names[name]} if name in names else {}

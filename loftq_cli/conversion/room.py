@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from loftq_cli.checkpoint.companions import companion_bytes
+from loftq_cli.checkpoint.dtypes import BITS
+from loftq_cli.conversion.devices import held
 from loftq_cli.conversion.workspace import ConversionWorkspace
 from loftq_cli.machine import launched
 from loftq_cli.machine.resources import check_memory
@@ -29,4 +33,14 @@ def check_memory_for(plan: Plan, processes: int = 1) -> None:
     largest = max(plan.matrices, key=lambda name: plan.matrices[name].matrix.elements)
     needed = memory_bytes(plan) * processes
     each = "" if processes == 1 else f", in each of {processes} processes"
-    check_memory(needed, f"tensor {largest!r}{each}", plan.device)
+    for device in plan.devices:
+        check_memory(needed, f"tensor {largest!r}{each}", device)
+    if len(plan.devices) > 1:
+        waiting = f"{held(plan.devices)} matrices for {len(plan.devices)} devices"
+        check_memory(_source_bytes(plan) * held(plan.devices), waiting, torch.device("cpu"))
+
+
+def _source_bytes(plan: Plan) -> int:
+    """Of the largest matrix."""
+    matrices = (item.matrix for item in plan.matrices.values())
+    return max(matrix.elements * BITS[matrix.dtype] // 8 for matrix in matrices)

@@ -33,6 +33,8 @@ def run_part(
     output or unfinished work of something else, and what :func:`loftq_cli.conversion.run.run`
     raises.
     """
+    if len(plan.devices) > 1:
+        raise UsageError("--part takes one device", hint="start a part for each device")
     workspace, planned = ConversionWorkspace(path), plan
     fresh = not workspace.is_taken() and not workspace.holds_work()
     if fresh or overwrite:

@@ -16,7 +16,8 @@ from loftq_cli.checkpoint.reader import ShardReader, TensorFile
 from loftq_cli.checkpoint.shard_output import ShardOutput
 from loftq_cli.checkpoint.source import Shard
 from loftq_cli.checkpoint.writer import GrowingShard
-from loftq_cli.conversion.engine import Conversion, Item, copied
+from loftq_cli.conversion.engine import Conversion
+from loftq_cli.conversion.items import Item, copied
 from loftq_cli.conversion.jobs import Held, Job
 from loftq_cli.conversion.overlap import ReadAhead, WriteBehind
 from loftq_cli.conversion.reread import sha256_of
@@ -60,7 +61,7 @@ class Sharing:
                 if isinstance(item, ReadShard):
                     behind.submit(partial(self._end, output, item))
                 else:
-                    self.conversion.convert_item(job.shard, item, output, behind)
+                    self.conversion.convert_items(job.shard, iter([item]), output, behind)
 
     def _output(self, job: Job, pairs: GrowingShard, files: ExitStack) -> ShardOutput:
         name = job.shard.name

@@ -26,12 +26,14 @@ them the others can still make up for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from loftq_cli.errors import InputError
 from loftq_cli.numerics import native_feedback
 from loftq_cli.numerics.cholesky import unit_factor
+from loftq_cli.numerics.fused_panel import fused_panel
 from loftq_cli.numerics.metrics import squares
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import TINY, Parameters, Quantized
@@ -164,6 +166,7 @@ def _quantize_columns(
     feedback's order, which become the values that they decode to."""
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
     errors = torch.empty(columns.shape, dtype=feedback.factor.dtype, device=columns.device)
+    quantize = fused_panel(quantizer, columns.device) or partial(_quantize_panel, quantizer)
     for stop in range(len(columns), 0, -_PANEL):
         panel = slice(max(stop - _PANEL, 0), stop)
         factor, targets = feedback.factor[panel], columns[panel]
@@ -172,9 +175,7 @@ def _quantize_columns(
         scales = parameters.scales[index].float()
         zeros = None if parameters.zeros is None else parameters.zeros[index].float()
         within = factor[:, panel].float()
-        codes[panel], values = _quantize_panel(
-            quantizer, targets, added, within, scales, zeros, dtype
-        )
+        codes[panel], values = quantize(targets, added, within, scales, zeros, dtype=dtype)
         errors[panel] = targets - values
         targets.copy_(values)
     return codes
@@ -193,12 +194,13 @@ def _quantize_panel(
     ``added`` and the errors of those behind it, through ``factor`` (columns, columns)."""
     codes = torch.empty(targets.shape, dtype=torch.uint8, device=targets.device)
     values, errors = torch.empty_like(targets), torch.empty_like(targets)
+    begun = targets + added
     for column in reversed(range(len(targets))):
         later = slice(column + 1, None)
-        wanted = targets[column] + added[column] + factor[column, later] @ errors[later]
+        wanted = begun[column] + factor[column, later] @ errors[later]
         wanted.nan_to_num_()  # after an overflow, which whoever asked finds in ||R||
         zero = None if zeros is None else zeros[column]
         codes[column], decoded = quantizer.encode_at(wanted, scales[column], zero)
         values[column] = as_stored(decoded, dtype)
-        errors[column] = targets[column] - values[column]
+        torch.sub(targets[column], values[column], out=errors[column])
     return codes, values

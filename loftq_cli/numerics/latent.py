@@ -131,7 +131,7 @@ class Latent(Fixed):
 
     def settle(self) -> None:
         low, high = self._bins()
-        self.parameters["codes"].clamp_(float(low.min()), float(high.max()))
+        self.parameters["codes"].clamp_(low.min(), high.max())
         self.parameters["scales"].clamp_(-MOST, MOST)
 
     def quantized(self) -> Quantized:

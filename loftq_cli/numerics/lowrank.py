@@ -219,7 +219,8 @@ def _balanced(
 
 def fastest_products(device: torch.device) -> torch.dtype:
     """bfloat16 if ``device`` has instructions for it, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cuda":  # older ones only emulate it
+        capable = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if capable else torch.float32
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if supported() else torch.float32

@@ -15,8 +15,11 @@ def squared_norm(rows: torch.Tensor) -> float:
 
     A plain float32 norm is 1e-3 off on 16.8 million elements, and a row of 4096 equal values is
     already 4e-6 off; runs of 256 stay within 2e-7. Values too large or too small to square in
-    float32 are redone in float64.
+    float32 are redone in float64. A CUDA device sums in float64 throughout, at once: its memory's
+    speed is the bound, and the host waits for it each time a value is read.
     """
+    if _at_once(rows):
+        return float(squares(rows))
     flat = rows.reshape(-1)
     if flat.dtype != torch.float32:
         starts = range(0, flat.numel(), _CHUNK)
@@ -31,10 +34,14 @@ def squared_norm(rows: torch.Tensor) -> float:
 
 def squares(rows: torch.Tensor) -> torch.Tensor:
     """The same as a float64 scalar on the device of ``rows``, which need not be waited for."""
-    if rows.is_cuda:  # in float64 throughout: short of the memory's speed on no device
+    if _at_once(rows):
         norm: torch.Tensor = torch.linalg.vector_norm(rows, dtype=torch.float64)
         return norm.square()
     return torch.tensor(squared_norm(rows), dtype=torch.float64)
+
+
+def _at_once(rows: torch.Tensor) -> bool:
+    return rows.is_cuda
 
 
 def first_non_finite(weight: torch.Tensor) -> tuple[tuple[int, ...], float] | None:

@@ -18,6 +18,7 @@ from loftq_cli.numerics import native_form
 from loftq_cli.numerics.metrics import squared_norm
 
 _CHUNK_ELEMENTS = 1 << 21  # few enough that scratch memory is reused, not mapped anew
+_GPU_CHUNK_ELEMENTS = 1 << 26
 _BLOCK = 512  # columns of H at a time
 _DIRECTIONS = 8  # kept apart
 
@@ -47,9 +48,9 @@ class Split:
         both = (self.pieces @ matrix.to(self.pieces.dtype).T).float()
         return (both[: len(self.inner)] + both[len(self.inner) :]).T
 
-    def outer(self, along: torch.Tensor) -> float:
-        """tr(M V S V^T M^T) of M V."""
-        return float(((along @ self.inner) * along).sum(dtype=torch.float64))
+    def outer(self, along: torch.Tensor) -> torch.Tensor:
+        """tr(M V S V^T M^T) of M V, float64, on its device."""
+        return ((along @ self.inner) * along).sum(dtype=torch.float64)
 
     def times(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows @ H`` of float32 (k, in), float32."""
@@ -135,29 +136,37 @@ class Weighting:
         return root.float()
 
     def _squared(self, matrix: torch.Tensor, along: torch.Tensor | None) -> float:
-        inner, outer = self.narrow, 0.0
+        inner = self.narrow
+        outer = torch.zeros((), dtype=torch.float64, device=matrix.device)
         if self.split is not None:
             inner = self.split.rest
             outer = self.split.outer(self.split.along(matrix) if along is None else along)
         if native_form.can_run(inner):
-            return max(outer + native_form.quadratic_form(matrix.to(inner.dtype), inner), 0.0)
-        step = max(_CHUNK_ELEMENTS // matrix.shape[1], 1)
+            form = native_form.quadratic_form(matrix.to(inner.dtype), inner)
+            return max(float(outer) + form, 0.0)
+        limit = _GPU_CHUNK_ELEMENTS if matrix.is_cuda else _CHUNK_ELEMENTS
+        step = max(limit // matrix.shape[1], 1)
         starts = range(0, matrix.shape[0], step)
         rows = (matrix[start : start + step] for start in starts)
-        return max(outer + math.fsum(self._squared_rows(part, inner) for part in rows), 0.0)
-
-    def _squared_rows(self, rows: torch.Tensor, inner: torch.Tensor) -> float:
         if not self.is_full:
-            return squared_norm(rows.float() * self.moments.sqrt())
+            root = self.moments.sqrt()
+            return math.fsum(squared_norm(part.float() * root) for part in rows)
+        sums = torch.stack([outer, *(self._squared_rows(part, inner) for part in rows)])
+        found: list[float] = sums.tolist()  # at once: a device is waited for each time
+        return max(found[0] + math.fsum(found[1:]), 0.0)
+
+    @staticmethod
+    def _squared_rows(rows: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+        """tr(rows inner rows^T), float64, on their device, which need not be waited for."""
         doubled = rows.to(inner.dtype, copy=True)
         # H is symmetric: what is above the diagonal counts twice.
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
         for start in range(0, rows.shape[1], _BLOCK):
             stop = min(start + _BLOCK, rows.shape[1])
             # Its columns are its rows, which CPU libraries read faster.
             image = (doubled[:, :stop] @ inner[start:stop, :stop].T).float()
-            total += float(image.mul_(doubled[:, start:stop]).sum(dtype=torch.float64))
-            doubled[:, start:stop] *= 2
+            total += image.mul_(doubled[:, start:stop]).sum(dtype=torch.float64)
+            doubled[:, start:stop].mul_(2)
         return total
 
 

@@ -15,7 +15,7 @@ from loftq_cli.families.kinds import turned_shape
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.numerics.quantizers import methods
 from loftq_cli.numerics.variant import Variant
-from loftq_cli.planning.choices import choose_device
+from loftq_cli.planning.choices import choose_devices
 from loftq_cli.planning.given import Given
 from loftq_cli.planning.make import (
     anatomy_of,
@@ -64,7 +64,7 @@ def make_adapted_plan(
         layout_note=None,
         selection=selection,
         surroundings=surroundings_of(source, selection, found),
-        device=choose_device(settings.device),
+        devices=choose_devices(settings.device),
         statistics=statistics,
         unsettled=frozenset(),
         given=given,
@@ -188,7 +188,7 @@ def _recipe(
     settings: Settings, given: Given, statistics: Statistics | None, found: Anatomy
 ) -> Recipe:
     """What is not the quantizer's: that one's settings say nothing, or what they were."""
-    device = choose_device(settings.device)
+    device = choose_devices(settings.device)[0]
     stats = None if statistics is None else statistics.sha256
     plain = settled(settings, given.layout.name, methods.AUTO, device, stats, found.sha256)
     products = Variant.parse(plain.kernels).products

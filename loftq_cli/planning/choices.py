@@ -121,9 +121,51 @@ def _obstacles(layout: Layout, matrices: Sequence[Matrix], surroundings: Surroun
     ]
 
 
+def choose_devices(name: str) -> tuple[torch.device, ...]:
+    """The devices that share a conversion: one, several as ``cuda:0,cuda:1``, or ``all``. Raises
+    UsageError or EnvironmentFailure."""
+    names = [part.strip() for part in name.split(",")]
+    place = launched.place() if names == ["all"] or len(names) > 1 else None
+    if place is not None:
+        raise UsageError(
+            f"--device {name}: of several processes ({place}) each has one device",
+            hint="give cuda, or leave the option out",
+        )
+    if names == ["all"]:
+        names = [f"cuda:{number}" for number in range(_cuda_devices())]
+        if not names:
+            raise EnvironmentFailure(
+                "--device all: torch sees no CUDA device", hint="use --device cpu"
+            )
+    if len(names) == 1:
+        return (choose_device(names[0]),)
+    if {"all", "auto"} & {*names}:
+        raise UsageError(f"--device {name}: all and auto are given alone")
+    devices = tuple(map(choose_device, names))
+    if {device.type for device in devices} != {"cuda"}:
+        raise UsageError(
+            f"--device {name}: several devices have to be CUDA devices",
+            hint="the CPU computes in another order, so the bytes would differ",
+        )
+    twice = next((str(device) for device in devices if devices.count(device) > 1), None)
+    if twice:
+        raise UsageError(f"--device {name}: {twice} is named twice")
+    if len({lowrank.fastest_products(device) for device in devices}) > 1:
+        raise UsageError(
+            f"--device {name}: some multiply in bfloat16 and some cannot",
+            hint="the bytes would differ: name those that are alike",
+        )
+    return devices
+
+
+def _cuda_devices() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def choose_device(name: str) -> torch.device:
-    """The device that is called ``name``. Of several processes on one host, each has another of its
-    devices, unless they are told which. Raises UsageError, EnvironmentFailure."""
+    """The device that is called ``name``; a CUDA device with its number, as its tensors have it. Of
+    several processes on one host, each has another of its devices, unless they are told which.
+    Raises UsageError, EnvironmentFailure."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -133,7 +175,7 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        count = _cuda_devices()
         if (device.index or 0) >= count:
             raise EnvironmentFailure(
                 f"--device {name}: torch sees {count} CUDA devices", hint="use --device cpu"
@@ -141,6 +183,8 @@ def choose_device(name: str) -> torch.device:
         number, processes = launched.local()
         if processes > 1 and device.index is None:
             return torch.device("cuda", number % count)
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

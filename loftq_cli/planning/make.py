@@ -25,7 +25,7 @@ from loftq_cli.layouts.registry import make_layout
 from loftq_cli.numerics.quantizers import methods
 from loftq_cli.planning.backbone_config import backbone_config
 from loftq_cli.planning.choices import (
-    choose_device,
+    choose_devices,
     choose_layout,
     choose_variant,
     count_cpus,
@@ -62,7 +62,7 @@ def make_plan(source: Source, settings: Settings, statistics: Statistics | None 
         layout_note=note,
         selection=survey.selection,
         surroundings=survey.surroundings,
-        device=survey.device,
+        devices=survey.devices,
         statistics=statistics,
         unsettled=frozenset(name for name, bits in widths.items() if bits is None),
         **stored(survey.source, recipe, layout, matrices),
@@ -123,7 +123,7 @@ class _Survey:
     anatomy: Anatomy
     selection: Selection
     surroundings: Surroundings
-    device: torch.device
+    devices: tuple[torch.device, ...]
     statistics: Statistics | None
 
     @cached_property
@@ -173,8 +173,8 @@ def _survey(source: Source, settings: Settings, statistics: Statistics | None) -
         raise UnsupportedInputError(found.refusal, hint="config.json may name another class")
     source, selection = _selected(source, settings, found)
     surroundings = surroundings_of(source, selection, found)
-    device = choose_device(settings.device)
-    return _Survey(source, found, selection, surroundings, device, statistics)
+    devices = choose_devices(settings.device)
+    return _Survey(source, found, selection, surroundings, devices, statistics)
 
 
 def _selected(source: Source, settings: Settings, found: Anatomy) -> tuple[Source, Selection]:
@@ -254,7 +254,7 @@ def _recipe(settings: Settings, layout: str, matrices: Sequence[Matrix], survey:
     several = len({matrix.method for matrix in matrices}) > 1 or settings.target_bpw is not None
     method = settings.method if several else matrices[0].method
     stats = None if survey.statistics is None else survey.statistics.sha256
-    return settled(settings, layout, method, survey.device, stats, survey.anatomy.sha256)
+    return settled(settings, layout, method, survey.devices[0], stats, survey.anatomy.sha256)
 
 
 def stored(

@@ -66,7 +66,7 @@ class Plan:
     selection: Selection
     shards: Sequence[PlannedShard]
     surroundings: Surroundings
-    device: torch.device
+    devices: tuple[torch.device, ...]
     unsettled: frozenset[str]
     statistics: Statistics | None
     given: Given | None = None
@@ -88,6 +88,11 @@ class Plan:
         files = [] if self.given is None else self.given.files
         beside = [(f"backbone/{file.name}", file.size, file.sha256) for file in files]
         return [*file_hashes(self.source), *beside]
+
+    @property
+    def device(self) -> torch.device:
+        """The first of the devices, which does what one of them does for all."""
+        return self.devices[0]
 
     @property
     def unmeasured(self) -> list[str]:

@@ -139,20 +139,25 @@ def train(
 
 def _step(trainer: Trainer, loss_of: LossOf, windows: Sequence[int], together: int) -> bool:
     """One step by the mean loss of ``windows``; whether it is finite, else none is made."""
-    total = 0.0
+    losses = []
     for part in _parts(windows, together):
         loss = loss_of(part) * (len(part) / len(windows))
         loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    if math.isfinite(total):
+        losses.append(loss.detach())
+    finite = math.isfinite(sum(torch.stack(losses).tolist()))  # a device is waited for once
+    if finite:
         trainer.step()
-    return math.isfinite(total)
+    return finite
 
 
 @torch.no_grad()
 def _mean(loss_of: LossOf, together: int, windows: Sequence[int]) -> float:
     parts = _parts(windows, together)
-    return math.fsum(float(loss_of(part)) * len(part) for part in parts) / max(len(windows), 1)
+    if not parts:
+        return 0.0
+    losses = torch.stack([loss_of(part) for part in parts]).tolist()
+    total = math.fsum(loss * len(part) for loss, part in zip(losses, parts, strict=True))
+    return total / len(windows)
 
 
 def _parts(windows: Sequence[int], together: int) -> list[Sequence[int]]:

@@ -264,10 +264,10 @@ class Settings:
         Choice(DTYPES), "source", group="where", help="dtype of the backbone in layout dense."
     )
     device: str = _setting(
-        Text("auto, cpu, cuda or cuda:N"),
+        Text("auto, cpu, cuda, cuda:N, several with commas, or all"),
         "auto",
         group="where",
-        help="auto, cpu, cuda or cuda:N.",
+        help="auto, cpu, cuda or cuda:N; cuda:0,cuda:1 or all: several at once.",
         settled={"enum": ["cpu", "cuda"]},
     )
     threads: int | None = _setting(

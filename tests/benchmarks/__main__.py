@@ -18,7 +18,7 @@ NAMES = (
     "memory",
     "overlap",
     "dequantize",
-    "gpu",
+    "launches",
 )
 
 

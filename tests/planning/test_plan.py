@@ -11,11 +11,13 @@ import torch
 
 from loftq_cli.checkpoint.source import open_source
 from loftq_cli.errors import CorruptFileError, EnvironmentFailure, LayoutError, UsageError
+from loftq_cli.planning.choices import choose_devices
 from loftq_cli.planning.make import make_plan
 from loftq_cli.planning.plan import Plan
 from loftq_cli.settings.options import Options
 from tests.support import checkpoints
 from tests.support.checkpoints import BERT, LLAMA
+from tests.support.stand_in.runtime import stand_in_devices
 
 BART = {"architectures": ["BartForConditionalGeneration"], "is_encoder_decoder": True}
 VISION = {"architectures": ["ViTForImageClassification"]}
@@ -286,7 +288,7 @@ def test_the_fingerprint_depends_on_the_headers_and_not_on_the_path(tmp_path: Pa
     assert fingerprint("a") != fingerprint("d", intermediate=64)
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:x", "mps", "meta", ""])
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "mps", "meta", "", "cpu,", "tpu,cuda:0"])
 def test_an_unknown_device_is_a_usage_error(device: str, planned: Planner) -> None:
     with pytest.raises(UsageError, match="--device"):
         planned(checkpoints.llama(), device=device)
@@ -296,3 +298,40 @@ def test_an_unknown_device_is_a_usage_error(device: str, planned: Planner) -> No
 def test_a_device_that_is_not_there_is_a_failure_of_the_environment(planned: Planner) -> None:
     with pytest.raises(EnvironmentFailure, match="0 CUDA devices"):
         planned(checkpoints.llama(), device="cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cuda:0,cuda:0", "cuda:0 is named twice"),
+        ("cuda,cuda:0", "cuda:0 is named twice"),
+        ("cuda:0,cpu", "have to be CUDA devices"),
+        ("cpu,cpu", "have to be CUDA devices"),
+        ("all,cuda:0", "all and auto are given alone"),
+        ("cuda:1,auto", "all and auto are given alone"),
+    ],
+)
+def test_devices_that_cannot_be_together_are_a_usage_error(device: str, said: str) -> None:
+    with stand_in_devices(2), pytest.raises(UsageError, match=said):
+        choose_devices(device)
+
+
+def test_one_of_several_devices_that_is_not_there_is_named() -> None:
+    with stand_in_devices(2), pytest.raises(EnvironmentFailure, match="cuda:2: torch sees 2 CUDA"):
+        choose_devices("cuda:0,cuda:2")
+    with stand_in_devices(0), pytest.raises(EnvironmentFailure, match="sees no CUDA device"):
+        choose_devices("all")
+
+
+def test_all_are_those_that_torch_sees() -> None:
+    with stand_in_devices(3):
+        assert [str(device) for device in choose_devices("all")] == ["cuda:0", "cuda:1", "cuda:2"]
+        assert choose_devices("auto") == choose_devices("cuda") == (torch.device("cuda", 0),)
+
+
+def test_devices_that_multiply_otherwise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stand_in_devices(2):
+        newer = lambda device: (8, 0) if device.index else (7, 5)  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "get_device_capability", newer)
+        with pytest.raises(UsageError, match="some multiply in bfloat16"):
+            choose_devices("all")

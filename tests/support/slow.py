@@ -18,6 +18,7 @@ FOLDERS = {
     "whole/crash",
     "whole/hostile",
     "whole/interop",
+    "whole/gpu",
     "whole/zoo",
 }
 MODULES = {
@@ -26,6 +27,7 @@ MODULES = {
     "conversion/test_from_hub_encoded.py",
     *("numerics/test_alternation_textbook.py", "numerics/quantizers/test_fitted.py"),
     "numerics/test_feedback.py",
+    "whole/test_stand_in.py",
 }
 # Wherever they are imported, also within a function.
 _OURS = r"tests\.(?:support\.models|whole\.interop)"

@@ -72,6 +72,7 @@ TESTED_BY = {
     "reporting/original.py": "reporting/test_residuals.py",
     "families/expert_homes.py": "families/test_anatomy.py",
     "layouts/rescaled.py": "planning/test_rescaled.py",
+    "kernels/triton_feedback.py": "numerics/test_fused_panel.py",
     "layouts/cuts.py": "whole/interop/test_stacked_experts.py",
     "exporting/work.py": "exporting/test_export.py",
     "exporting/record.py": "exporting/test_requantize.py",

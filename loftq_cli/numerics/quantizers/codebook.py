@@ -154,5 +154,5 @@ class CodebookQuantizer:
         return torch.linalg.vecdot(unit, levels), torch.linalg.vecdot(levels, levels)
 
     def assemble(self, codes: torch.Tensor, parameters: Parameters) -> Quantized:
-        levels = self.table.levels.to(codes.device)
+        levels = self.table.to(codes.device).levels
         return Quantized(self.bits, self.block_size, codes, parameters.scales, None, levels)

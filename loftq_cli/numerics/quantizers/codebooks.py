@@ -9,7 +9,7 @@ zero; ``nf-symmetric`` is the variant of the LoftQ reference code, without a zer
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -98,7 +98,8 @@ def decision_boundaries(levels: torch.Tensor) -> torch.Tensor:
 class Table:
     """A codebook with what a fast nearest-level search needs (see :func:`nearest`).
 
-    ``reciprocal``: normalize by multiplying with 1 / scale, as bitsandbytes does.
+    ``reciprocal``: normalize by multiplying with 1 / scale, as bitsandbytes does. ``symmetric``:
+    mirroring the levels changes nothing.
     """
 
     levels: torch.Tensor
@@ -107,11 +108,8 @@ class Table:
     cell_code: torch.Tensor
     cell_boundary: torch.Tensor
     reciprocal: bool
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether mirroring the levels changes nothing."""
-        return torch.equal(self.levels, -self.levels.flip(0))
+    symmetric: bool
+    _copies: dict[torch.device, Table] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def cells(self) -> int:
@@ -122,15 +120,19 @@ class Table:
         return self.cells / (1.0 - self.lowest)
 
     def to(self, device: torch.device) -> Table:
+        """The same on ``device``, brought there once."""
         if self.levels.device == device:
             return self
-        return replace(
-            self,
-            levels=self.levels.to(device),
-            boundaries=self.boundaries.to(device),
-            cell_code=self.cell_code.to(device),
-            cell_boundary=self.cell_boundary.to(device),
-        )
+        if device not in self._copies:
+            self._copies[device] = replace(
+                self,
+                levels=self.levels.to(device),
+                boundaries=self.boundaries.to(device),
+                cell_code=self.cell_code.to(device),
+                cell_boundary=self.cell_boundary.to(device),
+                _copies={},
+            )
+        return self._copies[device]
 
 
 def make_table(levels: torch.Tensor, as_bitsandbytes: bool = False) -> Table:
@@ -158,7 +160,8 @@ def make_table(levels: torch.Tensor, as_bitsandbytes: bool = False) -> Table:
     occupied = torch.zeros(cells, dtype=torch.int64)
     occupied[index] = 1
     cell_code = (occupied.cumsum(0) - occupied).to(torch.uint8)
-    return Table(levels, boundaries, lowest, cell_code, cell_boundary, as_bitsandbytes)
+    symmetric = torch.equal(levels, -levels.flip(0))
+    return Table(levels, boundaries, lowest, cell_code, cell_boundary, as_bitsandbytes, symmetric)
 
 
 def _cell_index(x: torch.Tensor, lowest: float, cells: int) -> torch.Tensor:

@@ -73,8 +73,11 @@ class FittedQuantizer(CodebookQuantizer):
         index = codes.reshape(-1).long()
         count = 2**self.bits
         shape = torch.zeros(count, dtype=torch.float64, device=sample.device)
-        numerator = shape.index_add(0, index, weights * flat)
-        denominator = shape.index_add(0, index, weights.square())
+        sums = (
+            shape.index_add(0, index, weights * flat),
+            shape.index_add(0, index, weights.square()),
+        )
+        numerator, denominator = torch.stack(sums).cpu()  # a device is waited for once
         if not bool((denominator > 0).all()):
             return None
         levels = (numerator / denominator).sort().values
@@ -83,5 +86,5 @@ class FittedQuantizer(CodebookQuantizer):
             return None
         if levels[-1] < largest:  # scales have a sign: mirrored levels are the same codebook
             levels = -levels.flip(0)
-        levels = (levels / largest).float().cpu()
+        levels = (levels / largest).float()
         return levels if bool((levels.diff() >= _CLOSEST).all()) else None

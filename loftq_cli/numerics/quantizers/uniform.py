@@ -242,16 +242,17 @@ class TensorUniformQuantizer:
         for piece in map(target, pieces):
             wide = piece.double()
             count += wide.numel()
-            total += float(wide.sum())
-            squares += float(wide.square().sum())
-            low, high = min(low, float(piece.min())), max(high, float(piece.max()))
+            found = wide.sum(), wide.square().sum(), *(each.double() for each in piece.aminmax())
+            added, more, least, most = torch.stack(found).tolist()  # a device is waited for once
+            total, squares = total + added, squares + more
+            low, high = min(low, least), max(high, most)
         mean = total / count
         variance = max(squares - count * mean * mean, 0.0) / max(count - 1, 1)
         reach = 2 * math.sqrt(variance)
         levels = torch.linspace(
             max(low, mean - reach), min(high, mean + reach), 2**self.bits, dtype=torch.float64
         )
-        return replace(self, levels=levels.float())
+        return replace(self, levels=levels.float().to(wide.device))
 
     def search(self) -> Search | None:
         return None
@@ -269,7 +270,7 @@ class TensorUniformQuantizer:
         self, x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.levels is not None
-        levels = self.levels.to(x.device)
+        levels = self.levels
         spacing = (levels[-1] - levels[0]) / (len(levels) - 1)
         position = (x - levels[0]) / torch.where(spacing == 0, torch.ones_like(spacing), spacing)
         codes = position.round_().clamp_(0, len(levels) - 1).to(torch.uint8)
@@ -280,5 +281,4 @@ class TensorUniformQuantizer:
 
     def assemble(self, codes: torch.Tensor, parameters: Parameters) -> Quantized:
         assert self.levels is not None
-        levels = self.levels.to(codes.device)
-        return Quantized(self.bits, 0, codes, parameters.scales[:1], None, levels)
+        return Quantized(self.bits, 0, codes, parameters.scales[:1], None, self.levels)

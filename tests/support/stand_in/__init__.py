@@ -1,0 +1,1 @@
+"""CUDA devices that are none, for tests: see :mod:`tests.support.stand_in.tensor`."""
