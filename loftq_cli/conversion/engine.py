@@ -295,7 +295,6 @@ class Conversion:
         """Have written what became of an item: the ``result`` if it was a matrix."""
         tensor, prefix = item.tensor, item.prefix_sha256
         if result is not None:
-            assert prefix is not None
             planned = self.plan.matrices[tensor.name]
             decomposer = self.decomposers[self.plan.device]
             kind = None if result.weighted is None else decomposer.kind(planned.matrix)

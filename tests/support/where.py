@@ -51,6 +51,7 @@ TESTED_BY = {
     "conversion/group.py": "whole/crash/test_ranks.py",
     "conversion/ranks.py": "whole/crash/test_ranks.py",
     "conversion/run_part.py": "conversion/test_parts.py",
+    "conversion/items.py": "conversion/test_engine.py",
     "conversion/sharing.py": "conversion/test_parts.py",
     "conversion/pin.py": "conversion/test_from_hub_resumed.py",
     "conversion/prepare.py": "conversion/test_run.py",
