@@ -104,7 +104,7 @@ def test_every_setting_of_the_command_line_is_one_of_a_recipe_s(place: Path) -> 
     about_the_run = {
         *("model", "output", "revision", "offline", "overwrite", "dry_run", "as_json", "quiet"),
         *("verbose", "recipe_file", "save_recipe", "discard_shards", "allow_pickle"),
-        *("texts", "moments", "refining", "log_file"),
+        *("texts", "moments", "refining", "log_file", "part"),
         *("target_size", "fit", "fit_length", "fit_batch"),  # which come to target_bpw
     }
     options = {str(parameter.name) for parameter in main.commands["convert"].params}
