@@ -91,7 +91,7 @@ def main() -> None:
 
 _FRESH = """
 import json, time, torch, loftq_cli
-from tests.synthetic import llm_like
+from tests.support.synthetic import llm_like
 weight, times = llm_like(4096, 4096), []
 for _ in range(3):
     started = time.perf_counter()
