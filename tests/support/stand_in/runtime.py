@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import _thread
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ def stand_in_devices(
 ) -> Iterator[Any]:
     """So many CUDA devices, for this thread and those that are started meanwhile. ``bfloat16``:
     they have instructions for it; ``memory``: what is free on each. Yields the counts."""
+    _import_what_looks_for_devices()
     free = [*memory, *([MEMORY] * count)][:count]
     cuda = {
         "is_available": lambda: count > 0,
@@ -70,6 +72,13 @@ def stand_in_devices(
         stack.enter_context(StandInMode())
         tensor.start_anew()
         yield tensor.tally
+
+
+def _import_what_looks_for_devices() -> None:
+    """Libraries that keep what they find when they are imported: they are to find none."""
+    for name in ("transformers", "bitsandbytes", "gptqmodel", "peft"):
+        with suppress(ImportError):
+            importlib.import_module(name)
 
 
 def _number(device: Any) -> int:
