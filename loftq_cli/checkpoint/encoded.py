@@ -29,15 +29,36 @@ class EncodedTensor(StoredTensor):
     """``start`` is that of ``main``, the part with the codes; ``others`` by what they are to it,
     perhaps in other shards. ``decode`` makes the tensor of all parts' values, and raises
     CorruptFileError if these make no sense. ``stated``: what config.json has to say for it to be
-    found again among ``names``, the tensors that it takes up."""
+    found again among ``names``; ``beside``: the stored tensors that its finding alone has read."""
 
     main: Part
     others: Mapping[str, Part] = field(hash=False)
     decode: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor] = field(
         compare=False, repr=False
     )
-    names: tuple[str, ...] = ()
     stated: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    beside: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        main: Part,
+        others: Mapping[str, Part],
+        decode: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor],
+        stated: Mapping[str, Any] | None = None,
+        beside: tuple[str, ...] = (),
+    ) -> EncodedTensor:
+        """The tensor whose codes are ``main``."""
+        start = main.tensor.start
+        return EncodedTensor(name, dtype, shape, start, main, others, decode, stated or {}, beside)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The stored tensors that it takes up."""
+        others = (part.tensor.name for part in self.others.values())
+        return (self.main.tensor.name, *self.beside, *others)
 
 
 def foreign(shard: Shard) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from loftq_cli.checkpoint.companions import companions, left_behind, present
@@ -67,6 +68,11 @@ class Source:
     @property
     def tensors(self) -> list[StoredTensor]:
         return [tensor for shard in self.shards for tensor in shard.header.tensors]
+
+    @cached_property
+    def stored(self) -> dict[str, tuple[Path, StoredTensor]]:
+        """File and place of every tensor, by name."""
+        return {t.name: (shard.path, t) for shard in self.shards for t in shard.header.tensors}
 
 
 def file_hashes(source: Source) -> list[tuple[str, int, str]]:

@@ -72,9 +72,7 @@ def _matrices(shard: Shard, tensor: StoredTensor, stack: Stack) -> Iterable[Stor
             yield _piece(tensor, stack, index)
         elif stack.transposed:
             main = Part(shard.name, shard.path, tensor)
-            held = EncodedTensor(
-                tensor.name, tensor.dtype, tensor.shape, tensor.start, main, {}, _as_it_is
-            )
+            held = EncodedTensor.of(tensor.name, tensor.dtype, tensor.shape, main, {}, _as_it_is)
             yield _piece(held, stack, index)
         else:
             one = _slice(tensor, index)
@@ -91,7 +89,7 @@ def _piece(tensor: EncodedTensor, stack: Stack, index: int) -> EncodedTensor:
     decode = partial(_first, decode=tensor.decode, transposed=stack.transposed)
     shape = (columns, rows) if stack.transposed else (rows, columns)
     name = stack.name(index)
-    return EncodedTensor(name, tensor.dtype, shape, main.tensor.start, main, others, decode)
+    return EncodedTensor.of(name, tensor.dtype, shape, main, others, decode)
 
 
 def _slice(tensor: StoredTensor, index: int) -> StoredTensor:

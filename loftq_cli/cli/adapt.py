@@ -8,13 +8,15 @@ from typing import Any
 import click
 
 from loftq_cli.cli import show
-from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
+from loftq_cli.cli.guard import CONTEXT, guarded
 from loftq_cli.cli.narrator import Narrator
 from loftq_cli.cli.options import (
-    choice,
+    calibrate_text_option,
     json_option,
     log_option,
+    moments_option,
     offline_option,
+    output_option,
     quiet_option,
     settings_options,
 )
@@ -29,27 +31,15 @@ from loftq_cli.settings.table import OF_ADAPTERS
     metavar="MODEL",
     help="The model in full precision that BACKBONE was made from, a directory or hub id.",
 )
-@click.option("-o", "--output", required=True, type=ExpandedPath(), help="Directory to write.")
+@output_option
 @click.option(
     "--with-backbone",
     is_flag=True,
     help="Copy the backbone's files, too: what the other commands take.",
 )
 @settings_options(OF_ADAPTERS)
-@click.option(
-    "--calibrate-text",
-    "texts",
-    multiple=True,
-    type=ExpandedPath(),
-    metavar="FILE",
-    help="Measure statistics first, on this text (UTF-8, repeatable), and keep them beside the "
-    "output.  Needs the extra [train].",
-)
-@click.option(
-    "--moments",
-    type=choice("diagonal", "full"),
-    help="What --calibrate-text measures.  [default: diagonal]",
-)
+@calibrate_text_option
+@moments_option("diagonal")
 @click.option("--revision", type=str, help="Branch, tag or commit of BACKBONE on the hub.")
 @click.option("--source-revision", type=str, help="Branch, tag or commit of MODEL on the hub.")
 @offline_option

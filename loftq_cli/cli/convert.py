@@ -12,10 +12,12 @@ from loftq_cli.cli import console, show
 from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
 from loftq_cli.cli.narrator import Narrator
 from loftq_cli.cli.options import (
+    calibrate_text_option,
     choice,
     json_option,
     log_option,
     model_revision_option,
+    moments_option,
     offline_option,
     quiet_option,
     setting_options,
@@ -82,20 +84,8 @@ if TYPE_CHECKING:
 )
 @setting_options("which")
 @setting_options("statistics")
-@click.option(
-    "--calibrate-text",
-    "texts",
-    multiple=True,
-    type=ExpandedPath(),
-    metavar="FILE",
-    help="Measure such statistics first, on this text (UTF-8, repeatable), and keep them beside "
-    "the output.  Needs the extra [train].",
-)
-@click.option(
-    "--moments",
-    type=choice("diagonal", "full"),
-    help="What --calibrate-text measures.  [default: diagonal, full under --preset best]",
-)
+@calibrate_text_option
+@moments_option("diagonal, full under --preset best")
 @click.option(
     "--refine",
     "refining",

@@ -49,6 +49,26 @@ seed_option = click.option(
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+calibrate_text_option = click.option(
+    "--calibrate-text",
+    "texts",
+    multiple=True,
+    type=ExpandedPath(),
+    metavar="FILE",
+    help="Measure statistics first, on this text (UTF-8, repeatable), and keep them beside the "
+    "output.  Needs the extra [train].",
+)
+
+
+def moments_option(default: str) -> Callable[[_F], _F]:
+    """``--moments`` of what ``--calibrate-text`` measures; ``default``: as the help has it."""
+    return click.option(
+        "--moments",
+        type=choice("diagonal", "full"),
+        help=f"What --calibrate-text measures.  [default: {default}]",
+    )
+
+
 def text_option(told: str) -> Callable[[_F], _F]:
     """``--text``, which is needed and may be repeated, with its help."""
     return click.option(

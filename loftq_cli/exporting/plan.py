@@ -165,7 +165,7 @@ def make_export_plan(
     VerificationError if the files are not what the manifest says.
     """
     recipe = output.manifest["recipe"]
-    stored = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
+    stored = source.stored
     moved, parts = {}, {}
     for record in output.records:
         matrix, held = matrix_of(record), layout_of(record, recipe)

@@ -25,8 +25,7 @@ class DecodedBackbone(UserWarning):
 def state_dict(output: Output) -> dict[str, torch.Tensor]:
     """Every tensor of the backbone of ``output`` by its name in a checkpoint of the model, matrices
     in the dtype that their consumers decode them to."""
-    source = open_source(output.directory)
-    stored = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
+    stored = open_source(output.directory).stored
     found: dict[str, torch.Tensor] = {}
     parts: set[str] = set()
     for record in output.records:

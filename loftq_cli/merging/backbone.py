@@ -148,7 +148,7 @@ def open_backbone(output: Output, source: Source) -> Backbone:
     """The backbone of ``output``, whose files are ``source``. Raises VerificationError if a
     tensor is missing, or of another dtype or shape than the manifest says, UnsupportedInputError
     for matrices of somebody else's backbone that were left in codes."""
-    stored = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
+    stored = source.stored
     matrices, parts = {}, {}
     cuts: dict[str, dict[int, str]] = {}
     for record in output.records:

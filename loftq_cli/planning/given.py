@@ -72,8 +72,7 @@ class Given:
     @property
     def stored(self) -> Stored:
         """Where its tensors lie."""
-        shards = self.raw.shards
-        return {t.name: (shard.path, t) for shard in shards for t in shard.header.tensors}
+        return self.raw.stored
 
     @property
     def nbytes(self) -> int:

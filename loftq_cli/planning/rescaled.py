@@ -85,8 +85,7 @@ class _Sides:
         assert plan.given is not None
         self.plan, self.given = plan, plan.given
         self._quantized = self.given.reader()
-        shards = plan.source.shards
-        self._places = {t.name: (shard.path, t) for shard in shards for t in shard.header.tensors}
+        self._places = plan.source.stored
 
     @cached_property
     def homes(self) -> Mapping[str, str]:

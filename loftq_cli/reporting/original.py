@@ -40,9 +40,8 @@ class Original:
 
     def __init__(self, output: Output, source: Source) -> None:
         self.source = source
-        apart = cut(source, stacks_of(output.records))
         self.rescaling = Rescaling.of(output)
-        self._stored = {t.name: (s.path, t) for s in apart.shards for t in s.header.tensors}
+        self._stored = cut(source, stacks_of(output.records)).stored
 
     def bring(self) -> None:
         """Have every shard on disk."""

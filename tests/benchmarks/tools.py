@@ -68,6 +68,24 @@ def save_result(target: Path, result: dict[str, Any]) -> None:
     scratch.replace(target)
 
 
+class Results:
+    """What was found about models, kept as files in ``work``: the same command goes on where it was
+    stopped."""
+
+    def __init__(self, work: Path) -> None:
+        self._folder = work / "results"
+        self._folder.mkdir(exist_ok=True)
+
+    def of(self, name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is kept under ``name``, found now unless it is there; its perplexity is printed."""
+        target = self._folder / f"{name}.json"
+        if not target.is_file():
+            save_result(target, find())
+        result: dict[str, Any] = json.loads(target.read_text())
+        print(f"{name}: {result['perplexity']:.5g}", file=sys.stderr, flush=True)
+        return result
+
+
 def warmed_cosine(progress: float) -> float:
     """The share of the learning rate at ``progress`` from 0 to 1: up to the tenth, then down along
     a cosine, never below a hundredth."""

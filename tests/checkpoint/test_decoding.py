@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from loftq_cli.conversion.prepare import prepare
 from loftq_cli.conversion.run import run
 from loftq_cli.errors import CorruptFileError, InputError, UnsupportedInputError
 from loftq_cli.settings.options import Options
-from tests.support import checkpoints, encoded
+from tests.support import checkpoints, decoded_by_gptqmodel, encoded
 from tests.support.bench import Recorder
 from tests.support.quantizing import gaussian
 
@@ -216,10 +215,6 @@ def test_bitsandbytes_in_4_bits(
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_in_any_order_of_columns(bits: int, form: str, tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs, while importing
-        qlinear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
-        from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
     rows, columns, size = 64, 128, 32
     generator = torch.Generator().manual_seed(0)
 
@@ -233,49 +228,26 @@ def test_gptq_in_any_order_of_columns(bits: int, form: str, tmp_path: Path) -> N
         "scales": gaussian(columns // size, rows, seed=1).half(),
         "g_idx": (torch.randperm(columns, generator=generator) // size).int(),
     }
-    layer = qlinear.TorchLinear(
-        bits=bits,
-        group_size=size,
-        sym=False,
-        desc_act=True,
-        in_features=columns,
-        out_features=rows,
-        bias=False,
-        pack_dtype=torch.int32,
-        register_buffers=True,
-    )
-    for key, value in parts.items():
-        getattr(layer, key).copy_(value)
-    if form == "gptq":
-        convert_gptq_v1_to_v2_format_module(layer, bits, torch.int32)
     module = QUERY.removesuffix(".weight")
     tensors = {name: t for name, t in checkpoints.llama().items() if name != QUERY}
     tensors |= {f"{module}.{key}": value for key, value in parts.items()}
     stated = {"quant_method": "gptq", "bits": bits, "checkpoint_format": form}
     config = {**checkpoints.LLAMA, "dtype": "float16", "quantization_config": stated}
     directory = checkpoints.write(tmp_path / "source", tensors, config)
-    assert torch.equal(read(directory)[QUERY], layer.dequantize_weight().T.half())
+    expected = decoded_by_gptqmodel.gptq(parts, bits, form)
+    assert torch.equal(read(directory)[QUERY], expected)
 
 
 @pytest.mark.gptq
 def test_awq(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs, while importing
-        packing = pytest.importorskip("gptqmodel.quantization.awq.utils.packing_utils")
-    generator = torch.Generator().manual_seed(0)
-    parts = {
-        "qweight": torch.randint(-(2**31), 2**31 - 1, (128, 8), generator=generator).int(),
-        "qzeros": torch.randint(-(2**31), 2**31 - 1, (2, 8), generator=generator).int(),
-        "scales": gaussian(2, 64, seed=1).half(),
-    }
-    expected = packing.dequantize_gemm(parts["qweight"], parts["qzeros"], parts["scales"], 4, 64)
+    parts, expected = decoded_by_gptqmodel.awq()
     module = QUERY.removesuffix(".weight")
     tensors = {name: t for name, t in checkpoints.llama().items() if name != QUERY}
     tensors |= {f"{module}.{key}": value for key, value in parts.items()}
     stated = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}
     config = {**checkpoints.LLAMA, "dtype": "float16", "quantization_config": stated}
     directory = checkpoints.write(tmp_path / "source", tensors, config)
-    assert torch.equal(read(directory)[QUERY], expected.T)
+    assert torch.equal(read(directory)[QUERY], expected)
 
 
 def broken_fp8(change: Callable[[Tensors], None], tmp_path: Path) -> Path:

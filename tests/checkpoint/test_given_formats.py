@@ -4,7 +4,6 @@ bit for bit, in a source and alone."""
 from __future__ import annotations
 
 import importlib
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.packing import pack
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.request import Request
-from tests.support import checkpoints, given
+from tests.support import checkpoints, decoded_by_gptqmodel, given
 from tests.support.quantizing import gaussian
 
 Tensors = dict[str, torch.Tensor]
@@ -52,10 +51,6 @@ def written(place: Path, parts: Tensors, stated: Any, dtype: str = "float16") ->
 
 def quantized_linear(bits: int, form: str, columns: int = 128, rows: int = 64) -> Any:
     """The stored tensors of gptqmodel's own layer, codes and order drawn, and what it decodes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs, while importing
-        qlinear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
-        from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
     size, generator = 32, torch.Generator().manual_seed(bits)
 
     def packed(*shape: int) -> torch.Tensor:
@@ -69,22 +64,7 @@ def quantized_linear(bits: int, form: str, columns: int = 128, rows: int = 64) -
         "scales": gaussian(columns // size, rows, seed=1).half(),
         "g_idx": (torch.randperm(columns, generator=generator) // size).int(),
     }
-    layer = qlinear.TorchLinear(
-        bits=bits,
-        group_size=size,
-        sym=False,
-        desc_act=True,
-        in_features=columns,
-        out_features=rows,
-        bias=False,
-        pack_dtype=torch.int32,
-        register_buffers=True,
-    )
-    for key, value in parts.items():
-        getattr(layer, key).copy_(value)
-    if form == "gptq":
-        convert_gptq_v1_to_v2_format_module(layer, bits, torch.int32)
-    expected = layer.dequantize_weight().T.half().clone()
+    expected = decoded_by_gptqmodel.gptq(parts, bits, form)
     return {f"{MODULE}.{key}": value for key, value in parts.items()}, expected
 
 
@@ -120,23 +100,14 @@ def test_autoround_s_packings_are_gptq_s(
 
 @pytest.mark.gptq
 def test_awq_that_gptqmodel_packed(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs, while importing
-        packing = pytest.importorskip("gptqmodel.quantization.awq.utils.packing_utils")
-    generator = torch.Generator().manual_seed(0)
-    parts = {
-        "qweight": torch.randint(-(2**31), 2**31 - 1, (128, 8), generator=generator).int(),
-        "qzeros": torch.randint(-(2**31), 2**31 - 1, (2, 8), generator=generator).int(),
-        "scales": gaussian(2, 64, seed=1).half(),
-    }
-    expected = packing.dequantize_gemm(parts["qweight"], parts["qzeros"], parts["scales"], 4, 64)
+    parts, expected = decoded_by_gptqmodel.awq()
     named = {f"{MODULE}.{key}": value for key, value in parts.items()}
     for stated in (
         {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"},
         {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_awq"},
     ):
         directory = written(tmp_path / str(stated["quant_method"]), named, stated)
-        assert torch.equal(read(directory), expected.T)
+        assert torch.equal(read(directory), expected)
 
 
 @pytest.mark.parametrize("nested", [False, True])

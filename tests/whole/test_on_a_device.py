@@ -16,6 +16,7 @@ from loftq_cli.numerics import lowrank, metrics
 from tests.support import models
 from tests.support.calibrated import LENGTH, TEXT
 from tests.support.stand_in.runtime import stand_in_devices
+from tests.support.steps import train
 
 SETTINGS: dict[str, Any] = {"bits": 2, "method": "nf", "rank": 4, "iters": 1, "threads": 1}
 
@@ -39,26 +40,10 @@ def all_the_way(place: Path, device: str, name: str) -> dict[str, Any]:
     loftq_cli.refine(to / "out", to / "refined", source=model, text=text, epochs=1, **asked)
     found = loftq_cli.evaluate(to / "refined", text=text, source=model, **asked)
     trained = loftq_cli.load(to / "refined").to(device)
-    losses = train(trained, device)
+    losses = train(trained.train(), torch.device(device), steps=2)
     trained.save_pretrained(to / "trained")
     loftq_cli.merge(to / "refined", to / "merged", adapter=to / "trained")
     return {"losses": losses, **{each: found[each] for each in ("perplexity", "kl", "top1")}}
-
-
-def train(model: Any, device: str) -> list[float]:
-    """Two steps; the losses."""
-    ids = (torch.arange(1, 25).view(2, 12) % 96).to(device)
-    wanted = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(wanted, lr=1e-2, foreach=False)
-    model.train()
-    losses = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss = model(input_ids=ids, labels=ids)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:

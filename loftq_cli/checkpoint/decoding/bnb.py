@@ -44,9 +44,8 @@ def find(model: Model) -> Iterator[tuple[EncodedTensor, set[str]]]:
             raise broken(name, f"{part.tensor.elements} bytes of codes for {list(shape)}")
         tag = tag_named(state["dtype"])
         decode = partial(_decoded, name=name, state=state, dtype=torch_dtype(tag))
-        names = (name, stored, *(other.tensor.name for other in others.values()))
-        encoded = EncodedTensor(name, tag, shape, part.tensor.start, part, others, decode, names)
-        yield encoded, set(names)
+        encoded = EncodedTensor.of(name, tag, shape, part, others, decode, beside=(stored,))
+        yield encoded, set(encoded.names)
 
 
 def _state(name: str, raw: bytes) -> dict[str, Any]:

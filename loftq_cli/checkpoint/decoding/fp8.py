@@ -52,18 +52,9 @@ def find(model: Model) -> Iterator[tuple[EncodedTensor, set[str]]]:
         )
         module = name.removesuffix("weight")
         left = {module + key for key in _LEFT} & model.parts.keys()
-        encoded = EncodedTensor(
-            name,
-            model.dtype,
-            part.tensor.shape,
-            part.tensor.start,
-            part,
-            {"s": scale},
-            decode,
-            (name, scale.tensor.name),
-            {"weight_block_size": [rows, columns]},
-        )
-        yield encoded, {name, scale.tensor.name, *left}
+        shape, stated = part.tensor.shape, {"weight_block_size": [rows, columns]}
+        encoded = EncodedTensor.of(name, model.dtype, shape, part, {"s": scale}, decode, stated)
+        yield encoded, {*encoded.names, *left}
 
 
 def _block(

@@ -76,19 +76,9 @@ def find(model: Model) -> Iterator[tuple[EncodedTensor, set[str]]]:
         if second != part.tensor.shape[1] or ("g_idx" not in others and inputs % groups):
             raise broken(name, f"{inputs} inputs in {groups} groups")
         decode = partial(_decoded, name=name, kind=kind, bits=bits, dtype=torch_dtype(model.dtype))
-        names = (stored, *(other.tensor.name for other in others.values()))
-        encoded = EncodedTensor(
-            name,
-            model.dtype,
-            (outputs, inputs),
-            part.tensor.start,
-            part,
-            others,
-            decode,
-            names,
-            stated,
-        )
-        yield encoded, {*names, f"{module}.g_idx"} & model.parts.keys()
+        shape = outputs, inputs
+        encoded = EncodedTensor.of(name, model.dtype, shape, part, others, decode, stated)
+        yield encoded, {*encoded.names, f"{module}.g_idx"} & model.parts.keys()
 
 
 def _kind(model: Model, stored: str) -> tuple[str, dict[str, Any]]:

@@ -50,20 +50,10 @@ def find(model: Model) -> Iterator[tuple[EncodedTensor, set[str]]]:
         else:
             continue
         decode = partial(_decoded, name=name, dtype=torch_dtype(model.dtype))
-        names = (name, *(other.tensor.name for other in others.values()))
-        encoded = EncodedTensor(
-            name,
-            model.dtype,
-            (rows, columns),
-            part.tensor.start,
-            part,
-            others,
-            decode,
-            names,
-            {"quant_method": model.stated.get("quant_method")},
-        )
-        beside = {f"{module}.weight_format", f"{module}.input_scale"}
-        yield encoded, {*names, *(beside & model.parts.keys())}
+        stated = {"quant_method": model.stated.get("quant_method")}
+        encoded = EncodedTensor.of(name, model.dtype, (rows, columns), part, others, decode, stated)
+        left = {f"{module}.weight_format", f"{module}.input_scale"}
+        yield encoded, {*encoded.names, *(left & model.parts.keys())}
 
 
 def _check(name: str, others: Mapping[str, Part], rows: int, columns: int) -> None:

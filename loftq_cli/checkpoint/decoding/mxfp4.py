@@ -39,18 +39,9 @@ def find(model: Model) -> Iterator[tuple[EncodedTensor, set[str]]]:
         check_shape(name, scale, shape[:3])
         experts, rows, blocks, _ = shape
         decode = partial(_decoded, name=name, dtype=torch_dtype(model.dtype))
-        yield (
-            EncodedTensor(
-                name,
-                model.dtype,
-                (experts, 32 * blocks, rows),
-                part.tensor.start,
-                part,
-                {"s": scale},
-                decode,
-            ),
-            {stored, scale.tensor.name},
-        )
+        meant = experts, 32 * blocks, rows
+        encoded = EncodedTensor.of(name, model.dtype, meant, part, {"s": scale}, decode)
+        yield encoded, set(encoded.names)
 
 
 def _decoded(

@@ -58,20 +58,9 @@ def find(model: Model) -> Iterator[tuple[EncodedTensor, set[str]]]:
         decode = partial(
             _decoded, name=name, bits=bits, columns=columns, dtype=torch_dtype(model.dtype)
         )
-        names = (stored, *(other.tensor.name for other in others.values()))
-        stated = {"num_bits": bits}
-        encoded = EncodedTensor(
-            name,
-            model.dtype,
-            (rows, columns),
-            part.tensor.start,
-            part,
-            others,
-            decode,
-            names,
-            stated,
-        )
-        yield encoded, set(names)
+        shape, stated = (rows, columns), {"num_bits": bits}
+        encoded = EncodedTensor.of(name, model.dtype, shape, part, others, decode, stated)
+        yield encoded, set(encoded.names)
 
 
 def _width(model: Model, name: str, stored: str, words: int) -> tuple[int, int]:

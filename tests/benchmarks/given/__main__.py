@@ -7,7 +7,6 @@ Finished results are kept in the work directory; the same command goes on where 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from tests.benchmarks.given import adapters, backbones
 from tests.benchmarks.language import model, statistics, text
 from tests.benchmarks.language.measure import distance, log_probabilities
 from tests.benchmarks.language.training import train
-from tests.benchmarks.tools import refine, save_result, table
+from tests.benchmarks.tools import Results, refine, table
 
 RANK = 64
 RATE = 2e-4
@@ -70,26 +69,29 @@ class _Runs:
         self._evaluation = found[:: len(found) // text.EVALUATED][: text.EVALUATED]
         self._original = AutoModelForCausalLM.from_pretrained(self._model).eval()
         self._reference = [log_probabilities(self._original, w) for w in self._evaluation]
-        save_result(self._target("original"), self._measured(self._original))
+        self._results = Results(work)
+        self._results.of("original", lambda: self._measured(self._original))
 
     def before(self, name: str, kind: str) -> dict[str, Any]:
         """Of the adapter itself."""
-        target = self._target(f"{name}-{kind}")
-        if not target.is_file():
+
+        def find() -> dict[str, Any]:
             started = time.monotonic()
             loaded = self._loaded(name, kind).eval()
             made = time.monotonic() - started
-            save_result(target, {**self._measured(loaded), "seconds": made})
-        return self._read(target)
+            return {**self._measured(loaded), "seconds": made}
+
+        return self._results.of(f"{name}-{kind}", find)
 
     def after(self, name: str, kind: str) -> dict[str, Any]:
         """Of what training makes of it."""
-        target = self._target(f"{name}-{kind}-{RATE:g}-{STEPS}")
-        if not target.is_file():
+
+        def find() -> dict[str, Any]:
             loaded = self._loaded(name, kind)
             losses = train(loaded, self._training, STEPS, RATE)
-            save_result(target, {**self._measured(loaded), "losses": losses})
-        return self._read(target)
+            return {**self._measured(loaded), "losses": losses}
+
+        return self._results.of(f"{name}-{kind}-{RATE:g}-{STEPS}", find)
 
     def _measured(self, loaded: Any) -> dict[str, Any]:
         return asdict(distance(loaded, self._reference, self._evaluation))
@@ -121,16 +123,6 @@ class _Runs:
         stats = ["--stats", str(self._stats)] if kind == "full" else []
         subprocess.run([*command, *words, *stats], check=True, stdout=subprocess.DEVNULL)
         return target
-
-    def _target(self, name: str) -> Path:
-        directory = self._work / "results"
-        directory.mkdir(exist_ok=True)
-        return directory / f"{name}.json"
-
-    def _read(self, target: Path) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads(target.read_text())
-        print(f"{target.stem}: {result['perplexity']:.5g}", file=sys.stderr, flush=True)
-        return result
 
 
 def _row(name: str, kind: str, before: dict[str, Any], after: dict[str, Any] | None) -> list[str]:

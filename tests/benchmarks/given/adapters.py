@@ -19,8 +19,7 @@ Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 def values(adapted: Path) -> dict[str, torch.Tensor]:
     """{module: Q float32} of a backbone that lies in ``adapted``."""
-    output, source = open_output(adapted), open_source(adapted)
-    stored = {t.name: (shard.path, t) for shard in source.shards for t in shard.header.tensors}
+    output, stored = open_output(adapted), open_source(adapted).stored
     found = {}
     for record in output.records:
         matrix = matrix_of(record)

@@ -7,9 +7,7 @@ Finished results are kept in the work directory; the same command goes on where 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 from tests.benchmarks.language import brown, model, starts, statistics, text
 from tests.benchmarks.language.measure import Originals, distance, log_probabilities
 from tests.benchmarks.language.training import train
-from tests.benchmarks.tools import save_result, table
+from tests.benchmarks.tools import Results, table
 
 _COLUMNS = (
     "start",
@@ -70,7 +68,7 @@ class _Runs:
     def __init__(self, work: Path, steps: int) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self._work, self._steps = work, steps
+        self._work, self._steps, self._results = work, steps, Results(work)
         self._model = model.prepare(work / "model")
         text.write_parts(work)
         brown.write(work)
@@ -88,19 +86,20 @@ class _Runs:
 
     def before(self, start: starts.Start) -> dict[str, Any]:
         """Of the start itself."""
-        target = self._target(start.slug)
-        if not target.is_file():
+
+        def find() -> dict[str, Any]:
             result = starts.prepare(start, self._model, self._work)
             loaded = starts.load(start, self._model, self._work).eval()
             result |= self._distances(loaded)
             plain, weighted = self._originals.residuals(loaded.get_base_model())
-            save_result(target, {**result, "plain": plain, "weighted": weighted})
-        return self._read(target)
+            return {**result, "plain": plain, "weighted": weighted}
+
+        return self._results.of(start.slug, find)
 
     def after(self, start: starts.Start, rate: float) -> dict[str, Any]:
         """Of what training makes of it."""
-        target = self._target(f"{start.slug}-{rate:g}-{self._steps}")
-        if not target.is_file():
+
+        def find() -> dict[str, Any]:
             if start.options is not None and not self._converted(start).is_dir():
                 starts.prepare(start, self._model, self._work)
             loaded = starts.load(start, self._model, self._work)
@@ -108,9 +107,9 @@ class _Runs:
             losses = train(loaded, self._training, self._steps, rate)
             seconds = time.monotonic() - started
             told = {"rate": rate, "losses": losses, "seconds": seconds}
-            result = {**told, **self._distances(loaded)}
-            save_result(target, result)
-        return self._read(target)
+            return {**told, **self._distances(loaded)}
+
+        return self._results.of(f"{start.slug}-{rate:g}-{self._steps}", find)
 
     def _distances(self, loaded: Any) -> dict[str, Any]:
         found = {name: asdict(distance(loaded, *held)) for name, held in self._judged.items()}
@@ -122,16 +121,6 @@ class _Runs:
 
     def _converted(self, start: starts.Start) -> Path:
         return self._work / "converted" / start.slug
-
-    def _target(self, name: str) -> Path:
-        directory = self._work / "results"
-        directory.mkdir(exist_ok=True)
-        return directory / f"{name}.json"
-
-    def _read(self, target: Path) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads(target.read_text())
-        print(f"{target.stem}: {result['perplexity']:.5g}", file=sys.stderr, flush=True)
-        return result
 
 
 def _row(start: starts.Start, before: dict[str, Any], after: list[dict[str, Any]]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support import checkpoints
+from tests.support import checkpoints, places
 
 OPTIONS = ("--bits", "2", "-t", "1", "--layout", "loftq", "-q")
 PROCESSES = (1, 2, 4)
@@ -55,19 +54,11 @@ def convert(source: Path, work: Path, count: int) -> tuple[Run, dict[str, object
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     forget(source)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = places.free_port()
     began = time.monotonic()
     running = []
     for rank in range(count):
-        several = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+        several = places.environment(rank, count, port)
         words = ["convert", str(source), "-o", str(work / "out"), *OPTIONS]
         running.append(
             subprocess.Popen(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.whole.crash.conversions import Conversion, undisturbed
 from tests.whole.crash.scenarios import Scenario, scenarios
 
 _MEMORY = Path("/dev/shm")
@@ -40,3 +41,9 @@ def learned(memory: Path) -> dict[str, Scenario]:
     home = memory / "scenarios"
     home.mkdir()
     return {name: each.learn(home / "undisturbed") for name, each in scenarios(home).items()}
+
+
+@pytest.fixture(scope="session")
+def conversion(memory: Path) -> Conversion:
+    """Fourteen matrices, and what comes of them when nothing happens."""
+    return undisturbed(memory / "random")

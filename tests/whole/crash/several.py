@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tests.support import places
 from tests.whole.crash import processes
 
 
@@ -19,8 +19,7 @@ def start(
     faults: Mapping[int, Callable[[], None]] | None = None,
 ) -> list[processes.Running]:
     """``loftq`` with these arguments, and with its ``own``, in each of so many ranks."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = places.free_port()
     return [
         processes.Running(
             [*arguments, *(own or {}).get(rank, ())],
@@ -43,13 +42,6 @@ def run(
 
 
 def _place(rank: int, count: int, port: int, fault: Callable[[], None] | None) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= places.environment(rank, count, port)
     if fault is not None:
         fault()

@@ -17,10 +17,9 @@ from loftq_cli.checkpoint.output import open_output, verify
 from loftq_cli.conversion import group, ranks
 from tests.support import checkpoints
 from tests.whole.crash import several
+from tests.whole.crash.conversions import Conversion, wait_for_work
 from tests.whole.crash.stress import STRESS, tell, times
-from tests.whole.crash.test_random_moments import Conversion, conversion, wait_for_work
 
-__all__ = ["conversion"]
 QUICK = ("--rank", "4", "--iters", "1", "-t", "1", "--layout", "loftq")
 
 

@@ -17,6 +17,7 @@ from loftq_cli.numerics.quantizers import decoding
 from loftq_cli.numerics.quantizers.methods import make_quantizer, names, widths
 from loftq_cli.numerics.quantizers.packed import Packed
 from tests.support import checkpoints
+from tests.support.steps import train
 from tests.support.synthetic import llm_like
 from tests.whole.gpu.scale import Scale
 
@@ -161,15 +162,7 @@ def whole_way(device: torch.device, scale: Scale, place: Path) -> list[str]:
 
 def _trained(work: Path, device: torch.device) -> list[float]:
     model = loftq_cli.load(work / "refined").to(device).train()
-    ids = (torch.arange(1, 25).view(2, 12) % 96).to(device)
-    wanted = [each for each in model.parameters() if each.requires_grad]
-    optimizer, losses = torch.optim.AdamW(wanted, lr=1e-2), []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = model(input_ids=ids, labels=ids)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, device, steps=5)
     model.save_pretrained(work / "trained")
     return losses
 

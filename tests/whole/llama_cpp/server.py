@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import time
 import urllib.error
@@ -11,13 +10,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from tests.support.places import free_port
+
 
 def answered(binary: Path, served: Path, prompt: list[int], *, lora: bool) -> dict[int, float]:
     """The likeliest next tokens, and the logarithms of how likely they are, after ``prompt``, that
     ``binary`` gives of model.gguf in ``served``, with adapter.gguf if ``lora``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     line = f"--port {port} -c 512 -t 1 --no-warmup -m".split()
     words = [str(binary), *line, str(served / "model.gguf")]
     words += ["--lora", str(served / "adapter.gguf")] if lora else []

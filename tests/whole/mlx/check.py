@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import loftq_cli
 from tests.support import models
 from tests.support.exported import decoded
+from tests.support.places import free_port
 from tests.whole.zoo import small
 
 ASK = Path(__file__).parent / "ask.py"
@@ -194,9 +194,7 @@ def trained(mlx: Mlx, place: Path) -> bool:
 
 def server(mlx: Mlx, place: Path) -> bool:
     """mlx_lm.server, with the model and the adapter that ``trained`` made."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = f"mlx_lm.server --model served --adapter-path trained --port {port}".split()
     with (place / "server.txt").open("wb") as log:
         process = subprocess.Popen(
