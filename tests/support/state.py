@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils import _python_dispatch as dispatch
 
+# torch's flags for all threads: modes of two threads that overlap leave them set.
+_MODES = ("_is_in_torch_dispatch_mode", "_is_in_non_infra_torch_dispatch_mode")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
 
 
@@ -29,6 +32,7 @@ def seen() -> dict[str, Any]:
         "dtype": torch.get_default_dtype(),
         "gradients": torch.is_grad_enabled(),
         "precision": torch.get_float32_matmul_precision(),
+        "modes": {name: getattr(dispatch, name) for name in _MODES if hasattr(dispatch, name)},
         "umask": _umask(),
     }
 
@@ -59,6 +63,10 @@ def _environment(variables: dict[str, str]) -> None:
     os.environ.update(variables)
 
 
+def _modes(flags: dict[str, bool]) -> None:
+    vars(dispatch).update(flags)
+
+
 def _signals(handlers: dict[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -78,5 +86,6 @@ _PUT_BACK: dict[str, Any] = {
     "dtype": torch.set_default_dtype,
     "gradients": torch.set_grad_enabled,
     "precision": torch.set_float32_matmul_precision,
+    "modes": _modes,
     "umask": os.umask,
 }

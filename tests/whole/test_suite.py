@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import _python_dispatch
 
 import loftq_cli
 from tests.support.slow import FOLDERS, MODULES, TESTS, is_slow
@@ -82,6 +83,7 @@ def test_what_a_test_changes_is_as_it_was_for_the_next() -> None:
         torch.set_default_dtype(torch.float64)
         torch.set_grad_enabled(False)
         torch.set_float32_matmul_precision("medium")
+        _python_dispatch._is_in_torch_dispatch_mode = True
         os.umask(before["umask"] ^ 0o077)
         assert not [name for name, value in seen().items() if value == before[name]]
     assert seen() == before

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from loftq_cli.checkpoint.packing import packed_length
 from loftq_cli.kernels import native
@@ -84,9 +84,12 @@ def _is_complete(packed: Packed, blocks: int) -> bool:
 
 
 def _traced() -> bool:
-    """Whether operations are recorded or replaced: what the kernels do would be missed."""
+    """Whether operations of this thread are recorded or replaced: what the kernels do would be
+    missed."""
+    # Not is_in_torch_dispatch_mode(): it is one flag for all threads, and modes of two threads that
+    # overlap leave it set for good.
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return is_in_torch_dispatch_mode() or bool(tracing)
+    return _get_current_dispatch_mode() is not None or bool(tracing)
 
 
 def _plain(tensor: torch.Tensor) -> bool:

@@ -7,11 +7,13 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loftq_cli.checkpoint.packing import packed_length
 from loftq_cli.kernels import native
@@ -199,6 +201,25 @@ def test_tensors_without_memory_and_recordings_are_left_to_tensor_operations():
     with pytest.warns(DeprecationWarning, match="jit"):
         torch.jit.trace(recorded, torch.zeros(1), check_trace=False)
     assert seen[0]
+
+
+class Recording(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_are_those_of_the_thread():
+    arguments = make((8, 64), 4, 64, affine=False)
+    mine, others = Recording(), Recording()
+    with ThreadPoolExecutor(1) as pool:
+        with mine:
+            assert refused(arguments)
+            pool.submit(others.__enter__).result()
+        # torch's own flag is for all threads, and says so for good.
+        assert not refused(arguments)
+        assert pool.submit(refused, arguments).result()
+        pool.submit(others.__exit__, None, None, None).result()
+    assert not refused(arguments)
 
 
 def test_without_the_library_tensor_operations_decode(monkeypatch):
