@@ -15,6 +15,7 @@ NAMES = (
     "speed",
     "svd",
     "weighted",
+    "calibration",
     "memory",
     "overlap",
     "dequantize",
