@@ -17,11 +17,12 @@ from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import OutputConflictError, UsageError
 from loftq_cli.machine.observer import Observer
+from loftq_cli.planning.plan import Plan
 from loftq_cli.settings.table import BEST, DEFAULT
 from loftq_cli.statistics.file import model_sha256, open_statistics, statistics_for
 from loftq_cli.statistics.save import contents_sha256
 from loftq_cli.statistics.statistics import Statistics
-from loftq_cli.statistics.writer import refuse_taken
+from loftq_cli.statistics.writer import entry_bytes, refuse_taken
 
 OPTION = "--calibrate-text"
 
@@ -29,11 +30,11 @@ OPTION = "--calibrate-text"
 @dataclass(frozen=True)
 class Texts:
     """What is done with texts around a conversion: ``paths`` of their files, OWN for what the model
-    writes itself, the kind of ``moments`` that are measured on them before it, and whether it is
-    refined on them after it. ``dry_run``: nothing is written or measured."""
+    writes itself, the kind of ``moments`` that are measured on them before it (None: nobody said),
+    and whether it is refined on them after it. ``dry_run``: nothing is written or measured."""
 
     paths: tuple[Path, ...]
-    moments: str
+    moments: str | None
     refine: bool
     dry_run: bool
 
@@ -70,8 +71,23 @@ def asked(
             if wanted:
                 raise UsageError(f"{option} needs text", hint=f"name it with {OPTION}")
         return None
-    kind = Measuring(moments=moments or ("full" if best else Measuring.moments)).moments
-    return Texts(tuple(paths), kind, refine or best, dry_run)
+    if moments is not None:
+        Measuring(moments=moments)  # refuses what is none
+    return Texts(tuple(paths), moments or ("full" if best else None), refine or best, dry_run)
+
+
+def moments_for(plan: Plan) -> str:
+    """The kind of moments that pays, if nobody said: full ones if a matrix is narrow and they take
+    no more of the disk than the model does."""
+    if not plan.is_narrow:
+        return "diagonal"
+    # Of one module, layers with as many inputs mostly share them.
+    inputs = {
+        (name.removesuffix(".weight").rpartition(".")[0], item.matrix.shape[1])
+        for name, item in plan.matrices.items()
+    }
+    taken = sum(entry_bytes(width, full=True) for _, width in inputs)
+    return "full" if taken <= plan.source_bytes else "diagonal"
 
 
 def beside(output: Path) -> Path:
@@ -95,10 +111,10 @@ def read(
 
 
 def found(
-    source: Source, output: Path, texts: Sequence[Text], moments: str, *, overwrite: bool
+    source: Source, output: Path, texts: Sequence[Text], moments: str | None, *, overwrite: bool
 ) -> Statistics | None:
-    """The statistics beside ``output``, if they are of this model and these ``texts``; None if
-    they have to be measured.
+    """The statistics beside ``output``, if they are of this model and these ``texts``, and of the
+    kind ``moments`` or, if that is None, of any; None if they have to be measured.
 
     Raises OutputConflictError if there is something else and ``overwrite`` does not allow to
     replace it.
@@ -135,18 +151,18 @@ def measured(
     return statistics_for(source, str(path))
 
 
-def _differing(path: Path, source: Source, read: Sequence[Text], moments: str) -> str | None:
+def _differing(path: Path, source: Source, read: Sequence[Text], moments: str | None) -> str | None:
     """What the statistics at ``path`` are, if they are not what would be measured now."""
     held = open_statistics(path)
     kinds = {entry.kind for entry in held.entries.values()}
     if held.model is None or held.model.sha256 != model_sha256(source):
         return "of another model"
-    if kinds != {moments}:
+    if moments is not None and kinds != {moments}:
         return f"with {' and '.join(sorted(kinds))} moments, not {moments}"
     contents = contents_sha256(source)
     if contents is None or held.text.get("contents") != contents:
         return f"of a model with other values, or another tokenizer, than {source.id} has now"
-    wanted = provenance(read, Measuring(moments=moments), contents)
+    wanted = provenance(read, Measuring(), contents)
     if {name: held.text.get(name) for name in wanted} != wanted:
         return "of other text, or of other windows of it"
     return None

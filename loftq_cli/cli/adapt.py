@@ -39,7 +39,7 @@ from loftq_cli.settings.table import OF_ADAPTERS
 )
 @settings_options(OF_ADAPTERS)
 @calibrate_text_option
-@moments_option("diagonal")
+@moments_option
 @click.option("--revision", type=str, help="Branch, tag or commit of BACKBONE on the hub.")
 @click.option("--source-revision", type=str, help="Branch, tag or commit of MODEL on the hub.")
 @offline_option

@@ -85,7 +85,7 @@ if TYPE_CHECKING:
 @setting_options("which")
 @setting_options("statistics")
 @calibrate_text_option
-@moments_option("diagonal, full under --preset best")
+@moments_option
 @click.option(
     "--refine",
     "refining",

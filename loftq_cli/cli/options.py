@@ -60,15 +60,6 @@ calibrate_text_option = click.option(
 )
 
 
-def moments_option(default: str) -> Callable[[_F], _F]:
-    """``--moments`` of what ``--calibrate-text`` measures; ``default``: as the help has it."""
-    return click.option(
-        "--moments",
-        type=choice("diagonal", "full"),
-        help=f"What --calibrate-text measures.  [default: {default}]",
-    )
-
-
 def text_option(told: str) -> Callable[[_F], _F]:
     """``--text``, which is needed and may be repeated, with its help."""
     return click.option(
@@ -104,6 +95,14 @@ def settings_options(names: Iterable[str]) -> Callable[[_F], _F]:
 def choice(*names: str) -> click.Choice[str]:
     """The type of an option that takes one of these."""
     return click.Choice(names)
+
+
+moments_option = click.option(
+    "--moments",
+    type=choice("diagonal", "full"),
+    help="What --calibrate-text measures.  [default: full with 3 bits and fewer, unless they take "
+    "more of the disk than the model; else diagonal]",
+)
 
 
 class _Asked(click.Choice):  # type: ignore[type-arg]  # generic since click 8.2 only

@@ -179,9 +179,8 @@ def _measured_first(
         if not overwrite:
             _refuse_beforehand(plan, workspace)
         check_resources(plan, workspace)
-        statistics = first.measured(
-            source, path, read, texts.moments, device=device, observer=observer
-        )
+        moments = texts.moments or first.moments_for(plan)
+        statistics = first.measured(source, path, read, moments, device=device, observer=observer)
     return planned(settings, statistics)
 
 

@@ -21,7 +21,6 @@ from loftq_cli.settings.options import Options
 from loftq_cli.settings.table import PAPER
 
 _MOST_SHOWN = 4
-_NARROW = 3  # bits
 _CODE = (".py", ".pyc", ".so", ".sh", ".ipynb")
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"),
@@ -76,12 +75,12 @@ def _encoded(source: Source) -> str | None:
 def statistics_note(plan: Plan, preset: str) -> str | None:
     """What narrow codes without statistics usually lose, None if that is not so or asked for
     (docs/statistics.md has the figures)."""
-    narrow = any(item.matrix.bits <= _NARROW for item in plan.matrices.values())
-    if plan.statistics is not None or preset == PAPER or not narrow or not plan.recipe.iters:
+    unneeded = plan.statistics is not None or preset == PAPER or not plan.recipe.iters
+    if unneeded or not plan.is_narrow:
         return None
     return (
         "without activation statistics: at 2 bits a small language model had 4 to 16 times, at 3 "
-        "bits 1.4 to 1.7 times its perplexity with them (--calibrate-text FILE --moments full)"
+        "bits 1.4 to 1.7 times its perplexity with them (--calibrate-text FILE)"
     )
 
 

@@ -157,7 +157,7 @@ def entry_bytes(width: int, full: bool) -> int:
     """About what an entry of so many inputs takes in a file."""
     if not full:
         return 4 * width
-    return (2 if width >= _PACKED_FROM else 4) * width**2
+    return width**2 + 4 * (DIRECTIONS + 1) * width if width >= _PACKED_FROM else 4 * width**2
 
 
 def refuse_taken(path: Path, overwrite: bool) -> None:

@@ -50,13 +50,17 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return made
 
 
-@pytest.mark.parametrize("moments", [(), ("--moments", "full")])
-def test_it_writes_what_the_two_commands_write(moments: tuple[str, ...], loftq: Command) -> None:
-    loftq("calibrate", "real", "--text", "notes.txt", "--text", "more.txt", *moments)
+@pytest.mark.parametrize(
+    ("moments", "kind"), [((), "full"), (("--moments", "diagonal"), "diagonal")]
+)
+def test_it_writes_what_the_two_commands_write(
+    moments: tuple[str, ...], kind: str, loftq: Command
+) -> None:
+    texts = ("--text", "notes.txt", "--text", "more.txt")
+    loftq("calibrate", "real", *texts, "--moments", kind)
     apart = loftq(*CONVERT, "--stats", "stats.safetensors", "-o", "apart")
     result = loftq(*CONVERT, *TEXT, "--calibrate-text", "more.txt", *moments)
     assert (apart.exit_code, result.exit_code) == (0, 0), result.stderr
-    kind = "full" if moments else "diagonal"
     assert f"tokens ({kind} moments): {STATS.resolve()}" in result.stderr
     assert STATS.read_bytes() == Path("stats.safetensors").read_bytes()
     first, second = (
@@ -66,6 +70,37 @@ def test_it_writes_what_the_two_commands_write(moments: tuple[str, ...], loftq: 
     assert first["recipe"] == second["recipe"]
     assert first["outputs"] == second["outputs"]
     assert "without activation statistics" not in result.stderr
+
+
+def test_full_moments_are_for_narrow_codes_and_no_larger_than_the_model(
+    loftq: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kind(*words: str) -> str:
+        result = loftq(*CONVERT, *TEXT, *words, "--overwrite")
+        assert result.exit_code == 0, result.stderr
+        STATS.rename("measured")
+        return open_statistics(Path("measured")).kind("model.layers.0.mlp.up_proj.weight")
+
+    assert kind("--bits", "4") == "diagonal"
+    assert kind("--bits", "4", "--bits-map", "*.down_proj.*=3") == "full"
+    # 64 inputs twice and 128 once in each of two blocks, in float32.
+    taken = 2 * 4 * (2 * 64**2 + 128**2)
+    held = sum(path.stat().st_size for path in Path("real").glob("*.safetensors"))
+    assert taken < held
+    monkeypatch.setattr(
+        calibrate_first, "entry_bytes", lambda width, full: 4 * width**2 * (held // taken + 1)
+    )
+    assert kind() == "diagonal"
+    assert kind("--moments", "full") == "full"
+
+
+def test_statistics_of_either_kind_are_taken_if_nobody_asks(
+    loftq: Command, measurements: list[Path]
+) -> None:
+    assert loftq("calibrate", "real", "--text", "notes.txt", "-o", str(STATS)).exit_code == 0
+    assert loftq(*CONVERT, *TEXT).exit_code == 0
+    assert measurements == []
+    assert open_statistics(STATS).kind("model.layers.0.mlp.up_proj.weight") == "diagonal"
 
 
 def test_feedback_is_the_default_with_full_statistics_and_can_be_switched_off(
@@ -176,9 +211,7 @@ def test_other_statistics_are_kept_unless_they_may_be_replaced(
     assert not Path("out").exists()
     assert loftq(*CONVERT, *TEXT, *words, "--overwrite").exit_code == 0
     assert len(measurements) == 1
-    assert open_statistics(STATS).kind("model.layers.0.mlp.up_proj.weight") == (
-        "full" if words else "diagonal"
-    )
+    assert open_statistics(STATS).kind("model.layers.0.mlp.up_proj.weight") == "full"
 
 
 def test_a_file_of_something_else_is_never_replaced(loftq: Command) -> None:
