@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ from loftq_cli.loading.intact import check_files
 from loftq_cli.loading.trained_beside import TrainedBeside, leave_beside
 from loftq_cli.loading.warned import DetachedAdapter
 from loftq_cli.machine.packages import missing_extra, required
+from loftq_cli.numerics.metrics import squared_norm
+
+_ROUNDED = 0.01  # of a sum of squares, at most, by the dtype that the adapter is loaded in
 
 
 def load(
@@ -259,13 +263,29 @@ def _attach(
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     fused = {name for name in loaded if is_expert(name)} - expected.keys()
     _refuse((loaded.keys() - fused) ^ expected.keys(), "PEFT and the file disagree about", file)
-    # A fused B that PEFT found nothing for is zero, as it draws a new one.
-    empty = {name for name in fused if ".lora_B." in name and not loaded[name].any()}
-    _refuse(empty or (experts if not (fused or homes) else set()), "PEFT did not fuse", file)
+    taken = {tensor.name for tensor in expected.values()}
+    parts = [stored[name] for name in stored if is_expert(name) and name not in taken]
+    _refuse(
+        _unfused({name: loaded[name] for name in fused}, parts, file), "PEFT did not fuse", file
+    )
     with TensorFile(file) as reader:
         lost = {name for name in expected if _differ(loaded[name], reader.read(expected[name]))}
     _refuse(lost, "PEFT did not load", file)
     return model
+
+
+def _unfused(fused: Mapping[str, Any], parts: Sequence[StoredTensor], file: Path) -> set[str]:
+    """The names of what PEFT did not fuse from the ``parts`` in the file, as far as can be told:
+    stacking keeps the sum of all squares, and a B that it found nothing for is zero."""
+    if any(tensor.is_meta for tensor in fused.values()):
+        return set()
+    squares = {name: squared_norm(tensor.cpu()) for name, tensor in fused.items()}
+    with TensorFile(file) as reader:
+        given = math.fsum(squared_norm(reader.read(part)) for part in parts)
+    if math.isclose(math.fsum(squares.values()), given, rel_tol=_ROUNDED):
+        return set()
+    empty = {name for name, square in squares.items() if ".lora_B." in name and not square}
+    return empty or {*squares} or {part.name for part in parts}
 
 
 def _homes(backbone: Any, parameters: Iterable[str], file: Path) -> dict[str, str]:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+import loftq_cli
+from loftq_cli.checkpoint.header import read_header
 from loftq_cli.checkpoint.packing import pack
 from loftq_cli.errors import UnsupportedInputError
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.loading.experts import PackedExperts, take_over
+from loftq_cli.loading.load import _unfused
 from loftq_cli.loading.packed_weight import PackedWeight
 from loftq_cli.loading.replacement import packed
 from loftq_cli.numerics.quantizers.packed import Packed
-from tests.support import moe
+from tests.support import models, moe
 from tests.support.quantizing import gaussian
 from tests.support.stored import drawn
 
@@ -197,3 +202,38 @@ def test_experts_that_are_missing_or_of_another_kind_are_refused() -> None:
     with pytest.raises(UnsupportedInputError, match="does not hold its experts as they are"):
         take_over(odd, {name: partial(packed, entry=ENTRY) for name in names})
     assert not isinstance(odd, PackedExperts)
+
+
+@pytest.mark.filterwarnings(r"ignore:The following (rank|alpha)_pattern keys.*gate_up_proj")
+def test_an_adapter_that_begins_at_zero_is_loaded(tmp_path: Path) -> None:
+    source = models.save(moe.make("qwen3_moe"), tmp_path / "source", torch.bfloat16)
+    loftq_cli.convert(source, tmp_path / "out", bits=4, rank=4, iters=0, layout="loftq", threads=1)
+    model = loftq_cli.load(tmp_path / "out")
+    found = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    stored = load_file(tmp_path / "out/loftq_init/adapter_model.safetensors")
+    held = {name: tensor for name, tensor in stored.items() if ".experts." in name}
+    # Stacked, whatever their order: of two layers, four experts with a gate, an up and a down.
+    assert len(held) == 2 * 2 * 4 * 3
+    for kind in ("lora_A", "lora_B"):
+        fused = [t.double().sum() for key, t in found.items() if ".experts." in key and kind in key]
+        parts = [tensor.double().sum() for key, tensor in held.items() if kind in key]
+        assert len(fused) == 4
+        torch.testing.assert_close(sum(fused), sum(parts))
+        assert any(parts) == (kind == "lora_A")
+
+
+def test_what_peft_did_not_fuse_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "adapter.safetensors"
+    parts = {f"experts.{e}.up_proj.lora_{ab}.weight": gaussian(3, 5) for e in "01" for ab in "AB"}
+    save_file(parts, file)
+    stored = read_header(file).tensors
+    A, B = torch.cat([parts[name] for name in parts if "lora_A" in name]), gaussian(3, 5)
+    fused = {"experts.lora_A.weight": A, "experts.lora_B.weight": torch.cat([B, B], dim=1)}
+    assert _unfused(fused, stored, file) == set()
+    assert _unfused({name: t.bfloat16() for name, t in fused.items()}, stored, file) == set()
+    zero = {**fused, "experts.lora_B.weight": torch.zeros(3, 10)}
+    assert _unfused(zero, stored, file) == {"experts.lora_B.weight"}
+    other = {**fused, "experts.lora_A.weight": A + 0.1}
+    assert _unfused(other, stored, file) == set(fused)
+    assert _unfused({}, stored, file) == parts.keys()
+    assert _unfused({}, [], file) == set()
