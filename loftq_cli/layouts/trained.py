@@ -25,7 +25,7 @@ from loftq_cli.errors import (
     SourceNotFoundError,
     UnsupportedInputError,
 )
-from loftq_cli.families.experts import is_expert
+from loftq_cli.families.experts import is_expert, is_part, part_of
 from loftq_cli.layouts.adapter import CONFIG, OF_MLX_LM, PREFIX, WEIGHTS
 from loftq_cli.layouts.trained_config import check_config, token_indices
 from loftq_cli.layouts.trained_parts import FusedPair, Pair, Recent, TokenRows
@@ -71,6 +71,17 @@ class TrainedAdapter:
             return False
         excluded = _matches(self.config.get("exclude_modules"), module)
         return _matches(self.config.get("target_modules"), module) and not excluded
+
+    def targets_expert(self, module: str) -> str | None:
+        """The fused parameter with a pair for an expert's ``module``, None if the config names
+        none."""
+        experts = (part_of(module) or ("",))[0]
+        for name in self.config.get("target_parameters") or ():
+            home, _, parameter = str(name).rpartition(".")
+            is_home = not home or f".{experts}".endswith(f".{home}")
+            if is_home and is_part(module, parameter):
+                return f"{experts}.{parameter}"
+        return None
 
     def saves(self, name: str) -> bool:
         """Whether the tensor ``name`` belongs to a module that ``modules_to_save`` lists."""

@@ -206,16 +206,20 @@ def _refuse_homeless(file: Path, names: Sequence[str]) -> None:
 
 def refuse_incomplete(parts: Parts, placed: Placed) -> None:
     """Raise InputError if a quantized matrix lacks the pair that the adapter's config names."""
-    lacking = []
+    lacking: list[tuple[str, str]] = []
     for name in parts.backbone.matrices:
+        if name in placed.pairs or name in placed.whole:
+            continue
         trained = parts.names.of_trained(name)
-        if trained is not None and name not in placed.pairs and name not in placed.whole:
-            module = trained.removesuffix(".weight")
-            lacking += [module] * parts.adapter.targets(module)
+        if trained is not None and parts.adapter.targets(trained.removesuffix(".weight")):
+            tensor = f"{PREFIX}{trained.removesuffix('.weight')}.lora_A.weight"
+            lacking.append((f"tensor {tensor!r}", "target_modules"))
+        elif parameter := parts.adapter.targets_expert(name.removesuffix(".weight")):
+            lacking.append((f"the pair of {parameter!r}", "target_parameters"))
     if lacking:
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        (what, where), more = lacking[0], len({what for what, _ in lacking}) - 1
         raise InputError(
-            f"{parts.file}: tensor '{PREFIX}{lacking[0]}.lora_A.weight'{more} missing, "
-            "the adapter's target_modules name it",
+            f"{parts.file}: {what}{f' and {more} more' if more else ''} missing, the adapter's "
+            f"{where} name it",
             hint="give the complete adapter of this conversion",
         )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.checkpoint.source import open_source
-from loftq_cli.errors import LayoutError, UsageError
+from loftq_cli.errors import InputError, LayoutError, UsageError
 from loftq_cli.families import experts
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
@@ -103,6 +103,13 @@ def test_a_trained_fused_adapter_merges_as_peft_merges_it(kind, mixture, tmp_pat
     theirs = logits(model.merge_and_unload())
     ours = logits(model_class(output).from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6 * float(theirs.abs().max()))
+    file = trained / "adapter_model.safetensors"
+    held = load_file(file)
+    lost = {name for name in held if ".layers.1." in name and ".experts.base_layer." in name}
+    assert len(lost) == 2
+    save_file({name: tensor for name, tensor in held.items() if name not in lost}, file)
+    with pytest.raises(InputError, match=r"experts\.gate_up_proj' missing.*target_parameters"):
+        merge(output, tmp_path / "again", adapter=trained, observer=Observer())
 
 
 WAYS = {
