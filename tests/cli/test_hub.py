@@ -117,4 +117,4 @@ def test_statistics_are_measured_of_a_hub_model_and_kept(tmp_path: Path) -> None
     assert local.returncode == 0, local.stderr
     ours, theirs = (json.loads(result.stdout) for result in (online, local))
     assert ours["outputs"] == theirs["outputs"]
-    assert all(matrix["weighted"]["kind"] == "diagonal" for matrix in ours["matrices"])
+    assert all(matrix["weighted"]["kind"] == "full" for matrix in ours["matrices"])
