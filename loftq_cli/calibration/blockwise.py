@@ -9,7 +9,7 @@ block's weights are needed at a time, and of the activations only what the last 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -54,16 +54,16 @@ class Replacing:
 
 
 class BlockRunner(Replacing):
-    """Runs blocks one after the other, in the order in which the model calls them, over ``count``
-    windows."""
+    """Runs blocks one after the other, in the order in which the model calls them, over the windows
+    of these numbers."""
 
-    def __init__(self, model: nn.Module, run: Run, count: int) -> None:
+    def __init__(self, model: nn.Module, run: Run, windows: Sequence[int]) -> None:
         super().__init__()
         self._model = model
         self._run = run
-        self._count = count
+        self._windows = windows
         self._window = 0
-        self._outputs: dict[str, list[Any]] = {}  # of each stack's last finished block
+        self._outputs: dict[str, dict[int, Any]] = {}  # of each stack's last finished block
 
     def windows(self, name: str) -> Iterator[int]:
         """Run block ``name`` on every window; yields after each. Then what it gave replaces it.
@@ -72,11 +72,13 @@ class BlockRunner(Replacing):
         """
         block = self._model.get_submodule(name)
         stack = name.rpartition(".")[0]
-        outputs = self._outputs.setdefault(stack, [None] * self._count)
+        outputs = self._outputs.setdefault(stack, {})
         with resident(block):
-            for window in range(self._count):
+            first = None
+            for window in self._windows:
                 self._window = window
-                outputs[window] = kept(self._output(block), outputs[0] if window else None)
+                outputs[window] = kept(self._output(block), first)
+                first = outputs[window] if first is None else first
                 yield window
         self.replace(block, lambda: outputs[self._window])
 

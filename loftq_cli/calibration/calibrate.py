@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
+import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.lfs import refuse_pointer
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.request import Request
-from loftq_cli.checkpoint.source import Source
+from loftq_cli.checkpoint.source import Source, file_hashes
 from loftq_cli.checkpoint.stacks import cut
 from loftq_cli.errors import (
     CorruptFileError,
@@ -35,6 +38,8 @@ from loftq_cli.machine.durable import explained, readable
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.resources import check_space, memory_explained
 from loftq_cli.machine.workspace import Workspace
+from loftq_cli.machine.world import ALONE, World
+from loftq_cli.numerics.moments import Moments
 from loftq_cli.planning.choices import choose_device
 from loftq_cli.planning.make import anatomy_of
 from loftq_cli.planning.selection import select
@@ -94,20 +99,25 @@ def calibrate(
     *,
     overwrite: bool = False,
     observer: Observer,
+    world: World = ALONE,
 ) -> dict[str, Any]:
-    """Measure a model on ``texts`` and write ``output``; what ``--json`` prints.
+    """Measure a model on ``texts``, which the processes of ``world`` share, and write ``output``;
+    what ``--json`` prints.
 
     Raises UsageError, InputError for the model or the texts, OutputConflictError,
     EnvironmentFailure for a missing extra, memory, the disk or the device.
     """
     choose_device(wanted.device)
     read = [read_text("--text", path) for path in texts]
-    source = locate(request, observer.note)
+    with world.in_turn("found"):
+        source = locate(request, observer.note)
     if source.directory.resolve() in output.resolve().parents:
         raise UsageError(
             f"--output {output} is inside the input {source.directory}", hint="write it elsewhere"
         )
-    return measure(source, output, read, wanted, overwrite=overwrite, observer=observer)
+    return measure(
+        source, output, read, wanted, overwrite=overwrite, observer=observer, world=world
+    )
 
 
 def measure(
@@ -118,45 +128,63 @@ def measure(
     *,
     overwrite: bool,
     observer: Observer,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """As :func:`calibrate`, of a source and texts that were read; raises the same."""
     started = time.monotonic()
     device = choose_device(wanted.device)
-    refuse_taken(output, overwrite)
+    if world.first:
+        refuse_taken(output, overwrite)
     job = _job(source, texts, wanted, device)
-    deliver_all(source, observer)
+    with world.in_turn("delivered"):
+        deliver_all(source, observer)
+    about = provenance(texts, wanted, contents_sha256(source))
     full = wanted.moments == "full"
-    widest = max(job.widths.values())
-    check_space(output.absolute().parent, entry_bytes(widest, full))
-    workspace = _Workspace(output)
-    with memory_explained("calibrating", hint=_LESS_MEMORY), workspace.locked():
-        workspace.discard_work()  # what a crash left
-        with explained(workspace.output):
-            workspace.output.mkdir()
-        calibration = job.prepare(workspace.output)
+    if world.first:
+        check_space(output.absolute().parent, entry_bytes(max(job.widths.values()), full))
+    settings = {**about, "moments": wanted.moments, "threads": torch.get_num_threads()}
+    world.agree(settings, file_hashes(source), device)
+    with memory_explained("calibrating", hint=_LESS_MEMORY), _folder(output, world) as folder:
+        calibration = job.prepare(folder)
         samples, length = calibration.windows.shape
-        taken = {"samples": samples, "length": length, "dtype": job.dtype_name}
-        text = {**provenance(texts, wanted, contents_sha256(source)), **taken}
-        with StatisticsWriter(
-            output, job.widths, model=measured_model(source), text=text, overwrite=overwrite
-        ) as writer:
-            written, entries = _write(writer, calibration, full, observer)
-            _refuse_nothing(written, source, len(job.widths))
-            nbytes = writer.publish()
-    missing = [name for name in job.widths if name not in written]
-    _tell_of_missing(missing, observer)
+        text = {**about, "samples": samples, "length": length, "dtype": job.dtype_name}
+        if world.size > 1:
+            observer.note(f"{world.size} processes share {samples} windows")
+        found = _found(calibration, world, full, observer)
+        done: dict[str, Any] = {}
+        if world.first:
+            done = _written(found, job, output, text, overwrite)
+            _tell_of_missing(done["missing"], observer)
+        else:
+            collections.deque(found, maxlen=0)  # only for what the others get of it
     return {
         **job.described(),
         "output": str(output),
-        "matrices": len(written),
-        "entries": entries,
-        "missing": missing,
         "samples": samples,
         "length": length,
         "tokens": samples * length,
-        "bytes": nbytes,
+        **world.told(lambda: done),
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+@contextmanager
+def _folder(output: Path, world: World) -> Iterator[Path]:
+    """Where parts of a model may lie until it is measured; rank 0 keeps others from measuring for
+    the same file."""
+    workspace = _Workspace(output)
+    if world.first:
+        with workspace.locked():
+            workspace.discard_work()  # what a crash left
+            with explained(workspace.output):
+                workspace.output.mkdir()
+            yield workspace.output
+        return
+    own = workspace.output / f"rank-{world.rank}"
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -238,10 +266,11 @@ def provenance(texts: Sequence[Text], wanted: Measuring, contents: str | None) -
     }
 
 
-def _write(
-    writer: StatisticsWriter, calibration: Calibration, full: bool, observer: Observer
-) -> tuple[set[str], int]:
-    """Write every entry as soon as it is measured; (matrices, number of entries)."""
+_Found = Iterator[tuple[list[str], Moments]]
+
+
+def _found(calibration: Calibration, world: World, full: bool, observer: Observer) -> _Found:
+    """Every entry as soon as it is measured."""
 
     def begin(windows: int) -> None:
         observer.begin(windows, "calibrating", " windows")
@@ -250,15 +279,28 @@ def _write(
         observer.working_on(name)
         observer.advance(1)
 
-    written, entries = set[str](), 0
     try:
-        for names, moments in calibration.measure(full=full, begin=begin, advance=advance):
+        yield from calibration.measure(world, full=full, begin=begin, advance=advance)
+    finally:
+        observer.end()
+
+
+def _written(
+    found: _Found, job: _Job, output: Path, text: Mapping[str, Any], overwrite: bool
+) -> dict[str, Any]:
+    """Write what is ``found``, and publish it; what ``--json`` says of it."""
+    written, entries = set[str](), 0
+    with StatisticsWriter(
+        output, job.widths, model=measured_model(job.source), text=text, overwrite=overwrite
+    ) as writer:
+        for names, moments in found:
             write_entry(writer, names, moments)
             written.update(names)
             entries += 1
-    finally:
-        observer.end()
-    return written, entries
+        _refuse_nothing(written, job.source, len(job.widths))
+        nbytes = writer.publish()
+    missing = [name for name in job.widths if name not in written]
+    return {"matrices": len(written), "entries": entries, "missing": missing, "bytes": nbytes}
 
 
 def _refuse_nothing(written: Collection[str], source: Source, matrices: int) -> None:

@@ -120,7 +120,7 @@ def _in_turn(
 ) -> bool:
     """Whether blocks and layers are given the same when they are run one after the other."""
     again = _Calls()
-    with BlockRunner(model, run, 1) as runner:
+    with BlockRunner(model, run, [0]) as runner:
         for name, inside in blocks.items():
             try:
                 with again.watched(model, [name], {layer: layers[layer] for layer in inside}):

@@ -18,6 +18,7 @@ from torch.nn import functional
 from loftq_cli.errors import NonFiniteActivationError
 from loftq_cli.families.experts import FUSED, form_of
 from loftq_cli.loading.experts import activated, chosen
+from loftq_cli.machine.world import World
 from loftq_cli.numerics.moments import Moments
 
 FEW = 32
@@ -58,6 +59,17 @@ class ExpertInputs:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def gather(self, world: World, device: torch.device) -> None:
+        """Have the inputs of all processes, each of which has seen its own windows on ``device``:
+        an expert may have got tokens in some of them only."""
+        for held in (*self._given.values(), *self._inner.values()):
+            widths: dict[int, int] = {}
+            for each in world.gathered([(key, one.in_features) for key, one in held.items()]):
+                widths.update(each)
+            for key in sorted(widths):
+                moments = held.setdefault(key, Moments(widths[key], full=self._full))
+                moments.added_up(world.add_up, device)
 
     def groups(self) -> Iterator[tuple[list[str], Moments]]:
         """Weight tensors that share an input, and its moments."""

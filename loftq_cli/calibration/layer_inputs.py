@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from loftq_cli.errors import NonFiniteActivationError, UnsupportedInputError
+from loftq_cli.machine.world import World
 from loftq_cli.numerics.moments import Moments
 
 OWN_LOOP = "measure its inputs in a loop of your own: loftq_cli.Moments, see docs/statistics.md"
@@ -55,16 +56,24 @@ class LayerInputs:
         if self._uses is None:
             self._uses = self._now
         elif self._uses != self._now:
-            differing = min(
-                name
-                for name in {*self._uses, *self._now}
-                if self._uses.get(name) != self._now.get(name)
-            )
-            raise UnsupportedInputError(
-                f"{differing} is used in different ways from text to text",
-                hint=OWN_LOOP,
-            )
+            raise _used_differently(_differing(self._uses, self._now))
         self._now = {}
+
+    def gather(self, world: World, device: torch.device) -> None:
+        """Have the inputs of all processes, each of which has seen its own windows on ``device``.
+        Raises UnsupportedInputError if the layers were called in another way elsewhere."""
+        uses: dict[str, list[int]] | None = world.told(lambda: self._uses)
+        differing = "" if self._uses in (None, uses) else _differing(self._uses or {}, uses or {})
+        for name in filter(None, world.gathered(differing)):
+            raise _used_differently(name)
+        self._uses = uses
+        widths = {
+            number: self._widths[name] for name, used in (uses or {}).items() for number in used
+        }
+        for number in sorted(widths):
+            if number == len(self._moments):
+                self._moments.append(Moments(widths[number], full=self._full))
+            self._moments[number].added_up(world.add_up, device)
 
     def groups(self) -> list[tuple[list[str], Moments]]:
         """Layers that share an input, and its moments; layers never called are left out."""
@@ -92,9 +101,20 @@ class LayerInputs:
             if number == len(self._moments):
                 self._moments.append(Moments(rows.shape[1], full=self._full))
             if self._moments[number].in_features != rows.shape[1]:
-                raise UnsupportedInputError(f"{name} is used in different ways from text to text")
+                raise _used_differently(name)
             try:
                 self._moments[number].add(rows)
             except NonFiniteActivationError as error:
                 raise NonFiniteActivationError(f"{name}: {error.message}") from None
         self._now.setdefault(name, []).append(self._seen[key][0])
+
+
+def _differing(first: Mapping[str, list[int]], second: Mapping[str, list[int]]) -> str:
+    """A layer that was called otherwise."""
+    return min(name for name in {*first, *second} if first.get(name) != second.get(name))
+
+
+def _used_differently(name: str) -> UnsupportedInputError:
+    return UnsupportedInputError(
+        f"{name} is used in different ways from text to text", hint=OWN_LOOP
+    )

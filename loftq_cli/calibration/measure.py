@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from loftq_cli.calibration.blockwise import BlockRunner
-from loftq_cli.calibration.course import course_of
+from loftq_cli.calibration.course import Course, course_of
 from loftq_cli.calibration.expert_inputs import ExpertInputs
 from loftq_cli.calibration.layer_inputs import LayerInputs
 from loftq_cli.calibration.pretrained import class_of, load_model, load_tokenizer
@@ -26,6 +26,7 @@ from loftq_cli.errors import UsageError
 from loftq_cli.families.experts import form_of, is_expert
 from loftq_cli.families.lengths import is_limit, limits
 from loftq_cli.families.names import places, places_of_experts
+from loftq_cli.machine.world import ALONE, World
 from loftq_cli.numerics.moments import Moments
 
 DEFAULT_LENGTH = 512
@@ -36,7 +37,7 @@ class Calibration:
     """A model that is ready to be measured. ``call`` runs it on token ids; ``windows``, int64
     (samples, length); ``layers``: names of weight tensors to modules of the model; ``experts``: of
     each module of experts, the weight tensors by what follows its name; ``widths``: in_features by
-    weight tensor; ``directory``: of the checkpoint, for messages."""
+    weight tensor; ``directory``: of the checkpoint, for messages; ``device``: where inputs are."""
 
     model: nn.Module
     call: Call
@@ -45,46 +46,63 @@ class Calibration:
     experts: Mapping[str, Mapping[str, str]]
     widths: Mapping[str, int]
     directory: Path
+    device: torch.device
 
     def measure(
-        self, *, full: bool, begin: Callable[[int], None], advance: Callable[[str], None]
+        self,
+        world: World = ALONE,
+        *,
+        full: bool,
+        begin: Callable[[int], None],
+        advance: Callable[[str], None],
     ) -> Iterator[tuple[list[str], Moments]]:
         """(weight tensors that share an input, its moments): block by block, and then at once those
-        that are not called in blocks that can be run in turn.
+        that are not called in blocks that can be run in turn. The processes of ``world`` share the
+        windows, and each is given the moments of all.
 
-        ``begin`` is told how many steps there will be, ``advance`` the name of what each step was
-        spent on. Layers that text does not go through are left out. Raises UnsupportedInputError
-        if the model cannot be run on text alone or uses a layer differently from window to
-        window, NonFiniteActivationError naming the tensor.
+        ``begin`` is told how many steps there will be here, ``advance`` the name of what each step
+        was spent on. Layers that text does not go through are left out. Raises
+        UnsupportedInputError if the model cannot be run on text alone or uses a layer differently
+        from window to window, NonFiniteActivationError naming the tensor.
         """
-        model, count = self.model, len(self.windows)
-        called = {**self.layers, **{name: name for name in self.experts}}
-        course = course_of(model, self._run_first, called)
-        begin((len(course.blocks) + bool(course.others)) * count)
+        model, windows = self.model, world.share(range(len(self.windows)))
+        course = Course(**world.told(self._course))
+        begin((len(course.blocks) + bool(course.others)) * len(windows))
 
         def watched(names: Collection[str]) -> tuple[LayerInputs, ExpertInputs]:
             widths = {layer: self.widths[layer] for layer in names if layer in self.layers}
             experts = {name: self.experts[name] for name in names if name in self.experts}
             return LayerInputs(widths, full=full), ExpertInputs(experts, full=full)
 
-        with BlockRunner(model, self.run, count) as runner:
+        def groups(
+            inputs: LayerInputs, experts: ExpertInputs
+        ) -> Iterator[tuple[list[str], Moments]]:
+            if world.size > 1:
+                inputs.gather(world, self.device)
+                experts.gather(world, self.device)
+            yield from _in_order(inputs)
+            yield from experts.groups()
+
+        with BlockRunner(model, self.run, windows) as runner:
             for block, layers in course.blocks.items():
                 inputs, experts = watched(layers)
                 with inputs.watched(model, self.layers), experts.watched(model):
                     for _ in runner.windows(block):
                         inputs.end_window()
                         advance(block)
-                yield from _in_order(inputs)
-                yield from experts.groups()
+                yield from groups(inputs, experts)
         if course.others:
             inputs, experts = watched(course.others)
             with inputs.watched(model, self.layers), experts.watched(model):
-                for window in range(count):
+                for window in windows:
                     self.run(window)
                     inputs.end_window()
                     advance("the whole model")
-            yield from _in_order(inputs)
-            yield from experts.groups()
+            yield from groups(inputs, experts)
+
+    def _course(self) -> dict[str, Any]:
+        called = {**self.layers, **{name: name for name in self.experts}}
+        return asdict(course_of(self.model, self._run_first, called))
 
     def run(self, window: int) -> None:
         """Call the model on a window."""
@@ -145,7 +163,7 @@ def prepare(
     if size < windows.shape[1]:
         windows = cut(tokenizer, texts, length=size, samples=samples, seed=seed, most=most)
     layers, experts = _layers(model, widths), _experts(model, widths)
-    return Calibration(model, entry.call, windows, layers, experts, widths, directory)
+    return Calibration(model, entry.call, windows, layers, experts, widths, directory, device)
 
 
 def _length(asked: int | None, told: Iterable[int]) -> int:

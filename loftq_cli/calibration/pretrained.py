@@ -15,6 +15,7 @@ from loftq_cli.calibration.layer_inputs import OWN_LOOP
 from loftq_cli.checkpoint.companions import is_vocabulary
 from loftq_cli.errors import InputError, SourceNotFoundError, UnsupportedInputError
 from loftq_cli.families.classes import model_class
+from loftq_cli.machine import launched
 from loftq_cli.machine.packages import missing_extra, required
 from loftq_cli.machine.resources import available_memory
 
@@ -121,8 +122,10 @@ def _placement(nbytes: int, device: torch.device, folder: Path) -> dict[str, Any
 
 
 def _room(device: torch.device) -> int | None:
-    """Bytes for weights: every block is read once a window, which swap would make slow."""
-    return available_memory(device, swap=False)
+    """Bytes for weights: every block is read once a window, which swap would make slow. Of several
+    processes on one host each has its share."""
+    found = available_memory(device, swap=False)
+    return None if found is None else found // launched.beside(device.type)
 
 
 @contextlib.contextmanager

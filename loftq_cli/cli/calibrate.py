@@ -22,6 +22,7 @@ from loftq_cli.cli.options import (
     seed_option,
     text_option,
 )
+from loftq_cli.cli.together import together
 
 
 @click.command(context_settings=CONTEXT)
@@ -83,16 +84,17 @@ def calibrate(
     from loftq_cli.calibration.calibrate import Measuring
     from loftq_cli.calibration.calibrate import calibrate as run
     from loftq_cli.checkpoint.request import Request
-    from loftq_cli.conversion.ranks import refuse_several
 
-    refuse_several("calibrate")
-    narrator = Narrator(quiet=quiet, verbose=verbose, log_file=log_file)
-    result = run(
-        Request(model, revision, offline),
-        output,
-        texts,
-        Measuring(samples, length, moments, device, seed),
-        overwrite=overwrite,
-        observer=narrator,
-    )
-    show.calibration(result, as_json=as_json)
+    with together() as world:
+        narrator = Narrator(quiet=quiet or not world.first, verbose=verbose, log_file=log_file)
+        result = run(
+            Request(model, revision, offline),
+            output,
+            texts,
+            Measuring(samples, length, moments, device, seed),
+            overwrite=overwrite,
+            observer=narrator,
+            world=world,
+        )
+    if world.first:
+        show.calibration(result, as_json=as_json)

@@ -158,10 +158,10 @@ def convert(
     from loftq_cli.calibration import first
     from loftq_cli.checkpoint.request import Request
     from loftq_cli.conversion import parts, ranks, refined
-    from loftq_cli.conversion.group import Group
     from loftq_cli.conversion.prepare import prepare
     from loftq_cli.conversion.run import run
     from loftq_cli.conversion.run_part import run_part
+    from loftq_cli.machine.group import Group
     from loftq_cli.planning import budget as budgets
     from loftq_cli.settings import file as recipes
 

@@ -115,6 +115,8 @@ def _import_torch() -> None:
         for number in (signal.SIGINT, signal.SIGTERM)
         if (before := signal.getsignal(number)) not in (signal.SIG_IGN, None)
     ]
+    # What torch's C++ says when another process is gone: pages, for what we say in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         for number, _ in watched:
             signal.signal(number, end)
@@ -139,7 +141,13 @@ def _fail(error: LoftqError, verbose: bool) -> NoReturn:
 
 def _interruption(number: signal.Signals) -> InterruptedConversion:
     context = click.get_current_context(silent=True)
-    resumes = context is not None and context.info_name in ("convert", "adapt", "export", "push")
+    resumes = context is not None and context.info_name in (
+        "convert",
+        "refine",
+        "adapt",
+        "export",
+        "push",
+    )
     hint = None if resumes else "nothing was written"
     message = f"interrupted by {number.name}"
     return InterruptedConversion(message, signal_number=number, hint=hint)

@@ -22,6 +22,7 @@ from loftq_cli.cli.options import (
     seed_option,
     text_option,
 )
+from loftq_cli.cli.together import together
 
 
 @click.command(context_settings=CONTEXT)
@@ -102,26 +103,29 @@ def refine(
     loftq refine out/ --source ./my-model --text notes.txt -o refined --epochs 2
     """
     from loftq_cli.checkpoint.locate import locate_adapter, locate_output
-    from loftq_cli.conversion.ranks import refuse_several
     from loftq_cli.refinement.refine import refine as run
     from loftq_cli.refinement.settings import Refining
 
-    refuse_several("refine")
-    narrator = Narrator(quiet=quiet, verbose=verbose, log_file=log_file)
-    wanted = Refining(samples, length, epochs, end_to_end, device, seed, None, offline)
-    place = locate_output(
-        directory, revision=revision, offline=offline, everything=True, listener=narrator
-    )
-    if adapter is not None:
-        wanted = wanted.going_on(locate_adapter(adapter, offline=offline, listener=narrator))
-    result = run(
-        place.directory,
-        output,
-        source,
-        texts,
-        wanted,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        observer=narrator,
-    )
-    show.refinement(result, as_json=as_json)
+    with together() as world:
+        narrator = Narrator(quiet=quiet or not world.first, verbose=verbose, log_file=log_file)
+        wanted = Refining(samples, length, epochs, end_to_end, device, seed, None, offline)
+        with world.in_turn("conversion"):
+            place = locate_output(
+                directory, revision=revision, offline=offline, everything=True, listener=narrator
+            )
+            if adapter is not None:
+                found = locate_adapter(adapter, offline=offline, listener=narrator)
+                wanted = wanted.going_on(found)
+        result = run(
+            place.directory,
+            output,
+            source,
+            texts,
+            wanted,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            observer=narrator,
+            world=world,
+        )
+    if world.first:
+        show.refinement(result, as_json=as_json)

@@ -16,13 +16,10 @@ from typing import Any
 
 import torch
 
-from loftq_cli import errors
 from loftq_cli.checkpoint.deliveries import deliver_all
-from loftq_cli.checkpoint.differences import differing_settings
 from loftq_cli.checkpoint.journal import Journal, Subject, subject_in
 from loftq_cli.checkpoint.source import file_hashes
 from loftq_cli.conversion.engine import Conversion
-from loftq_cli.conversion.group import JOINING, PAUSE, Group
 from loftq_cli.conversion.jobs import Held, claim, jobs
 from loftq_cli.conversion.room import check_memory_for
 from loftq_cli.conversion.sharing import Sharing, held, make_room
@@ -30,6 +27,7 @@ from loftq_cli.conversion.subject import subject
 from loftq_cli.conversion.workspace import ConversionWorkspace
 from loftq_cli.errors import EnvironmentFailure, InputError, LoftqError, ScaleRangeError, UsageError
 from loftq_cli.machine import launched
+from loftq_cli.machine.group import JOINING, PAUSE, Group, read, told
 from loftq_cli.machine.launched import Place
 from loftq_cli.machine.observer import Observer
 from loftq_cli.planning.decomposer import threads
@@ -53,12 +51,12 @@ def asked(*, part: bool, discard_shards: bool, texts: bool) -> Place | None:
     for given, option, why in (
         (part, "--part", "it is for processes that do not know of each other"),
         (discard_shards, "--discard-shards", "every process reads from all shards"),
-        (texts, "--calibrate-text", "measuring and refining are not dealt out"),
+        (texts, "--calibrate-text", "it is for one process"),
     ):
         if given:
             raise UsageError(
                 f"{option} is not for several processes ({place}): {why}",
-                hint="do that in one process"
+                hint="use `loftq calibrate`, convert --stats and `loftq refine`: each takes several"
                 if texts
                 else "leave the option out, or unset RANK and WORLD_SIZE",
             )
@@ -92,7 +90,7 @@ def introduce(group: Group, plan: Plan) -> bool:
         "host": group.host,
         "ages": ages,
         "software": {"loftq-cli": VERSION, "torch": torch.__version__},
-        "recipe": plan.recipe.as_dict(),
+        "settings": plan.recipe.as_dict(),
         "sources": [list(each) for each in file_hashes(plan.source)],
     }
     if group.place.rank:
@@ -100,31 +98,10 @@ def introduce(group: Group, plan: Plan) -> bool:
         return False
     group.say("planned", {})
     others = group.gather("about", patience=JOINING)
-    for rank, why in sorted(group.lost().items()):
-        raise EnvironmentFailure(f"rank {rank} of {group.place.size}: {why}", hint="it says more")
-    for rank, other in sorted(others.items()):
-        found = _differences(other, own)
-        if found:
-            raise EnvironmentFailure(
-                f"rank {rank} (on {other['host']}) and rank 0 (on {own['host']}) would not make "
-                f"the same bytes: {'; '.join(found)}",
-                hint="have all of them use the same software, the same model and settings, and one "
-                "kind of device",
-            )
+    group.refuse_differing(own, others)
     if plan.source.revision is not None:  # each host has its own copy, or will have
         return any(other["host"] != group.host for other in others.values())
     return any(other["ages"] != ages for other in others.values())
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    found = []
-    for what in ("software", "recipe"):
-        first, second = there[what], here[what]
-        names = sorted(differing_settings(first, second))
-        found += [f"{name} {first.get(name)} and {second.get(name)}" for name in names]
-    sources = {name: rest for name, *rest in there["sources"]}
-    found += [f"source file {name}" for name, *rest in here["sources"] if sources.get(name) != rest]
-    return found
 
 
 @dataclass
@@ -168,7 +145,7 @@ class Helpers:
             shared.show()
         observer.end()
         failed = [] if own is None else [own]
-        failed += [_read(rank, message) for rank, message in sorted(said.items()) if message]
+        failed += [read(rank, message) for rank, message in sorted(said.items()) if message]
         self._look(failed, plan, held(workspace, identity), observer)
 
     def _look(
@@ -221,7 +198,7 @@ def assist(group: Group, plan: Plan, path: Path, observer: Observer) -> None:
                 )
         except EnvironmentFailure as failure:
             error = failure
-        group.say(f"over/{number}/{group.place.rank}", _told(error))
+        group.say(f"over/{number}/{group.place.rank}", told(error))
         if error is not None and not (isinstance(error, ScaleRangeError) and plan.auto_layout):
             raise error
         number += 1
@@ -294,22 +271,6 @@ def _deliver(group: Group, number: int, plan: Plan, observer: Observer) -> None:
         while group.heard(key) is None and time.monotonic() < until:
             time.sleep(PAUSE)
         deliver_all(plan.source, observer)
-
-
-def _told(error: LoftqError | None) -> dict[str, Any]:
-    if error is None:
-        return {}
-    return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
-
-
-def _read(rank: int, message: dict[str, Any]) -> LoftqError:
-    """The error that another process tells of; of a machine, it says of whose."""
-    kind = getattr(errors, message["kind"], EnvironmentFailure)
-    text = message["message"]
-    if issubclass(kind, EnvironmentFailure):
-        text = f"rank {rank}: {text}"
-    error: LoftqError = kind(text, hint=message["hint"])
-    return error
 
 
 @dataclass

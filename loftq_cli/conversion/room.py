@@ -24,8 +24,7 @@ def check_resources(plan: Plan, workspace: ConversionWorkspace) -> None:
     needed = plan.disk_bytes + target.headroom(plan) + copied + _MARGIN
     check_disks(plan.source, workspace.final.parent, needed - workspace.written())
     workspace.check_permissions()
-    beside = launched.local()[1] if plan.device.type == "cpu" else 1
-    check_memory_for(plan, beside)
+    check_memory_for(plan, launched.beside(plan.device.type))
 
 
 def check_memory_for(plan: Plan, processes: int = 1) -> None:

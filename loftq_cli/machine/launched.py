@@ -50,6 +50,11 @@ def local(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return (0, 1) if found is None else (found.local_rank, found.local_size)
 
 
+def beside(device: str) -> int:
+    """How many processes of this run share the memory of a ``device`` of this kind."""
+    return local()[1] if device == "cpu" else 1
+
+
 def _of_torch(environment: Mapping[str, str]) -> Place | None:
     size = _number(environment, "WORLD_SIZE")
     if size < 2:

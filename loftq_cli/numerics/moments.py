@@ -6,7 +6,7 @@ layer's output is tr((W - Q - BA) H (W - Q - BA)^T).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,7 +20,9 @@ class Moments:
 
     ``in_features``: the width of the inputs. ``full`` False keeps the mean square of every
     feature, True the whole matrix of products (``in_features``^2 sums). ``tokens``: the inputs
-    seen so far. Sums are float64, on the device of the first inputs.
+    seen so far. Sums are float64, on the device of the first inputs, of what each call of ``add``
+    comes to in float32: as long as no such part is 2^18 times as large as another, a thousand of
+    them are summed without rounding, and so in any order.
     """
 
     def __init__(self, in_features: int, *, full: bool = False) -> None:
@@ -61,9 +63,7 @@ class Moments:
             self._sum = torch.zeros(shape, dtype=torch.float64, device=rows.device)
         for start in range(0, len(rows), _ROWS):
             part = rows[start : start + _ROWS]
-            self._sum += (_products(part) if self.full else part.double().square().sum(0)).to(
-                self._sum.device
-            )
+            self._sum += (_products(part) if self.full else _squares(part)).to(self._sum.device)
         self.tokens += len(rows)
 
     def value(self) -> torch.Tensor:
@@ -76,6 +76,18 @@ class Moments:
         if self.full:
             _mirror(mean)
         return mean.cpu()
+
+    @torch.no_grad()
+    def added_up(self, add_up: Callable[[torch.Tensor], None], device: torch.device) -> None:
+        """Have the inputs of all processes: ``add_up`` replaces a tensor on ``device`` by the sum
+        of everybody's. Of all of them, those without inputs too."""
+        if self._sum is None:
+            shape = (self.in_features,) * (2 if self.full else 1)
+            self._sum = torch.zeros(shape, dtype=torch.float64, device=device)
+        tokens = torch.tensor([self.tokens], device=device)
+        add_up(self._sum)
+        add_up(tokens)
+        self.tokens = int(tokens)
 
     @staticmethod
     def together(parts: Sequence[Moments]) -> Moments:
@@ -95,6 +107,14 @@ def _products(rows: torch.Tensor) -> torch.Tensor:
         values = rows.double()
         product = values.T @ values
     return product
+
+
+def _squares(rows: torch.Tensor) -> torch.Tensor:
+    """The sum of every feature's squares: a value of float32, or, if it overflows there, of
+    float64."""
+    exact = rows.double().square().sum(0)
+    rounded = exact.float()
+    return torch.where(torch.isfinite(rounded), rounded.double(), exact)
 
 
 def _mirror(square: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from loftq_cli.machine.world import World
 from loftq_cli.refinement.training import Placed, Rates, Trainer
 
 _FLOOR = 1e-3
@@ -20,21 +21,20 @@ _NOTHING = 1e-20  # of a text of zeros
 
 _PROBED = 8
 
-LossOf = Callable[[Sequence[int]], torch.Tensor]
-"""The mean loss of some windows, which can be differentiated."""
+LossOf = Callable[[int], torch.Tensor]
+"""The loss of a window, which can be differentiated."""
 
 
 @dataclass(frozen=True)
 class Course:
     """How something is trained: ``steps`` of ``batch`` windows each, out of the ``trained`` ones in
-    an order that ``seed`` decides, ``together`` of them at once. The ``held`` ones decide, after
-    every ``pace`` steps, what is kept."""
+    an order that ``seed`` decides. The ``held`` ones decide, after every ``pace`` steps, what is
+    kept."""
 
     trained: Sequence[int]
     held: Sequence[int]
     steps: int
     batch: int
-    together: int
     pace: int
     rates: Rates
     seed: int
@@ -55,10 +55,11 @@ class Course:
         """Trained windows to tell their loss by."""
         return self.trained[: min(len(self.held), _PROBED)]
 
-    @property
-    def used(self) -> list[int]:
-        """The windows that are worked through or looked at."""
-        return sorted({*itertools.chain(*self.batches()), *self.held, *self.probed})
+    def used(self, world: World) -> list[int]:
+        """The windows that this process works through or looks at."""
+        of_steps = (part(windows, world) for windows in self.batches())
+        looked_at = world.share(self.held), world.share(self.probed)
+        return sorted({*itertools.chain(*of_steps, *looked_at)})
 
     @property
     def amount(self) -> int:
@@ -110,18 +111,20 @@ def train(
     placed: Sequence[Placed],
     loss_of: LossOf,
     course: Course,
+    world: World,
     advance: Callable[[int], None],
 ) -> Outcome:
     """Train ``placed``, and leave in them what had the least loss of the held windows, or what they
-    were. ``advance`` is told of the windows that were worked through."""
+    were. The processes of ``world`` share the windows of every step, and all come to the same.
+    ``advance`` is told of the windows that were worked through."""
     with Trainer(placed, course.rates, course.steps) as trainer:
         start = trainer.snapshot()
-        measure = functools.partial(_mean, loss_of, course.together)
+        measure = functools.partial(_mean, loss_of, world)
         held_before, before = measure(course.held), measure(course.probed)
         best, least, kept, done = start, held_before, 0, 0
         finite = math.isfinite(held_before + before)
         for windows in course.batches() if finite else ():
-            finite = _step(trainer, loss_of, windows, course.together)
+            finite = _step(trainer, placed, loss_of, windows, world)
             advance(len(windows))
             done += 1
             if finite and (done % course.pace == 0 or done == course.steps):
@@ -137,28 +140,71 @@ def train(
     return Outcome(before, after, held_before, least, kept, done, finite)
 
 
-def _step(trainer: Trainer, loss_of: LossOf, windows: Sequence[int], together: int) -> bool:
+def halves(windows: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """What gradients are summed of, each by itself and then the two, so that sums are the same
+    however many processes share the windows."""
+    middle = (len(windows) + 1) // 2
+    return windows[:middle], windows[middle:]
+
+
+def part(windows: Sequence[int], world: World) -> Sequence[int]:
+    """Those of a step's windows that this process works through: all of them, a half, or a half of
+    a half."""
+    rank, size = world.rank, world.size
+    while size > 1:
+        size //= 2
+        windows = halves(windows)[rank // size]
+        rank %= size
+    return windows
+
+
+def _step(
+    trainer: Trainer,
+    placed: Sequence[Placed],
+    loss_of: LossOf,
+    windows: Sequence[int],
+    world: World,
+) -> bool:
     """One step by the mean loss of ``windows``; whether it is finite, else none is made."""
-    losses = []
-    for part in _parts(windows, together):
-        loss = loss_of(part) * (len(part) / len(windows))
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-    finite = math.isfinite(sum(torch.stack(losses).tolist()))  # a device is waited for once
+    share = 1 / len(windows)
+    losses = _gradients(placed, loss_of, part(windows, world), share)
+    total = sum(torch.stack(losses).tolist())  # a device is waited for once
+    finite = all(world.gathered(math.isfinite(total)))
     if finite:
+        for item in placed:
+            if item.parameter.grad is not None:
+                world.add_halves(item.parameter.grad)
         trainer.step()
     return finite
 
 
+def _gradients(
+    placed: Sequence[Placed], loss_of: LossOf, windows: Sequence[int], share: float
+) -> list[torch.Tensor]:
+    """Leave with the parameters the gradients of the loss of ``windows``, each of which counts for
+    ``share``; the losses."""
+    if len(windows) > 2:
+        first, second = halves(windows)
+        losses = _gradients(placed, loss_of, first, share)
+        sums = [item.parameter.grad for item in placed]
+        for item in placed:
+            item.parameter.grad = None
+        losses += _gradients(placed, loss_of, second, share)
+        for item, gradient in zip(placed, sums, strict=True):
+            if gradient is not None and item.parameter.grad is not None:
+                item.parameter.grad = gradient.add_(item.parameter.grad)
+        return losses
+    losses = []
+    for window in windows:  # the gradient of the second is added to that of the first
+        loss = loss_of(window) * share
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    return losses
+
+
 @torch.no_grad()
-def _mean(loss_of: LossOf, together: int, windows: Sequence[int]) -> float:
-    parts = _parts(windows, together)
-    if not parts:
-        return 0.0
-    losses = torch.stack([loss_of(part) for part in parts]).tolist()
-    total = math.fsum(loss * len(part) for loss, part in zip(losses, parts, strict=True))
-    return total / len(windows)
-
-
-def _parts(windows: Sequence[int], together: int) -> list[Sequence[int]]:
-    return [windows[at : at + together] for at in range(0, len(windows), together)]
+def _mean(loss_of: LossOf, world: World, windows: Sequence[int]) -> float:
+    """The mean loss of ``windows``, which all processes share; 0 if there are none."""
+    losses = [loss_of(window) for window in world.share(windows)]
+    found = world.gathered(torch.stack(losses).tolist() if losses else [])
+    return math.fsum(itertools.chain(*found)) / max(1, len(windows))

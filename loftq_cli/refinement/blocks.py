@@ -10,6 +10,7 @@ import torch
 
 from loftq_cli.calibration.blockwise import fresh, resident
 from loftq_cli.machine.observer import Observer
+from loftq_cli.machine.world import World
 from loftq_cli.refinement.block import Course, main_output, token_loss, train
 from loftq_cli.refinement.chains import ORIGINAL, REFINED, Chains
 from loftq_cli.refinement.model import Prepared
@@ -19,11 +20,12 @@ from loftq_cli.refinement.stages import Stages
 @dataclass(frozen=True)
 class Blocks:
     """The blocks of a model, by name, with the matrices in each, to be refined in turn over
-    ``course``."""
+    ``course``, whose windows the processes of ``world`` share."""
 
     prepared: Prepared
     matrices: Mapping[str, Sequence[str]]
     course: Course
+    world: World
 
     def refine(self, chains: Chains, stages: Stages, observer: Observer) -> list[dict[str, Any]]:
         """Refine what is not finished; what each block's record says, in turn."""
@@ -47,14 +49,14 @@ class Blocks:
             stored = stages.stored([name] if names else [])
             for each in names:
                 held = conversion.held[each]
-                self.prepared.put(each, held.decoded(held.read(conversion.directory, stored)))
+                self.prepared.put(each, held.decoded(stages.read(held.specs, stored)))
             refined = self._outputs(name, REFINED, chains)
             chains.finish(name, {ORIGINAL: wanted, REFINED: refined})
         return record
 
-    def _outputs(self, name: str, chain: str, chains: Chains) -> list[Any]:
+    def _outputs(self, name: str, chain: str, chains: Chains) -> dict[int, Any]:
         with self.prepared.autocast():
-            return list(chains.outputs(name, chain))
+            return chains.outputs(name, chain)
 
     def amount(self, name: str) -> int:
         """How many windows are worked through to refine a block."""
@@ -64,7 +66,7 @@ class Blocks:
         self,
         name: str,
         chains: Chains,
-        wanted: Sequence[Any],
+        wanted: Mapping[int, Any],
         stages: Stages,
         observer: Observer,
     ) -> dict[str, Any]:
@@ -72,14 +74,13 @@ class Blocks:
         conversion, names = self.prepared.conversion, self.matrices[name]
         placed = self.prepared.placed(names)
 
-        def loss_of(windows: Sequence[int]) -> torch.Tensor:
-            (window,) = windows
+        def loss_of(window: int) -> torch.Tensor:
             args, kwargs = chains.given(name, REFINED, window)
             with self.prepared.autocast():
                 found = main_output(block(*args, **kwargs))
             return token_loss(found, main_output(fresh(wanted[window])))
 
-        outcome = train(placed, loss_of, self.course, observer.advance)
+        outcome = train(placed, loss_of, self.course, self.world, observer.advance)
         tensors: dict[str, torch.Tensor] = {}
         for item in placed:
             held, own = conversion.held[item.matrix.name], conversion.stored(item.matrix.name)

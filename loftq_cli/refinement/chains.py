@@ -27,13 +27,16 @@ Keep = Callable[[Any, Any], Any]
 
 
 class Chains(Replacing):
-    """``model``, which ``run`` calls with a window of ``count``, in two chains."""
+    """``model``, which ``run`` calls with one of ``windows``, in two chains."""
 
-    def __init__(self, model: nn.Module, run: Run, count: int, keep: Keep = kept) -> None:
+    def __init__(
+        self, model: nn.Module, run: Run, windows: Sequence[int], keep: Keep = kept
+    ) -> None:
         super().__init__()
-        self._model, self._run, self._count, self._keep = model, run, count, keep
+        self._model, self._run, self._windows, self._keep = model, run, windows, keep
         self._chain, self._window = ORIGINAL, 0
-        self._outputs: dict[tuple[str, str], list[Any]] = {}  # of each stack's last finished block
+        # Of each stack's last finished block.
+        self._outputs: dict[tuple[str, str], Mapping[int, Any]] = {}
 
     def given(self, name: str, chain: str, window: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model calls the block ``name`` with. Raises OutOfTurnError if it does not get
@@ -56,21 +59,21 @@ class Chains(Replacing):
         raise OutOfTurnError
 
     @torch.no_grad()
-    def outputs(self, name: str, chain: str) -> Iterator[Any]:
+    def outputs(self, name: str, chain: str) -> dict[int, Any]:
         """What the block ``name`` gives for every window, kept."""
-        first = None
+        first, found = None, {}
         block = self._model.get_submodule(name)
-        for window in range(self._count):
+        for window in self._windows:
             args, kwargs = self.given(name, chain, window)
-            value = self._keep(block(*args, **kwargs), first)
-            first = value if first is None else first
-            yield value
+            found[window] = self._keep(block(*args, **kwargs), first)
+            first = found[window] if first is None else first
+        return found
 
-    def finish(self, name: str, outputs: Mapping[str, Sequence[Any]]) -> None:
+    def finish(self, name: str, outputs: Mapping[str, Mapping[int, Any]]) -> None:
         """From now on ``outputs``, by chain, take the place of the block ``name``."""
         stack = name.rpartition(".")[0]
         for chain, values in outputs.items():
-            self._outputs[chain, stack] = list(values)
+            self._outputs[chain, stack] = values
         block = self._model.get_submodule(name)
         self.replace(block, lambda: self._outputs[self._chain, stack][self._window])
 

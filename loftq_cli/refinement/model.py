@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ from loftq_cli.calibration.course import Course as BlockOrder
 from loftq_cli.calibration.course import course_of
 from loftq_cli.calibration.measure import Calibration, class_to_run, prepare
 from loftq_cli.calibration.text_input import runs_on_text
-from loftq_cli.checkpoint.stored import Stored
 from loftq_cli.errors import InputError
 from loftq_cli.families.kinds import turned
 from loftq_cli.numerics.lowrank import fastest_products
-from loftq_cli.refinement.conversion import Conversion
+from loftq_cli.refinement.conversion import Conversion, Tensors
 from loftq_cli.refinement.settings import HELD, SAMPLES, Refining
 from loftq_cli.refinement.training import Placed
 
@@ -79,16 +78,17 @@ class Prepared:
         """Give the model ``value``, (out, in), as the matrix ``name``."""
         self.weight(name).copy_(turned(value, self.conversion.held[name].matrix.kind))
 
-    def placed(self, names: Sequence[str], stored: Stored | None = None) -> list[Placed]:
-        """The matrices ``names`` to be trained, as they are ``stored``, or as the conversion has
-        them."""
+    def placed(
+        self, names: Sequence[str], begun: Mapping[str, Tensors | None] | None = None
+    ) -> list[Placed]:
+        """The matrices ``names`` to be trained, as their tensors in ``begun`` are, or as the
+        conversion has them."""
         found = []
         for name in names:
-            held, tensors = self.conversion.held[name], None
-            if stored is not None and held.specs[0].name in stored:
-                tensors = held.read(self.conversion.directory, stored)
+            tensors = None if begun is None else begun[name]
             trained = self.conversion.begin(name, self.device, tensors)
-            found.append(Placed(held.matrix, trained, self.weight(name)))
+            matrix = self.conversion.held[name].matrix
+            found.append(Placed(matrix, trained, self.weight(name)))
         return found
 
 

@@ -7,8 +7,9 @@ finished of it is kept; a command that was interrupted goes on behind the last f
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from loftq_cli.calibration.calibrate import Text, read_text
 from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.journal import Subject
 from loftq_cli.checkpoint.output import MANIFEST, Output, open_output, require_backbone, verify
-from loftq_cli.checkpoint.source import Source, open_source
+from loftq_cli.checkpoint.source import Source, file_hashes, open_source
 from loftq_cli.errors import InputError, SourceChangedError, UsageError
 from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
 from loftq_cli.loading.intact import verified
@@ -26,14 +27,18 @@ from loftq_cli.machine.durable import file_sha256
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.paths import check_output_path
 from loftq_cli.machine.resources import check_space
+from loftq_cli.machine.world import ALONE, World
 from loftq_cli.planning.choices import choose_device
 from loftq_cli.refinement.conversion import Conversion
 from loftq_cli.refinement.room import disk_bytes, resolved
 from loftq_cli.refinement.run import Run
-from loftq_cli.refinement.settings import Refining
+from loftq_cli.refinement.settings import BATCH, Refining
 from loftq_cli.refinement.stages import RefineWorkspace
 from loftq_cli.reporting.original import converted_source
 from loftq_cli.settings.recipe import fingerprint
+
+_SHARING = [count for count in range(1, BATCH + 1) if BATCH % count == 0]
+"""How many processes can share the windows of a step: halves, and halves of halves."""
 
 
 def refine(
@@ -46,15 +51,17 @@ def refine(
     overwrite: bool = False,
     dry_run: bool = False,
     observer: Observer,
+    world: World = ALONE,
 ) -> dict[str, Any]:
-    """Refine the conversion in ``directory`` of the model ``source`` on ``texts``, and write
-    ``output``; what ``--json`` prints.
+    """Refine the conversion in ``directory`` of the model ``source`` on ``texts``, whose windows
+    the processes of ``world`` share, and write ``output``; what ``--json`` prints.
 
     Raises UsageError, InputError for the conversion, the model, the adapter or the texts,
     SourceChangedError if the model is not what was converted, OutputConflictError,
     EnvironmentFailure.
     """
     started = time.monotonic()
+    _refuse_odd(world)
     device = choose_device(wanted.device)
     read = [read_text("--text", path) for path in texts]
     found = open_output(directory)
@@ -62,7 +69,8 @@ def refine(
     verify(found)
     final = check_output_path(output, directory)
     trained = None if wanted.adapter is None else open_adapter(wanted.adapter)
-    original = converted_source(found, source, offline=wanted.offline, say=observer.note)
+    with world.in_turn("found"):
+        original = converted_source(found, source, offline=wanted.offline, say=observer.note)
     if original.directory.resolve() in final.parents:
         raise UsageError(
             f"--output {output} is inside the model {original.directory}",
@@ -70,27 +78,63 @@ def refine(
         )
     conversion = Conversion(found, open_source(directory), original, trained)
     workspace = RefineWorkspace(final)
-    settled = resolved(conversion, workspace.wanted(wanted), device)
-    job = _Job(conversion, read, settled, trained, device)
-    if overwrite or not workspace.is_taken():
-        check_space(final.parent, disk_bytes(conversion) - workspace.written())
-    workspace.check_permissions()
+    asked = _Job(conversion, read, wanted, trained, device, world)
+    world.agree(asked.settings(), [*asked.subject().sources, *file_hashes(original)], device)
+    job = replace(asked, wanted=_settled(asked, workspace))
+    if world.first:
+        if overwrite or not workspace.is_taken():
+            check_space(final.parent, disk_bytes(conversion) - workspace.written())
+        workspace.check_permissions()
     if dry_run:
         return {**job.described(str(output)), "disk_bytes": disk_bytes(conversion)}
-    with workspace.locked():
-        manifest = job.finished(workspace, overwrite, observer)
-        if manifest is None:
-            deliver_all(original, observer)
+    with workspace.locked() if world.first else nullcontext():
+        manifest = job.finished(workspace, overwrite, observer) if world.first else None
+        if not world.told(lambda: manifest is not None):
+            with world.in_turn("delivered"):
+                deliver_all(original, observer)
             _refuse_changed(found, original)
             manifest = job.finish(workspace, overwrite, started, observer)
-    told = manifest["refined"]
+    told = world.told(lambda: _told(manifest))
     return {
         **job.described(str(output)),
+        **told,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _told(manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What ``--json`` says that the manifest does."""
+    assert manifest is not None, "rank 0 has it"
+    told = manifest["refined"]
+    return {
         **{key: told[key] for key in ("samples", "length", "tokens", "blocks")},
         "end_to_end": told.get("end_to_end"),
         "relative_residual": manifest["totals"]["relative_residual"],
-        "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _refuse_odd(world: World) -> None:
+    """Raise UsageError if there are more processes than windows in a step, or if these cannot be
+    halved among them."""
+    if world.size not in _SHARING:
+        raise UsageError(
+            f"refine takes {' or '.join(map(str, _SHARING[1:]))} processes, or one, and there are "
+            f"{world.size}: each step is on {BATCH} windows, which they share",
+            hint="start so many",
+        )
+
+
+def _settled(job: _Job, workspace: RefineWorkspace) -> Refining:
+    """What is wanted, with what it leaves open as there is memory for it on rank 0. Raises
+    EnvironmentFailure if there is not enough memory here."""
+
+    def find() -> list[int | None]:
+        found = resolved(job.conversion, workspace.wanted(job.wanted), job.device)
+        return [found.epochs, found.end_to_end]
+
+    epochs, steps = job.world.told(find)
+    settled = replace(job.wanted, epochs=epochs, end_to_end=steps)
+    return settled if job.world.first else resolved(job.conversion, settled, job.device)
 
 
 def _refuse_changed(found: Output, original: Source) -> None:
@@ -114,6 +158,7 @@ class _Job:
     wanted: Refining
     trained: TrainedAdapter | None
     device: torch.device
+    world: World
 
     def described(self, output: str) -> dict[str, Any]:
         """What ``--json`` says of it."""
@@ -129,17 +174,21 @@ class _Job:
             "device": str(self.device),
         }
 
-    def subject(self) -> Subject:
-        """What the work is of."""
-        manifest = self.conversion.directory / MANIFEST
-        digest = file_sha256(manifest)
-        settings = {
+    def settings(self) -> dict[str, Any]:
+        """What changes bytes."""
+        return {
             **self.wanted.described(),
             "adapter": None if self.trained is None else file_sha256(self.trained.file),
             "device": self.device.type,
             "texts": [text.sha256 for text in self.texts],
             "threads": torch.get_num_threads(),
         }
+
+    def subject(self) -> Subject:
+        """What the work is of."""
+        manifest = self.conversion.directory / MANIFEST
+        digest = file_sha256(manifest)
+        settings = self.settings()
         told = fingerprint(settings, [(MANIFEST, 0, digest)])
         return Subject(told, settings, [(MANIFEST, manifest.stat().st_size, digest)])
 
@@ -159,17 +208,26 @@ class _Job:
 
     def finish(
         self, workspace: RefineWorkspace, overwrite: bool, started: float, observer: Observer
-    ) -> dict[str, Any]:
-        """Do what is left, and publish; the manifest."""
+    ) -> dict[str, Any] | None:
+        """Do what is left, and publish; the manifest, of rank 0."""
+        if not self.world.first:
+            self._run(self.subject(), observer).assist(workspace)
+            return None
         workspace.refuse_other_output(overwrite)
         subject = self.subject()
         if workspace.refuse_other_partial({subject.fingerprint: subject}, overwrite) is not None:
             observer.note(f"resuming the unfinished refinement in {workspace.partial}")
-        run = Run(self.conversion, self.texts, self.wanted, self.device, subject, observer)
+        if self.world.size > 1:
+            observer.note(f"{self.world.size} processes share the {BATCH} windows of each step")
         try:
-            manifest = run.write(workspace, started)
+            manifest = self._run(subject, observer).write(workspace, started)
         except (InputError, UsageError):
             workspace.discard_work()  # what helps is another refinement
             raise
         workspace.publish(overwrite)
         return manifest
+
+    def _run(self, subject: Subject, observer: Observer) -> Run:
+        return Run(
+            self.conversion, self.texts, self.wanted, self.device, subject, observer, self.world
+        )

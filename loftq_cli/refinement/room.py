@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from loftq_cli.checkpoint.header import TensorSpec
+from loftq_cli.machine import launched
 from loftq_cli.machine.resources import available_memory, check_memory
 from loftq_cli.refinement.conversion import Conversion
 from loftq_cli.refinement.cost import Size, size_of
@@ -28,12 +29,15 @@ def disk_bytes(conversion: Conversion) -> int:
 def resolved(conversion: Conversion, wanted: Refining, device: torch.device) -> Refining:
     """``wanted`` with what it leaves open. Raises EnvironmentFailure if there is not enough memory
     for what is asked for."""
-    size = size_of_conversion(conversion)
+    size, processes = size_of_conversion(conversion), launched.beside(device.type)
     chosen = planned(wanted, size, device)
+    each = "" if processes == 1 else f", in each of {processes} processes"
     if chosen.end_to_end:
-        what, hint = "the whole model, end to end", "free memory, or use --end-to-end 0"
-        check_memory(size.whole_memory(wanted.length or LENGTH), what, device, hint=hint)
-    check_memory(size.block_memory(), "the largest block", device, hint="free memory")
+        what, hint = f"the whole model, end to end{each}", "free memory, or use --end-to-end 0"
+        needed = size.whole_memory(wanted.length or LENGTH) * processes
+        check_memory(needed, what, device, hint=hint)
+    needed = size.block_memory() * processes
+    check_memory(needed, f"the largest block{each}", device, hint="free memory")
     return chosen
 
 
@@ -55,7 +59,7 @@ def size_of_conversion(conversion: Conversion) -> Size:
 def fits(needed: int, device: torch.device) -> bool:
     """Whether so many bytes can be planned with."""
     room = available_memory(device, swap=False)
-    return room is None or needed <= _SHARE * room
+    return room is None or needed * launched.beside(device.type) <= _SHARE * room
 
 
 def _size(specs: list[TensorSpec]) -> int:

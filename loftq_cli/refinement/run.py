@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from loftq_cli.calibration.blockwise import kept
 from loftq_cli.calibration.calibrate import Text
+from loftq_cli.calibration.course import Course as BlockOrder
 from loftq_cli.checkpoint.journal import Journal, Subject
 from loftq_cli.checkpoint.output import MANIFEST
-from loftq_cli.errors import UnsupportedInputError
+from loftq_cli.errors import InputError, UnsupportedInputError
 from loftq_cli.machine.durable import explained, pretty_json, write_file
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.peak_memory import peak_host_bytes
 from loftq_cli.machine.resources import available_memory, memory_explained
+from loftq_cli.machine.world import World
 from loftq_cli.refinement.block import Course
 from loftq_cli.refinement.blocks import Blocks
 from loftq_cli.refinement.chains import Chains, Keep, in_evaluation, on_disk, spilling
@@ -32,13 +35,15 @@ from loftq_cli.refinement.writing import manifest_of, write_files
 
 _OF_TRAINING = 4
 """A window that is looked at takes the time of one that is trained on, divided by this."""
+_LESS_MEMORY = "lower --length, or use another --device"
 _SHARE = 0.25
 """Of the free memory that activations may take; beyond it they go to the disk."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A refinement of ``conversion``; ``subject``: what the journal says that it is of."""
+    """A refinement of ``conversion``; ``subject``: what the journal says that it is of. The
+    processes of ``world`` share the windows, and rank 0 writes."""
 
     conversion: Conversion
     texts: Sequence[Text]
@@ -46,13 +51,24 @@ class Run:
     device: torch.device
     subject: Subject
     observer: Observer
+    world: World
+
+    def assist(self, workspace: RefineWorkspace) -> None:
+        """Do what is left, together with rank 0; of the others."""
+        with memory_explained("refining", hint=_LESS_MEMORY), workspace.folder(self.world) as own:
+            self._refined(own, own, Stages(workspace.stages, None, self.world))
 
     def write(self, workspace: RefineWorkspace, started: float) -> dict[str, Any]:
-        """Do what is left, and write every file of the output; its manifest."""
-        with memory_explained("refining", hint="lower --length, or use another --device"):
-            with Journal(workspace.journal, self.subject) as journal:
-                stages = Stages(workspace.stages, journal)
-                told, titles = self._refined(workspace, stages)
+        """Do what is left, and write every file of the output; its manifest. Of rank 0."""
+        with memory_explained("refining", hint=_LESS_MEMORY):
+            with (
+                Journal(workspace.journal, self.subject) as journal,
+                workspace.folder(self.world) as own,
+            ):
+                with explained(workspace.output):
+                    workspace.output.mkdir(exist_ok=True)
+                stages = Stages(workspace.stages, journal, self.world)
+                told, titles = self._refined(own, workspace.output, stages)
             refined = stages.stored(titles)
             with explained(workspace.output):
                 write_files(self.conversion, refined, workspace.output, workspace.final)
@@ -75,15 +91,20 @@ class Run:
         return manifest
 
     def _refined(
-        self, workspace: RefineWorkspace, stages: Stages
+        self, folder: Path, offloaded: Path, stages: Stages
     ) -> tuple[dict[str, Any], list[str]]:
-        """What the manifest says of the refinement, and which stages hold what is new."""
+        """What the manifest says of the refinement, and which stages hold what is new.
+        ``offloaded``: where parts of the model may lie; ``folder``: where what is computed may."""
         texts = [text.content for text in self.texts]
-        with explained(workspace.output):
-            workspace.output.mkdir(exist_ok=True)
-        ready = prepared(self.conversion, texts, self.wanted, self.device, workspace.output)
+        ready = prepared(self.conversion, texts, self.wanted, self.device, offloaded)
+        if len(ready.trained) < self.world.size:
+            raise InputError(
+                f"the text: {len(ready.trained)} windows to train on, for {self.world.size} "
+                "processes",
+                hint="give more text, lower --length, or start fewer processes",
+            )
         with in_evaluation(ready.model):
-            order = ready.order()
+            order = BlockOrder(**self.world.told(lambda: asdict(ready.order())))
             blocks = {
                 block: [name for name in names if name in self.conversion.held]
                 for block, names in order.blocks.items()
@@ -93,10 +114,10 @@ class Run:
                     f"{self.conversion.original.directory}: its blocks do not run in turn",
                     hint="use --end-to-end STEPS",
                 )
-            keep = self._keep(ready, workspace)
+            keep = self._keep(ready, folder)
             records, end = [], None
             course, end_course = self._block_course(ready), self._whole_course(ready)
-            used = end_course.used if self.wanted.end_to_end else ()
+            used = end_course.used(self.world) if self.wanted.end_to_end else ()
             count = sum(map(bool, blocks.values())) if self.wanted.epochs else 0
             cost = max(1, count)
             looked = max(1, cost // _OF_TRAINING)
@@ -106,12 +127,14 @@ class Run:
             if count:
                 self.observer.count(count, "blocks")
             try:
-                hold = on_disk(workspace.partial)
+                hold = on_disk(folder)
                 known = known_of(ready, used, hold, lambda: self.observer.advance(looked))
-                whole = Whole(ready, known, again, end_course, cost)
+                whole = Whole(ready, known, again, end_course, cost, self.world)
                 if self.wanted.epochs:
-                    with Chains(ready.model, ready.calibration.run, len(ready.windows), keep) as c:
-                        records = Blocks(ready, blocks, course).refine(c, stages, self.observer)
+                    own = course.used(self.world)
+                    with Chains(ready.model, ready.calibration.run, own, keep) as chains:
+                        work = Blocks(ready, blocks, course, self.world)
+                        records = work.refine(chains, stages, self.observer)
                 titles = [record["name"] for record in records if len(record) > 1]
                 if self.wanted.end_to_end:
                     end = whole.refine(stages.stored(titles), stages, self.observer)
@@ -138,14 +161,15 @@ class Run:
             if not record.get("finite", True):
                 self.observer.note(f"{record['name']}: a loss was not finite; it stays as it was")
 
-    def _keep(self, ready: Prepared, workspace: RefineWorkspace) -> Keep:
+    def _keep(self, ready: Prepared, folder: Path) -> Keep:
         """Where the activations of both chains go: three times as many as one block gives."""
         width = getattr(ready.model.config, "hidden_size", None) or 4096
         nbytes = 3 * ready.windows.numel() * int(width) * 4
         room = available_memory(torch.device("cpu"), swap=False)
+        # Of several processes each keeps the fewer windows, the more of them share a host.
         if room is None or nbytes < _SHARE * room:
             return kept
-        return spilling(workspace.partial)
+        return spilling(folder)
 
     def _keeps_everything(self, ready: Prepared) -> bool:
         """Whether there is memory for what is computed inside all blocks."""
@@ -155,15 +179,11 @@ class Run:
     def _block_course(self, ready: Prepared) -> Course:
         pace = ceil(len(ready.trained) / BATCH)
         steps = (self.wanted.epochs or 0) * pace
-        return Course(
-            ready.trained, ready.held, steps, BATCH, 1, pace, BLOCK_RATES, self.wanted.seed
-        )
+        return Course(ready.trained, ready.held, steps, BATCH, pace, BLOCK_RATES, self.wanted.seed)
 
     def _whole_course(self, ready: Prepared) -> Course:
         steps = self.wanted.end_to_end or 0
-        return Course(
-            ready.trained, ready.held, steps, BATCH, BATCH, PACE, WHOLE_RATES, self.wanted.seed
-        )
+        return Course(ready.trained, ready.held, steps, BATCH, PACE, WHOLE_RATES, self.wanted.seed)
 
 
 def _peak(device: torch.device) -> int:

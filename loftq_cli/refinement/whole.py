@@ -10,6 +10,7 @@ import torch
 
 from loftq_cli.checkpoint.stored import Stored
 from loftq_cli.machine.observer import Observer
+from loftq_cli.machine.world import World
 from loftq_cli.refinement.block import Course, train
 from loftq_cli.refinement.distill import Hold, Told, called, checkpointed, distance, predicts, told
 from loftq_cli.refinement.model import Prepared
@@ -22,13 +23,14 @@ TITLE = "end to end"
 class Whole:
     """What the original says of the windows of ``course``, and how the model is trained to say the
     same; ``blocks`` keep no activations but their inputs. ``cost``: what a window takes, in those
-    of a block."""
+    of a block. The processes of ``world`` share the windows."""
 
     prepared: Prepared
     known: Mapping[int, Told]
     blocks: Sequence[str]
     course: Course
     cost: int
+    world: World
 
     def refine(self, begun: Stored, stages: Stages, observer: Observer) -> dict[str, Any]:
         """Train every matrix, from what is stored of finished blocks on, unless that is finished;
@@ -42,17 +44,19 @@ class Whole:
             return record
         model, call = self.prepared.model, called(self.prepared.model, self.prepared.device)
 
-        def loss_of(windows: Sequence[int]) -> torch.Tensor:
+        def loss_of(window: int) -> torch.Tensor:
             with self.prepared.autocast():
-                output = call(self.prepared.windows[list(windows)])
-            return distance(output, [self.known[window] for window in windows])
+                output = call(self.prepared.windows[window][None])
+            return distance(output, [self.known[window]])
 
-        placed = self.prepared.placed(names, begun)
+        begins = {name: stages.begun(conversion.held[name].specs, begun) for name in names}
+        placed = self.prepared.placed(names, begins)
         with checkpointed([model.get_submodule(name) for name in self.blocks]):
             outcome = train(
                 placed,
                 loss_of,
                 self.course,
+                self.world,
                 lambda windows: observer.advance(windows * self.cost),
             )
         tensors: dict[str, torch.Tensor] = {}

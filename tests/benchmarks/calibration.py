@@ -83,7 +83,7 @@ def _calibrate(model: Any, windows: torch.Tensor) -> None:
     def call(ids: torch.Tensor) -> object:
         return model(input_ids=ids, use_cache=False)
 
-    given = Calibration(model, call, windows, layers, {}, widths, Path("random"))
+    given = Calibration(model, call, windows, layers, {}, widths, Path("random"), model.device)
     with (
         tempfile.TemporaryDirectory() as directory,
         StatisticsWriter(Path(directory) / "stats.safetensors", layers) as writer,

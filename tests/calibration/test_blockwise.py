@@ -177,7 +177,7 @@ def test_every_layer_sees_in_turn_what_it_sees_in_the_whole_model() -> None:
         block.calls = 0
 
     def in_turn() -> None:
-        with BlockRunner(model, run, WINDOWS) as runner:
+        with BlockRunner(model, run, range(WINDOWS)) as runner:
             for name in blocks:
                 assert list(runner.windows(name)) == [0, 1, 2]
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
+import loftq_cli.checkpoint.locate
 import loftq_cli.conversion.prepare
 import loftq_cli.reporting.inspect
 from tests.support import checkpoints
@@ -235,6 +236,28 @@ def test_ctrl_c_exits_with_130(loftq: Command, monkeypatch: pytest.MonkeyPatch) 
     assert result.exit_code == 128 + signal.SIGINT
     (line,) = result.stderr.splitlines()
     assert "interrupted by SIGINT" in line
+
+
+def test_an_interrupted_refinement_goes_on(loftq: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locate(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loftq_cli.checkpoint.locate, "locate_output", locate)
+    result = loftq("refine", "out", "--source", "model", "--text", "a.txt", "-o", "refined")
+    assert result.exit_code == 128 + signal.SIGINT
+    (line,) = result.stderr.splitlines()
+    assert "interrupted by SIGINT (run the same command again to resume)" in line
+
+
+@pytest.mark.parametrize(("set_to", "expected"), [(None, "ERROR"), ("INFO", "INFO")])
+def test_torch_does_not_say_in_pages_what_is_said_in_a_line(
+    set_to: str | None, expected: str, loftq: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", set_to or "")
+    if set_to is None:
+        monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    loftq("inspect", "nowhere")
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == expected
 
 
 def test_memory_that_runs_out_anywhere_is_no_bug(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from loftq_cli.layouts.base import Matrix
+from loftq_cli.machine.world import ALONE, World
 from loftq_cli.numerics.latent import Fixed, Pair
-from loftq_cli.refinement.block import Course, token_loss, train
+from loftq_cli.refinement.block import Course, Outcome, part, token_loss, train
 from loftq_cli.refinement.training import Placed, Rates, schedule
 from tests.support.quantizing import gaussian
 
@@ -21,7 +23,6 @@ COURSE = Course(
     held=[2],
     steps=40,
     batch=2,
-    together=1,
     pace=4,
     rates=Rates(pair=0.05, scales=0.0, codes=0.0),
     seed=0,
@@ -68,47 +69,101 @@ class Line:
         matrix = Matrix("weight", (4, 4), "F32", "uniform", 2, 64)
         self.placed = [Placed(matrix, Fixed(torch.zeros(4, 4), pair), self.parameter)]
         self.wanted = gaussian(4, 4, seed=2)
-        self.inputs = gaussian(5, 7, 4, seed=3)
-        self.seen: list[Sequence[int]] = []
+        self.inputs = gaussian(10, 7, 4, seed=3)
+        self.seen: list[int] = []
 
-    def loss_of(self, windows: Sequence[int]) -> torch.Tensor:
-        self.seen.append(list(windows))
-        inputs = self.inputs[list(windows)]
+    def loss_of(self, window: int) -> torch.Tensor:
+        self.seen.append(window)
+        inputs = self.inputs[window]
         return (inputs @ (self.parameter - self.wanted).T).square().mean()
 
 
 def test_training_lowers_the_loss_and_tells_of_it() -> None:
     line = Line()
     advanced: list[int] = []
-    outcome = train(line.placed, line.loss_of, COURSE, advanced.append)
+    outcome = train(line.placed, line.loss_of, COURSE, ALONE, advanced.append)
     assert outcome.finite
     assert outcome.kept == outcome.steps == 40
     assert outcome.held_after < 0.2 * outcome.held_before
     with torch.no_grad():
-        assert float(line.loss_of([2])) == pytest.approx(outcome.held_after)
+        assert float(line.loss_of(2)) == pytest.approx(outcome.held_after)
     assert advanced == [2] * 40
-    assert {window for windows in line.seen for window in windows} == {0, 1, 2, 3, 4}
+    assert {*line.seen} == {0, 1, 2, 3, 4}
     assert not line.parameter.requires_grad
     assert line.parameter.grad is None
 
 
-def test_windows_at_once_are_the_same_steps() -> None:
-    one, several = Line(), Line()
-    train(one.placed, one.loss_of, COURSE, lambda count: None)
-    train(several.placed, several.loss_of, replace(COURSE, together=2), lambda count: None)
-    torch.testing.assert_close(one.parameter, several.parameter, rtol=1e-3, atol=1e-3)
+class Threads(World):
+    """Processes that are threads: ``said`` is where each lays what the others are to see."""
+
+    def __init__(self, rank: int, said: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size = rank, len(said)
+        self.said, self.barrier = said, barrier
+
+    def gathered(self, value: Any) -> list[Any]:
+        self.said[self.rank] = value
+        self.barrier.wait()
+        found = list(self.said)
+        self.barrier.wait()
+        return found
+
+    def add_halves(self, tensor: torch.Tensor) -> None:
+        distance = 1
+        while distance < self.size:
+            theirs = self.gathered(tensor.clone())[self.rank ^ distance]
+            tensor.add_(theirs)
+            distance *= 2
+
+
+def trained_by(count: int, course: Course) -> list[tuple[Line, Outcome]]:
+    """What each of so many processes has and says after they have trained together."""
+    said, barrier = [None] * count, threading.Barrier(count)
+    found: dict[int, tuple[Line, Outcome]] = {}
+
+    def work(rank: int) -> None:
+        line, world = Line(), Threads(rank, said, barrier)
+        outcome = train(line.placed, line.loss_of, course, world, lambda count: None)
+        found[rank] = line, outcome
+
+    workers = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    return [found[rank] for rank in range(count)]
+
+
+@pytest.mark.parametrize("batch", [3, 4])
+def test_several_processes_come_to_the_bits_of_one(batch: int) -> None:
+    course = replace(COURSE, trained=[0, 1, 3, 4, 5, 6, 7], held=[2, 8, 9], batch=batch)
+    ((line, outcome),) = trained_by(1, course)
+    assert outcome.kept > 0
+    for count in (2, 4)[: batch - 2]:
+        for rank, (other, told) in enumerate(trained_by(count, course)):
+            assert torch.equal(other.parameter, line.parameter)
+            assert told == outcome
+            world = Threads(rank, [None] * count, threading.Barrier(count))
+            assert {*other.seen} == {*course.used(world)}
+            assert len(other.seen) < 0.7 * len(line.seen)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("windows", [[7, 3, 5, 1], [7, 3, 5, 1, 2]])
+def test_the_windows_of_a_step_are_dealt_out(windows: list[int], count: int) -> None:
+    barrier = threading.Barrier(count)
+    parts = [part(windows, Threads(rank, [None] * count, barrier)) for rank in range(count)]
+    assert [window for each in parts for window in each] == windows
+    assert min(map(len, parts)) >= 1
 
 
 def test_what_does_not_help_is_not_kept() -> None:
     line = Line()
 
-    def loss_of(windows: Sequence[int]) -> torch.Tensor:
-        """Of held windows, how far the matrix is from what it was."""
-        if list(windows) == [2]:
-            return line.parameter.square().mean()
-        return line.loss_of(windows)
+    def loss_of(window: int) -> torch.Tensor:
+        """Of the held window, how far the matrix is from what it was."""
+        return line.parameter.square().mean() if window == 2 else line.loss_of(window)
 
-    outcome = train(line.placed, loss_of, COURSE, lambda count: None)
+    outcome = train(line.placed, loss_of, COURSE, ALONE, lambda count: None)
     assert (outcome.kept, outcome.finite) == (0, True)
     assert outcome.held_after == outcome.held_before == 0.0
     assert outcome.after == outcome.before
@@ -118,13 +173,13 @@ def test_what_does_not_help_is_not_kept() -> None:
 def test_the_best_on_the_way_is_kept_and_not_the_last() -> None:
     line, calls = Line(), []
 
-    def loss_of(windows: Sequence[int]) -> torch.Tensor:
-        if list(windows) != [2]:
-            return line.loss_of(windows)
+    def loss_of(window: int) -> torch.Tensor:
+        if window != 2:
+            return line.loss_of(window)
         calls.append(line.parameter.detach().clone())
-        return line.loss_of(windows) * 0 + abs(len(calls) - 4.0)  # least at the third look
+        return line.loss_of(window) * 0 + abs(len(calls) - 4.0)  # least at the third look
 
-    outcome = train(line.placed, loss_of, COURSE, lambda count: None)
+    outcome = train(line.placed, loss_of, COURSE, ALONE, lambda count: None)
     assert outcome.kept == 3 * COURSE.pace
     assert torch.equal(line.parameter, calls[3])
 
@@ -133,11 +188,11 @@ def test_the_best_on_the_way_is_kept_and_not_the_last() -> None:
 def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(after: int) -> None:
     line = Line()
 
-    def loss_of(windows: Sequence[int]) -> torch.Tensor:
-        loss = line.loss_of(windows)
+    def loss_of(window: int) -> torch.Tensor:
+        loss = line.loss_of(window)
         return loss * math.nan if len(line.seen) > after else loss
 
-    outcome = train(line.placed, loss_of, COURSE, lambda count: None)
+    outcome = train(line.placed, loss_of, COURSE, ALONE, lambda count: None)
     assert (outcome.kept, outcome.finite) == (0, False)
     assert not line.parameter.any()
     assert all(

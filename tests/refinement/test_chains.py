@@ -59,15 +59,15 @@ def test_each_chain_is_its_model(kind: str, spilled: bool, tmp_path: Path) -> No
         model(ids[window : window + 1])
 
     keep = spilling(tmp_path) if spilled else kept
-    with Chains(model, run, 3, keep) as chains:
+    with Chains(model, run, range(3), keep) as chains:
         for name in blocks:
-            outputs = {ORIGINAL: list(chains.outputs(name, ORIGINAL))}
+            outputs = {ORIGINAL: chains.outputs(name, ORIGINAL)}
             wanted = second.get_submodule(name).state_dict()
             model.get_submodule(name).load_state_dict(wanted)
-            outputs[REFINED] = list(chains.outputs(name, REFINED))
+            outputs[REFINED] = chains.outputs(name, REFINED)
             chains.finish(name, outputs)
             for chain, whole in ((ORIGINAL, first), (REFINED, second)):
-                for window, value in enumerate(outputs[chain]):
+                for window, value in outputs[chain].items():
                     expected = seen(whole, name, ids[window : window + 1])
                     torch.testing.assert_close(main_output(fresh(value)), expected)
         assert list(tmp_path.iterdir()) == []
@@ -76,7 +76,7 @@ def test_each_chain_is_its_model(kind: str, spilled: bool, tmp_path: Path) -> No
 
 def test_a_block_that_is_not_reached_is_told_of() -> None:
     model = models.llama()
-    with Chains(model, lambda window: None, 1) as chains, pytest.raises(OutOfTurnError):
+    with Chains(model, lambda window: None, [0]) as chains, pytest.raises(OutOfTurnError):
         chains.given("model.layers.0", ORIGINAL, 0)
 
 

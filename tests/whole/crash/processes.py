@@ -1,6 +1,7 @@
 """``loftq`` in processes of their own, which end however a test wants them to.
 
-A fork server imports torch once; every process is then a real one, but starts at once.
+A fork server imports torch and transformers once; every process is then a real one, but starts at
+once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["loftq_cli.cli", "loftq_cli.conversion.run", __name__])
+_CONTEXT.set_forkserver_preload(
+    [
+        *("loftq_cli.cli", "loftq_cli.conversion.run", "loftq_cli.refinement.refine"),
+        *("transformers.models.llama.modeling_llama", "accelerate", __name__),
+    ]
+)
 
 _NUMBERS = itertools.count()
 

@@ -1,5 +1,5 @@
-"""The processes that do one conversion together: they meet at a store of torch's and leave each
-other messages there. Nobody ever waits for all of the others.
+"""The processes that do one piece of work together: they meet at a store of torch's and leave each
+other messages there.
 
 Whoever is alive counts up a number every second. Who has not done so for a while is taken for dead,
 and so is a process of rank 0's own host that is not there any more.
@@ -12,12 +12,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli import errors
 from loftq_cli.errors import EnvironmentFailure, LoftqError
 from loftq_cli.machine.launched import Place
 
@@ -34,7 +35,9 @@ PAUSE = 0.1
 """Seconds between two looks at what has been said."""
 _FAREWELL = 10.0
 _ENDED = "ended"
-_AGAIN = "the same command goes on with what is missing"
+_GONE = 5.0
+"""Seconds in which it becomes known who is gone, once somebody has noticed that one is."""
+_LONGEST = 200  # characters of a setting's value in a message
 
 
 class Group:
@@ -48,6 +51,7 @@ class Group:
         self._over = False
         self._joined: dict[int, dict[str, Any]] = {}
         self._lost: dict[int, str] = {}
+        self._faults: dict[int, LoftqError] = {}
         self._seen: dict[int, tuple[int, float]] = {}
         if place.rank:
             self.add(f"beat/{place.rank}", 1)
@@ -70,13 +74,32 @@ class Group:
             elif error is None:
                 self.say(f"left/{self.place.rank}", {})
             else:
-                said = error.message if isinstance(error, LoftqError) else "it was interrupted"
-                self.say(f"gone/{self.place.rank}", {"why": said})
+                known = error if isinstance(error, LoftqError) else _INTERRUPTED
+                self.say(f"gone/{self.place.rank}", told(known))
 
     def introduce(self, about: dict[str, Any]) -> None:
         """Say who this is. Of the others."""
         whereabouts = {"process": os.getpid(), "space": _space()}
         self.say(f"about/{self.place.rank}", {**about, **whereabouts})
+
+    def refuse_differing(
+        self, own: Mapping[str, Any], others: Mapping[int, Mapping[str, Any]]
+    ) -> None:
+        """Raise EnvironmentFailure if one of the ``others``, by rank, has introduced itself with
+        other software, settings or sources than this one, rank 0: naming both."""
+        for rank, why in sorted(self.lost().items()):
+            raise EnvironmentFailure(
+                f"rank {rank} of {self.place.size}: {why}", hint="it says more"
+            )
+        for rank, other in sorted(others.items()):
+            found = _differences(other, own)
+            if found:
+                raise EnvironmentFailure(
+                    f"rank {rank} (on {other['host']}) and rank 0 (on {own['host']}) would not "
+                    f"make the same bytes: {'; '.join(found)}",
+                    hint="have all of them use the same software, the same model and settings, and "
+                    "one kind of device",
+                )
 
     def add(self, key: str, amount: int) -> int:
         """Add to a number that begins at 0, in one step; what it is then."""
@@ -102,9 +125,7 @@ class Group:
         while (message := self.heard(key)) is None:
             ended = self.heard(_ENDED)
             if ended is not None and not ended["well"]:
-                raise EnvironmentFailure(
-                    f"{self.place}: rank 0 ended before all was done", hint="it says why"
-                )
+                raise self._without_first()
             if ended is not None:
                 return None
             time.sleep(PAUSE)
@@ -145,12 +166,52 @@ class Group:
         for rank in set(range(1, self.place.size)) - set(self._lost):
             gone = self.heard(f"gone/{rank}")
             if gone is not None:
-                self._lost[rank] = str(gone["why"])
+                self._faults[rank] = read(rank, gone)
+                self._lost[rank] = str(gone["message"])
             elif rank in self._joined:
                 self._listen(rank)
             elif (about := self.heard(f"about/{rank}")) is not None:
                 self._joined[rank] = about
         return self._lost
+
+    def check(self) -> None:
+        """Raise what another process has ended with, or EnvironmentFailure if one is gone: work
+        that takes all of them cannot go on. As another than rank 0, EnvironmentFailure if rank 0
+        has ended."""
+        if self.place.rank:
+            if self.heard(_ENDED) is not None:
+                raise self._without_first()
+            return
+        for rank, why in sorted(self.lost().items()):
+            raise self._faults.get(rank) or EnvironmentFailure(
+                f"rank {rank} of {self.place.size} is gone: {why}",
+                hint="run the same command again",
+            )
+
+    def failure(self, seen: str) -> LoftqError:
+        """What to raise if a process does not answer; ``seen``: how that showed."""
+        until = time.monotonic() + _GONE
+        while time.monotonic() < until:
+            try:
+                self.check()
+            except LoftqError as error:
+                return error
+            time.sleep(PAUSE)
+        return EnvironmentFailure(
+            f"{self.place}: another process does not answer: {seen}",
+            hint="see what it says; then run the same command again",
+        )
+
+    def store(self, prefix: str) -> Store:
+        """The store where all meet, with names of one's own."""
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+        return PrefixStore(prefix, self._store)
+
+    def _without_first(self) -> EnvironmentFailure:
+        return EnvironmentFailure(
+            f"{self.place}: rank 0 ended before all was done", hint="it says why"
+        )
 
     def _listen(self, rank: int) -> None:
         about = self._joined[rank]
@@ -191,8 +252,48 @@ class Group:
             place = self.place
             raise EnvironmentFailure(
                 f"{place}: rank 0, at {place.address}:{place.port}, does not answer any more",
-                hint=f"see what it says; {_AGAIN}",
+                hint="see what it says; then run the same command again",
             ) from error
+
+
+def told(error: LoftqError | None) -> dict[str, Any]:
+    """``error`` as a message to other processes; nothing for none."""
+    if error is None:
+        return {}
+    return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+
+
+def read(rank: int, message: Mapping[str, Any]) -> LoftqError:
+    """The error that another process has :func:`told` of; of a machine, it says of whose."""
+    kind = getattr(errors, message["kind"], EnvironmentFailure)
+    text = message["message"]
+    if issubclass(kind, EnvironmentFailure):
+        text = f"rank {rank}: {text}"
+    error: LoftqError = kind(text, hint=message["hint"])
+    return error
+
+
+_INTERRUPTED = EnvironmentFailure("it was interrupted", hint="run the same command again")
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    found = []
+    for what in ("software", "settings"):
+        first, second = there[what], here[what]
+        names = sorted({*first, *second})
+        found += [
+            f"{name} {_short(first.get(name))} and {_short(second.get(name))}"
+            for name in names
+            if first.get(name) != second.get(name)
+        ]
+    sources = {name: rest for name, *rest in there["sources"]}
+    found += [f"source file {name}" for name, *rest in here["sources"] if sources.get(name) != rest]
+    return found
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 
 def _space() -> str:
