@@ -25,6 +25,8 @@ _T = TypeVar("_T")
 _GLANCE = 2e-4  # seconds between two looks whether something has arrived
 _LOOK = 0.5  # and whether everybody is still there
 _MEETING = timedelta(seconds=60)
+_HEAD, _LENGTH = 512, 8  # bytes: of a message's beginning, and in it of what says how long it is
+_SMALL = 1 << 22  # bytes: smaller tensors are sent together, up to so many
 _WORKING = timedelta(days=30)  # whether somebody is gone is not for torch to guess
 
 
@@ -66,9 +68,9 @@ class World:
     def add_up(self, tensor: torch.Tensor) -> None:
         """Replace ``tensor``, of one shape everywhere, by the sum of everybody's."""
 
-    def add_halves(self, tensor: torch.Tensor) -> None:
-        """As :meth:`add_up`, of 2^k processes: neighbours first, then pairs of them, and so on, so
-        that a sum has the bits that one process gets in that order."""
+    def add_halves(self, tensors: Sequence[torch.Tensor]) -> None:
+        """As :meth:`add_up` of each, of 2^k processes: neighbours first, then pairs of them, and so
+        on, so that a sum has the bits that one process gets in that order."""
 
     def spread(self, tensor: torch.Tensor) -> None:
         """Replace ``tensor``, of one shape everywhere, by that of rank 0."""
@@ -161,33 +163,49 @@ class Ranks(World):
             dist.destroy_process_group()
 
     def told(self, find: Callable[[], Any]) -> Any:
-        body = json.dumps(find()).encode() if self.first else b""
-        length = torch.tensor([len(body)])
-        self._spread(length)
-        content = torch.zeros(int(length), dtype=torch.uint8)
+        head = torch.zeros(_HEAD, dtype=torch.uint8)
+        body = b""
         if self.first:
-            content.copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))
-        self._spread(content)
-        return json.loads(bytes(content.tolist()))
+            body = json.dumps(find()).encode()
+            head = _head(body)
+        self._spread(head)
+        length, found = _begun(head)
+        if len(found) < length:
+            whole = torch.zeros(length, dtype=torch.uint8)
+            if self.first:
+                whole.copy_(_bytes(body))
+            self._spread(whole)
+            found = bytes(whole.tolist())
+        return json.loads(found)
 
     def gathered(self, value: Any) -> list[Any]:
+        body = json.dumps(value).encode()
+        found = [_begun(each) for each in self._gathered(_head(body))]
+        longest = max(length for length, _ in found)
+        texts = [text for _, text in found]
+        if longest > _HEAD - _LENGTH:
+            texts = [bytes(each.tolist()) for each in self._gathered(_bytes(body.ljust(longest)))]
+        return [json.loads(text) for text in texts]
+
+    def _gathered(self, content: torch.Tensor) -> list[torch.Tensor]:
         import torch.distributed as dist
 
-        body = json.dumps(value).encode()
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._wait(dist.all_gather(lengths, torch.tensor([len(body)]), async_op=True))
-        room = max(map(int, lengths))
-        own = torch.frombuffer(bytearray(body.ljust(room)), dtype=torch.uint8)
-        found = [torch.zeros(room, dtype=torch.uint8) for _ in range(self.size)]
-        self._wait(dist.all_gather(found, own, async_op=True))
-        return [json.loads(bytes(each.tolist())) for each in found]
+        found = [torch.zeros_like(content) for _ in range(self.size)]
+        self._wait(dist.all_gather(found, content, async_op=True))
+        return found
 
     def add_up(self, tensor: torch.Tensor) -> None:
         self._carried(tensor, self._add_up)
 
-    def add_halves(self, tensor: torch.Tensor) -> None:
-        for group in self._halves:  # two values have one sum, whoever computes it
-            self._carried(tensor, functools.partial(self._add_up, group=group))
+    def add_halves(self, tensors: Sequence[torch.Tensor]) -> None:
+        for some in _together(tensors):
+            flat = some[0] if len(some) == 1 else torch.cat([tensor.reshape(-1) for tensor in some])
+            for group in self._halves:  # two values have one sum, whoever computes it
+                self._carried(flat, functools.partial(self._add_up, group=group))
+            if len(some) > 1:
+                parts = torch.split(flat, [tensor.numel() for tensor in some])
+                for tensor, part in zip(some, parts, strict=True):
+                    tensor.copy_(part.view(tensor.shape))
 
     def spread(self, tensor: torch.Tensor) -> None:
         if tensor.numel():
@@ -227,6 +245,35 @@ class Ranks(World):
             work.wait()
         except RuntimeError as error:  # torch's errors of a connection are
             raise self._group.failure(str(error).partition("\n")[0]) from error
+
+
+def _bytes(body: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8)
+
+
+def _head(body: bytes) -> torch.Tensor:
+    """The beginning of a message: how long it is, and as much of it as there is room for."""
+    return _bytes((len(body).to_bytes(_LENGTH, "little") + body)[:_HEAD].ljust(_HEAD))
+
+
+def _begun(head: torch.Tensor) -> tuple[int, bytes]:
+    """How long a message is, and its beginning."""
+    content = bytes(head.tolist())
+    length = int.from_bytes(content[:_LENGTH], "little")
+    return length, content[_LENGTH : _LENGTH + length]
+
+
+def _together(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """``tensors`` in the same order, small ones of one dtype that follow each other together."""
+    some: list[torch.Tensor] = []
+    for tensor in tensors:
+        nbytes = sum(each.nbytes for each in some) + tensor.nbytes
+        if some and (nbytes > _SMALL or some[0].dtype != tensor.dtype):
+            yield some
+            some = []
+        some.append(tensor)
+    if some:
+        yield some
 
 
 @contextmanager

@@ -171,9 +171,8 @@ def _step(
     total = sum(torch.stack(losses).tolist())  # a device is waited for once
     finite = all(world.gathered(math.isfinite(total)))
     if finite:
-        for item in placed:
-            if item.parameter.grad is not None:
-                world.add_halves(item.parameter.grad)
+        gradients = (item.parameter.grad for item in placed)
+        world.add_halves([gradient for gradient in gradients if gradient is not None])
         trainer.step()
     return finite
 

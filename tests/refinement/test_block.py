@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -107,11 +108,12 @@ class Threads(World):
         self.barrier.wait()
         return found
 
-    def add_halves(self, tensor: torch.Tensor) -> None:
+    def add_halves(self, tensors: Sequence[torch.Tensor]) -> None:
         distance = 1
         while distance < self.size:
-            theirs = self.gathered(tensor.clone())[self.rank ^ distance]
-            tensor.add_(theirs)
+            theirs = self.gathered([tensor.clone() for tensor in tensors])[self.rank ^ distance]
+            for tensor, other in zip(tensors, theirs, strict=True):
+                tensor.add_(other)
             distance *= 2
 
 

@@ -49,7 +49,6 @@ TESTED_BY = {
     "cli/show_fits.py": "cli/test_plan.py",
     "cli/show.py": "cli/test_convert.py",
     "conversion/beside.py": "planning/test_adapted.py",
-    "machine/world.py": "whole/crash/test_ranks_on_text.py",
     "machine/group.py": "whole/crash/test_ranks.py",
     "conversion/ranks.py": "whole/crash/test_ranks.py",
     "conversion/run_part.py": "conversion/test_parts.py",

@@ -8,11 +8,13 @@ import itertools
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import NonFiniteActivationError
 from loftq_cli.machine import group
 from loftq_cli.numerics.moments import Moments
+from loftq_cli.refinement import settings
 
 
 def at_call(
@@ -36,6 +38,13 @@ def _watch(owner: type, name: str, call: int, number: signal.Signals) -> None:
 def impatient() -> None:
     """Who gives no sign of life for two seconds is taken for dead."""
     group.PATIENCE = 2.0
+
+
+def hurried(directory: Path) -> None:
+    """No accident: the process is in ``directory``, and trains a model end to end in two steps
+    unless it is told in how many."""
+    os.chdir(directory)
+    settings.STEPS = 2
 
 
 def overflow() -> None:

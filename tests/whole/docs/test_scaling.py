@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import shlex
 import shutil
@@ -13,7 +12,7 @@ import pytest
 
 from tests.support import calibrated, models
 from tests.support.pages import page
-from tests.whole.crash import several
+from tests.whole.crash import accidents, several
 
 STARTED = re.compile(
     r"^(?:torchrun (?P<options>.*) -m loftq_cli|srun .* loftq) (?P<words>.+)$", re.MULTILINE
@@ -39,7 +38,7 @@ def test_the_commands_work_one_after_the_other(place: Path) -> None:
         words = shlex.split(line)
         output = place / words[words.index("-o") + 1]
         shutil.rmtree(output, ignore_errors=True)
-        there = functools.partial(os.chdir, place)
+        there = functools.partial(accidents.hurried, place)
         ended = several.run(words, place, faults=dict.fromkeys(range(2), there))
         assert [each.code for each in ended] == [0, 0], [each.stderr for each in ended]
         assert output.exists()
