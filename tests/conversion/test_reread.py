@@ -157,22 +157,23 @@ for number in range(4):
 """
 
 
-def test_the_same_recipe_gives_the_same_bytes_twenty_times_in_five_processes(
+def test_the_same_recipe_gives_the_same_bytes_twelve_times_in_three_processes(
     tmp_path: Path,
 ) -> None:
-    # Large enough that products and sweeps are divided among the threads.
+    # Large enough that products and sweeps are divided among the threads, which are not to spin
+    # for each other: cores are few, and other tests run.
     source = checkpoints.write(tmp_path / "model", checkpoints.llama(hidden=256, intermediate=320))
     words = ["convert", str(source), "-q", "--bits", "2"]
     words += ["--method", "nf", "--rank", "8", "--iters", "3", "-t", "2"]
-    for seed in range(5):
+    for seed in range(3):
         subprocess.run(
             [sys.executable, "-c", AGAIN_AND_AGAIN, str(tmp_path / f"out{seed}"), *words],
-            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            env={**os.environ, "PYTHONHASHSEED": str(seed), "OMP_WAIT_POLICY": "passive"},
             stdout=subprocess.DEVNULL,
             check=True,
         )
     first, *others = map(checkpoints.comparable, sorted(tmp_path.glob("out*")))
-    assert len(others) == 19
+    assert len(others) == 11
     assert all(other == first for other in others)
 
 

@@ -27,7 +27,9 @@ def lloyd_max(values: torch.Tensor, count: int) -> torch.Tensor:
     for _ in range(3000):
         cell = torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
         sums = torch.zeros(count, dtype=torch.float64).index_add_(0, cell, values)
-        levels = sums / torch.bincount(cell, minlength=count)
+        before, levels = levels, sums / torch.bincount(cell, minlength=count)
+        if torch.equal(levels, before):
+            break
     return levels
 
 

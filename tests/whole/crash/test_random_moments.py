@@ -21,7 +21,7 @@ def test_killed_at_random_moments(conversion: Conversion, scratch: Path) -> None
     chance = random.Random(0)
     caught: Counter[str] = Counter()
     latest = conversion.seconds
-    for _ in range(times(30)):
+    for _ in range(times(12, 300)):
         work = scratch / "work"
         work.mkdir()
         running = processes.Running(conversion.arguments(work / "out"), scratch)
