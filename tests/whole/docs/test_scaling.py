@@ -15,7 +15,9 @@ from tests.support.pages import page
 from tests.whole.crash import accidents, several
 
 STARTED = re.compile(
-    r"^(?:torchrun (?P<options>.*) -m loftq_cli|srun .* loftq) (?P<words>.+)$", re.MULTILINE
+    r"^(?:torchrun (?P<options>.*) -m loftq_cli|accelerate launch .* -m loftq_cli|srun .* loftq) "
+    r"(?P<words>.+)$",
+    re.MULTILINE,
 )
 COMMANDS = [
     (found["options"] or "", found["words"]) for found in STARTED.finditer(page("scaling.md"))
@@ -33,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands_work_one_after_the_other(place: Path) -> None:
     """In two processes, whatever the page says; a command may write what one before it did."""
     names = [words.split()[0] for _, words in COMMANDS]
-    assert names == ["convert"] * 3 + ["calibrate", "convert", "refine"]
+    assert names == ["convert"] * 4 + ["calibrate", "convert", "refine"]
     for _, line in COMMANDS:
         words = shlex.split(line)
         output = place / words[words.index("-o") + 1]
