@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from loftq_cli.calibration import sensitivity
 from loftq_cli.calibration.layer_inputs import OWN_LOOP
 from loftq_cli.calibration.measure import Calibration, class_to_run, prepare
+from loftq_cli.calibration.sensitivity import Asked
 from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.dtypes import computed, torch_dtype
 from loftq_cli.checkpoint.header import StoredTensor
@@ -70,14 +72,16 @@ class Text:
 
 @dataclass(frozen=True)
 class Measuring:
-    """What to measure. ``samples`` None: up to 128; ``length`` None: 512, or what the model takes.
-    Raises UsageError for a value out of range."""
+    """What to measure. ``samples`` None: up to 128; ``length`` None: 512, or what the model takes;
+    ``sensitivity``: also what errors are worth to the model, "possible": unless gradients do not go
+    through it. Raises UsageError for a value out of range."""
 
     samples: int | None = None
     length: int | None = None
     moments: str = "diagonal"
     device: str = "auto"
     seed: int = 0
+    sensitivity: Asked = "none"
 
     def __post_init__(self) -> None:
         for name, value, low in (
@@ -148,12 +152,16 @@ def measure(
         calibration = job.prepare(folder)
         samples, length = calibration.windows.shape
         text = {**about, "samples": samples, "length": length, "dtype": job.dtype_name}
+        if wanted.sensitivity != "none":
+            text["sensitivity"] = True
         if world.size > 1:
             observer.note(f"{world.size} processes share {samples} windows")
         found = _found(calibration, world, full, observer)
         done: dict[str, Any] = {}
         if world.first:
-            done = _written(found, job, output, text, overwrite)
+            # Before the moments, as it may fail.
+            worth = sensitivity.measured(calibration, wanted.sensitivity, device, observer)
+            done = _written(found, job, output, text, worth, overwrite)
             _tell_of_missing(done["missing"], observer)
         else:
             collections.deque(found, maxlen=0)  # only for what the others get of it
@@ -251,8 +259,12 @@ def _job(source: Source, texts: Sequence[Text], wanted: Measuring, device: torch
 
 def _tell_of_missing(missing: Sequence[str], observer: Observer) -> None:
     if missing:
-        more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
-        observer.note(f"nothing was measured for {', '.join(missing[:_MOST_SHOWN])}{more}")
+        observer.note(f"nothing was measured for {_some(missing)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return ", ".join(names[:_MOST_SHOWN]) + more
 
 
 def provenance(texts: Sequence[Text], wanted: Measuring, contents: str | None) -> dict[str, Any]:
@@ -286,12 +298,22 @@ def _found(calibration: Calibration, world: World, full: bool, observer: Observe
 
 
 def _written(
-    found: _Found, job: _Job, output: Path, text: Mapping[str, Any], overwrite: bool
+    found: _Found,
+    job: _Job,
+    output: Path,
+    text: Mapping[str, Any],
+    worth: Mapping[str, float],
+    overwrite: bool,
 ) -> dict[str, Any]:
     """Write what is ``found``, and publish it; what ``--json`` says of it."""
     written, entries = set[str](), 0
     with StatisticsWriter(
-        output, job.widths, model=measured_model(job.source), text=text, overwrite=overwrite
+        output,
+        job.widths,
+        model=measured_model(job.source),
+        text=text,
+        sensitivity=worth,
+        overwrite=overwrite,
     ) as writer:
         for names, moments in found:
             write_entry(writer, names, moments)
@@ -300,7 +322,13 @@ def _written(
         _refuse_nothing(written, job.source, len(job.widths))
         nbytes = writer.publish()
     missing = [name for name in job.widths if name not in written]
-    return {"matrices": len(written), "entries": entries, "missing": missing, "bytes": nbytes}
+    return {
+        "matrices": len(written),
+        "entries": entries,
+        "missing": missing,
+        "sensitivities": len(worth),
+        "bytes": nbytes,
+    }
 
 
 def _refuse_nothing(written: Collection[str], source: Source, matrices: int) -> None:

@@ -111,10 +111,17 @@ def read(
 
 
 def found(
-    source: Source, output: Path, texts: Sequence[Text], moments: str | None, *, overwrite: bool
+    source: Source,
+    output: Path,
+    texts: Sequence[Text],
+    moments: str | None,
+    *,
+    sensitivity: bool,
+    overwrite: bool,
 ) -> Statistics | None:
     """The statistics beside ``output``, if they are of this model and these ``texts``, and of the
-    kind ``moments`` or, if that is None, of any; None if they have to be measured.
+    kind ``moments`` or, if that is None, of any, with ``sensitivity`` if that is wanted; None if
+    they have to be measured.
 
     Raises OutputConflictError if there is something else and ``overwrite`` does not allow to
     replace it.
@@ -123,7 +130,7 @@ def found(
     refuse_taken(path, overwrite=True)  # what is not ours
     if not path.exists():
         return None
-    differing = _differing(path, source, texts, moments)
+    differing = _differing(path, source, texts, moments, sensitivity)
     if differing is None:
         return statistics_for(source, str(path))
     if not overwrite:
@@ -140,18 +147,24 @@ def measured(
     texts: Sequence[Text],
     moments: str,
     *,
+    sensitivity: bool,
     device: str,
     observer: Observer,
 ) -> Statistics:
-    """Measure, and open what was written. Raises what :func:`measure` does."""
+    """Measure, ``sensitivity`` too if that is possible, and open what was written. Raises what
+    :func:`measure` does."""
     path = beside(output)
-    wanted = Measuring(moments=moments, device=device)
+    wanted = Measuring(
+        moments=moments, device=device, sensitivity="possible" if sensitivity else "none"
+    )
     result = measure(source, path, texts, wanted, overwrite=True, observer=observer)
     observer.note(f"measured {result['tokens']:,} tokens ({moments} moments): {path}")
     return statistics_for(source, str(path))
 
 
-def _differing(path: Path, source: Source, read: Sequence[Text], moments: str | None) -> str | None:
+def _differing(
+    path: Path, source: Source, read: Sequence[Text], moments: str | None, sensitivity: bool
+) -> str | None:
     """What the statistics at ``path`` are, if they are not what would be measured now."""
     held = open_statistics(path)
     kinds = {entry.kind for entry in held.entries.values()}
@@ -165,4 +178,7 @@ def _differing(path: Path, source: Source, read: Sequence[Text], moments: str | 
     wanted = provenance(read, Measuring(), contents)
     if {name: held.text.get(name) for name in wanted} != wanted:
         return "of other text, or of other windows of it"
+    # What more was measured does no harm.
+    if sensitivity and not held.text.get("sensitivity"):
+        return "without sensitivities, by which a target is settled"
     return None

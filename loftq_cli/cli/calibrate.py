@@ -44,6 +44,11 @@ from loftq_cli.cli.together import together
     show_default=True,
     help="Mean squares of the inputs, or the whole matrix of their products.",
 )
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Also what an error of each matrix costs the model: --target-bpw goes by it.",
+)
 @samples_option
 @length_option
 @device_option
@@ -60,6 +65,7 @@ def calibrate(
     texts: tuple[Path, ...],
     output: Path,
     moments: str,
+    sensitivity: bool,
     samples: int | None,
     length: int | None,
     device: str,
@@ -80,6 +86,7 @@ def calibrate(
     \b
     loftq calibrate ./my-model --text notes.txt -o stats.safetensors
     loftq calibrate ./my-model --text a.txt --text b.txt --moments full --samples 64
+    loftq calibrate ./my-model --text notes.txt --moments full --sensitivity
     """
     from loftq_cli.calibration.calibrate import Measuring
     from loftq_cli.calibration.calibrate import calibrate as run
@@ -91,7 +98,7 @@ def calibrate(
             Request(model, revision, offline),
             output,
             texts,
-            Measuring(samples, length, moments, device, seed),
+            Measuring(samples, length, moments, device, seed, "needed" if sensitivity else "none"),
             overwrite=overwrite,
             observer=narrator,
             world=world,

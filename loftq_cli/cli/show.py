@@ -237,6 +237,7 @@ def calibration(result: Mapping[str, Any], *, as_json: bool) -> None:
         ("model", result["model"]),
         ("moments", f"{result['moments']}, {result['entries']} distinct inputs"),
         ("matrices", f"{result['matrices']}, {len(result['missing'])} without"),
+        *([("sensitivity", f"of {known} matrices")] if (known := result["sensitivities"]) else []),
         ("text", text),
         ("size", console.size(result["bytes"])),
         ("time", f"{result['seconds']:.1f} s on {result['device']} in {result['dtype']}"),

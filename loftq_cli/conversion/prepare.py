@@ -170,7 +170,10 @@ def _measured_first(
         return plan
     source, device = plan.source, str(plan.device)
     read = first.read(source, path, texts, device=device, observer=observer)
-    statistics = first.found(source, path, read, texts.moments, overwrite=overwrite)
+    sensitivity = settings.target_bpw is not None
+    statistics = first.found(
+        source, path, read, texts.moments, sensitivity=sensitivity, overwrite=overwrite
+    )
     if statistics is None and texts.dry_run:
         observer.note("the statistics are measured first; this plan is made without them")
         return plan
@@ -180,7 +183,15 @@ def _measured_first(
             _refuse_beforehand(plan, workspace)
         check_resources(plan, workspace)
         moments = texts.moments or first.moments_for(plan)
-        statistics = first.measured(source, path, read, moments, device=device, observer=observer)
+        statistics = first.measured(
+            source,
+            path,
+            read,
+            moments,
+            sensitivity=sensitivity,
+            device=device,
+            observer=observer,
+        )
     return planned(settings, statistics)
 
 

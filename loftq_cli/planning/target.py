@@ -1,4 +1,4 @@
-"""``--target-bpw``: widths such that the residual is least at a given average of stored bits.
+"""``--target-bpw``: widths such that loss or residual is least at an average of stored bits.
 
 The budget is counted as the manifest counts ``totals.bits_per_weight``: codes, scales, zero points
 and tables of all quantized matrices, those whose width a map fixes among them.
@@ -62,6 +62,11 @@ def settle(plan: Plan, observer: Observer) -> Plan:
             f"take: all matrices get {max(widths.values())} bits"
         )
         return with_widths(plan, widths)
+    if plan.statistics is not None and not plan.statistics.sensitivity:
+        observer.note(
+            "the statistics hold no sensitivities: widths are settled by errors alone "
+            "(`loftq calibrate --sensitivity` measures what these cost the model)"
+        )
     errors = estimate(plan, forms, observer)
     together = _together(plan, forms)
     groups = [

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 
+from loftq_cli.calibration.outputs import called, checkpointed, predicts
 from loftq_cli.checkpoint.stored import Stored
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.world import World
 from loftq_cli.refinement.block import Course, train
-from loftq_cli.refinement.distill import Hold, Told, called, checkpointed, distance, predicts, told
+from loftq_cli.refinement.distill import Hold, Told, distance, told
 from loftq_cli.refinement.model import Prepared
 from loftq_cli.refinement.stages import Stages
 
 TITLE = "end to end"
+_OPTION = "--end-to-end"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,10 @@ class Whole:
         if record is not None:
             observer.advance(self.course.amount * self.cost)
             return record
-        model, call = self.prepared.model, called(self.prepared.model, self.prepared.device)
+        model, call = (
+            self.prepared.model,
+            called(self.prepared.model, self.prepared.device, _OPTION),
+        )
 
         def loss_of(window: int) -> torch.Tensor:
             with self.prepared.autocast():
@@ -74,7 +79,7 @@ def known_of(
 ) -> dict[int, Told]:
     """What the original says of ``windows``, by their numbers, kept by ``hold``. ``advance`` is
     called for each."""
-    call, logits = called(prepared.model, prepared.device), predicts(prepared.model)
+    call, logits = called(prepared.model, prepared.device, _OPTION), predicts(prepared.model)
     found = {}
     for window in windows:
         with prepared.autocast():

@@ -41,6 +41,9 @@ FORMAT = "loftq-statistics"
 FORMAT_VERSIONS = ("1", "2")
 """Whole entries alone, and packed ones as well."""
 
+SENSITIVITY = "sensitivity"
+"""The key of the metadata that has those of matrices."""
+
 PARTS = {"diagonal": ("F32", 1), "directions": ("F32", 2), "correlations": ("I16", 1)}
 """Tensors of a packed entry, ``ENTRY.`` before each: dtype and sides."""
 
@@ -129,7 +132,8 @@ def _parse(path: Path, header: Header) -> Statistics:
     for matrix, name in matrices.items():
         if name not in entries:
             raise StatisticsError(f"{path}: no entry {shown(name)} for tensor {shown(matrix)}")
-    return Statistics(path, matrices, entries, _model(path, metadata), _text(metadata))
+    told = _model(path, metadata), _text(metadata), _sensitivity(path, metadata)
+    return Statistics(path, matrices, entries, *told)
 
 
 def _check(path: Path, tensor: StoredTensor, packed: bool) -> None:
@@ -184,6 +188,16 @@ def _map(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> dict[
         found = None
     if not isinstance(found, dict) or not all(type(value) is kind for value in found.values()):
         raise StatisticsError(f"{path}: the metadata {key!r} is missing or malformed")
+    return found
+
+
+def _sensitivity(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
+    if SENSITIVITY not in metadata:
+        return {}
+    found = _map(path, metadata, SENSITIVITY, float)
+    for matrix, value in found.items():
+        if not 0 <= value < float("inf"):
+            raise StatisticsError(f"{path}: the sensitivity of tensor {shown(matrix)} is {value}")
     return found
 
 

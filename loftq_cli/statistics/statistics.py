@@ -47,13 +47,16 @@ class MeasuredModel:
 @dataclass(frozen=True)
 class Statistics:
     """An opened file. ``matrices``: names of weight tensors to names in ``entries``; ``model`` is
-    None if the file does not say; ``text`` is what it says of the text, if anything."""
+    None if the file does not say; ``text`` is what it says of the text, if anything;
+    ``sensitivity`` of weight tensors, as docs/statistics.md defines it, empty if none was
+    measured."""
 
     path: Path
     matrices: Mapping[str, str]
     entries: Mapping[str, Entry]
     model: MeasuredModel | None = None
     text: Mapping[str, Any] = field(default_factory=dict)
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:

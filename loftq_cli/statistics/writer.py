@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.reader import pieces_of
 from loftq_cli.checkpoint.writer import TensorWriter, place
 from loftq_cli.errors import EnvironmentFailure, InputError, OutputConflictError
 from loftq_cli.machine.durable import explained, make_directory, sync_directory, write_all
-from loftq_cli.statistics.file import FORMAT, PARTS, compact_json, open_statistics
+from loftq_cli.statistics.file import FORMAT, PARTS, SENSITIVITY, compact_json, open_statistics
 from loftq_cli.statistics.statistics import DIAGONAL, FULL, MeasuredModel
 from loftq_cli.statistics.triangle import DIRECTIONS, pack
 
@@ -30,9 +30,10 @@ _PACKED_FROM = 1024  # inputs: full moments of fewer are less than 4 MiB, and st
 class StatisticsWriter:
     """A file of statistics in the making, beside ``path`` until :meth:`publish` renames it.
 
-    ``matrices`` are the names of all weight tensors that may be added; ``model`` and ``text``
-    (anything JSON) are recorded. ``overwrite`` replaces an earlier file of statistics, and nothing
-    else. A context manager: what was not published is removed.
+    ``matrices`` are the names of all weight tensors that may be added; ``model``, ``text``
+    (anything JSON) and ``sensitivity`` (of weight tensors) are recorded. ``overwrite``
+    replaces an earlier file of statistics, and nothing else. A context manager: what was not
+    published is removed.
 
     Raises OutputConflictError if ``path`` is taken, EnvironmentFailure from the disk.
     """
@@ -44,6 +45,7 @@ class StatisticsWriter:
         *,
         model: MeasuredModel | None = None,
         text: object = None,
+        sensitivity: Mapping[str, float] | None = None,
         overwrite: bool = False,
     ) -> None:
         self.path = path
@@ -53,6 +55,8 @@ class StatisticsWriter:
             self._fixed["model"] = compact_json({"id": model.id, "sha256": model.sha256})
         if text is not None:
             self._fixed["text"] = compact_json(text)
+        if sensitivity:
+            self._fixed[SENSITIVITY] = compact_json(dict(sensitivity))
         self._specs: list[TensorSpec] = []
         self._matrices: dict[str, str] = {}
         self._tokens: dict[str, int] = {}

@@ -230,6 +230,7 @@ def calibrate(
     output: AnyPath = "stats.safetensors",
     *,
     moments: str = "diagonal",
+    sensitivity: bool = False,
     samples: int | None = None,
     length: int | None = None,
     device: str = "auto",
@@ -241,7 +242,8 @@ def calibrate(
     """Measure the inputs of a model's linear layers on ``text``, UTF-8 files (extra ``train``).
 
     ``samples`` windows of ``length`` tokens, by default up to 128 of 512; ``moments``: "diagonal"
-    or "full". The file ``output`` is what ``convert(stats=…)`` takes.
+    or "full"; ``sensitivity``: also what errors cost the model, for ``convert(target_bpw=…)``. The
+    file ``output`` is what ``convert(stats=…)`` takes.
     """
     from loftq_cli.calibration.calibrate import Measuring
     from loftq_cli.calibration.calibrate import calibrate as run
@@ -252,7 +254,7 @@ def calibrate(
         Request(str(model), revision, offline),
         expanded(output),
         paths(text),
-        Measuring(samples, length, moments, device, seed),
+        Measuring(samples, length, moments, device, seed, "needed" if sensitivity else "none"),
         overwrite=overwrite,
         observer=Logged(),
     )

@@ -19,7 +19,7 @@ from tests.support.commands import Command
 
 KEYS = {
     *("bytes", "device", "dtype", "entries", "length", "matrices", "missing", "model"),
-    *("moments", "output", "samples", "seconds", "tokens"),
+    *("moments", "output", "samples", "seconds", "sensitivities", "tokens"),
 }
 QUICK = ("--text", "notes.txt", "--length", "16", "--device", "cpu")
 MATRICES = 14  # seven in each of two blocks
@@ -96,6 +96,7 @@ def test_the_options(short: bool, loftq: Command) -> None:
     assert (found["samples"], found["length"], found["tokens"]) == (3, 16, 48)
     assert (found["moments"], found["device"], found["dtype"]) == ("full", "cpu", "float32")
     assert open_statistics("made/full.safetensors").kind(NAME) == "full"
+    assert found["sensitivities"] == 0
 
 
 def test_an_earlier_file_is_replaced_on_demand(loftq: Command) -> None:

@@ -134,6 +134,29 @@ def test_what_was_measured_is_taken_again(loftq: Command, measurements: list[Pat
     assert measurements == [Path("out.stats.safetensors").resolve()]
 
 
+def test_a_target_has_sensitivities_measured(loftq: Command, measurements: list[Path]) -> None:
+    wanted = ("--target-bpw", "4", "--moments", "diagonal", "--device", "cpu")
+    target = ("convert", "real", *QUICK, *wanted, *TEXT)
+    assert loftq(*target).exit_code == 0
+    held = open_statistics(STATS)
+    assert set(held.sensitivity) == set(held.matrices)
+    apart = loftq("calibrate", "real", "--text", "notes.txt", "--sensitivity")
+    assert apart.exit_code == 0, apart.stderr
+    assert f"of {len(held.matrices)} matrices" in apart.stdout
+    assert STATS.read_bytes() == Path("stats.safetensors").read_bytes()
+    # What is more than a conversion needs is taken; what is less, is not.
+    assert loftq(*CONVERT, *TEXT, "--overwrite").exit_code == 0
+    assert len(measurements) == 1
+    STATS.unlink()
+    assert loftq(*CONVERT, *TEXT, *wanted[2:4], "--overwrite").exit_code == 0
+    assert open_statistics(STATS).sensitivity == {}
+    refused = loftq(*target)
+    assert refused.exit_code == 4
+    assert "without sensitivities, by which a target is settled" in refused.stderr
+    assert loftq(*target, "--overwrite").exit_code == 0
+    assert len(measurements) == 3
+
+
 def test_an_interrupted_conversion_goes_on(
     loftq: Command, measurements: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

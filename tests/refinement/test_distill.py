@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from loftq_cli.calibration import outputs
 from loftq_cli.errors import UnsupportedInputError
 from loftq_cli.refinement import distill
 from loftq_cli.refinement.chains import on_disk
@@ -50,8 +51,8 @@ def test_tokens_beyond_the_likeliest_are_one(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_models_say_is_held_on_disk_and_compared(kind: str, tmp_path: Path) -> None:
     model = getattr(models, kind)()
     ids = torch.randint(4, 90, (2, 12), generator=torch.Generator().manual_seed(0))
-    call = distill.called(model, torch.device("cpu"))
-    logits = distill.predicts(model)
+    call = outputs.called(model, torch.device("cpu"), "--end-to-end")
+    logits = outputs.predicts(model)
     assert logits == (kind != "bert")
     with torch.no_grad():
         output = call(ids)
@@ -80,7 +81,7 @@ def test_a_checkpointed_block_gives_the_same_gradient() -> None:
 
         weight.grad = None
         with (
-            distill.checkpointed(blocks),
+            outputs.checkpointed(blocks),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
             loss = model(input_ids=ids).logits.square().mean()
@@ -98,4 +99,4 @@ def test_a_model_of_neither_kind_is_refused() -> None:
             return object()
 
     with pytest.raises(UnsupportedInputError, match="neither predictions nor hidden"):
-        distill.called(Other(), torch.device("cpu"))(torch.zeros(1, 1))
+        outputs.called(Other(), torch.device("cpu"), "--that")(torch.zeros(1, 1))
