@@ -83,12 +83,12 @@ def test_a_progress_bar_that_ascii_cannot_show(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
 @pytest.mark.usefixtures("out")
 def test_a_stream_that_is_closed_is_no_error(place: Path, closed: str) -> None:
-    assert run("inspect", redirections=closed)[0] == 0
     assert run("convert", "model", "-o", "new", *QUICK, redirections=closed)[0] == 0
-    assert run("inspect", "new", "--verify", redirections=closed)[0] == 0
     assert run("inspect", "nowhere", redirections=closed)[0] == 3
-    assert run("--help", redirections=closed)[0] == 0
-    assert run("--nonsense", redirections=closed)[0] == 2
+    if closed == ">&- 2>&- <&-":
+        assert run("inspect", "new", "--verify", redirections=closed)[0] == 0
+        assert run("--help", redirections=closed)[0] == 0
+        assert run("--nonsense", redirections=closed)[0] == 2
 
 
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

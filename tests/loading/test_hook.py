@@ -39,7 +39,6 @@ def run(code: str, *path: Path) -> None:
     "imports",
     [
         "import loftq_cli, transformers, transformers.quantizers.auto",
-        "import transformers, loftq_cli, transformers.quantizers.auto",
         "import transformers.quantizers.auto, loftq_cli",
         "import loftq_cli; loftq_cli._hook.install(); import transformers.quantizers.auto; "
         "loftq_cli._hook.install()",
