@@ -12,7 +12,7 @@ from loftq_cli.conversion.prepare import prepare
 from loftq_cli.machine.observer import Observer
 from loftq_cli.settings.options import Options
 from tests.benchmarks.scaling import shapes
-from tests.benchmarks.scaling.costs import Costs
+from tests.benchmarks.scaling.costs import Costs, measure
 from tests.benchmarks.scaling.simulate import HASHES, load, simulate
 from tests.support import checkpoints
 
@@ -67,3 +67,14 @@ def test_a_checkpoint_of_headers_can_be_planned(tmp_path: Path) -> None:
     # Shared experts and dense layers stay as they are: PEFT would take them for experts.
     assert len(plan.matrices) == 4 * 5 + 8 * 3
     assert plan.source.encoded == ("FP8",)
+
+
+def test_costs_are_kept_as_they_were_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tests.benchmarks.scaling.costs.MOST", 64 * 32)
+    costs = measure([(64, 64), (32, 64)])
+    assert costs.matrices.keys() == {(64, 64), (32, 64)}
+    assert min(*costs.matrices.values(), costs.byte) > 0
+    costs.write(tmp_path / "costs.json")
+    assert Costs.read(tmp_path / "costs.json") == costs

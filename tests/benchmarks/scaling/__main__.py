@@ -93,19 +93,21 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="leave the page as it is")
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[str]] = {}
-    if given.only != "simulated":
-        found["measured"] = list(measure.table(given.directory, given.layers, given.hidden))
-    if given.only != "measured":
-        plans = {name: planned(given.directory / "shapes", name) for name in shapes.MODELS}
-        costs = costs_of(given.costs or given.directory / "costs.json", plans)
-        found["simulated"] = [*simulated(plans, costs)]
-        if given.costs is None:
-            found["simulated"] += ["", *simulated(plans, costs.faster(given.faster))]
-    for marker, lines in found.items():
+
+    def tell(marker: str, lines: list[str]) -> None:
         sys.stdout.write("\n".join(lines) + "\n")
         if not given.print:
             fill(marker, lines)
+
+    if given.only != "simulated":
+        tell("measured", list(measure.table(given.directory, given.layers, given.hidden)))
+    if given.only != "measured":
+        plans = {name: planned(given.directory / "shapes", name) for name in shapes.MODELS}
+        costs = costs_of(given.costs or given.directory / "costs.json", plans)
+        lines = [*simulated(plans, costs)]
+        if given.costs is None:
+            lines += ["", *simulated(plans, costs.faster(given.faster))]
+        tell("simulated", lines)
 
 
 def costs_of(path: Path, plans: dict[str, Plan]) -> Costs:

@@ -66,7 +66,7 @@ def _seconds(rows: int, columns: int, device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    loftq_cli.decompose(weight, device=device, threads=1, **SETTINGS)
+    loftq_cli.decompose(weight, **SETTINGS)
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - began
