@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,7 @@ class LayerInputs:
         for name in self._widths:
 
             def see(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                self._see(name, args[0] if args else next(iter(kwargs.values())))
+                self._see(name, first_of(args, kwargs))
 
             layer = model.get_submodule(modules[name])
             handles.append(layer.register_forward_pre_hook(see, with_kwargs=True))
@@ -107,6 +107,11 @@ class LayerInputs:
             except NonFiniteActivationError as error:
                 raise NonFiniteActivationError(f"{name}: {error.message}") from None
         self._now.setdefault(name, []).append(self._seen[key][0])
+
+
+def first_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The input of a layer that is called with these."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _differing(first: Mapping[str, list[int]], second: Mapping[str, list[int]]) -> str:

@@ -34,6 +34,7 @@ from torch import nn
 from torch.nn import functional
 
 from loftq_cli.calibration.course import block_of
+from loftq_cli.calibration.layer_inputs import first_of
 from loftq_cli.calibration.measure import Calibration
 from loftq_cli.calibration.outputs import called, checkpointed, predicts
 from loftq_cli.errors import LoftqError, NonFiniteActivationError, UnsupportedInputError
@@ -187,8 +188,7 @@ def _watched(
             def watch(
                 _: nn.Module, args: Any, kwargs: Any, output: Any, sums: _Sums = held[name]
             ) -> Any:
-                inputs = args[0] if args else next(iter(kwargs.values()))
-                return _Watch.apply(output, inputs, anchor, sums)  # type: ignore[no-untyped-call]
+                return _Watch.apply(output, first_of(args, kwargs), anchor, sums)  # type: ignore[no-untyped-call]
 
             layer = model.get_submodule(module)
             handles.append(layer.register_forward_hook(watch, with_kwargs=True))

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.journal import Journal, Subject, subject_in
 from loftq_cli.checkpoint.source import file_hashes
@@ -34,7 +32,6 @@ from loftq_cli.planning.decomposer import threads
 from loftq_cli.planning.make import with_fallback, with_widths
 from loftq_cli.planning.plan import Plan
 from loftq_cli.settings import maps
-from loftq_cli.version import VERSION
 
 SIGHT = 60.0
 """Seconds until what rank 0 wrote is to be seen by every host: network file systems remember for a
@@ -86,13 +83,7 @@ def introduce(group: Group, plan: Plan) -> bool:
     Raises EnvironmentFailure if ranks differ in what changes bytes, naming both.
     """
     ages = [shard.path.stat().st_mtime_ns for shard in plan.source.shards if shard.path.exists()]
-    own = {
-        "host": group.host,
-        "ages": ages,
-        "software": {"loftq-cli": VERSION, "torch": torch.__version__},
-        "settings": plan.recipe.as_dict(),
-        "sources": [list(each) for each in file_hashes(plan.source)],
-    }
+    own = {**group.about(plan.recipe.as_dict(), file_hashes(plan.source)), "ages": ages}
     if group.place.rank:
         group.introduce(own)
         return False

@@ -265,23 +265,23 @@ def _attach(
     _refuse((loaded.keys() - fused) ^ expected.keys(), "PEFT and the file disagree about", file)
     taken = {tensor.name for tensor in expected.values()}
     parts = [stored[name] for name in stored if is_expert(name) and name not in taken]
-    _refuse(
-        _unfused({name: loaded[name] for name in fused}, parts, file), "PEFT did not fuse", file
-    )
     with TensorFile(file) as reader:
+        unfused = _unfused({name: loaded[name] for name in fused}, parts, reader)
         lost = {name for name in expected if _differ(loaded[name], reader.read(expected[name]))}
+    _refuse(unfused, "PEFT did not fuse", file)
     _refuse(lost, "PEFT did not load", file)
     return model
 
 
-def _unfused(fused: Mapping[str, Any], parts: Sequence[StoredTensor], file: Path) -> set[str]:
-    """The names of what PEFT did not fuse from the ``parts`` in the file, as far as can be told:
+def _unfused(
+    fused: Mapping[str, Any], parts: Sequence[StoredTensor], reader: TensorFile
+) -> set[str]:
+    """The names of what PEFT did not fuse from the ``parts`` in a file, as far as can be told:
     stacking keeps the sum of all squares, and a B that it found nothing for is zero."""
     if any(tensor.is_meta for tensor in fused.values()):
         return set()
     squares = {name: squared_norm(tensor.cpu()) for name, tensor in fused.items()}
-    with TensorFile(file) as reader:
-        given = math.fsum(squared_norm(reader.read(part)) for part in parts)
+    given = math.fsum(squared_norm(reader.read(part)) for part in parts)
     if math.isclose(math.fsum(squares.values()), given, rel_tol=_ROUNDED):
         return set()
     empty = {name for name, square in squares.items() if ".lora_B." in name and not square}

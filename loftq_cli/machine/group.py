@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli import errors
 from loftq_cli.errors import EnvironmentFailure, LoftqError
 from loftq_cli.machine.launched import Place
+from loftq_cli.version import VERSION
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -76,6 +77,19 @@ class Group:
             else:
                 known = error if isinstance(error, LoftqError) else _INTERRUPTED
                 self.say(f"gone/{self.place.rank}", told(known))
+
+    def about(
+        self, settings: Mapping[str, Any], sources: Sequence[Sequence[Any]]
+    ) -> dict[str, Any]:
+        """This process as :meth:`refuse_differing` compares it; ``sources``: [name, …] of files."""
+        import torch
+
+        return {
+            "host": self.host,
+            "software": {"loftq-cli": VERSION, "torch": torch.__version__},
+            "settings": dict(settings),
+            "sources": [list(each) for each in sources],
+        }
 
     def introduce(self, about: dict[str, Any]) -> None:
         """Say who this is. Of the others."""

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 
 from loftq_cli.machine.group import JOINING, Group
-from loftq_cli.version import VERSION
 
 _T = TypeVar("_T")
 _GLANCE = 2e-4  # seconds between two looks whether something has arrived
@@ -101,13 +100,8 @@ class Ranks(World):
     def agree(
         self, settings: Mapping[str, Any], sources: Sequence[Sequence[Any]], device: torch.device
     ) -> None:
-        own = {
-            "host": self._group.host,
-            "software": {"loftq-cli": VERSION, "torch": torch.__version__},
-            "settings": {**settings, "device": device.type},
-            "sources": [list(each) for each in sources],
-            "number": device.index,
-        }
+        own = self._group.about({**settings, "device": device.type}, sources)
+        own["number"] = device.index
         if self.first:
             others = self._group.gather("about", patience=JOINING)
             self._group.refuse_differing(own, others)

@@ -21,7 +21,7 @@ from loftq_cli.checkpoint.journal import Subject
 from loftq_cli.checkpoint.output import MANIFEST, Output, open_output, require_backbone, verify
 from loftq_cli.checkpoint.source import Source, file_hashes, open_source
 from loftq_cli.errors import InputError, SourceChangedError, UsageError
-from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
+from loftq_cli.layouts.trained import open_adapter
 from loftq_cli.loading.intact import verified
 from loftq_cli.machine.durable import file_sha256
 from loftq_cli.machine.observer import Observer
@@ -78,7 +78,8 @@ def refine(
         )
     conversion = Conversion(found, open_source(directory), original, trained)
     workspace = RefineWorkspace(final)
-    asked = _Job(conversion, read, wanted, trained, device, world)
+    adapter = None if trained is None else file_sha256(trained.file)
+    asked = _Job(conversion, read, wanted, adapter, device, world)
     world.agree(asked.settings(), [*asked.subject().sources, *file_hashes(original)], device)
     job = replace(asked, wanted=_settled(asked, workspace))
     if world.first:
@@ -151,12 +152,12 @@ def _refuse_changed(found: Output, original: Source) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """A refinement whose input was checked."""
+    """A refinement whose input was checked. ``adapter``: the sha256 of a trained one's file."""
 
     conversion: Conversion
     texts: Sequence[Text]
     wanted: Refining
-    trained: TrainedAdapter | None
+    adapter: str | None
     device: torch.device
     world: World
 
@@ -178,7 +179,7 @@ class _Job:
         """What changes bytes."""
         return {
             **self.wanted.described(),
-            "adapter": None if self.trained is None else file_sha256(self.trained.file),
+            "adapter": self.adapter,
             "device": self.device.type,
             "texts": [text.sha256 for text in self.texts],
             "threads": torch.get_num_threads(),

@@ -44,10 +44,8 @@ class Whole:
         if record is not None:
             observer.advance(self.course.amount * self.cost)
             return record
-        model, call = (
-            self.prepared.model,
-            called(self.prepared.model, self.prepared.device, _OPTION),
-        )
+        model = self.prepared.model
+        call = called(model, self.prepared.device, _OPTION)
 
         def loss_of(window: int) -> torch.Tensor:
             with self.prepared.autocast():

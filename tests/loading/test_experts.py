@@ -16,6 +16,7 @@ from torch.nn import functional
 import loftq_cli
 from loftq_cli.checkpoint.header import read_header
 from loftq_cli.checkpoint.packing import pack
+from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.errors import UnsupportedInputError
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.loading.experts import PackedExperts, take_over
@@ -229,11 +230,12 @@ def test_what_peft_did_not_fuse_is_found(tmp_path: Path) -> None:
     stored = read_header(file).tensors
     A, B = torch.cat([parts[name] for name in parts if "lora_A" in name]), gaussian(3, 5)
     fused = {"experts.lora_A.weight": A, "experts.lora_B.weight": torch.cat([B, B], dim=1)}
-    assert _unfused(fused, stored, file) == set()
-    assert _unfused({name: t.bfloat16() for name, t in fused.items()}, stored, file) == set()
-    zero = {**fused, "experts.lora_B.weight": torch.zeros(3, 10)}
-    assert _unfused(zero, stored, file) == {"experts.lora_B.weight"}
-    other = {**fused, "experts.lora_A.weight": A + 0.1}
-    assert _unfused(other, stored, file) == set(fused)
-    assert _unfused({}, stored, file) == parts.keys()
-    assert _unfused({}, [], file) == set()
+    with TensorFile(file) as reader:
+        assert _unfused(fused, stored, reader) == set()
+        assert _unfused({name: t.bfloat16() for name, t in fused.items()}, stored, reader) == set()
+        zero = {**fused, "experts.lora_B.weight": torch.zeros(3, 10)}
+        assert _unfused(zero, stored, reader) == {"experts.lora_B.weight"}
+        other = {**fused, "experts.lora_A.weight": A + 0.1}
+        assert _unfused(other, stored, reader) == set(fused)
+        assert _unfused({}, stored, reader) == parts.keys()
+        assert _unfused({}, [], reader) == set()

@@ -217,11 +217,9 @@ def test_what_is_wrong_with_the_model_is_said_wherever_it_is_found(
 STAGES = ("--epochs", "2", "--end-to-end", "3")
 
 
-@pytest.fixture(scope="session")
-def refined(place: Place) -> dict[str, Any]:
-    """What one process makes of the conversion."""
+def refine_alone(place: Place, output: Path) -> None:
+    """In this process, with as many threads as each of two has."""
     with threads(max(1, count_cpus() // 2)):
-        output = place.directory / "out"
         loftq_cli.refine(
             place.conversion,
             output,
@@ -233,6 +231,13 @@ def refined(place: Place) -> dict[str, Any]:
             epochs=2,
             end_to_end=3,
         )
+
+
+@pytest.fixture(scope="session")
+def refined(place: Place) -> dict[str, Any]:
+    """What one process makes of the conversion."""
+    output = place.directory / "out"
+    refine_alone(place, output)
     found = checkpoints.comparable(output)
     shutil.rmtree(output)
     return found
@@ -268,18 +273,7 @@ def test_a_refinement_goes_on_after_one_was_killed(
     journal = output.parent / ".out.loftq-refine/journal"
     assert journal.read_text().count('"tensor"') == 1
     if again == 1:
-        with threads(max(1, count_cpus() // 2)):
-            loftq_cli.refine(
-                place.conversion,
-                output,
-                source=place.model("llama"),
-                text=place.text,
-                length=calibrated.LENGTH,
-                samples=20,
-                device="cpu",
-                epochs=2,
-                end_to_end=3,
-            )
+        refine_alone(place, output)
     else:
         first, _ = several.run(arguments, scratch)
         assert first.code == 0
