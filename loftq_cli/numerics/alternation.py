@@ -41,10 +41,15 @@ from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import Parameters, Quantized
-from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep
+from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep, as_stored
 from loftq_cli.numerics.weighting import Weighting
 
 _BEYOND_AT_FIRST, _BEYOND = 0.5, 0.7
+
+_SAMPLED = 512
+"""Rows that the weighted norm of a step in the middle is estimated from, at least; all of a matrix
+with less than twice as many."""
+_CHUNK_ELEMENTS = 1 << 23
 
 
 @dataclass
@@ -77,31 +82,58 @@ class _Trace:
 
 
 class _WeightedTrace(_Trace):
-    """Norms in ||.||_H, found from the residual that a sweep leaves."""
+    """Norms in ||.||_H, found from the residual that a sweep leaves.
+
+    Those of the first step and of the last are exact. Of tall matrices the steps between are
+    estimated: from every so many rows, by what these had of the first step's norm.
+    """
 
     def __init__(self, weighting: Weighting, weight: torch.Tensor) -> None:
         super().__init__(weighting.norm(weight))
         self._weighting = weighting
         self._seen = False  # what quantization alone leaves
+        # The diagonal's norm costs little, and of few rows an estimate is poor.
+        self._stride = max(len(weight) // _SAMPLED, 1) if weighting.is_full else 1
+        self._of_all = 1.0  # the first step's norm, divided by that of the sampled rows
+
+    def is_estimated(self, step: int) -> bool:
+        """Whether the norm of ``step`` is an estimate, once all are there."""
+        return self._stride > 1 and 1 < step < len(self.steps)
 
     def see_quantized(self, residual: torch.Tensor) -> None:
         self.quantized = self._weighting.norm(residual)
         self._seen = True
 
     def see_step(
-        self, remains: torch.Tensor | None, product: Product, along: torch.Tensor | None
+        self,
+        remains: torch.Tensor | None,
+        product: Product,
+        along: torch.Tensor | None,
+        *,
+        last: bool = False,
     ) -> None:
         """``remains`` = R - product; ``along``: what R has along the directions that the weighting
         keeps apart. If nothing was seen before, R is W - quantize(W)."""
         assert remains is not None
         along = _along_remains(self._weighting, along, product)
+        first = not self.steps
+        if self._seen and not (first or last) and self._stride > 1:
+            self.steps.append(self._of_all * self._sampled(remains, along))
+            return
         if self._seen:
             self.steps.append(self._weighting.norm(remains, along))
-            return
-        left, right = product.left, product.right
-        adapted, self.quantized = self._weighting.norms(remains, left, right, along)
-        self.steps.append(adapted)
-        self._seen = True
+        else:
+            left, right = product.left, product.right
+            adapted, self.quantized = self._weighting.norms(remains, left, right, along)
+            self.steps.append(adapted)
+            self._seen = True
+        if first and not last and self._stride > 1:
+            self._of_all = self.steps[0] / (self._sampled(remains, along) or 1.0)
+
+    def _sampled(self, remains: torch.Tensor, along: torch.Tensor | None) -> float:
+        """The norm of every so many rows."""
+        chosen = slice(None, None, self._stride)
+        return self._weighting.norm(remains[chosen], None if along is None else along[chosen])
 
 
 def _along_remains(
@@ -169,12 +201,17 @@ def decompose(
     product = _product(previous, procedure)
     plain.steps.append(math.sqrt(sweep.remainder(product)))
     if weighted is not None and weighting is not None:
-        weighted.see_step(sweep.remains, product, along)
+        weighted.see_step(sweep.remains, product, along, last=True)
         if procedure.feedback and weighting.is_full:
             fed = _fed_back(sweep, weight, previous, basis, procedure, weighting)
             if fed is not None and fed.weighted < weighted.steps[-1]:
                 previous, plain.steps[-1], weighted.steps[-1] = fed.iterate, fed.plain, fed.weighted
     best = _better(best, deciding.steps[-1], procedure.iters, previous, procedure.keep)
+    if weighted is not None and weighting is not None and weighted.is_estimated(best.step):
+        exact = _weighted_norm(weight, sweep.quantizer, best.iterate, procedure, weighting)
+        weighted.steps[best.step - 1] = exact
+        if exact > weighted.steps[-1]:
+            best = _Best(weighted.steps[-1], procedure.iters, previous)
     return _finish(procedure, best.iterate, best.step, plain, weighted)
 
 
@@ -224,6 +261,28 @@ def _fed_back(
     assert sweep.remains is not None
     along = _along_remains(weighting, along, product)
     return _Fed(fed, left, weighting.norm(sweep.remains, along))
+
+
+def _weighted_norm(
+    weight: torch.Tensor,
+    quantizer: Quantizer,
+    iterate: _Iterate,
+    procedure: Procedure,
+    weighting: Weighting,
+) -> float:
+    """||W - Q - B A||_H of an iterate that no sweep holds any more."""
+    assert iterate.quantized is not None
+    product, columns = _product(iterate, procedure), weight.shape[1]
+    unit = quantizer.row_step(columns)
+    step = max(_CHUNK_ELEMENTS // columns // unit, 1) * unit
+    found = []
+    for start in range(0, len(weight), step):
+        rows = slice(start, min(start + step, len(weight)))
+        blocks = slice(*(quantizer.blocks_before(row, columns) for row in (rows.start, rows.stop)))
+        values = as_stored(iterate.quantized.part(rows, blocks).decode(), procedure.backbone_dtype)
+        remains = weight[rows].float() - values
+        found.append(weighting.norm(remains.addmm_(product.left[rows], product.right, alpha=-1)))
+    return math.hypot(*found)
 
 
 def make_sweep(weight: torch.Tensor, quantizer: Quantizer, procedure: Procedure) -> Sweep:

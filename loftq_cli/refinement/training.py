@@ -12,6 +12,7 @@ from torch import nn
 from loftq_cli.families.kinds import turned
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.numerics.latent import Fixed
+from loftq_cli.numerics.metrics import squared_norm
 
 WARM = 0.05
 """The share of the steps in which the rates rise; then they fall along a cosine."""
@@ -23,8 +24,8 @@ _EPS = 1e-12  # of gradients that may be small: a step is as long as its rate, w
 
 @dataclass(frozen=True)
 class Rates:
-    """How far a step goes: for A and B, for the logarithms of scales, and for codes, in steps of
-    the code. 0: they stay."""
+    """How far a step goes: for A and B, in parts of their root mean square; for the logarithms of
+    scales; and for codes, in steps of the code. 0: they stay."""
 
     pair: float
     scales: float
@@ -68,7 +69,7 @@ class Trainer:
     gradients."""
 
     def __init__(self, placed: Sequence[Placed], rates: Rates, steps: int) -> None:
-        self._placed, self._rates, self._steps = placed, rates, steps
+        self._placed, self._steps = placed, steps
         self._done = 0
         self._named = [
             (item, name, tensor)
@@ -76,7 +77,8 @@ class Trainer:
             for name, tensor in item.latent.parameters.items()
             if rates.of(name) > 0
         ]
-        groups = [{"params": [tensor], "lr": rates.of(name)} for _, name, tensor in self._named]
+        self._lengths = [rates.of(name) * _unit(item.latent, name) for item, name, _ in self._named]
+        groups = [{"params": [tensor]} for _, _, tensor in self._named]
         self._optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPS, fused=True)
 
     def __enter__(self) -> Trainer:
@@ -96,10 +98,10 @@ class Trainer:
         share = schedule(self._done, self._steps)
         self._done += 1
         grads = {id(item): item.pull() for item in self._placed}
-        for group, (item, name, tensor) in zip(
-            self._optimizer.param_groups, self._named, strict=True
+        for group, length, (item, name, tensor) in zip(
+            self._optimizer.param_groups, self._lengths, self._named, strict=True
         ):
-            group["lr"] = self._rates.of(name) * share
+            group["lr"] = length * share
             tensor.grad = grads[id(item)].pop(name, None)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -121,6 +123,20 @@ class Trainer:
             for name, tensor in held.items():
                 item.latent.parameters[name].copy_(tensor)
             item.put()
+
+
+def _unit(latent: Fixed, name: str) -> float:
+    """What the rate of a parameter is a part of. A and B are the smaller the nearer Q is, and small
+    in wide matrices; one that begins at zero takes what the other has."""
+    if name not in ("A", "B"):
+        return 1.0
+    own, other = (_mean_size(latent.parameters[each]) for each in (name, "AB".replace(name, "")))
+    return own or other
+
+
+def _mean_size(tensor: torch.Tensor) -> float:
+    """The root mean square of a matrix."""
+    return math.sqrt(squared_norm(tensor) / tensor.numel())
 
 
 def schedule(step: int, steps: int) -> float:

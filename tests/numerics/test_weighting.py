@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from loftq_cli.numerics import lowrank
+from loftq_cli.numerics import alternation, lowrank
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.quantizers.methods import make_quantizer
@@ -139,6 +139,70 @@ def test_the_alternation_minimises_and_reports_the_weighted_residual(kind, produ
     unweighted = norm(weight.double() - effective(plain), H)
     assert final < 0.9 * unweighted
     assert plain.final < d.final
+
+
+def test_of_tall_matrices_the_first_step_and_the_last_are_exact_and_the_others_nearly():
+    weight, H = llm_like(2048, 192), moments("full", 192)
+    quantizer = make_quantizer("nf", 2, 64, "mse", native=False)
+    every = [
+        decompose(
+            weight,
+            quantizer,
+            Procedure(rank=16, iters=iters, keep="last"),
+            make_weighting(H.clone(), torch.float32),
+        )
+        for iters in (1, 2, 3, 4)
+    ]
+    exact = [norm(weight.double() - effective(d), H) for d in every]
+    assert every[-1].weighted is not None
+    steps = every[-1].weighted.steps
+    assert [steps[0], steps[3]] == pytest.approx([exact[0], exact[3]], rel=1e-5)
+    assert steps[1:3] == pytest.approx(exact[1:3], rel=5e-3)
+    assert steps[1] != pytest.approx(exact[1], rel=1e-5)  # from a quarter of the rows
+
+
+@pytest.mark.parametrize(
+    ("method", "block_size"), [("nf", 48), ("uniform", 64), ("fitted", 64), ("uniform-tensor", 0)]
+)
+@pytest.mark.parametrize("spoilt", [[3, 5], [5]])
+def test_what_is_kept_is_measured_and_not_estimated(monkeypatch, method, block_size, spoilt):
+    """Steps whose adapter is halved are worse than the one before them."""
+    weight, H = llm_like(1100, 96), moments("full", 96)
+    settings = Procedure(rank=16, iters=5)
+    calls, fit = [], alternation.fit_adapter
+
+    def halved(*args):
+        calls.append(len(calls) + 1)
+        A, B, basis = fit(*args)
+        return A, B / 2 if calls[-1] in spoilt else B, basis
+
+    monkeypatch.setattr(alternation, "fit_adapter", halved)
+    quantizer = make_quantizer(method, 2, block_size, "mse", native=False)
+    d = decompose(weight, quantizer, settings, make_weighting(H.clone(), torch.float32))
+    assert d.weighted is not None
+    assert d.step == 4
+    final = norm(weight.double() - effective(d), H)
+    assert d.weighted.final == d.weighted.steps[d.step - 1] == pytest.approx(final, rel=1e-5)
+    assert d.weighted.final < d.weighted.steps[-1]
+
+
+def test_an_estimate_that_was_too_low_decides_nothing(monkeypatch):
+    weight, H = llm_like(1100, 96), moments("full", 96)
+    quantizer = make_quantizer("nf", 2, 64, "mse", native=False)
+    settings = Procedure(rank=16, iters=5)
+    honest = decompose(weight, quantizer, settings, make_weighting(H.clone(), torch.float32))
+    assert honest.weighted is not None
+    assert honest.step == 5
+    estimated = alternation._WeightedTrace._sampled
+    monkeypatch.setattr(
+        alternation._WeightedTrace,
+        "_sampled",
+        lambda self, *args: estimated(self, *args) * (0.1 if len(self.steps) == 2 else 1),
+    )
+    d = decompose(weight, quantizer, settings, make_weighting(H.clone(), torch.float32))
+    assert d.weighted is not None
+    assert (d.step, d.weighted.final) == (5, honest.weighted.final)
+    assert d.weighted.steps == pytest.approx(honest.weighted.steps, rel=5e-3)
 
 
 @every_kind

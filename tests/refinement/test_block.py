@@ -62,14 +62,14 @@ def test_rates_rise_and_then_fall() -> None:
 
 class Line:
     """A matrix of 4 x 4 that is to map windows of a vector each to what ``wanted`` maps them to;
-    ``counted``: the steps that a worse matrix is asked for instead."""
+    everything in a ``unit``."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: float = 1.0) -> None:
         self.parameter = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
-        pair = Pair(gaussian(4, 4), torch.zeros(4, 4), 1.0)
+        pair = Pair(gaussian(4, 4) * math.sqrt(unit), torch.zeros(4, 4), 1.0)
         matrix = Matrix("weight", (4, 4), "F32", "uniform", 2, 64)
         self.placed = [Placed(matrix, Fixed(torch.zeros(4, 4), pair), self.parameter)]
-        self.wanted = gaussian(4, 4, seed=2)
+        self.wanted = gaussian(4, 4, seed=2) * unit
         self.inputs = gaussian(10, 7, 4, seed=3)
         self.seen: list[int] = []
 
@@ -92,6 +92,17 @@ def test_training_lowers_the_loss_and_tells_of_it() -> None:
     assert {*line.seen} == {0, 1, 2, 3, 4}
     assert not line.parameter.requires_grad
     assert line.parameter.grad is None
+
+
+@pytest.mark.parametrize("unit", [2.0**-12, 2.0**8])
+def test_how_large_weights_are_makes_no_difference(unit: float) -> None:
+    found = []
+    for line in (Line(), Line(unit)):
+        outcome = train(line.placed, line.loss_of, COURSE, ALONE, lambda count: None)
+        found.append((outcome.kept, outcome.held_after / outcome.held_before, line.parameter))
+    (kept, left, plain), (as_many, as_much, scaled) = found
+    assert (as_many, as_much) == (kept, pytest.approx(left, rel=1e-3))
+    torch.testing.assert_close(scaled, plain * unit, rtol=1e-2, atol=1e-3 * unit)
 
 
 class Threads(World):

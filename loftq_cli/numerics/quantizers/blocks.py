@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,13 @@ class Quantized:
         levels = None if self.levels is None else self.levels.to(device)
         codes, scales = self.codes.to(device), self.scales.to(device)
         return Quantized(self.bits, self.block_size, codes, scales, zeros, levels)
+
+    def part(self, rows: slice, blocks: slice) -> Quantized:
+        """These ``rows``, whose elements are those ``blocks``."""
+        if self.block_size == 0 and self.levels is not None:
+            blocks = slice(None)
+        zeros = None if self.zeros is None else self.zeros[blocks]
+        return replace(self, codes=self.codes[rows], scales=self.scales[blocks], zeros=zeros)
 
     def decode(self) -> torch.Tensor:
         """The matrix Q, float32 (out, in)."""
