@@ -84,9 +84,9 @@ def decompose(
     """LoftQ on one matrix: W (out, in), float32, float16 or bfloat16, to Q, A and B.
 
     Arguments are those of ``loftq convert``, with its defaults if None; ``settings`` may be keep,
-    momentum, feedback, lora_alpha and adapter_dtype. With ``moments`` of the layer's inputs, a
-    Moments or float32 (in,) or (in, in), the error of its outputs is minimised. The adapter is in
-    the dtype of ``weight`` unless adapter_dtype says another.
+    momentum, feedback, feedback_passes, lora_alpha and adapter_dtype. With ``moments`` of the
+    layer's inputs, a Moments or float32 (in,) or (in, in), the error of its outputs is minimised.
+    The adapter is in the dtype of ``weight`` unless adapter_dtype says another.
 
     Returns a Decomposition: ``backbone()``, ``lora_A`` (rank, in), ``lora_B`` (out, rank),
     ``residuals`` per step, ``step``. Raises UsageError for bad settings, NonFiniteWeightError for

@@ -21,7 +21,8 @@ from loftq_cli.statistics.statistics import fault_of
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OF_ONE = (
     *("bits", "method", "rank", "iters", "block_size", "scale", "scale_dtype", "order", "svd"),
-    *("keep", "momentum", "feedback", "lora_alpha", "adapter_dtype", "seed"),
+    *("keep", "momentum", "feedback", "feedback_passes", "lora_alpha", "adapter_dtype"),
+    "seed",
 )
 """Settings that concern one matrix."""
 

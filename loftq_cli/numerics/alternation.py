@@ -19,8 +19,9 @@ With second moments H of the layer's input the low-rank step minimises ||W - Q_t
 of the Frobenius norm, and the iterate that is best in that norm is kept; the quantizer is the same.
 With ``feedback`` and a full H the last step goes on: it quantizes W - B_T A_T at the scales it has,
 with each column's error fed back to those that come after it
-(:mod:`loftq_cli.numerics.feedback`), and fits the adapter to that. If this leaves more, the step
-remains what it was.
+(:mod:`loftq_cli.numerics.feedback`), and fits the adapter to that; and so again, if more passes are
+asked for, at scales that are refit in between (:mod:`loftq_cli.numerics.refit`). If this leaves
+more, the step remains what it was.
 
 The passes over a matrix are in :mod:`loftq_cli.numerics.sweep`, the products in
 :mod:`loftq_cli.numerics.lowrank`.
@@ -35,12 +36,13 @@ import torch
 
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.decomposition import Decomposition, Keep, Norms, Procedure
-from loftq_cli.numerics.feedback import make_feedback, requantize
+from loftq_cli.numerics.feedback import left_by, make_feedback, requantize
 from loftq_cli.numerics.lora import drawn_adapter, fit_adapter, too_large
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import Parameters, Quantized
+from loftq_cli.numerics.refit import can_refit, refit_scales
 from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep, as_stored
 from loftq_cli.numerics.weighting import Weighting
 
@@ -226,11 +228,12 @@ def _of_the_weight(
 
 @dataclass(frozen=True)
 class _Fed:
-    """An iterate and its residuals."""
+    """An iterate, its residuals, and the basis that its adapter was found with."""
 
     iterate: _Iterate
     plain: float
     weighted: float
+    basis: lowrank.Basis | None
 
 
 def _fed_back(
@@ -241,9 +244,32 @@ def _fed_back(
     procedure: Procedure,
     weighting: Weighting,
 ) -> _Fed | None:
-    """What becomes of ``iterate`` if the quantizer follows its adapter once more, with feedback;
-    None if a value is too large for the dtype it is to be stored in."""
-    parameters = iterate.parameters
+    """What becomes of ``iterate`` if the quantizer follows its adapter once more, with feedback,
+    and again while that leaves less, at scales that are refit in between; None if a value is too
+    large for the dtype it is to be stored in."""
+    fed = _pass(sweep, weight, iterate, iterate.parameters, basis, procedure, weighting)
+    for _ in range(1, procedure.feedback_passes):
+        if fed is None:
+            break
+        parameters = _refit(sweep, fed.iterate, procedure, weighting)
+        again = _pass(sweep, weight, fed.iterate, parameters, fed.basis, procedure, weighting)
+        if again is None or again.weighted >= fed.weighted:
+            break
+        fed = again
+    return fed
+
+
+def _pass(
+    sweep: Sweep,
+    weight: torch.Tensor,
+    iterate: _Iterate,
+    parameters: Parameters | None,
+    basis: lowrank.Basis | None,
+    procedure: Procedure,
+    weighting: Weighting,
+) -> _Fed | None:
+    """Quantize W less the adapter of ``iterate`` at given ``parameters``, with feedback, and fit
+    another."""
     assert parameters is not None
     feedback = make_feedback(weighting, iterate.lora_A.float())
     quantized, squared = requantize(
@@ -254,13 +280,25 @@ def _fed_back(
     warm = None if basis is None else replace(basis, calls=1)  # nearly every code has changed
     norm = math.sqrt(squared)
     along = weighting.along(sweep.residual)
-    A, B, _ = fit_adapter(sweep.residual, sweep.narrow, norm, warm, procedure, weighting, along)
+    A, B, basis = fit_adapter(sweep.residual, sweep.narrow, norm, warm, procedure, weighting, along)
     fed = _Iterate(quantized, A, B)
     product = _product(fed, procedure)
     left = math.sqrt(sweep.remainder(product))
     assert sweep.remains is not None
     along = _along_remains(weighting, along, product)
-    return _Fed(fed, left, weighting.norm(sweep.remains, along))
+    return _Fed(fed, left, weighting.norm(sweep.remains, along), basis)
+
+
+def _refit(
+    sweep: Sweep, iterate: _Iterate, procedure: Procedure, weighting: Weighting
+) -> Parameters | None:
+    """The scales of ``iterate`` that are best for its codes, in the norm that feedback works in."""
+    quantized, remains = iterate.quantized, sweep.remains
+    if quantized is None or remains is None or not can_refit(quantized):
+        return iterate.parameters
+    moments = left_by(weighting, iterate.lora_A.float()).to(remains.dtype)
+    scales = refit_scales(quantized, remains, moments, procedure.scale_dtype)
+    return Parameters(scales, quantized.zeros)
 
 
 def _weighted_norm(

@@ -25,8 +25,8 @@ class Procedure:
     ``adapter_dtype``, ``scale_dtype`` and ``backbone_dtype`` are what A and B, scales and (dense
     layout only) Q are stored as;
     ``momentum``: every step goes beyond the adapter it starts from; ``feedback``: with full
-    moments the last one quantizes again (see alternation); ``seed`` and ``name`` seed every random
-    draw.
+    moments the last one quantizes again, ``feedback_passes`` times (see alternation); ``seed`` and
+    ``name`` seed every random draw.
     """
 
     rank: int
@@ -36,6 +36,7 @@ class Procedure:
     keep: Keep = "best"
     momentum: bool = False
     feedback: bool = False
+    feedback_passes: int = 1
     scaling: float = 1.0
     products: torch.dtype = torch.float32
     adapter_dtype: torch.dtype = torch.float32

@@ -91,6 +91,15 @@ def make_feedback(weighting: Weighting, lora_A: torch.Tensor) -> Feedback:
     return Feedback(order, factor)
 
 
+def left_by(weighting: Weighting, lora_A: torch.Tensor) -> torch.Tensor:
+    """What an adapter with rows near those of ``lora_A`` float32 (r, in) leaves of full moments,
+    with the ridge: what errors are small in after feedback; float32 (in, in)."""
+    taken = _taken(weighting.moments, lora_A)
+    left = torch.addmm(weighting.moments, taken.T, taken, alpha=-_ABSORBED)
+    left.diagonal().add_(_RIDGE * left.diagonal().mean())
+    return left
+
+
 def _taken(moments: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
     """Z, float32 (r, in), with Z^T Z = H A^T (A H A^T)^-1 A H."""
     lengths = torch.linalg.vector_norm(lora_A, dim=1, keepdim=True)

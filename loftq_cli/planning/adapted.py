@@ -202,6 +202,7 @@ def _recipe(
         keep="last",
         momentum=False,
         feedback=False,
+        feedback_passes=1,
         scale="fixed",
         kernels=str(Variant(native=False, products=products)),
         backbone="held" if given.kept else "named",

@@ -140,6 +140,7 @@ class Decomposer:
             keep=recipe.keep,
             momentum=recipe.momentum,
             feedback=recipe.feedback,
+            feedback_passes=recipe.feedback_passes,
             scaling=item.scaling,
             products=self._variant.products,
             adapter_dtype=torch_dtype(item.adapter_dtype),

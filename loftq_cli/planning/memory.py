@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loftq_cli.checkpoint.dtypes import BITS
-from loftq_cli.numerics import feedback
+from loftq_cli.numerics import feedback, refit
 from loftq_cli.planning.plan import Plan, PlannedMatrix
 
 
@@ -25,6 +25,9 @@ def _moments(plan: Plan) -> int:
     if plan.recipe.feedback and any(entry.kind == "full" for entry in entries):
         shapes = (item.matrix.shape for item in plan.matrices.values())
         moments += max(feedback.working_bytes(*shape, plan.device) for shape in shapes)
+        if plan.recipe.feedback_passes > 1:
+            matrices = [item.matrix for item in plan.matrices.values()]
+            moments += max(refit.working_bytes(m.shape[1], m.block_size) for m in matrices)
     return moments
 
 

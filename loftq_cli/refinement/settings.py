@@ -17,7 +17,7 @@ EPOCHS = 1
 STEPS = 48
 """End to end."""
 BATCH = 4
-BLOCK_RATES = Rates(pair=0.04, scales=2e-3, codes=1e-2)
+BLOCK_RATES = Rates(pair=0.015, scales=1e-3, codes=1e-2)
 WHOLE_RATES = Rates(pair=4e-3, scales=1e-3, codes=0.0)
 PACE = 16
 """Steps end to end between two looks at the held windows."""

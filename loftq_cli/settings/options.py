@@ -56,7 +56,7 @@ class Options:
         settings = {**supplied, **given}
         if not methods.searches_scales(settings["method"], settings["scale"]):
             # Scales that are not fitted lose by momentum at 2 bits, and stand for what others do.
-            settings.update({"momentum": False, "feedback": False, **given})
+            settings.update({"momentum": False, "feedback": False, "feedback_passes": 1, **given})
         if "target_bpw" in given and "bits" not in given:
             settings["bits"] = None
         resolved = Settings(**settings)
@@ -69,6 +69,8 @@ def _check_together(settings: Settings, given: Mapping[str, Any]) -> None:
     method = settings.method
     if method != methods.AUTO and methods.method(method).own_scale and "scale" in given:
         raise UsageError(f"--scale does not apply to --method {method}, which fixes its own")
+    if settings.feedback_passes > 1 and "feedback_passes" in given:
+        _check_passes(settings)
     if settings.target_bpw is not None and "bits" in given:
         raise UsageError(
             f"--target-bpw {settings.target_bpw} and --bits {settings.bits}: only one can decide "
@@ -85,6 +87,15 @@ def _check_together(settings: Settings, given: Mapping[str, Any]) -> None:
         )
     if settings.widths and settings.target_bpw is None:
         raise UsageError("widths are what target_bpw settled, and need it beside them")
+
+
+def _check_passes(settings: Settings) -> None:
+    """Raise UsageError if more than one pass of feedback has nothing to do."""
+    asked = f"--feedback-passes {settings.feedback_passes}"
+    if not settings.feedback:
+        raise UsageError(f"{asked} needs --feedback")
+    if not methods.searches_scales(settings.method, settings.scale):
+        raise UsageError(f"{asked} needs scales that are fitted", hint="use --scale mse")
 
 
 def _check_scale_dtype(settings: Settings) -> None:

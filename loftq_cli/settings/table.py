@@ -242,6 +242,15 @@ class Settings:
         default_help="yes, if scales are fitted",
         absent=False,
     )
+    feedback_passes: int = _setting(
+        Whole(1, MAX_ITERS),
+        1,
+        best=3,
+        group="statistics",
+        help="How often feedback goes over a matrix; between two passes scales are refit.",
+        default_help="1, or 3 under --preset best",
+        absent=1,
+    )
     lora_alpha: float | None = _setting(
         Positive(),
         None,

@@ -112,16 +112,24 @@ def test_feedback_is_the_default_with_full_statistics_and_can_be_switched_off(
         ("with", ("--feedback",)),
         ("without", ("--no-feedback",)),
         ("absmax", ("--scale", "absmax")),
+        ("again", ("--feedback-passes", "2")),
     ):
         result = loftq(*CONVERT, *TEXT, "--moments", "full", *words, "--overwrite")
         assert result.exit_code == 0, result.stderr
         found[name] = json.loads(Path("out/loftq_manifest.json").read_text())
     recipes = {name: manifest["recipe"]["feedback"] for name, manifest in found.items()}
-    assert recipes == {"default": True, "with": True, "without": False, "absmax": False}
+    fed = {"default": True, "with": True, "again": True}
+    assert recipes == {**fed, "without": False, "absmax": False}
     assert found["default"]["outputs"] == found["with"]["outputs"]
     for fed, plain in zip(found["with"]["matrices"], found["without"]["matrices"], strict=True):
         assert fed["weighted"]["final"] < 0.97 * plain["weighted"]["final"]
         assert fed["weighted"]["steps"][:-1] == plain["weighted"]["steps"][:-1]
+    again, once = (
+        [matrix["weighted"]["final"] for matrix in found[name]["matrices"]]
+        for name in ("again", "with")
+    )
+    assert all(more <= one for more, one in zip(again, once, strict=True))
+    assert sum(again) < sum(once)
 
 
 def test_what_was_measured_is_taken_again(loftq: Command, measurements: list[Path]) -> None:

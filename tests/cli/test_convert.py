@@ -93,7 +93,11 @@ def test_an_explicit_option_wins_over_the_preset(loftq: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["bits", "rank", "iters", "block_size", "scale", "scale_dtype", "order", "svd", "seed"]
+    "name",
+    [
+        *("bits", "rank", "iters", "block_size", "scale", "scale_dtype", "order", "svd", "seed"),
+        "feedback_passes",
+    ],
 )
 def test_the_help_states_the_defaults_that_hold(name: str, loftq: Command) -> None:
     text = " ".join(loftq("convert", "--help").stdout.split())

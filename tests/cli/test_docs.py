@@ -67,6 +67,7 @@ SET: dict[str, tuple[list[str], Any]] = {
     "include": (["lm_head.weight"], ["lm_head.weight"]),
     "exclude": (["*.q_proj.*"], ["*.q_proj.*"]),
     "feedback": ([], True),
+    "feedback_passes": (["2"], 2),
     "lora_alpha": (["2.5"], 2.5),
     "base_model": (["me/mine"], "me/mine"),
     "adapter_dtype": (["float16"], "float16"),

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from loftq_cli.numerics import alternation, lowrank
+from loftq_cli.numerics import alternation, lora, lowrank
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.quantizers.methods import make_quantizer
@@ -169,7 +169,8 @@ def test_what_is_kept_is_measured_and_not_estimated(monkeypatch, method, block_s
     """Steps whose adapter is halved are worse than the one before them."""
     weight, H = llm_like(1100, 96), moments("full", 96)
     settings = Procedure(rank=16, iters=5)
-    calls, fit = [], alternation.fit_adapter
+    calls: list[int] = []
+    fit = lora.fit_adapter
 
     def halved(*args):
         calls.append(len(calls) + 1)

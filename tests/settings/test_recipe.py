@@ -32,6 +32,7 @@ RECIPE = Recipe(
     keep="best",
     momentum=True,
     feedback=True,
+    feedback_passes=1,
     include=("a", "b"),
     exclude=(),
     embeddings=False,
@@ -114,6 +115,7 @@ def test_the_presets_are_named_where_one_is_unknown():
     [
         ("rank", 1, 65_536),
         ("iters", 0, 1_000),
+        ("feedback_passes", 1, 1_000),
         ("seed", 0, 2**63 - 1),
         ("threads", 1, 1024),
     ],
@@ -124,7 +126,7 @@ def test_ranges(name, lowest, highest):
     for wrong in (lowest - 1, highest + 1, -(10**30), 1.5, float("nan"), "3", True):
         shown = "'3'" if wrong == "3" else wrong
         assert usage_error(**{name: wrong}) == (
-            f"--{name} {shown}: must be a whole number from {lowest} to {highest}"
+            f"--{name.replace('_', '-')} {shown}: must be a whole number from {lowest} to {highest}"
         )
 
 
@@ -175,8 +177,18 @@ def test_the_preset_paper_is_the_reference_code():
     assert not resolved.momentum
 
 
-def test_the_preset_best_takes_more_steps_and_changes_nothing_else():
-    assert Options(preset="best").resolve() == dataclasses.replace(Options().resolve(), iters=20)
+def test_the_preset_best_takes_more_steps_and_passes_and_changes_nothing_else():
+    more = dataclasses.replace(Options().resolve(), iters=20, feedback_passes=3)
+    assert Options(preset="best").resolve() == more
+    assert Options("best", scale="absmax").resolve().feedback_passes == 1
+
+
+def test_more_passes_of_feedback_need_feedback_and_scales_that_are_fitted():
+    assert Options(feedback_passes=2).resolve().feedback_passes == 2
+    assert Options(feedback_passes=1, feedback=False).resolve().feedback_passes == 1
+    assert usage_error(feedback_passes=2, feedback=False) == "--feedback-passes 2 needs --feedback"
+    message = usage_error(feedback_passes=2, feedback=True, scale="absmax")
+    assert message == "--feedback-passes 2 needs scales that are fitted"
 
 
 @pytest.mark.parametrize("given", [False, True])
