@@ -26,7 +26,7 @@ MODULES = {
     *("conversion/test_from_hub.py", "conversion/test_from_hub_resumed.py"),
     "conversion/test_from_hub_encoded.py",
     *("numerics/test_alternation_textbook.py", "numerics/quantizers/test_fitted.py"),
-    "numerics/test_feedback.py",
+    *("numerics/test_feedback.py", "numerics/test_on_a_device.py", "conversion/test_devices.py"),
     "whole/test_stand_in.py",
 }
 # Wherever they are imported, also within a function.
