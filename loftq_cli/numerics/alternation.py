@@ -43,7 +43,7 @@ from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import Parameters, Quantized
 from loftq_cli.numerics.refit import can_refit, refit_scales
-from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep, as_stored
+from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep, as_stored, pieces
 from loftq_cli.numerics.weighting import Weighting
 
 _BEYOND_AT_FIRST, _BEYOND = 0.5, 0.7
@@ -51,7 +51,6 @@ _BEYOND_AT_FIRST, _BEYOND = 0.5, 0.7
 _SAMPLED = 512
 """Rows that the weighted norm of a step in the middle is estimated from, at least; all of a matrix
 with less than twice as many."""
-_CHUNK_ELEMENTS = 1 << 23
 
 
 @dataclass
@@ -310,13 +309,9 @@ def _weighted_norm(
 ) -> float:
     """||W - Q - B A||_H of an iterate that no sweep holds any more."""
     assert iterate.quantized is not None
-    product, columns = _product(iterate, procedure), weight.shape[1]
-    unit = quantizer.row_step(columns)
-    step = max(_CHUNK_ELEMENTS // columns // unit, 1) * unit
+    product = _product(iterate, procedure)
     found = []
-    for start in range(0, len(weight), step):
-        rows = slice(start, min(start + step, len(weight)))
-        blocks = slice(*(quantizer.blocks_before(row, columns) for row in (rows.start, rows.stop)))
+    for rows, blocks in pieces(weight, quantizer):
         values = as_stored(iterate.quantized.part(rows, blocks).decode(), procedure.backbone_dtype)
         remains = weight[rows].float() - values
         found.append(weighting.norm(remains.addmm_(product.left[rows], product.right, alpha=-1)))

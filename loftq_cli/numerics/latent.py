@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from loftq_cli.numerics.quantizers.blocks import Quantized, nonzero
-from loftq_cli.numerics.quantizers.portable import is_portable, portable
+from loftq_cli.numerics.quantizers.portable import is_portable, portable, where_kept
 
 MARGIN = 0.05
 """How far from the border of a code's bin, in steps, its latent value begins at least."""
@@ -115,11 +115,7 @@ class Latent(Fixed):
         those, as they were."""
         held = self._start.scales
         scales = held * self.parameters["scales"].exp()
-        if not self._portable:
-            return scales
-        rounded = portable(scales)
-        lost = torch.isinf(rounded) | ((rounded == 0) & (held != 0))
-        return torch.where(lost, held, rounded)
+        return where_kept(portable(scales), held) if self._portable else scales
 
     def pull(self, grad: torch.Tensor) -> dict[str, torch.Tensor]:
         blocks, scales = self._blocks(grad), self.scales()

@@ -11,10 +11,12 @@ of which the solution is what to add to the scales that left E = W - B A - Q.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
-from loftq_cli.numerics.quantizers.portable import is_portable, portable
+from loftq_cli.numerics.quantizers.portable import is_portable, portable, where_kept
 from loftq_cli.numerics.quantizers.scale_storage import Stored, round_scales
 
 _RIDGE = 1e-3  # of the mean of M's diagonal: what products in bfloat16 lose
@@ -51,19 +53,15 @@ def refit_scales(
     ratio = wanted / scales
     kept = torch.where((ratio > 1 / _MOST) & (ratio < _MOST), wanted, scales).view(-1)
     held = quantized.scales
-    if is_portable(held):
-        kept = portable(kept)
-    elif stored != "float32":
-        kept = round_scales(kept, stored)
-    lost = ~torch.isfinite(kept) | ((kept == 0) & (held != 0))
-    return torch.where(lost, held, kept)
+    rounded = portable(kept) if is_portable(held) else round_scales(kept, stored)
+    return where_kept(rounded, held)
 
 
 def _added(held: Quantized, remains: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     """What to add to the scales of some rows, float32 (rows, groups)."""
     rows, columns = held.shape
     size, groups = held.block_size, block_count(columns, held.block_size)
-    units = _units(held).to(moments.dtype)
+    units = replace(held, scales=torch.ones_like(held.scales)).decode().to(moments.dtype)
     system = torch.empty((rows, groups, groups), device=units.device)
 
     def by_blocks(products: torch.Tensor) -> torch.Tensor:
@@ -83,16 +81,6 @@ def _added(held: Quantized, remains: torch.Tensor, moments: torch.Tensor) -> tor
     factor, failed = torch.linalg.cholesky_ex(full)
     added = torch.cholesky_solve(wanted[..., None], factor)[..., 0]
     return torch.where(failed[:, None] == 0, added, 0.0).float()
-
-
-def _units(held: Quantized) -> torch.Tensor:
-    """u, float32 (rows, in)."""
-    if held.levels is not None:
-        return held.levels[held.codes.int()]
-    assert held.zeros is not None
-    rows, columns = held.shape
-    zeros = held.zeros.view(rows, -1).repeat_interleave(held.block_size, dim=1)[:, :columns]
-    return held.codes.float() - zeros.float()
 
 
 def working_bytes(columns: int, block_size: int) -> int:

@@ -89,7 +89,7 @@ class TensorSweep:
 
     def quantize(self, start: Parameters | None, product: Product | None) -> Swept:
         self.quantizer = quantizer = self.quantizer.prepare(
-            list(self._pieces()),
+            [rows for rows, _ in self._pieces()],
             lambda rows: target_of(self._weight, product, rows),
             lambda quantizer, rows, start: quantizer.fit(rows, start),
         )
@@ -115,11 +115,11 @@ class TensorSweep:
     ) -> Swept:
         """Every row range through ``quantize``, which takes the target and the numbers of its
         blocks. ``again``: R is no longer the previous step's."""
-        quantizer, columns = self.quantizer, self._weight.shape[1]
+        quantizer = self.quantizer
         codes = torch.empty(self._weight.shape, dtype=torch.uint8, device=self._weight.device)
         parts: list[Parameters] = []
         sums = torch.zeros(2, dtype=torch.float64, device=self._weight.device)
-        for rows in self._pieces():
+        for rows, blocks in self._pieces():
             weight, residual = self._weight[rows].float(), self.residual[rows]
             target = weight
             if product is not None:
@@ -128,10 +128,6 @@ class TensorSweep:
                 if self.remains is not None and not again:
                     self.remains[rows] = residual
                 target = weight - _reach(product, delta, rows)
-            blocks = slice(
-                quantizer.blocks_before(rows.start, columns),
-                quantizer.blocks_before(rows.stop, columns),
-            )
             fitted = quantize(target, blocks)
             codes[rows] = fitted.codes
             parts.append(fitted.parameters)
@@ -144,20 +140,27 @@ class TensorSweep:
 
     def remainder(self, product: Product) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self._weight.device)
-        for rows in self._pieces():
+        for rows, _ in self._pieces():
             delta = product.left[rows] @ product.right
             total += squares(torch.sub(self.residual[rows], delta, out=delta))
             if self.remains is not None:
                 self.remains[rows] = delta
         return float(total)
 
-    def _pieces(self) -> Iterator[slice]:
-        rows, columns = self._weight.shape
-        limit = _GPU_CHUNK_ELEMENTS if self._weight.is_cuda else _CHUNK_ELEMENTS
-        unit = self.quantizer.row_step(columns)
-        step = max(limit // max(columns, 1) // unit, 1) * unit
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
+    def _pieces(self) -> Iterator[tuple[slice, slice]]:
+        return pieces(self._weight, self.quantizer)
+
+
+def pieces(weight: torch.Tensor, quantizer: Quantizer) -> Iterator[tuple[slice, slice]]:
+    """Row ranges of ``weight`` (out, in) that are whole blocks, and the numbers of their blocks."""
+    rows, columns = weight.shape
+    limit = _GPU_CHUNK_ELEMENTS if weight.is_cuda else _CHUNK_ELEMENTS
+    unit = quantizer.row_step(columns)
+    step = max(limit // max(columns, 1) // unit, 1) * unit
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        before = (quantizer.blocks_before(row, columns) for row in (start, stop))
+        yield slice(start, stop), slice(*before)
 
 
 def target_of(weight: torch.Tensor, product: Product | None, rows: slice) -> torch.Tensor:

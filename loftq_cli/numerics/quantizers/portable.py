@@ -25,3 +25,9 @@ def portable(scales: torch.Tensor) -> torch.Tensor:
 def is_portable(scales: torch.Tensor) -> bool:
     """Whether all of these float32 ``scales`` are portable."""
     return bool((portable(scales) == scales).all())
+
+
+def where_kept(rounded: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    """``rounded`` scales, and ``otherwise`` those that left the range: became infinite, or 0."""
+    lost = torch.isinf(rounded) | ((rounded == 0) & (otherwise != 0))
+    return torch.where(lost, otherwise, rounded)

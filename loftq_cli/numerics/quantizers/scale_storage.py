@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from loftq_cli.numerics.quantizers.portable import portable
+from loftq_cli.numerics.quantizers.portable import portable, where_kept
 
 ScaleDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -36,9 +36,7 @@ def round_scales(scales: torch.Tensor, dtype: Stored) -> torch.Tensor:
     those that would leave float16's range stay as they are.
     """
     if dtype == "half":
-        rounded = portable(scales / _UNIT) * _UNIT
-        lost = torch.isinf(rounded) | ((rounded == 0) & (scales != 0))
-        return torch.where(lost, scales, rounded)
+        return where_kept(portable(scales / _UNIT) * _UNIT, scales)
     return unpack_scales(*pack_scales(scales, dtype))
 
 
