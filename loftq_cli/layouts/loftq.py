@@ -5,7 +5,8 @@
 (blocks,), float32, bfloat16, or int8 with ``X.weight_scale_steps`` bfloat16 (ceil(blocks/64),).
 With a codebook: ``X.weight_levels`` float32 (2**bits,), blocks run over the flattened matrix. With
 zero points: ``X.weight_zeros`` uint8, the packed zero points, one per scale; groups run along
-in_features, row by row.
+in_features, row by row. With the trellis code, whose levels are the format's, neither; blocks run
+as with a codebook.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from loftq_cli.checkpoint.dtypes import tag_named
 from loftq_cli.checkpoint.header import TensorSpec
 from loftq_cli.checkpoint.packing import pack, packed_length
 from loftq_cli.layouts.base import Layout, Matrix, Surroundings
+from loftq_cli.numerics.quantizers import trellis_code
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
 from loftq_cli.numerics.quantizers.decoding import decode
 from loftq_cli.numerics.quantizers.methods import method
@@ -65,7 +67,9 @@ class PackedLayout(Layout):
         if decoding == "affine":
             length = packed_length(scales, matrix.bits)
             return [*specs, TensorSpec(f"{matrix.name}_zeros", "U8", (length,))]
-        return [*specs, TensorSpec(f"{matrix.name}_levels", "F32", (2**matrix.bits,))]
+        if decoding == "codebook":
+            specs.append(TensorSpec(f"{matrix.name}_levels", "F32", (2**matrix.bits,)))
+        return specs
 
     def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
         scales, steps = pack_scales(quantized.scales, self._scales)
@@ -77,20 +81,24 @@ class PackedLayout(Layout):
             tensors[f"{matrix.name}_scale_steps"] = steps
         if quantized.zeros is not None:
             tensors[f"{matrix.name}_zeros"] = pack(quantized.zeros, quantized.bits)
-        if quantized.levels is not None:
+        if quantized.levels is not None and not quantized.is_trellis:
             tensors[f"{matrix.name}_levels"] = quantized.levels
         return tensors
 
     def packed(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> Packed:
         steps = tensors.get(f"{matrix.name}_scale_steps")
+        codes = tensors[matrix.name]
+        levels = tensors.get(f"{matrix.name}_levels")
+        if method(matrix.method).decoding == "trellis":
+            levels = trellis_code.levels(codes.device)
         return Packed(
             matrix.shape,
             matrix.bits,
             stored_block_size(matrix),
-            tensors[matrix.name],
+            codes,
             unpack_scales(tensors[f"{matrix.name}_scales"], steps),
             tensors.get(f"{matrix.name}_zeros"),
-            tensors.get(f"{matrix.name}_levels"),
+            levels,
         )
 
     def quantized(self, matrix: Matrix, tensors: Mapping[str, torch.Tensor]) -> Quantized:

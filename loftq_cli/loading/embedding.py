@@ -62,10 +62,14 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         """Those rows of the table (ids, embedding_dim), in ``dtype``."""
         packing, rows, columns = self.packing, self.num_embeddings, self.embedding_dim
         stored = self.tensors
-        aligned = columns * packing.bits % 8 == 0 and (
-            packing.decoding == "affine"
-            or packing.block_size == 0
-            or columns % packing.block_size == 0
+        aligned = (
+            columns * packing.bits % 8 == 0
+            and packing.decoding != "trellis"  # whose codes say nothing without those above
+            and (
+                packing.decoding == "affine"
+                or packing.block_size == 0
+                or columns % packing.block_size == 0
+            )
         )
         if not aligned:
             return dense((rows, columns), packing, self.dtype, stored)[ids]

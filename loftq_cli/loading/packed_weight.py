@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from loftq_cli.checkpoint.dtypes import tag_named, torch_dtype
 from loftq_cli.checkpoint.packing import packed_length
 from loftq_cli.layouts.loftq import scale_count
+from loftq_cli.numerics.quantizers import trellis_code
 from loftq_cli.numerics.quantizers.blocks import block_count
 from loftq_cli.numerics.quantizers.decoding import decode
 from loftq_cli.numerics.quantizers.packed import Packed
@@ -30,7 +31,7 @@ _PACKED = ("weight", "weight_scales", "weight_scale_steps", "weight_levels", "we
 @dataclass(frozen=True)
 class PackedFormat:
     """How one matrix is packed: ``bits`` per code, ``block_size`` (0: one block for everything),
-    ``decoding`` "affine" or "codebook", and how its ``scales`` are stored."""
+    ``decoding`` "affine", "codebook" or "trellis", and how its ``scales`` are stored."""
 
     bits: int
     block_size: int
@@ -53,7 +54,8 @@ class PackedWeight(nn.Module):
 
     ``weight`` uint8 (ceil(out*in*bits/8),), a Parameter without gradient; ``weight_scales``
     (blocks,), float32, bfloat16, or int8 with ``weight_scale_steps`` bfloat16 (ceil(blocks/64),);
-    ``weight_levels`` float32 (2**bits,) for a codebook, or ``weight_zeros`` uint8 for zero points.
+    ``weight_levels`` float32 (2**bits,) for a codebook, ``weight_zeros`` uint8 for zero points,
+    neither for the trellis code.
 
     All of these keep their dtype whatever dtype the module is moved to: rounding scales or levels
     would change the weight that the adapter was fitted to.
@@ -82,7 +84,7 @@ class PackedWeight(nn.Module):
             steps = _empty(block_count(scales, STEP_GROUP), torch.bfloat16)
         if packing.decoding == "affine":
             zeros = _empty(packed_length(scales, bits), torch.uint8)
-        else:
+        elif packing.decoding == "codebook":
             levels = _empty(2**bits, torch.float32)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.register_buffer(
@@ -157,8 +159,12 @@ def dense(
     if is_described(codes):
         return codes.new_empty(shape, dtype=dtype)
     scales = unpack_scales(scales, steps)
+    together = packing.decoding == "trellis"
+    if together:
+        levels = trellis_code.levels(codes.device)
     packed = Packed(shape, packing.bits, packing.block_size, codes, scales, zeros, levels)
-    fused = _triton_decode() if codes.is_cuda and not torch.compiler.is_compiling() else None
+    fusible = codes.is_cuda and not together and not torch.compiler.is_compiling()
+    fused = _triton_decode() if fusible else None
     found: torch.Tensor = (fused or decode)(packed, dtype)
     return found
 

@@ -31,11 +31,12 @@ from loftq_cli.loading.packed_weight import PackedWeight
 from loftq_cli.loading.replacement import packed
 from loftq_cli.loading.trained_beside import warn_of_attached
 from loftq_cli.loading.warned import DetachedAdapter
+from loftq_cli.numerics.quantizers import trellis_code
 from loftq_cli.numerics.quantizers.methods import WIDTHS
 from loftq_cli.settings.table import BLOCK_SIZES
 
 QUANT_METHOD = "loftq"
-_DECODINGS = ("affine", "codebook")
+_DECODINGS = ("affine", "codebook", "trellis")
 _SCALES = ("bfloat16", "int8")  # if they are not float32
 _KINDS = ("embedding", "conv1d")  # if it is not a linear layer
 _UPGRADE = "pip install --upgrade loftq-cli"
@@ -250,7 +251,8 @@ def _checked(name: str, entry: Any) -> Mapping[str, Any]:
                 hint=_UPGRADE,
             )
     whole = (0,) if entry["decoding"] == "codebook" else ()
-    for key, allowed in (("bits", WIDTHS), ("block_size", (*BLOCK_SIZES, *whole))):
+    widths = (trellis_code.BITS,) if entry["decoding"] == "trellis" else WIDTHS
+    for key, allowed in (("bits", widths), ("block_size", (*BLOCK_SIZES, *whole))):
         if not _is_integer(entry[key]) or entry[key] not in allowed:
             raise CorruptFileError(f"{where}: {key} {entry[key]!r} is not one of {allowed}")
     return entry

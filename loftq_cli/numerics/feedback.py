@@ -138,7 +138,8 @@ def requantize(
     right = product.right.T[order]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    step = max(_chunk_elements(weight.device) // weight.shape[1], 1)
+    unit = quantizer.row_step(weight.shape[1])
+    step = max(_chunk_elements(weight.device) // weight.shape[1] // unit, 1) * unit
     for start in range(0, weight.shape[0], step):
         rows = slice(start, min(start + step, weight.shape[0]))
         # Columns are kept as rows, so that each is contiguous.

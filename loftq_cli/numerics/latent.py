@@ -9,6 +9,7 @@ stay. The gradient of a loss for W, which any model gives for its weight, is all
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -68,47 +69,18 @@ class Fixed:
         return values.addmm_(B, A, alpha=self._pair.scaling)
 
 
-class Latent(Fixed):
-    """The trainable form of ``quantized`` and its ``pair``. ``parameters`` by name: "A", "B",
-    "scales" (blocks,), "codes" (out, in)."""
+class Scaled(Fixed):
+    """The trainable form of ``quantized``, whose codes stay, and its ``pair``. ``parameters`` by
+    name: "A", "B", "scales" (blocks,)."""
 
-    def __init__(
-        self, quantized: Quantized, pair: Pair, original: torch.Tensor | None = None
-    ) -> None:
-        """``original``, float32 (out, in): what W is to be like. Latent values begin where it
-        lies in the bin of today's code, without it in the middle."""
+    def __init__(self, quantized: Quantized, pair: Pair) -> None:
         super().__init__(quantized.scales, pair)
         self._start = quantized
         self._portable = is_portable(quantized.scales)
-        self._step = _spacing(quantized)
         self.parameters["scales"] = torch.zeros_like(quantized.scales)
-        self.parameters["codes"] = self._begin(original)
-
-    def _begin(self, original: torch.Tensor | None) -> torch.Tensor:
-        held = self._start
-        if original is None:
-            return self._positions()[held.codes.long()]
-        target = original - self._pair.product
-        scales = self._spread(nonzero(held.scales))
-        wanted = target / scales / self._step
-        if held.zeros is not None:
-            wanted = wanted + self._spread(held.zeros.float())
-        low, high = self._bins()
-        margin = MARGIN * (high - low)
-        codes = held.codes.long()
-        return wanted.clamp((low + margin)[codes], (high - margin)[codes])
 
     def weight(self) -> torch.Tensor:
-        return self._with_product(self._flat(self._unscaled().mul_(self.scales()[:, None])))
-
-    def codes(self) -> torch.Tensor:
-        """The codes as they are stored, uint8 (out, in)."""
-        latent, held = self.parameters["codes"], self._start
-        if held.levels is None:
-            return self._rounded(latent).to(torch.uint8)
-        order = held.levels.argsort()
-        borders = self._bins()[1][order][:-1].contiguous()
-        return order.to(torch.uint8)[torch.bucketize(latent, borders)]
+        return self._with_product(self._flat(self._unscaled() * self.scales()[:, None]))
 
     def scales(self) -> torch.Tensor:
         """The scales, portable ones if those at the start were: where they would leave the range of
@@ -118,51 +90,24 @@ class Latent(Fixed):
         return where_kept(portable(scales), held) if self._portable else scales
 
     def pull(self, grad: torch.Tensor) -> dict[str, torch.Tensor]:
-        blocks, scales = self._blocks(grad), self.scales()
-        return {
-            **super().pull(grad),
-            "scales": torch.linalg.vecdot(self._unscaled(), blocks).mul_(scales),
-            "codes": self._flat(blocks * (scales * self._step)[:, None]),
-        }
+        gradient = torch.linalg.vecdot(self._unscaled(), self._blocks(grad))
+        return {**super().pull(grad), "scales": gradient.mul_(self.scales())}
 
     def settle(self) -> None:
-        low, high = self._bins()
-        self.parameters["codes"].clamp_(low.min(), high.max())
         self.parameters["scales"].clamp_(-MOST, MOST)
 
     def quantized(self) -> Quantized:
         """Codes and scales as they are now."""
-        return replace(self._start, codes=self.codes(), scales=self.scales())
-
-    def _positions(self) -> torch.Tensor:
-        """The latent value in the middle of each code's bin."""
-        held = self._start
-        if held.levels is None:
-            return torch.arange(2**held.bits, dtype=torch.float32, device=held.codes.device)
-        return held.levels / self._step
-
-    def _bins(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the latent values of each code begin and end: half way to the next one's, and half
-        a step beyond the outermost."""
-        ordered, order = self._positions().sort()
-        borders = (ordered[1:] + ordered[:-1]) / 2
-        low, high = torch.empty_like(ordered), torch.empty_like(ordered)
-        low[order] = torch.cat([ordered[:1] - 0.5, borders])
-        high[order] = torch.cat([borders, ordered[-1:] + 0.5])
-        return low, high
+        return replace(self._start, scales=self.scales())
 
     def _unscaled(self) -> torch.Tensor:
-        """What scales are multiplied with, (blocks, size): codes less zero points, or levels."""
-        held = self._start
-        if held.levels is not None:
-            return self._blocks(held.levels[self.codes().int()])
-        assert held.zeros is not None
-        rounded = self._rounded(self.parameters["codes"])
-        return self._blocks(rounded).sub_(held.zeros.float()[:, None])
+        """What scales are multiplied with, (blocks, size)."""
+        return self._units
 
-    def _rounded(self, latent: torch.Tensor) -> torch.Tensor:
-        """The nearest codes, evenly spaced ones, as float32."""
-        return latent.round().clamp_(0, 2**self._start.bits - 1)
+    @functools.cached_property
+    def _units(self) -> torch.Tensor:
+        held = self._start
+        return self._blocks(replace(held, scales=torch.ones_like(held.scales)).decode())
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
         """One value a block to one an element, (out, in)."""
@@ -189,6 +134,83 @@ class Latent(Fixed):
         """(out, in) of (blocks, size)."""
         rows, columns = self._lines()
         return blocks.reshape(rows, -1)[:, :columns].reshape(self._start.shape)
+
+
+class Latent(Scaled):
+    """The same with codes that are trained: ``parameters`` has "codes" (out, in) too."""
+
+    def __init__(
+        self, quantized: Quantized, pair: Pair, original: torch.Tensor | None = None
+    ) -> None:
+        """``original``, float32 (out, in): what W is to be like. Latent values begin where it
+        lies in the bin of today's code, without it in the middle."""
+        super().__init__(quantized, pair)
+        self._step = _spacing(quantized)
+        self.parameters["codes"] = self._begin(original)
+
+    def _begin(self, original: torch.Tensor | None) -> torch.Tensor:
+        held = self._start
+        if original is None:
+            return self._positions()[held.codes.long()]
+        target = original - self._pair.product
+        scales = self._spread(nonzero(held.scales))
+        wanted = target / scales / self._step
+        if held.zeros is not None:
+            wanted = wanted + self._spread(held.zeros.float())
+        low, high = self._bins()
+        margin = MARGIN * (high - low)
+        codes = held.codes.long()
+        return wanted.clamp((low + margin)[codes], (high - margin)[codes])
+
+    def codes(self) -> torch.Tensor:
+        """The codes as they are stored, uint8 (out, in)."""
+        latent, held = self.parameters["codes"], self._start
+        if held.levels is None:
+            return self._rounded(latent).to(torch.uint8)
+        order = held.levels.argsort()
+        borders = self._bins()[1][order][:-1].contiguous()
+        return order.to(torch.uint8)[torch.bucketize(latent, borders)]
+
+    def pull(self, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+        scales = (self.scales() * self._step)[:, None]
+        return {**super().pull(grad), "codes": self._flat(self._blocks(grad) * scales)}
+
+    def settle(self) -> None:
+        super().settle()
+        low, high = self._bins()
+        self.parameters["codes"].clamp_(low.min(), high.max())
+
+    def quantized(self) -> Quantized:
+        return replace(super().quantized(), codes=self.codes())
+
+    def _positions(self) -> torch.Tensor:
+        """The latent value in the middle of each code's bin."""
+        held = self._start
+        if held.levels is None:
+            return torch.arange(2**held.bits, dtype=torch.float32, device=held.codes.device)
+        return held.levels / self._step
+
+    def _bins(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the latent values of each code begin and end: half way to the next one's, and half
+        a step beyond the outermost."""
+        ordered, order = self._positions().sort()
+        borders = (ordered[1:] + ordered[:-1]) / 2
+        low, high = torch.empty_like(ordered), torch.empty_like(ordered)
+        low[order] = torch.cat([ordered[:1] - 0.5, borders])
+        high[order] = torch.cat([borders, ordered[-1:] + 0.5])
+        return low, high
+
+    def _unscaled(self) -> torch.Tensor:
+        held = self._start
+        if held.levels is not None:
+            return self._blocks(held.levels[self.codes().int()])
+        assert held.zeros is not None
+        rounded = self._rounded(self.parameters["codes"])
+        return self._blocks(rounded).sub_(held.zeros.float()[:, None])
+
+    def _rounded(self, latent: torch.Tensor) -> torch.Tensor:
+        """The nearest codes, evenly spaced ones, as float32."""
+        return latent.round().clamp_(0, 2**self._start.bits - 1)
 
 
 def _spacing(quantized: Quantized) -> float:

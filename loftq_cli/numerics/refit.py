@@ -18,6 +18,7 @@ import torch
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
 from loftq_cli.numerics.quantizers.portable import is_portable, portable, where_kept
 from loftq_cli.numerics.quantizers.scale_storage import Stored, round_scales
+from loftq_cli.numerics.quantizers.trellis_code import SEQUENCE
 
 _RIDGE = 1e-3  # of the mean of M's diagonal: what products in bfloat16 lose
 _MOST = 2.0  # what a scale is multiplied or divided by at most
@@ -43,7 +44,8 @@ def refit_scales(
     size = quantized.block_size
     groups = block_count(columns, size)
     scales = quantized.scales.view(rows, groups)
-    step = max(_CHUNK_ELEMENTS // max(columns, groups**2), 1)
+    unit = SEQUENCE if quantized.is_trellis else 1
+    step = max(_CHUNK_ELEMENTS // max(columns, groups**2) // unit, 1) * unit
     wanted = torch.empty_like(scales)
     for start in range(0, rows, step):
         chosen = slice(start, min(start + step, rows))

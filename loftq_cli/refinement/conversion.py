@@ -23,7 +23,7 @@ from loftq_cli.layouts.registry import layout_of
 from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
 from loftq_cli.layouts.trained_parts import Pair as StoredPair
 from loftq_cli.loading.trained_beside import refuse_other_conversion
-from loftq_cli.numerics.latent import Fixed, Latent, Pair
+from loftq_cli.numerics.latent import Fixed, Latent, Pair, Scaled
 from loftq_cli.reporting.original import Original
 
 Tensors = dict[str, torch.Tensor]
@@ -56,7 +56,7 @@ class Held:
         """The tensors of ``specs`` for the matrix as it is now; Q's are the ``stored`` ones if
         only its pair is trained."""
         tensors = dict(stored)
-        if isinstance(trained, Latent):
+        if isinstance(trained, Scaled):
             quantized = trained.quantized().to(torch.device("cpu"))
             tensors = self.layout.encode(self.matrix, quantized)
         pair = trained.pair
@@ -156,6 +156,8 @@ class Conversion:
         quantized = None if adapted else held.layout.quantized(held.matrix, tensors)
         if quantized is None:
             return Fixed(held.layout.decode(held.matrix, tensors).to(device), pair)
+        if quantized.is_trellis:  # one code for another would be another level for five weights
+            return Scaled(quantized.to(device), pair)
         return Latent(quantized.to(device), pair, self.weight(name).to(device))
 
     def stored(self, name: str) -> Tensors:

@@ -229,7 +229,7 @@ def _entry(codes: Codes, tensor: GgufTensor, found: Found | None) -> Entry:
 
 def _best(reasons: Mapping[Kind, str], matrix: Matrix) -> str:
     """The reason that tells most: of the type that its width is nearest to."""
-    if method(matrix.method).decoding == "codebook":
+    if method(matrix.method).decoding != "affine":
         return reasons[blocks.IQ4_NL]
     return reasons[blocks.Q8_0 if matrix.bits == 8 else blocks.Q4_1]
 

@@ -11,6 +11,7 @@ What is stored and what it decodes to:
   stores ``zero - 1``, and consumers disagree about what a stored -1 means. Symmetric, it is
   2**(bits - 1), and the scale has either sign.
 - ``TensorUniformQuantizer``: one table of evenly spaced levels for the whole matrix.
+- ``TrellisQuantizer``: as a codebook's, of levels that several codes of a column choose together.
 
 Scales are ``absmax`` (the reference: largest magnitude, for uniform the min-max range) or ``mse``:
 a coarse grid around absmax followed by least-squares steps, which keeps the storage and lowers the
@@ -62,8 +63,9 @@ class Quantizer(Protocol):
     def encode_at(
         self, x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes uint8, values float32) of float32 ``x`` of any shape; ``scales`` and, if there
-        are any, ``zeros`` float32, an element's own or one that is broadcast."""
+        """(codes uint8, values float32) of float32 ``x`` (count,), the weights of a column from a
+        multiple of :meth:`row_step` on; ``scales`` and, if there are any, ``zeros`` float32
+        (count,)."""
 
     def block_index(self, rows: slice, chosen: torch.Tensor, columns: int) -> torch.Tensor:
         """int64 (count, rows): the numbers of the blocks that these ``rows`` of the ``chosen``

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from loftq_cli.numerics.quantizers import trellis_code
+
 TINY = torch.finfo(torch.float32).tiny
 """The smallest normal float32: its reciprocal is finite."""
 
@@ -50,7 +52,8 @@ class Quantized:
 
     ``codes`` uint8 (out, in); ``scales`` float32: (blocks,) over the flattened matrix
     with a codebook, (out * groups,) row by row with zero points; ``zeros`` uint8, same length, or
-    None; ``levels`` float32 (2**bits,) or None. ``block_size`` 0 means one block for everything.
+    None; ``levels`` float32 or None: (2**bits,), or those of the trellis code (trellis_code.py).
+    ``block_size`` 0 means one block for everything.
     """
 
     bits: int
@@ -64,6 +67,11 @@ class Quantized:
     def shape(self) -> tuple[int, int]:
         return int(self.codes.shape[0]), int(self.codes.shape[1])
 
+    @property
+    def is_trellis(self) -> bool:
+        """Whether several codes choose a level together."""
+        return self.levels is not None and len(self.levels) > 2**self.bits
+
     def to(self, device: torch.device) -> Quantized:
         """The same on ``device``."""
         zeros = None if self.zeros is None else self.zeros.to(device)
@@ -72,7 +80,8 @@ class Quantized:
         return Quantized(self.bits, self.block_size, codes, scales, zeros, levels)
 
     def part(self, rows: slice, blocks: slice) -> Quantized:
-        """These ``rows``, whose elements are those ``blocks``."""
+        """These ``rows``, whose elements are those ``blocks``; of the trellis code whole
+        sequences."""
         if self.block_size == 0 and self.levels is not None:
             blocks = slice(None)
         zeros = None if self.zeros is None else self.zeros[blocks]
@@ -82,7 +91,8 @@ class Quantized:
         """The matrix Q, float32 (out, in)."""
         if self.levels is None:
             return self._decode_affine()
-        flat = self.levels.index_select(0, self.codes.reshape(-1).int())
+        chosen = trellis_code.numbers(self.codes) if self.is_trellis else self.codes.int()
+        flat = self.levels.index_select(0, chosen.reshape(-1))
         return scale_blocks(flat, self.scales, self.block_size).view(self.shape)
 
     def _decode_affine(self) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,18 +14,18 @@ from loftq_cli.numerics.quantizers.blocks import (
     Fitted,
     Parameters,
     Quantized,
-    block_count,
     divide,
     multiply_reciprocal,
     nonzero,
     ratio,
 )
 from loftq_cli.numerics.quantizers.codebooks import Table, nearest
+from loftq_cli.numerics.quantizers.flattened import Flattened
 from loftq_cli.numerics.quantizers.grid import LARGEST_BLOCK, REFINEMENTS, Search, grid
 
 
 @dataclass(frozen=True)
-class CodebookQuantizer:
+class CodebookQuantizer(Flattened):
     """``scale * levels[code]`` in blocks over the row-major flattened matrix.
 
     ``scale``: "spread" is the reference's mean + 2.5 standard deviations. ``native``: on a CPU
@@ -38,12 +37,6 @@ class CodebookQuantizer:
     block_size: int
     scale: Literal["mse", "absmax", "spread"]
     native: bool = False
-
-    def row_step(self, columns: int) -> int:
-        return 1 if self.block_size == 0 else self.block_size // math.gcd(columns, self.block_size)
-
-    def blocks_before(self, row: int, columns: int) -> int:
-        return block_count(row * columns, self.block_size) if row else 0
 
     def prepare(
         self, pieces: Sequence[slice], target: Callable[[slice], torch.Tensor], fit: Fit
@@ -58,7 +51,7 @@ class CodebookQuantizer:
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
         table = self.table.to(rows.device)
         parts = []
-        for blocks, index in self._blocks(rows):
+        for blocks, index in self.blocks(rows):
             begin = None if start is None else start.scales[index]
             parts.append(self._fit(blocks, table, begin))
         codes, scales, values = (
@@ -73,7 +66,7 @@ class CodebookQuantizer:
         codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
         values = torch.empty_like(rows)
         for (blocks, index), (code_blocks, _), (value_blocks, _) in zip(
-            self._blocks(rows), self._blocks(codes), self._blocks(values), strict=True
+            self.blocks(rows), self.blocks(codes), self.blocks(values), strict=True
         ):
             chosen, decoded = self.encode_at(blocks, parameters.scales[index, None], None)
             code_blocks.copy_(chosen)
@@ -86,20 +79,6 @@ class CodebookQuantizer:
         table = self.table.to(x.device)
         codes = nearest(x / nonzero(scales), table)
         return codes, table.levels.take(codes.long()) * scales
-
-    def block_index(self, rows: slice, chosen: torch.Tensor, columns: int) -> torch.Tensor:
-        first = torch.arange(rows.start, rows.stop, device=chosen.device) * columns
-        place = chosen[:, None] + first
-        return place // self.block_size if self.block_size else torch.zeros_like(place)
-
-    def _blocks(self, rows: torch.Tensor) -> list[tuple[torch.Tensor, slice]]:
-        """Views of the blocks of contiguous ``rows``, (count, size), and their numbers: the whole
-        ones, and the short last one if there is one."""
-        flat, size = rows.reshape(-1), self.block_size
-        count = flat.numel() // size
-        whole = flat[: count * size].view(count, size), slice(0, count)
-        rest = flat[count * size :].view(1, -1), slice(count, count + 1)
-        return [part for part in (whole, rest) if part[0].numel()]
 
     def _fit(
         self, blocks: torch.Tensor, table: Table, begin: torch.Tensor | None

@@ -6,17 +6,16 @@ whole byte is looked up at once: a table holds the levels of the four 2-bit or t
 3 bits three bytes are two 12-bit numbers of four codes each. That is a table of at most 64 KiB, and
 no tensor of indices as long as the matrix. The work goes in chunks that stay in cache.
 
-Elsewhere, and if torch.compile fuses the steps anyway, codes are unpacked and decoded one by
-one. All give the same bits: a level, or code - zero, times the scale, rounded once.
+Elsewhere, of the trellis code, and if torch.compile fuses the steps anyway, codes are unpacked and
+decoded one by one. All give the same bits: a level, or code - zero, times the scale, rounded once.
 """
 
 from __future__ import annotations
 
 import torch
 
-from loftq_cli.checkpoint.packing import unpack
 from loftq_cli.numerics.quantizers import native_decoding
-from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
+from loftq_cli.numerics.quantizers.blocks import block_count
 from loftq_cli.numerics.quantizers.packed import Packed
 
 _CHUNK = 1 << 19  # codes: 2 MiB of float32
@@ -26,21 +25,10 @@ _CARRIERS = {2: torch.float64, 4: torch.complex128}  # only moved, never compute
 
 def decode(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Q (out, in), computed in float32 and rounded to ``dtype``."""
-    if packed.codes.device.type != "cpu" or torch.compiler.is_compiling():
-        return _decode_each(packed).to(dtype)
+    if packed.codes.device.type != "cpu" or torch.compiler.is_compiling() or packed.is_trellis:
+        return packed.unpacked().decode().to(dtype)
     out = native_decoding.decode(packed, dtype)
     return _decode_chunks(packed, dtype) if out is None else out
-
-
-def _decode_each(packed: Packed) -> torch.Tensor:
-    """:func:`decode` code by code, in float32."""
-    codes = unpack(packed.codes, packed.bits, packed.elements).view(packed.shape)
-    zeros = packed.zeros
-    if zeros is not None:
-        zeros = unpack(zeros, packed.bits, packed.scales.numel())
-    return Quantized(
-        packed.bits, packed.block_size, codes, packed.scales, zeros, packed.levels
-    ).decode()
 
 
 def _decode_chunks(packed: Packed, dtype: torch.dtype) -> torch.Tensor:

@@ -42,8 +42,9 @@ class Wanted:
 class Method:
     """A way to quantize. ``make`` gives the quantizer.
 
-    ``decoding``: "codebook" (scale times level, blocks over the flattened matrix) or "affine"
-    (scale times code less zero point, blocks along each row). ``widths``: what it has codes of,
+    ``decoding``: "codebook" (scale times level, blocks over the flattened matrix), "affine" (scale
+    times code less zero point, blocks along each row) or "trellis" (a codebook's, of levels that
+    several codes choose together: trellis_code.py). ``widths``: what it has codes of,
     and ``limit`` why of no others. ``auto_widths``: where method auto takes it. ``own_scale``: it
     defines its scales itself; ``searches``: it does so by searching for the least error.
     ``effort``: how long a sweep takes, that of nf being 1, for estimates of the time that is left.
@@ -53,7 +54,7 @@ class Method:
 
     name: str
     make: Callable[[Wanted], Quantizer]
-    decoding: Literal["codebook", "affine"] = "codebook"
+    decoding: Literal["codebook", "affine", "trellis"] = "codebook"
     widths: tuple[int, ...] = WIDTHS
     limit: str = ""
     auto_widths: tuple[int, ...] = ()
@@ -151,6 +152,12 @@ def _fitted(wanted: Wanted) -> Quantizer:
     return FittedQuantizer(table, wanted.bits, wanted.block_size, "mse", wanted.native)
 
 
+def _trellis(wanted: Wanted) -> Quantizer:
+    from loftq_cli.numerics.quantizers.trellis import TrellisQuantizer
+
+    return TrellisQuantizer(wanted.block_size)
+
+
 def _iq4_nl(wanted: Wanted) -> Quantizer:
     from loftq_cli.numerics.quantizers.codebook import CodebookQuantizer
     from loftq_cli.numerics.quantizers.codebooks import iq4_nl_table
@@ -196,6 +203,16 @@ _OURS = (
         own_scale=True,
         searches=True,
         effort=4.0,
+    ),
+    Method(
+        "trellis",
+        _trellis,
+        "trellis",
+        widths=(2,),
+        limit="the trellis code has 2 bits",
+        own_scale=True,
+        searches=True,
+        effort=20.0,
     ),
     Method(
         "iq4-nl",

@@ -15,9 +15,9 @@ class Packed:
     """A matrix of ``shape`` (out, in) in codes of ``bits``, 2, 3, 4 or 8.
 
     ``codes`` uint8, the bit stream of packing.py over the row-major codes; ``scales`` float32
-    (blocks,). With ``levels`` float32 (2**bits,) blocks of ``block_size`` run over the flattened
-    matrix, 0 being one block for all of it; with ``zeros`` uint8, packed zero points, one for each
-    scale, they run along each row.
+    (blocks,). With ``levels`` float32, (2**bits,) or those of the trellis code, blocks of
+    ``block_size`` run over the flattened matrix, 0 being one block for all of it; with ``zeros``
+    uint8, packed zero points, one for each scale, they run along each row.
     """
 
     shape: tuple[int, int]
@@ -35,6 +35,11 @@ class Packed:
             zeros = unpack(self.zeros, self.bits, self.scales.numel())
         codes = unpack(self.codes, self.bits, self.elements).view(self.shape)
         return Quantized(self.bits, self.block_size, codes, self.scales, zeros, self.levels)
+
+    @property
+    def is_trellis(self) -> bool:
+        """Whether several codes choose a level together (trellis_code.py)."""
+        return self.levels is not None and len(self.levels) > 2**self.bits
 
     @property
     def elements(self) -> int:

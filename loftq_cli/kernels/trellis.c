@@ -1,0 +1,113 @@
+/* The codes of a trellis by Viterbi's search (numerics/quantizers/viterbi.py, whose bits these are).
+ *
+ * A state is a window of 5 codes of 2 bits, the last code in the lowest bits. A group is the states
+ * that differ in it: they come from the same four states, those that end with the group's codes.
+ * Costs lie so that the loops have no strides: of state 4 g + k in cost[k][g]. */
+#include <stdlib.h>
+
+#include "common.h"
+
+#define WINDOW 10
+#define STATES (1 << WINDOW)
+#define GROUPS (STATES / 4)
+#define PART (GROUPS / 4)
+#define SEQUENCE 256 /* rows */
+#define SEAM 32      /* rows on either side of a ring's seam that its first state is found from */
+
+enum { DONE = 0, NO_MEMORY = 1 };
+
+/* The fields of viterbi.py's _Search, in its order; sequences are contiguous. */
+typedef struct {
+    int64_t length;      /* 8 to SEQUENCE */
+    const float *wanted; /* (count, length) */
+    const float *scales; /* (count, length): a code costs (wanted - scale * level)^2 */
+    const float *levels; /* (STATES,) */
+    uint8_t *codes;      /* out (count, length) */
+} Trellis;
+
+typedef struct {
+    float levels[4][GROUPS], cost[4][GROUPS], least[GROUPS];
+    uint8_t from[SEQUENCE][4][PART]; /* of group 4 h + k in [k][h]: the first code of where it comes from */
+    float wanted[2 * SEAM], scales[2 * SEAM];
+    uint8_t codes[2 * SEAM];
+} Work;
+
+static void take_least(Work *w, uint8_t (*from)[PART]) {
+    float least[4][PART];
+    for (int k = 0; k < 4; k++) {
+        const float *restrict cost = w->cost[k];
+        float *restrict part = least[k];
+        uint8_t *restrict chosen = from[k];
+        for (int h = 0; h < PART; h++) {
+            float a = cost[h], b = cost[h + PART], c = cost[h + 2 * PART], d = cost[h + 3 * PART];
+            float low = b < a ? b : a, high = d < c ? d : c;
+            uint8_t first = b < a ? 1 : 0, second = d < c ? 3 : 2;
+            chosen[h] = high < low ? second : first;
+            part[h] = high < low ? high : low;
+        }
+    }
+    for (int h = 0; h < PART; h++) {
+        w->least[4 * h] = least[0][h];
+        w->least[4 * h + 1] = least[1][h];
+        w->least[4 * h + 2] = least[2][h];
+        w->least[4 * h + 3] = least[3][h];
+    }
+}
+
+static void add_costs(Work *w, float wanted, float scale) {
+    for (int k = 0; k < 4; k++) {
+        const float *restrict levels = w->levels[k], *restrict least = w->least;
+        float *restrict cost = w->cost[k];
+        for (int g = 0; g < GROUPS; g++) {
+            float error = wanted - scale * levels[g];
+            cost[g] = least[g] + error * error;
+        }
+    }
+}
+
+/* The best codes of n weights. `before`: the group that they begin in and end before, or -1. */
+static void search(Work *w, const float *wanted, const float *scales, int64_t n, int before,
+                   uint8_t *codes) {
+    for (int g = 0; g < GROUPS; g++) w->least[g] = before < 0 || g == before ? 0.0f : INFINITY;
+    for (int64_t t = 0; t < n; t++) {
+        if (t) take_least(w, w->from[t]);
+        add_costs(w, wanted[t], scales[t]);
+    }
+    int state = before < 0 ? 0 : before;
+    for (int s = 0; s < STATES; s++)
+        if ((before < 0 || s % GROUPS == before) && w->cost[s & 3][s >> 2] < w->cost[state & 3][state >> 2])
+            state = s;
+    for (int64_t t = n - 1; t >= 0; t--) {
+        int g = state >> 2;
+        codes[t] = (uint8_t)(state & 3);
+        state = g + (t ? w->from[t][g & 3][g >> 2] * GROUPS : 0);
+    }
+}
+
+/* The group that a ring best begins in: of the codes around its seam, those before it. */
+static int group_before(Work *w, const float *wanted, const float *scales, int64_t n) {
+    int64_t half = n / 2 < SEAM ? n / 2 : SEAM;
+    for (int64_t i = 0; i < 2 * half; i++) {
+        int64_t row = (n - half + i) % n;
+        w->wanted[i] = wanted[row];
+        w->scales[i] = scales[row];
+    }
+    search(w, w->wanted, w->scales, 2 * half, -1, w->codes);
+    int group = 0;
+    for (int64_t i = half - (WINDOW / 2 - 1); i < half; i++) group = group << 2 | w->codes[i];
+    return group;
+}
+
+/* Sequences [first, last). */
+int loftq_trellis(const Trellis *s, int64_t first, int64_t last) {
+    Work *w = malloc(sizeof(Work));
+    if (!w) return NO_MEMORY;
+    for (int i = 0; i < STATES; i++) w->levels[i & 3][i >> 2] = s->levels[i];
+    for (int64_t i = first; i < last; i++) {
+        const float *wanted = s->wanted + i * s->length, *scales = s->scales + i * s->length;
+        int group = group_before(w, wanted, scales, s->length);
+        search(w, wanted, scales, s->length, group, s->codes + i * s->length);
+    }
+    free(w);
+    return DONE;
+}

@@ -1,0 +1,83 @@
+"""The trellis code: codes of 2 bits, of which several of a column choose a level together.
+
+A level is one of 1,024, and its number has 10 bits: the code of the weight itself in the lowest
+two, above them that of the row above, and so on for five rows. A column is divided into sequences
+of :data:`SEQUENCE` rows, the last one short. A sequence is a ring: above its first row is its last.
+In one of fewer than :data:`SHORTEST` rows, which would hold itself too tightly, every code chooses
+alone between four of the levels.
+
+The levels are the quantiles of a normal distribution in an order without order, so that whatever
+codes came before, four different ones are at hand (QTIP, arXiv:2406.11235, section 3; the order is
+our own).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+BITS = 2
+"""Of a code."""
+WINDOW = 10
+"""Bits of a level's number."""
+SEQUENCE = 256
+"""Rows of a sequence: whoever takes rows of such a matrix takes whole sequences."""
+SHORTEST = 24
+"""Rows of a sequence that is a ring."""
+
+_FIRST, _SECOND = 0x8E83FDEB, 0x2C1B3C6D  # odd: the first is the best of 1,500
+_STEPS = 1 << 13  # levels are multiples of 1 / this: no rounding of a library's ndtri shows
+_ALONE = (-1.510, -0.4528, 0.4528, 1.510)  # Max, "Quantizing for minimum distortion", 1960
+
+
+@functools.cache
+def levels(device: torch.device) -> torch.Tensor:
+    """The levels by number, float32 (1024,) on ``device``, of unit mean square."""
+    count = 1 << WINDOW
+    mixed = _low_product(torch.arange(count), _FIRST)
+    mixed = _low_product(mixed ^ mixed >> 15, _SECOND)
+    rank = (mixed ^ mixed >> 12).argsort(stable=True).argsort()
+    quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    quantiles /= quantiles.square().mean().sqrt()
+    table: torch.Tensor = ((quantiles * _STEPS).round() / _STEPS)[rank].float().to(device)
+    return table
+
+
+@functools.cache
+def alone(device: torch.device) -> torch.Tensor:
+    """The numbers of the levels that a code chooses between alone, int32 (4,) on ``device``: those
+    nearest to the best four for a normal distribution."""
+    table = levels(torch.device("cpu"))
+    found = [int((table - value).abs().argmin()) for value in _ALONE]
+    return torch.tensor(found, dtype=torch.int32, device=device)
+
+
+def numbers(codes: torch.Tensor) -> torch.Tensor:
+    """The numbers of their levels, int32 (out, in), of ``codes`` uint8 (out, in), whose first row
+    begins a sequence."""
+    rows, columns = codes.shape
+    whole = rows - rows % SEQUENCE
+    parts = [_of_rings(codes[:whole].view(-1, SEQUENCE, columns)).view(-1, columns)]
+    rest = codes[whole:]
+    if len(rest) >= SHORTEST:
+        parts.append(_of_rings(rest[None])[0])
+    elif len(rest):
+        parts.append(alone(codes.device)[rest.int()])
+    return torch.cat(parts)
+
+
+def _of_rings(codes: torch.Tensor) -> torch.Tensor:
+    """Of ``codes`` (sequences, rows, in)."""
+    found = codes.int()
+    covered = BITS
+    while covered < WINDOW:  # twice as much of the window each time
+        found = found | found.roll(covered // BITS, dims=1) << covered
+        covered *= 2
+    return found & ((1 << WINDOW) - 1)
+
+
+def _low_product(values: torch.Tensor, factor: int) -> torch.Tensor:
+    """The lower 32 bits of a product of 32-bit numbers, int64."""
+    high, low = values >> 16, values & 0xFFFF
+    return (low * factor + ((high * factor & 0xFFFF) << 16)) & 0xFFFFFFFF
