@@ -3,6 +3,7 @@
  * A state is a window of 5 codes of 2 bits, the last code in the lowest bits. A group is the states
  * that differ in it: they come from the same four states, those that end with the group's codes.
  * Costs lie so that the loops have no strides: of state 4 g + k in cost[k][g]. */
+#include <float.h>
 #include <stdlib.h>
 
 #include "common.h"
@@ -12,25 +13,49 @@
 #define GROUPS (STATES / 4)
 #define PART (GROUPS / 4)
 #define SEQUENCE 256 /* rows */
+#define SHORTEST 24  /* rows of a sequence that is a ring */
 #define SEAM 32      /* rows on either side of a ring's seam that its first state is found from */
+#define PANEL 64     /* columns at most */
 
 enum { DONE = 0, NO_MEMORY = 1 };
 
-/* The fields of viterbi.py's _Search, in its order; sequences are contiguous. */
+/* The fields of native_trellis.py's _Rings, in its order; rings are contiguous. */
 typedef struct {
-    int64_t length;      /* 8 to SEQUENCE */
+    int64_t length;      /* SHORTEST to SEQUENCE */
     const float *wanted; /* (count, length) */
     const float *scales; /* (count, length): a code costs (wanted - scale * level)^2 */
     const float *levels; /* (STATES,) */
     uint8_t *codes;      /* out (count, length) */
-} Trellis;
+} Rings;
+
+/* The fields of native_trellis.py's _Panel, in its order; columns are contiguous. */
+typedef struct {
+    int64_t rows, columns;
+    int32_t store;        /* dtype that the values are rounded to before they are subtracted */
+    const float *targets; /* (columns, rows) */
+    const float *added;   /* (columns, rows): errors of earlier panels */
+    const float *factor;  /* (columns, columns), upper triangular */
+    const float *scales;  /* (columns, rows) */
+    const float *levels;  /* (STATES,) */
+    const float *alone;   /* (4,), ascending: levels of codes that choose alone */
+    uint8_t *codes;       /* out (columns, rows) */
+    float *values;        /* out (columns, rows) */
+} Panel;
 
 typedef struct {
     float levels[4][GROUPS], cost[4][GROUPS], least[GROUPS];
     uint8_t from[SEQUENCE][4][PART]; /* of group 4 h + k in [k][h]: the first code of where it comes from */
     float wanted[2 * SEAM], scales[2 * SEAM];
     uint8_t codes[2 * SEAM];
+    float errors[PANEL][SEQUENCE];
 } Work;
+
+static Work *begin(const float *levels) {
+    Work *w = malloc(sizeof(Work));
+    if (w)
+        for (int i = 0; i < STATES; i++) w->levels[i & 3][i >> 2] = levels[i];
+    return w;
+}
 
 static void take_least(Work *w, uint8_t (*from)[PART]) {
     float least[4][PART];
@@ -98,15 +123,88 @@ static int group_before(Work *w, const float *wanted, const float *scales, int64
     return group;
 }
 
-/* Sequences [first, last). */
-int loftq_trellis(const Trellis *s, int64_t first, int64_t last) {
-    Work *w = malloc(sizeof(Work));
+static void search_ring(Work *w, const float *wanted, const float *scales, int64_t n,
+                        uint8_t *codes) {
+    search(w, wanted, scales, n, group_before(w, wanted, scales, n), codes);
+}
+
+/* Rings [first, last). */
+int loftq_trellis(const Rings *s, int64_t first, int64_t last) {
+    Work *w = begin(s->levels);
     if (!w) return NO_MEMORY;
-    for (int i = 0; i < STATES; i++) w->levels[i & 3][i >> 2] = s->levels[i];
-    for (int64_t i = first; i < last; i++) {
-        const float *wanted = s->wanted + i * s->length, *scales = s->scales + i * s->length;
-        int group = group_before(w, wanted, scales, s->length);
-        search(w, wanted, scales, s->length, group, s->codes + i * s->length);
+    for (int64_t i = first; i < last; i++)
+        search_ring(w, s->wanted + i * s->length, s->scales + i * s->length, s->length,
+                    s->codes + i * s->length);
+    free(w);
+    return DONE;
+}
+
+/* Values to codes as viterbi.py's search has them: in units of a power of two, so that no square
+ * overflows. */
+static void ring(Work *w, float *wanted, const float *scales, int64_t n, uint8_t *codes) {
+    float own[SEQUENCE], most = largest(scales, (int)n);
+    int exponent = 0;
+    if (most > 0.0f) frexpf(most, &exponent);
+    exponent = exponent > 100 ? 100 : exponent < -100 ? -100 : exponent;
+    float unit = ldexpf(1.0f, -exponent);
+    for (int64_t i = 0; i < n; i++) {
+        float x = wanted[i] * unit;
+        x = x > 1e15f ? 1e15f : x;
+        wanted[i] = x < -1e15f ? -1e15f : x;
+        own[i] = scales[i] * unit;
+    }
+    search_ring(w, wanted, own, n, codes);
+}
+
+/* Codes that choose alone. */
+static void alone(const Panel *s, const float *wanted, const float *scales, int64_t n,
+                  uint8_t *codes) {
+    for (int64_t i = 0; i < n; i++) {
+        int best = 0;
+        for (int k = 1; k < 4; k++)
+            if (fabsf(wanted[i] - scales[i] * s->alone[k]) < fabsf(wanted[i] - scales[i] * s->alone[best]))
+                best = k;
+        codes[i] = (uint8_t)best;
+    }
+}
+
+static float level_of(const Panel *s, const uint8_t *codes, int64_t n, int64_t row) {
+    if (n < SHORTEST) return s->alone[codes[row]];
+    int number = 0;
+    for (int i = 0; i < WINDOW / 2; i++) number |= codes[(row + n - i) % n] << 2 * i;
+    return s->levels[number];
+}
+
+/* All columns of sequences [first, last) of their rows, the last column first: each after the errors
+ * of those behind it. */
+int loftq_trellis_panel(const Panel *s, int64_t first, int64_t last) {
+    Work *w = begin(s->levels);
+    if (!w) return NO_MEMORY;
+    for (int64_t sequence = first; sequence < last; sequence++) {
+        int64_t row = sequence * SEQUENCE, n = s->rows - row < SEQUENCE ? s->rows - row : SEQUENCE;
+        for (int64_t column = s->columns - 1; column >= 0; column--) {
+            int64_t at = column * s->rows + row;
+            const float *restrict target = s->targets + at, *restrict scales = s->scales + at;
+            float sum[SEQUENCE] = {0}, wanted[SEQUENCE];
+            for (int64_t later = column + 1; later < s->columns; later++) {
+                float factor = s->factor[column * s->columns + later];
+                const float *restrict error = w->errors[later];
+                for (int64_t i = 0; i < n; i++) sum[i] += factor * error[i];
+            }
+            for (int64_t i = 0; i < n; i++) {
+                float x = target[i] + s->added[at + i] + sum[i];
+                x = x != x ? 0.0f : x; /* after an overflow, which the residual shows: finite */
+                x = x > FLT_MAX ? FLT_MAX : x;
+                wanted[i] = x < -FLT_MAX ? -FLT_MAX : x;
+            }
+            uint8_t *codes = s->codes + at;
+            float *values = s->values + at;
+            if (n < SHORTEST) alone(s, wanted, scales, n, codes);
+            else ring(w, wanted, scales, n, codes);
+            for (int64_t i = 0; i < n; i++) values[i] = level_of(s, codes, n, i) * scales[i];
+            round_values(values, (int)n, s->store);
+            for (int64_t i = 0; i < n; i++) w->errors[column][i] = target[i] - values[i];
+        }
     }
     free(w);
     return DONE;

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from loftq_cli.checkpoint.packing import pack, unpack_at
+from loftq_cli.checkpoint.packing import pack, unpack, unpack_at
 from loftq_cli.loading.packed_weight import PackedFormat, PackedTensors, PackedWeight, dense
-from loftq_cli.numerics.quantizers.scale_storage import STEP_GROUP
+from loftq_cli.numerics.quantizers import trellis_code
+from loftq_cli.numerics.quantizers.blocks import scale_blocks
+from loftq_cli.numerics.quantizers.scale_storage import STEP_GROUP, unpack_scales
 
 
 class PackedEmbedding(PackedWeight, nn.Embedding):
@@ -62,14 +64,10 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         """Those rows of the table (ids, embedding_dim), in ``dtype``."""
         packing, rows, columns = self.packing, self.num_embeddings, self.embedding_dim
         stored = self.tensors
-        aligned = (
-            columns * packing.bits % 8 == 0
-            and packing.decoding != "trellis"  # whose codes say nothing without those above
-            and (
-                packing.decoding == "affine"
-                or packing.block_size == 0
-                or columns % packing.block_size == 0
-            )
+        aligned = columns * packing.bits % 8 == 0 and (
+            packing.decoding == "affine"
+            or packing.block_size == 0
+            or columns % packing.block_size == 0
         )
         if not aligned:
             return dense((rows, columns), packing, self.dtype, stored)[ids]
@@ -78,7 +76,22 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
             per_row = stored.scales.numel() // rows
             numbers = torch.arange(per_row, device=ids.device)
             chosen = _of_blocks(chosen, (ids[:, None] * per_row + numbers).view(-1), packing.bits)
+        if packing.decoding == "trellis":
+            units = self._units(ids).view(-1)
+            scales = unpack_scales(chosen.scales, chosen.steps)
+            values = scale_blocks(units, scales, packing.block_size)
+            return values.view(-1, columns).to(self.dtype)
         return dense((ids.numel(), columns), packing, self.dtype, chosen)
+
+    def _units(self, ids: torch.Tensor) -> torch.Tensor:
+        """The levels of those rows, float32 (ids, embedding_dim), which codes of other rows choose
+        with their own."""
+        rows, columns = self.num_embeddings, self.embedding_dim
+        places = trellis_code.above(ids, rows)
+        packed = self.weight.view(rows, -1)[places].view(-1)
+        codes = unpack(packed, trellis_code.BITS, places.numel() * columns)
+        numbers = trellis_code.numbers_of(codes.view(*places.shape, columns), ids, rows)
+        return trellis_code.levels(ids.device)[numbers]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype

@@ -1,5 +1,5 @@
-"""Feedback's panels of columns on a CUDA device, in one Triton kernel each, if triton is there
-(kernels/triton_feedback.py)."""
+"""Feedback's panels of columns in one kernel each: on a CUDA device, if triton is there
+(kernels/triton_feedback.py), and of the trellis code on the CPU (kernels/trellis.c)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from loftq_cli.kernels import native
+from loftq_cli.numerics.quantizers import native_trellis
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.codebook import CodebookQuantizer
+from loftq_cli.numerics.quantizers.trellis import TrellisQuantizer
 from loftq_cli.numerics.quantizers.uniform import UniformQuantizer
 
 Panel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -19,6 +22,9 @@ Panel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 def fused_panel(quantizer: Quantizer, device: torch.device) -> Panel | None:
     """The kernel for ``quantizer`` on ``device``; None if there is none."""
+    if isinstance(quantizer, TrellisQuantizer):
+        fits = device.type == "cpu" and native.available()
+        return native_trellis.quantize_panel if fits else None
     kernels = _kernels() if device.type == "cuda" else None
     if kernels is None:
         return None

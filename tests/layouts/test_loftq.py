@@ -138,6 +138,20 @@ def test_the_plain_decoder_reads_it(method, bits, block_size, shape, scales):
     assert torch.equal(layout.decode(matrix, tensors), expected)
 
 
+@pytest.mark.parametrize("scales", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("shape", [(3, 70), (30, 33), (70, 70), (300, 8)])
+def test_the_plain_decoder_reads_the_trellis_code(shape, scales):
+    matrix, layout = Matrix("m.weight", shape, "F32", "trellis", 2, 32), PackedLayout(scales)
+    quantized = drawn(matrix)
+    tensors = layout.encode(matrix, quantized)
+    assert [spec.name for spec in layout.specs(matrix)] == list(tensors)
+    assert "m.weight_levels" not in tensors
+    entry = layout.quantization_config([matrix], Surroundings({}, [], []))["modules"]["m"]
+    expected = torch.tensor(plain.loftq(tensors, "m.weight", shape, entry))
+    assert torch.equal(layout.decode(matrix, tensors), expected)
+    assert torch.equal(layout.quantized(matrix, tensors).codes, quantized.codes)
+
+
 def test_one_block_for_the_whole_matrix():
     matrix = Matrix("m.weight", (2, 5), "F32", "uniform-tensor", 2, 64)
     tensors = {
@@ -160,10 +174,11 @@ def test_one_block_for_the_whole_matrix():
         ("uniform-block", {"bits": 3, "block_size": 128, "decoding": "codebook"}),
         ("uniform-tensor", {"bits": 3, "block_size": 0, "decoding": "codebook"}),
         ("uniform", {"bits": 3, "block_size": 128, "decoding": "affine"}),
+        ("trellis", {"bits": 2, "block_size": 128, "decoding": "trellis"}),
     ],
 )
 def test_the_config_says_how_each_module_is_decoded(method, entry):
-    matrix = Matrix("h.0.m.weight", (2, 5), "F32", method, 3, 128)
+    matrix = Matrix("h.0.m.weight", (2, 5), "F32", method, entry["bits"], 128)
     stored: dict[ScaleDtype, dict[str, str]] = {
         "float32": {},
         "bfloat16": {"scales": "bfloat16"},

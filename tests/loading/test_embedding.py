@@ -59,6 +59,16 @@ def test_rows_are_those_of_the_decoded_table(method, bits, shape, block_size, sc
     assert torch.equal(module(last), table[-1:])
 
 
+@pytest.mark.parametrize("scales", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("shape", [(20, 32), (40, 64), (300, 32), (257, 32), (512, 32), (40, 30)])
+def test_rows_that_others_decode_with_are_those_of_the_table(shape, scales) -> None:
+    module, table = embedding("trellis", 2, shape, 32, scales)
+    assert torch.equal(module.dequantize(), table)
+    rows = torch.randint(shape[0], (3, 50), generator=torch.Generator().manual_seed(0))
+    for ids in (rows, torch.tensor([0, shape[0] - 1]), torch.tensor([], dtype=torch.int64)):
+        assert torch.equal(module(ids), table[ids])
+
+
 class Largest(TorchDispatchMode):
     """Notes the size of the largest tensor that is computed, views of others not counted."""
 
@@ -77,9 +87,10 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("scales", ["float32", "int8"])
-@pytest.mark.parametrize("method", ["nf", "uniform"])
-def test_a_lookup_takes_what_its_rows_take(method, scales) -> None:
-    module, _ = embedding(method, 4, (600, 64), 32, scales)
+@pytest.mark.parametrize(("method", "bits"), [("nf", 4), ("uniform", 4), ("trellis", 2)])
+def test_a_lookup_takes_what_its_rows_take(method, bits, scales) -> None:
+    module, _ = embedding(method, bits, (600, 64), 32, scales)
+    module(torch.tensor([0]))  # levels are computed once
     with Largest(module) as largest:
         module(torch.tensor([5, 1, 599]))
     assert largest.elements < 1000

@@ -28,7 +28,10 @@ def packed(model) -> dict[str, PackedLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
 
 
-@pytest.mark.parametrize("changes", [{}, entry(scales="bfloat16"), entry(scales="int8")])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, entry(scales="bfloat16"), entry(scales="int8"), entry(decoding="trellis", bits=2)],
+)
 def test_config_round_trips(changes) -> None:
     config = {**CONFIG, **changes}
     assert LoftqConfig.from_dict(config).to_dict() == config
@@ -47,7 +50,9 @@ def test_config_round_trips(changes) -> None:
         ({"modules": {"a.b": 3}}, CorruptFileError, "'a.b': expected bits"),
         ({"modules": {"a.b": {"bits": 3}}}, CorruptFileError, "'a.b': expected bits"),
         (entry(surprise=1), UnsupportedInputError, "'a.b': unknown keys surprise"),
-        (entry(decoding="trellis"), UnsupportedInputError, "'a.b': decoding 'trellis'"),
+        (entry(decoding="lattice"), UnsupportedInputError, "'a.b': decoding 'lattice'"),
+        (entry(decoding="trellis"), CorruptFileError, "'a.b': bits 3"),
+        (entry(decoding="trellis", bits=2, block_size=0), CorruptFileError, "'a.b': block_size 0"),
         (entry(scales="float8"), UnsupportedInputError, "'a.b': scales 'float8'"),
         (entry(scales="float32"), UnsupportedInputError, "'a.b': scales 'float32'"),
         (entry(scales=None), UnsupportedInputError, "'a.b': scales None"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loftq_cli.numerics.latent import Fixed, Latent, Pair
+from loftq_cli.numerics.latent import Fixed, Latent, Pair, Scaled
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.portable import is_portable
+from tests.support import textbook_trellis
 from tests.support.quantizing import fit, gaussian, prepared, quantizer_of
 
 # (method, bits, block size, portable scales); 40 columns end with a short group of 16.
@@ -28,7 +29,7 @@ every_form = pytest.mark.parametrize(("method", "bits", "size", "portable"), FOR
 def made(method: str, bits: int, size: int, portable: bool) -> tuple[torch.Tensor, Quantized, Pair]:
     """A matrix, its quantization and a pair."""
     weight = gaussian(12, 40)
-    scale = "fixed" if method in ("fitted", "uniform-tensor") else "mse"
+    scale = "fixed" if method in ("fitted", "trellis", "uniform-tensor") else "mse"
     quantizer = prepared(quantizer_of(method, bits, size, scale, portable), weight)
     fitted = fit(quantizer, weight)
     quantized = quantizer.assemble(fitted.codes, fitted.parameters)
@@ -164,3 +165,29 @@ def test_of_a_matrix_without_codes_only_the_pair_is_trained() -> None:
     fixed.settle()
     assert torch.equal(fixed.pair.lora_A, pair.lora_A)
     assert torch.equal(weight, made("uniform", 2, 16, True)[0])
+
+
+def test_of_the_trellis_code_pair_and_scales_are_trained() -> None:
+    _, held, pair = made("trellis", 2, 24, False)
+    scaled = Scaled(held, pair)
+    expected = held.decode() + pair.scaling * pair.lora_B @ pair.lora_A
+    torch.testing.assert_close(scaled.weight(), expected)
+    generator = torch.Generator().manual_seed(3)
+    for value in scaled.parameters.values():
+        value += 0.1 * torch.randn(value.shape, generator=generator)
+    scaled.settle()
+    leaves = {name: each.double().requires_grad_() for name, each in scaled.parameters.items()}
+    scales = held.scales.double() * leaves["scales"].exp()
+    each = scales.repeat_interleave(24)[: held.codes.numel()].view(held.shape)
+    value = textbook_trellis.values(held.codes) * each
+    value = value + pair.scaling * leaves["B"] @ leaves["A"]
+    torch.testing.assert_close(scaled.weight().double(), value.detach(), rtol=1e-5, atol=1e-5)
+    grad = gaussian(12, 40, seed=4)
+    (value * grad.double()).sum().backward()
+    found = scaled.pull(grad)
+    assert found.keys() == leaves.keys()
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        torch.testing.assert_close(found[name].double(), leaf.grad, rtol=1e-4, atol=1e-5)
+    assert torch.equal(scaled.quantized().codes, held.codes)
+    assert torch.equal(scaled.quantized().scales, scaled.scales())

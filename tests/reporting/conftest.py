@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "loftq-bfloat16": {"bits": 2, "layout": "loftq", "scale_dtype": "bfloat16"},
     "loftq-int8": {"bits": 2, "layout": "loftq", "method": "nf", "scale_dtype": "int8"},
     "loftq-affine-int8": {"bits": 3, "method": "uniform", "scale_dtype": "int8"},
+    "loftq-trellis": {"bits": 2, "method": "trellis", "scale_dtype": "bfloat16"},
     "dense": {"bits": 2, "layout": "dense", "dense_dtype": "bfloat16"},
     "dense-plain": {"bits": 4, "layout": "dense", "iters": 0},
     "sharded": {"bits": 2, "preset": "paper", "exclude": "*.o_proj.weight"},

@@ -24,7 +24,14 @@ from loftq_cli.settings.recipe import fingerprint
 from loftq_cli.settings.table import BLOCK_SIZES
 from tests.reporting.conftest import CASES
 
-LOFTQ = ("loftq", "loftq-affine", "loftq-bfloat16", "loftq-int8", "loftq-affine-int8")
+LOFTQ = (
+    "loftq",
+    "loftq-affine",
+    "loftq-trellis",
+    "loftq-bfloat16",
+    "loftq-int8",
+    "loftq-affine-int8",
+)
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "output-format.md").read_text("utf-8")
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tests.support import textbook_trellis
+
 Tensors = Mapping[str, torch.Tensor]
 Matrix = list[list[float]]
 
@@ -48,6 +50,11 @@ def loftq(tensors: Tensors, name: str, shape: tuple[int, int], entry: Mapping[st
     if entry.get("scales") == "int8":
         steps = tensors[f"{name}_scale_steps"].tolist()
         scales = [code * steps[k // 64] for k, code in enumerate(scales)]
+    if entry["decoding"] == "trellis":
+        drawn = torch.tensor(codes[: rows * columns]).view(shape)
+        levels = textbook_trellis.values(drawn).view(-1).tolist()
+        flat = [scales[k // size] * level for k, level in enumerate(levels)]
+        return [flat[row * columns :][:columns] for row in range(rows)]
     if entry["decoding"] == "codebook":
         levels = tensors[f"{name}_levels"].tolist()
         flat = [scales[k // size if size else 0] * levels[codes[k]] for k in range(rows * columns)]

@@ -12,6 +12,7 @@ SETTINGS: dict[str, Any] = {"bits": 2, "rank": 4, "iters": 1, "threads": 1, "blo
 ASKED: dict[str, Any] = {"length": LENGTH, "samples": 20, "epochs": 4, "device": "cpu"}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "loftq": {"layout": "loftq", "method": "fitted"},
+    "trellis": {"layout": "loftq", "method": "trellis", "scale_dtype": "bfloat16"},
     "gptq": {"layout": "gptq"},
     "bnb": {"layout": "bnb", "bits": 4},
     "compressed": {"layout": "compressed", "method": "uniform-symmetric"},

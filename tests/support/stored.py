@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from loftq_cli.layouts.base import Matrix
+from loftq_cli.numerics.quantizers import trellis_code
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.codebooks import evenly_spaced, normal_float
 from loftq_cli.numerics.quantizers.methods import method
@@ -39,6 +40,10 @@ def drawn(matrix: Matrix, *, portable: bool = False, seed: int = 0) -> Quantized
     if matrix.method == "uniform-tensor":
         levels = torch.linspace(-0.3, 0.4, top)
         return Quantized(matrix.bits, 0, body, scales(1), None, levels)
+    if method(matrix.method).decoding == "trellis":
+        count = -(-rows * columns // size)
+        table = trellis_code.levels(torch.device("cpu"))
+        return Quantized(matrix.bits, size, body, scales(count), None, table)
     levels = evenly_spaced(matrix.bits)
     if matrix.method != "uniform-block":
         levels = normal_float(matrix.bits, symmetric=matrix.method == "nf-symmetric")

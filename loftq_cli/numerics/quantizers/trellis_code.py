@@ -67,6 +67,26 @@ def numbers(codes: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def above(chosen: torch.Tensor, rows: int) -> torch.Tensor:
+    """The rows whose codes the levels of the ``chosen`` rows, int64 (count,), of ``rows`` in all
+    are chosen by: int64 (5, count), the first of them their own."""
+    first = chosen - chosen % SEQUENCE
+    length = (rows - first).clamp(max=SEQUENCE)
+    steps = torch.arange(WINDOW // BITS, device=chosen.device)[:, None]
+    return first + (chosen - first - steps) % length
+
+
+def numbers_of(codes: torch.Tensor, chosen: torch.Tensor, rows: int) -> torch.Tensor:
+    """The numbers of the levels of the ``chosen`` rows, int32 (count, in), by ``codes`` uint8
+    (5, count, in) of the rows :func:`above`."""
+    shifts = torch.arange(0, WINDOW, BITS, device=codes.device, dtype=torch.int32)
+    together = (codes.int() << shifts[:, None, None]).sum(dim=0, dtype=torch.int32)
+    whole = rows - rows % SEQUENCE
+    if rows - whole >= SHORTEST or rows == whole:
+        return together
+    return torch.where((chosen < whole)[:, None], together, alone(codes.device)[codes[0].int()])
+
+
 def _of_rings(codes: torch.Tensor) -> torch.Tensor:
     """Of ``codes`` (sequences, rows, in)."""
     found = codes.int()

@@ -12,28 +12,16 @@ operations do, with the same bits.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from loftq_cli.kernels import native
+from loftq_cli.numerics.quantizers import native_trellis
 from loftq_cli.numerics.quantizers.trellis_code import BITS, WINDOW, levels
 
 _BEFORE = WINDOW // BITS - 1  # codes that a state shares with the next one
 _SEAM = 32  # rows on either side; SEAM in kernels/trellis.c
 _CHUNK_STATES = 1 << 20
 _GPU_CHUNK_STATES = 1 << 24
-_NO_MEMORY = 1
-
-
-class _Trellis(ctypes.Structure):
-    _fields_ = (
-        ("length", ctypes.c_int64),
-        ("wanted", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("levels", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p),
-    )
 
 
 def search(wanted: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -46,32 +34,12 @@ def search(wanted: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     wanted, scales = (wanted * unit).clamp_(-1e15, 1e15), scales * unit
     table = levels(wanted.device)
     if wanted.device.type == "cpu" and native.available():
-        return _in_the_kernel(wanted, scales, table)
+        return native_trellis.search(wanted, scales, table)
     limit = _GPU_CHUNK_STATES if wanted.is_cuda else _CHUNK_STATES
     step = limit >> WINDOW
     starts = range(0, len(wanted), step)
     parts = [_in_tensors(wanted[i : i + step], scales[i : i + step], table) for i in starts]
     return torch.cat(parts) if parts else wanted.byte()
-
-
-def _in_the_kernel(wanted: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    wanted, scales = wanted.contiguous(), scales.contiguous()
-    codes = torch.empty(wanted.shape, dtype=torch.uint8)
-    call = _Trellis(
-        length=wanted.shape[1],
-        wanted=wanted.data_ptr(),
-        scales=scales.data_ptr(),
-        levels=table.data_ptr(),
-        codes=codes.data_ptr(),
-    )
-    function = native.function("loftq_trellis")
-
-    def work(first: int, last: int) -> None:
-        if function(ctypes.byref(call), ctypes.c_int64(first), ctypes.c_int64(last)) == _NO_MEMORY:
-            raise MemoryError
-
-    native.divide(work, len(wanted))
-    return codes
 
 
 def _in_tensors(wanted: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
