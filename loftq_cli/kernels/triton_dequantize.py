@@ -1,7 +1,8 @@
 """Decodes layout ``loftq`` in one Triton kernel: packed bytes in, the weight out.
 
 Each element finds its code in the bit stream, its block and, with zero points, the block's zero
-point by itself: nothing is stored between the packed codes and the result. The arithmetic is that
+point, or of the trellis code the codes above, by itself: nothing is stored between the packed codes
+and the result. The arithmetic is that
 of docs/output-format.md, one product in float32 rounded once, so the bits are those of
 :func:`loftq_cli.numerics.quantizers.decoding.decode`. Importing this module imports triton.
 """
@@ -15,6 +16,7 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 _ELEMENTS = 1024  # per program
+_SEQUENCE, _SHORTEST, _CODES = 256, 24, 5  # of the trellis code, numerics/quantizers/trellis_code
 
 
 class _Packed(Protocol):
@@ -34,13 +36,15 @@ class _Packed(Protocol):
     def zeros(self) -> torch.Tensor | None: ...
     @property
     def levels(self) -> torch.Tensor | None: ...
+    @property
+    def alone(self) -> torch.Tensor | None: ...
 
 
 def decode(packed: _Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Q (out, in) in ``dtype`` of a matrix on a CUDA device."""
     out = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
     count = out.numel()
-    affine = packed.levels is None
+    affine, alone = packed.levels is None, packed.alone
     width = packed.shape[1] if affine else count  # that blocks run along
     # triton launches on the current device
     with torch.cuda.device_of(packed.codes):  # type: ignore[no-untyped-call]
@@ -48,13 +52,19 @@ def decode(packed: _Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             packed.codes,
             packed.scales,
             packed.zeros if affine else packed.levels,
+            packed.codes if alone is None else alone,
             out,
             count,
+            *packed.shape,
             width,
             triton.cdiv(width, packed.block_size) if packed.block_size else 1,
             packed.block_size or count,
             BITS=packed.bits,
             AFFINE=affine,
+            TRELLIS=alone is not None,
+            SEQUENCE=_SEQUENCE,
+            SHORTEST=_SHORTEST,
+            CODES=_CODES,
             ELEMENTS=_ELEMENTS,
         )
     return out
@@ -77,13 +87,20 @@ def _kernel(  # type: ignore[no-untyped-def]
     packed,
     scales,
     table,  # the packed zero points, or the levels
+    alone,  # of the trellis code: the numbers of levels that a code chooses alone
     out,
     count,
+    rows,
+    length,  # of a row
     columns,
     groups,  # per row of ``columns``
     block_size,
     BITS: tl.constexpr,
     AFFINE: tl.constexpr,
+    TRELLIS: tl.constexpr,
+    SEQUENCE: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    CODES: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
@@ -94,5 +111,15 @@ def _kernel(  # type: ignore[no-untyped-def]
     if AFFINE:
         value = (code - _code(table, block, mask, BITS)).to(tl.float32)
     else:
-        value = tl.load(table + code, mask=mask, other=0.0)
+        number = code
+        if TRELLIS:
+            row = index // length
+            first = row // SEQUENCE * SEQUENCE
+            ring = tl.minimum(rows - first, SEQUENCE)
+            for above in tl.static_range(1, CODES):
+                place = first + (row - first + ring * CODES - above) % ring
+                one = _code(packed, place * length + index % length, mask, BITS)
+                number |= one << BITS * above
+            number = tl.where(ring < SHORTEST, tl.load(alone + code, mask=mask, other=0), number)
+        value = tl.load(table + number, mask=mask, other=0.0)
     tl.store(out + index, (value * scale).to(out.dtype.element_ty), mask=mask)

@@ -159,12 +159,10 @@ def dense(
     if is_described(codes):
         return codes.new_empty(shape, dtype=dtype)
     scales = unpack_scales(scales, steps)
-    together = packing.decoding == "trellis"
-    if together:
+    if packing.decoding == "trellis":
         levels = trellis_code.levels(codes.device)
     packed = Packed(shape, packing.bits, packing.block_size, codes, scales, zeros, levels)
-    fusible = codes.is_cuda and not together and not torch.compiler.is_compiling()
-    fused = _triton_decode() if fusible else None
+    fused = _triton_decode() if codes.is_cuda and not torch.compiler.is_compiling() else None
     found: torch.Tensor = (fused or decode)(packed, dtype)
     return found
 

@@ -1,5 +1,5 @@
 """Feedback's panels of columns in one kernel each: on a CUDA device, if triton is there
-(kernels/triton_feedback.py), and of the trellis code on the CPU (kernels/trellis.c)."""
+(kernels/triton_feedback.py), and of the trellis code on the host (kernels/trellis.c)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ Panel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 def fused_panel(quantizer: Quantizer, device: torch.device) -> Panel | None:
     """The kernel for ``quantizer`` on ``device``; None if there is none."""
     if isinstance(quantizer, TrellisQuantizer):
-        fits = device.type == "cpu" and native.available()
-        return native_trellis.quantize_panel if fits else None
+        return native_trellis.quantize_panel if native.available() else None
     kernels = _kernels() if device.type == "cuda" else None
     if kernels is None:
         return None

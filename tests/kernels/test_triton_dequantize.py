@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 CASES = """
 import itertools, torch
 from loftq_cli.kernels import triton_dequantize
-from loftq_cli.numerics.quantizers import decoding
+from loftq_cli.numerics.quantizers import decoding, trellis_code
 from loftq_cli.numerics.quantizers.packed import Packed
 from loftq_cli.checkpoint.packing import packed_length
 
@@ -45,6 +45,12 @@ for shape, bits, size in itertools.product(shapes, (2, 3, 4, 8), (32, 64, 0)):
             actual = triton_dequantize.decode(packed, dtype)
             expected = decoding.decode(packed, dtype)
             assert torch.equal(actual, expected), (shape, bits, size, dtype)
+
+for shape in [(1, 1), (7, 45), (24, 5), (256, 6), (300, 9), (270, 8)]:
+    count = shape[0] * shape[1]
+    scales, levels = torch.randn(-(-count // 32)), trellis_code.levels(torch.device("cpu"))
+    packed = Packed(shape, 2, 32, random_bytes(count, 2), scales, None, levels)
+    assert torch.equal(triton_dequantize.decode(packed), decoding.decode(packed)), shape
 """
 
 

@@ -40,10 +40,11 @@ class _Panel(ctypes.Structure):
     )
 
 
-def search(wanted: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Codes uint8 (rings, length), as viterbi.py's search in tensor operations finds them. Raises
-    MemoryError."""
-    wanted, scales = wanted.contiguous(), scales.contiguous()
+def search(wanted: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 (rings, length), as viterbi.py's search in tensor operations finds them, on the
+    device of ``wanted``. Raises MemoryError."""
+    device, table = wanted.device, levels(torch.device("cpu"))
+    wanted, scales = wanted.cpu().contiguous(), scales.cpu().contiguous()
     codes = torch.empty(wanted.shape, dtype=torch.uint8)
     call = _Rings(
         length=wanted.shape[1],
@@ -53,7 +54,7 @@ def search(wanted: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> t
         codes=codes.data_ptr(),
     )
     _run("loftq_trellis", call, len(wanted))
-    return codes
+    return codes.to(device)
 
 
 def quantize_panel(
@@ -67,8 +68,8 @@ def quantize_panel(
     """(codes uint8, values float32) of ``targets`` float32 (columns, out), at most 64 columns, as
     feedback.py's panels in tensor operations; ``zeros`` is None. Does not depend on the number of
     threads. Raises MemoryError."""
-    given = [each.contiguous() for each in (targets, added, factor, scales)]
-    columns, rows = targets.shape
+    given = [each.cpu().contiguous() for each in (targets, added, factor, scales)]
+    device, (columns, rows) = targets.device, targets.shape
     codes = torch.empty((columns, rows), dtype=torch.uint8)
     values = torch.empty((columns, rows))
     table = levels(torch.device("cpu"))
@@ -87,7 +88,7 @@ def quantize_panel(
         values=values.data_ptr(),
     )
     _run("loftq_trellis_panel", call, -(-rows // SEQUENCE))
-    return codes, values
+    return codes.to(device), values.to(device)
 
 
 def _run(name: str, call: ctypes.Structure, count: int) -> None:

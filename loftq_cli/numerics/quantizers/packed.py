@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.checkpoint.packing import unpack
+from loftq_cli.numerics.quantizers import trellis_code
 from loftq_cli.numerics.quantizers.blocks import Quantized
 
 
@@ -40,6 +41,11 @@ class Packed:
     def is_trellis(self) -> bool:
         """Whether several codes choose a level together (trellis_code.py)."""
         return self.levels is not None and len(self.levels) > 2**self.bits
+
+    @property
+    def alone(self) -> torch.Tensor | None:
+        """Of the trellis code, the numbers of the levels that a code chooses alone."""
+        return trellis_code.alone(self.codes.device) if self.is_trellis else None
 
     @property
     def elements(self) -> int:

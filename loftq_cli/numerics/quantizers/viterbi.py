@@ -6,8 +6,8 @@ others, and of the four ways into a state only the cheapest can be part of the c
 A ring must end as it begins. Its beginning is taken from a search through the rows around its seam,
 as in QTIP (Tseng et al., arXiv:2406.11235, section 4.1): hardly ever is there a better one.
 
-On the CPU the compiled kernel searches (kernels/trellis.c); elsewhere and without a compiler tensor
-operations do, with the same bits.
+The compiled kernel searches (kernels/trellis.c), on the host also for other devices, which have no
+kernel for it yet; without a compiler tensor operations do, with the same bits.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def search(wanted: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     _, exponents = torch.frexp(scales.abs().amax(dim=1, keepdim=True))
     unit = torch.ldexp(torch.ones_like(scales[:, :1]), -exponents.clamp(-100, 100))
     wanted, scales = (wanted * unit).clamp_(-1e15, 1e15), scales * unit
-    table = levels(wanted.device)
-    if wanted.device.type == "cpu" and native.available():
-        return native_trellis.search(wanted, scales, table)
+    if native.available():
+        return native_trellis.search(wanted, scales)
     limit = _GPU_CHUNK_STATES if wanted.is_cuda else _CHUNK_STATES
     step = limit >> WINDOW
+    table = levels(wanted.device)
     starts = range(0, len(wanted), step)
     parts = [_in_tensors(wanted[i : i + step], scales[i : i + step], table) for i in starts]
     return torch.cat(parts) if parts else wanted.byte()
