@@ -85,8 +85,8 @@ class _Trace:
 class _WeightedTrace(_Trace):
     """Norms in ||.||_H, found from the residual that a sweep leaves.
 
-    Those of the first step and of the last are exact. Of tall matrices the steps between are
-    estimated: from every so many rows, by what these had of the first step's norm.
+    That of the first step is exact. Of tall matrices the later ones are estimated, unless they are
+    asked for as they are: from every so many rows, by what these had of the first step's norm.
     """
 
     def __init__(self, weighting: Weighting, weight: torch.Tensor) -> None:
@@ -96,10 +96,16 @@ class _WeightedTrace(_Trace):
         # The diagonal's norm costs little, and of few rows an estimate is poor.
         self._stride = max(len(weight) // _SAMPLED, 1) if weighting.is_full else 1
         self._of_all = 1.0  # the first step's norm, divided by that of the sampled rows
+        self._estimated: set[int] = set()
 
     def is_estimated(self, step: int) -> bool:
-        """Whether the norm of ``step`` is an estimate, once all are there."""
-        return self._stride > 1 and 1 < step < len(self.steps)
+        """Whether the norm of ``step`` is an estimate."""
+        return step in self._estimated
+
+    def correct(self, step: int, norm: float) -> None:
+        """The exact ``norm`` of ``step``, in the place of what was seen."""
+        self.steps[step - 1] = norm
+        self._estimated.discard(step)
 
     def see_quantized(self, residual: torch.Tensor) -> None:
         self.quantized = self._weighting.norm(residual)
@@ -111,15 +117,16 @@ class _WeightedTrace(_Trace):
         product: Product,
         along: torch.Tensor | None,
         *,
-        last: bool = False,
+        exact: bool = False,
     ) -> None:
         """``remains`` = R - product; ``along``: what R has along the directions that the weighting
         keeps apart. If nothing was seen before, R is W - quantize(W)."""
         assert remains is not None
         along = _along_remains(self._weighting, along, product)
         first = not self.steps
-        if self._seen and not (first or last) and self._stride > 1:
+        if self._seen and not (first or exact) and self._stride > 1:
             self.steps.append(self._of_all * self._sampled(remains, along))
+            self._estimated.add(len(self.steps))
             return
         if self._seen:
             self.steps.append(self._weighting.norm(remains, along))
@@ -128,7 +135,7 @@ class _WeightedTrace(_Trace):
             adapted, self.quantized = self._weighting.norms(remains, left, right, along)
             self.steps.append(adapted)
             self._seen = True
-        if first and not last and self._stride > 1:
+        if first and self._stride > 1:
             self._of_all = self.steps[0] / (self._sampled(remains, along) or 1.0)
 
     def _sampled(self, remains: torch.Tensor, along: torch.Tensor | None) -> float:
@@ -202,17 +209,23 @@ def decompose(
     product = _product(previous, procedure)
     plain.steps.append(math.sqrt(sweep.remainder(product)))
     if weighted is not None and weighting is not None:
-        weighted.see_step(sweep.remains, product, along, last=True)
-        if procedure.feedback and weighting.is_full:
+        feedback = procedure.feedback and weighting.is_full
+        weighted.see_step(sweep.remains, product, along, exact=not feedback)
+        if feedback:
             fed = _fed_back(sweep, weight, previous, basis, procedure, weighting)
             if fed is not None and fed.weighted < weighted.steps[-1]:
-                previous, plain.steps[-1], weighted.steps[-1] = fed.iterate, fed.plain, fed.weighted
+                previous, plain.steps[-1] = fed.iterate, fed.plain
+                weighted.correct(procedure.iters, fed.weighted)
     best = _better(best, deciding.steps[-1], procedure.iters, previous, procedure.keep)
-    if weighted is not None and weighting is not None and weighted.is_estimated(best.step):
-        exact = _weighted_norm(weight, sweep.quantizer, best.iterate, procedure, weighting)
-        weighted.steps[best.step - 1] = exact
-        if exact > weighted.steps[-1]:
-            best = _Best(weighted.steps[-1], procedure.iters, previous)
+    if weighted is not None and weighting is not None:
+        last = _Best(weighted.steps[-1], procedure.iters, previous)
+        for kept in (best, last):
+            if weighted.is_estimated(kept.step):
+                exact = _weighted_norm(weight, sweep.quantizer, kept.iterate, procedure, weighting)
+                weighted.correct(kept.step, exact)
+            if weighted.steps[kept.step - 1] <= weighted.steps[-1]:
+                best = kept
+                break
     return _finish(procedure, best.iterate, best.step, plain, weighted)
 
 

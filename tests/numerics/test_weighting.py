@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,6 +186,36 @@ def test_what_is_kept_is_measured_and_not_estimated(monkeypatch, method, block_s
     final = norm(weight.double() - effective(d), H)
     assert d.weighted.final == d.weighted.steps[d.step - 1] == pytest.approx(final, rel=1e-5)
     assert d.weighted.final < d.weighted.steps[-1]
+
+
+@pytest.mark.parametrize("feedback", ["kept", "worse", "overflown"])
+@pytest.mark.parametrize("spoilt", [[], [5]])
+def test_before_feedback_the_last_step_is_estimated_and_what_is_kept_is_not(
+    monkeypatch, feedback, spoilt
+):
+    weight, H = llm_like(1100, 96), moments("full", 96)
+    settings = Procedure(rank=16, iters=5, feedback=True)
+    fit, fed_back = lora.fit_adapter, alternation._fed_back
+    calls: list[int] = []
+
+    def halved(*args):
+        calls.append(len(calls) + 1)
+        A, B, basis = fit(*args)
+        return A, B / 2 if calls[-1] in spoilt else B, basis
+
+    def spoilt_feedback(*args):
+        fed = fed_back(*args)
+        return None if feedback == "overflown" else replace(fed, weighted=1e9)
+
+    monkeypatch.setattr(alternation, "fit_adapter", halved)
+    if feedback != "kept":
+        monkeypatch.setattr(alternation, "_fed_back", spoilt_feedback)
+    quantizer = make_quantizer("uniform", 2, 64, "mse", native=False)
+    d = decompose(weight, quantizer, settings, make_weighting(H.clone(), torch.float32))
+    assert d.weighted is not None
+    assert d.step == (4 if spoilt and feedback != "kept" else 5)
+    final = norm(weight.double() - effective(d), H)
+    assert d.weighted.final == d.weighted.steps[d.step - 1] == pytest.approx(final, rel=1e-5)
 
 
 def test_an_estimate_that_was_too_low_decides_nothing(monkeypatch):
