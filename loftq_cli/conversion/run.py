@@ -28,7 +28,7 @@ from loftq_cli.errors import (
 from loftq_cli.kernels import native
 from loftq_cli.loading.intact import verified
 from loftq_cli.machine.observer import Observer
-from loftq_cli.numerics.quantizers.methods import searches_scales
+from loftq_cli.numerics.quantizers.methods import on_host, searches_scales
 from loftq_cli.planning import target
 from loftq_cli.planning.decomposer import threads
 from loftq_cli.planning.make import with_fallback, with_widths
@@ -49,8 +49,17 @@ def say_remarks(plan: Plan, observer: Observer) -> None:
     for line in plan.remarks:
         observer.note(line)
     # Only if there is a search to speed up: asking builds the kernels.
-    searches = searches_scales(plan.recipe.method, plan.recipe.scale)
-    if searches and plan.device.type == "cpu" and native.load().reason:
+    name = plan.recipe.method
+    if on_host(name) and native.load().reason:
+        observer.note(
+            f"method {name} takes a hundred times as long without compiled kernels: "
+            f"{native.load().reason}"
+        )
+    elif (
+        searches_scales(name, plan.recipe.scale)
+        and plan.device.type == "cpu"
+        and native.load().reason
+    ):
         observer.detail(f"slower without compiled kernels: {native.load().reason}")
 
 

@@ -23,6 +23,7 @@ from loftq_cli.machine.resources import check_memory
 from loftq_cli.merging.value import product_of, summed
 from loftq_cli.numerics import feedback
 from loftq_cli.numerics.decomposition import Norms
+from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.planning.decomposer import Decomposer
 from loftq_cli.settings.recipe import Recipe
 from loftq_cli.statistics.statistics import FULL, Statistics
@@ -57,7 +58,9 @@ class Requantizer:
         for matrix in matrices:
             needed[matrix.name] = _COPIES * 4 * matrix.elements
             if self._decomposer.kind(matrix) == FULL:
-                moments = feedback.working_bytes(*matrix.shape, self._device)
+                moments = feedback.working_bytes(
+                    *matrix.shape, self._device, method(matrix.method).rows_together
+                )
                 needed[matrix.name] += moments + 8 * matrix.shape[1] ** 2
         largest = max(needed, key=needed.__getitem__)
         check_memory(needed[largest], f"tensor {largest!r}", self._device)

@@ -147,3 +147,76 @@ void loftq_dequantize(const Dequantize *d, int64_t count, int32_t threads) {
     for (int32_t part = 0; part < threads; part++)
         range(d, count * part / threads, count * (part + 1) / threads);
 }
+
+#define SEQUENCE 256  /* rows whose codes choose levels together (numerics/quantizers/trellis_code.py) */
+#define SHORTEST 24   /* fewer of them choose alone */
+#define TILE 2048     /* columns that a thread decodes at a time */
+
+/* The fields of native_decoding.py's _Trellis, in its order. */
+typedef struct {
+    int64_t rows, columns;
+    int64_t size;        /* elements of a block of the flattened matrix, the last one short */
+    int32_t store;
+    const uint8_t *packed;
+    const float *scales;
+    const float *levels; /* (1024,) */
+    const float *alone;  /* (4,): the levels of codes that choose alone */
+    void *out;
+} Trellis;
+
+/* The codes of `width` elements from `at` on move into the numbers of their levels. */
+INLINE void move_in(const uint8_t *packed, int64_t at, int64_t width, uint16_t mask,
+                    uint16_t *restrict numbers) {
+    int64_t j = 0;
+    if (at % 4 == 0)
+        for (; j + 4 <= width; j += 4) {
+            uint8_t four = packed[(at + j) / 4];
+            for (int k = 0; k < 4; k++)
+                numbers[j + k] = (uint16_t)((numbers[j + k] << 2 | (four >> 2 * k & 3)) & mask);
+        }
+    for (; j < width; j++)
+        numbers[j] = (uint16_t)((numbers[j] << 2 | code_at(packed, at + j, 2)) & mask);
+}
+
+/* Rows from `first` to the end of their sequence, `width` columns from `column` on. */
+INLINE void sequence(const Trellis *d, int64_t first, int64_t column, int64_t width, int store) {
+    int64_t length = d->rows - first < SEQUENCE ? d->rows - first : SEQUENCE;
+    const float *restrict levels = length < SHORTEST ? d->alone : d->levels;
+    uint16_t numbers[TILE] = {0}, mask = length < SHORTEST ? 3 : 1023;
+    float values[TILE];
+    for (int64_t row = length < SHORTEST ? 0 : -4; row < length; row++) {
+        int64_t at = (first + (row < 0 ? row + length : row)) * d->columns + column;
+        move_in(d->packed, at, width, mask, numbers);
+        if (row < 0) continue;
+        for (int64_t j = 0; j < width;) {
+            int64_t block = (at + j) / d->size, stop = (block + 1) * d->size - at;
+            float scale = d->scales[block];
+            for (stop = stop < width ? stop : width; j < stop; j++)
+                values[j] = levels[numbers[j]] * scale;
+        }
+        if (store == TO_FLOAT32) memcpy((float *)d->out + at, values, (size_t)width * sizeof(float));
+        else {
+            uint16_t *restrict out = (uint16_t *)d->out + at;
+            for (int64_t j = 0; j < width; j++) out[j] = (uint16_t)stored(values[j], store);
+        }
+    }
+}
+
+static void tiles(const Trellis *d, int64_t first, int64_t last) {
+    int64_t across = (d->columns + TILE - 1) / TILE;
+    for (int64_t tile = first; tile < last; tile++) {
+        int64_t row = tile / across * SEQUENCE, column = tile % across * TILE;
+        int64_t width = d->columns - column < TILE ? d->columns - column : TILE;
+        if (d->store == TO_BFLOAT16) sequence(d, row, column, width, TO_BFLOAT16);
+        else if (d->store == TO_FLOAT16) sequence(d, row, column, width, TO_FLOAT16);
+        else sequence(d, row, column, width, TO_FLOAT32);
+    }
+}
+
+/* The whole matrix. */
+void loftq_dequantize_trellis(const Trellis *d, int32_t threads) {
+    int64_t count = (d->rows + SEQUENCE - 1) / SEQUENCE * ((d->columns + TILE - 1) / TILE);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int32_t part = 0; part < threads; part++)
+        tiles(d, count * part / threads, count * (part + 1) / threads);
+}

@@ -32,6 +32,7 @@ _SOURCES = Path(__file__).parent
 # up to GCC 12 a library linked with it flushes subnormals to zero in the whole process.
 _FLAGS = (
     *("-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
+    "-ffp-contract=off",  # gcc does so in ISO C, clang when told: the bits are those of tensors
     *("-shared", "-fPIC", "-std=c11"),
 )
 _TUNING = tuple(

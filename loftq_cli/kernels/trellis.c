@@ -1,4 +1,4 @@
-/* The codes of a trellis by Viterbi's search (numerics/quantizers/viterbi.py, whose bits these are).
+/* The codes of a trellis by Viterbi's search, with the bits of numerics/quantizers/viterbi.py.
  *
  * A state is a window of 5 codes of 2 bits, the last code in the lowest bits. A group is the states
  * that differ in it: they come from the same four states, those that end with the group's codes.

@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from loftq_cli.checkpoint.packing import pack, unpack, unpack_at
-from loftq_cli.loading.packed_weight import PackedFormat, PackedTensors, PackedWeight, dense
+from loftq_cli.loading.packed_weight import (
+    PackedFormat,
+    PackedTensors,
+    PackedWeight,
+    dense,
+    is_described,
+)
 from loftq_cli.numerics.quantizers import trellis_code
 from loftq_cli.numerics.quantizers.blocks import scale_blocks
 from loftq_cli.numerics.quantizers.scale_storage import STEP_GROUP, unpack_scales
@@ -71,12 +77,15 @@ class PackedEmbedding(PackedWeight, nn.Embedding):
         )
         if not aligned:
             return dense((rows, columns), packing, self.dtype, stored)[ids]
-        chosen = stored._replace(codes=stored.codes.view(rows, -1)[ids].view(-1))
+        together = packing.decoding == "trellis"  # with codes of other rows
+        chosen = stored
+        if not together:
+            chosen = stored._replace(codes=stored.codes.view(rows, -1)[ids].view(-1))
         if packing.block_size:
             per_row = stored.scales.numel() // rows
             numbers = torch.arange(per_row, device=ids.device)
             chosen = _of_blocks(chosen, (ids[:, None] * per_row + numbers).view(-1), packing.bits)
-        if packing.decoding == "trellis":
+        if together and not is_described(stored.codes):
             units = self._units(ids).view(-1)
             scales = unpack_scales(chosen.scales, chosen.steps)
             values = scale_blocks(units, scales, packing.block_size)

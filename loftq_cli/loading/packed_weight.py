@@ -103,7 +103,7 @@ class PackedWeight(nn.Module):
         """Hold the tensors of ``packed``, which is of this format."""
         self.weight = nn.Parameter(packed.codes, requires_grad=False)
         self.weight_scales, self.weight_zeros = packed.scales, packed.zeros
-        self.weight_levels = packed.levels
+        self.weight_levels = None if packed.is_trellis else packed.levels
 
     @property
     def W_q(self) -> torch.Tensor:

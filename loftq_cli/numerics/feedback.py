@@ -139,7 +139,9 @@ def requantize(
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     unit = quantizer.row_step(weight.shape[1])
-    step = max(_chunk_elements(weight.device) // weight.shape[1] // unit, 1) * unit
+    # Of the trellis code every thread has rows of its own.
+    units = _chunk_elements(weight.device) // weight.shape[1] // unit
+    step = max(units, torch.get_num_threads()) * unit
     for start in range(0, weight.shape[0], step):
         rows = slice(start, min(start + step, weight.shape[0]))
         # Columns are kept as rows, so that each is contiguous.
@@ -154,9 +156,11 @@ def requantize(
     return quantizer.assemble(codes, parameters), float(total)
 
 
-def working_bytes(out_features: int, in_features: int, device: torch.device) -> int:
-    """About what both functions need beside the moments and the sweep."""
-    chunk = min(out_features * in_features, _chunk_elements(device))
+def working_bytes(out_features: int, in_features: int, device: torch.device, together: int) -> int:
+    """About what both functions need beside the moments and the sweep; ``together``: rows that are
+    quantized together."""
+    most = max(_chunk_elements(device), together * torch.get_num_threads() * in_features)
+    chunk = min(out_features * in_features, most)
     return 6 * in_features**2 + 12 * chunk
 
 

@@ -23,7 +23,8 @@ Panel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 def fused_panel(quantizer: Quantizer, device: torch.device) -> Panel | None:
     """The kernel for ``quantizer`` on ``device``; None if there is none."""
     if isinstance(quantizer, TrellisQuantizer):
-        return native_trellis.quantize_panel if native.available() else None
+        compiled = quantizer.native and native.available()
+        return native_trellis.quantize_panel if compiled else None
     kernels = _kernels() if device.type == "cuda" else None
     if kernels is None:
         return None

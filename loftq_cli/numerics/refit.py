@@ -45,13 +45,18 @@ def refit_scales(
     groups = block_count(columns, size)
     scales = quantized.scales.view(rows, groups)
     unit = SEQUENCE if quantized.is_trellis else 1
-    step = max(_CHUNK_ELEMENTS // max(columns, groups**2) // unit, 1) * unit
+    step = max(_CHUNK_ELEMENTS // max(columns, groups**2), 1)
+    if step > unit:
+        step = step // unit * unit
     wanted = torch.empty_like(scales)
-    for start in range(0, rows, step):
-        chosen = slice(start, min(start + step, rows))
-        blocks = slice(chosen.start * groups, chosen.stop * groups)
-        part = quantized.part(chosen, blocks)
-        wanted[chosen] = scales[chosen] + _added(part, remains[chosen], moments)
+    for first in range(0, rows, max(step, unit)):  # whole sequences, decoded at once
+        whole = slice(first, min(first + max(step, unit), rows))
+        units = _units(quantized, whole, groups, moments.dtype)
+        for start in range(whole.start, whole.stop, step):
+            chosen = slice(start, min(start + step, whole.stop))
+            part = units[start - first : chosen.stop - first]
+            added = _added(part, quantized.block_size, remains[chosen], moments)
+            wanted[chosen] = scales[chosen] + added
     ratio = wanted / scales
     kept = torch.where((ratio > 1 / _MOST) & (ratio < _MOST), wanted, scales).view(-1)
     held = quantized.scales
@@ -59,11 +64,18 @@ def refit_scales(
     return where_kept(rounded, held)
 
 
-def _added(held: Quantized, remains: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+def _units(quantized: Quantized, rows: slice, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """What scales are multiplied with, (rows, in)."""
+    part = quantized.part(rows, slice(rows.start * groups, rows.stop * groups))
+    return replace(part, scales=torch.ones_like(part.scales)).decode().to(dtype)
+
+
+def _added(
+    units: torch.Tensor, size: int, remains: torch.Tensor, moments: torch.Tensor
+) -> torch.Tensor:
     """What to add to the scales of some rows, float32 (rows, groups)."""
-    rows, columns = held.shape
-    size, groups = held.block_size, block_count(columns, held.block_size)
-    units = replace(held, scales=torch.ones_like(held.scales)).decode().to(moments.dtype)
+    rows, columns = units.shape
+    groups = block_count(columns, size)
     system = torch.empty((rows, groups, groups), device=units.device)
 
     def by_blocks(products: torch.Tensor) -> torch.Tensor:
@@ -85,6 +97,8 @@ def _added(held: Quantized, remains: torch.Tensor, moments: torch.Tensor) -> tor
     return torch.where(failed[:, None] == 0, added, 0.0).float()
 
 
-def working_bytes(columns: int, block_size: int) -> int:
-    """About what :func:`refit_scales` needs beside its arguments."""
-    return 40 * max(_CHUNK_ELEMENTS, columns, block_count(columns, block_size) ** 2)
+def working_bytes(columns: int, block_size: int, together: int) -> int:
+    """About what :func:`refit_scales` needs beside its arguments; ``together``: rows that are
+    decoded together at least."""
+    most = max(_CHUNK_ELEMENTS, columns, block_count(columns, block_size) ** 2)
+    return 40 * most + 24 * together * columns

@@ -35,8 +35,9 @@ def choose_variant(device: torch.device, method: str, scale: str, svd: str) -> V
     """The compiled search if there is a compiler and something to search for, and the fastest
     products of the device."""
     searches = methods.searches_scales(method, scale)
+    here = device.type == "cpu" or methods.on_host(method)
     return Variant(
-        native=searches and device.type == "cpu" and native.available(),
+        native=searches and here and native.available(),
         products=lowrank.fastest_products(device) if svd == "fast" else torch.float32,
     )
 

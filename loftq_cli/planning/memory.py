@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loftq_cli.checkpoint.dtypes import BITS
 from loftq_cli.numerics import feedback, refit
+from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.planning.plan import Plan, PlannedMatrix
 
 
@@ -23,11 +24,12 @@ def _moments(plan: Plan) -> int:
     moments = max(rows * columns for rows, columns in sides) * 8
     moments += max(item.matrix.elements for item in plan.matrices.values()) * 4
     if plan.recipe.feedback and any(entry.kind == "full" for entry in entries):
-        shapes = (item.matrix.shape for item in plan.matrices.values())
-        moments += max(feedback.working_bytes(*shape, plan.device) for shape in shapes)
+        matrices = [item.matrix for item in plan.matrices.values()]
+        together = max(method(matrix.method).rows_together for matrix in matrices)
+        moments += max(feedback.working_bytes(*m.shape, plan.device, together) for m in matrices)
         if plan.recipe.feedback_passes > 1:
-            matrices = [item.matrix for item in plan.matrices.values()]
-            moments += max(refit.working_bytes(m.shape[1], m.block_size) for m in matrices)
+            sides = ((m.shape[1], m.block_size) for m in matrices)
+            moments += max(refit.working_bytes(*each, together) for each in sides)
     return moments
 
 

@@ -54,6 +54,9 @@ class Options:
         given = {name: known[name].kind.checked(name, value) for name, value in self.given.items()}
         supplied = {name: entry.default_of(self.preset) for name, entry in known.items()}
         settings = {**supplied, **given}
+        if settings["method"] != methods.AUTO and "bits" not in given:
+            only = methods.widths(settings["method"])
+            settings["bits"] = only[0] if len(only) == 1 else settings["bits"]
         if not methods.searches_scales(settings["method"], settings["scale"]):
             # Scales that are not fitted lose by momentum at 2 bits, and stand for what others do.
             settings.update({"momentum": False, "feedback": False, "feedback_passes": 1, **given})
@@ -83,7 +86,7 @@ def _check_together(settings: Settings, given: Mapping[str, Any]) -> None:
     if max(asked) > max(methods.widths(method)):
         raise UsageError(
             f"--method {method} --bits {max(asked)}: {methods.method(method).limit}",
-            hint="use --method nf or uniform",
+            hint=f"use --bits {max(methods.widths(method))}, or --method nf or uniform",
         )
     if settings.widths and settings.target_bpw is None:
         raise UsageError("widths are what target_bpw settled, and need it beside them")

@@ -15,6 +15,7 @@ import loftq_cli
 from loftq_cli.checkpoint.reader import ShardReader
 from loftq_cli.conversion import room
 from loftq_cli.errors import EnvironmentFailure, InputError
+from loftq_cli.kernels import native
 from loftq_cli.layouts import adapter
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
@@ -179,3 +180,13 @@ def test_modes_follow_the_umask(umask: int, directories: int, files: int, bench:
     made = [bench.directory / "new", *(bench.directory / "new").rglob("*")]
     modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in made}
     assert modes == {(True, directories), (False, files)}
+
+
+def test_a_method_that_needs_the_kernels_says_so_where_there_are_none(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "load", lambda: native.Kernels(None, "no C compiler found"))
+    recorder = Recorder()
+    bench.convert(recorder, method="trellis", iters=1)
+    expected = "trellis takes a hundred times as long without compiled kernels: no C compiler found"
+    assert sum(expected in note for note in recorder.notes) == 1

@@ -185,6 +185,8 @@ COMPILED = [
     ("aot_eager", NF2),
     ("aot_eager", ("nf", 3, 32, (7, 45))),
     ("aot_eager", ("uniform", 3, 32, (24, 72))),
+    ("aot_eager", ("trellis", 2, 32, (270, 36))),
+    ("aot_eager", ("trellis", 2, 32, (40, 64))),
 ]
 
 
@@ -202,9 +204,9 @@ def test_torch_compile_in_one_graph(case, backend) -> None:
     assert torch.equal(decoded, weight)
 
 
-@pytest.mark.parametrize("method", ["nf", "uniform"])
-def test_on_the_meta_device_only_shapes_are_computed(method) -> None:
-    module, _ = packed_linear(method, 3, 32, (24, 72))
+@pytest.mark.parametrize(("method", "bits"), [("nf", 3), ("uniform", 3), ("trellis", 2)])
+def test_on_the_meta_device_only_shapes_are_computed(method, bits) -> None:
+    module, _ = packed_linear(method, bits, 32, (24, 72))
     moved = module.to("meta")
     assert moved.dequantize().shape == (24, 72)
     output = moved(torch.empty(2, 5, 72, device="meta", dtype=torch.bfloat16))

@@ -15,6 +15,7 @@ from loftq_cli.numerics.quantizers.portable import is_portable
 from loftq_cli.numerics.quantizers.scale_storage import round_scales
 from loftq_cli.numerics.refit import can_refit, refit_scales
 from loftq_cli.numerics.weighting import make_weighting
+from tests.support import textbook_trellis
 from tests.support.quantizing import effective, gaussian
 from tests.support.synthetic import llm_like
 
@@ -26,7 +27,8 @@ def moments(width: int, seed: int = 5) -> torch.Tensor:
 
 
 def quantized(method: str, weight: torch.Tensor, block_size: int = 32) -> Quantized:
-    quantizer = make_quantizer(method, 3, block_size, "mse", native=False)
+    bits = 2 if method == "trellis" else 3
+    quantizer = make_quantizer(method, bits, block_size, "mse", native=False)
     return decompose(weight, quantizer, Procedure(rank=4, iters=0)).quantized
 
 
@@ -38,7 +40,9 @@ def best(held: Quantized, target: torch.Tensor, H: torch.Tensor) -> torch.Tensor
     zeros = None if held.zeros is None else held.zeros.view(-1, groups)
     found = []
     for row, codes in enumerate(held.codes):
-        if held.levels is not None:
+        if held.is_trellis:
+            units = textbook_trellis.values(held.codes)[row]
+        elif held.levels is not None:
             units = held.levels[codes.long()].double()
         else:
             assert zeros is not None
@@ -52,7 +56,8 @@ def best(held: Quantized, target: torch.Tensor, H: torch.Tensor) -> torch.Tensor
 
 
 @pytest.mark.parametrize(
-    ("method", "columns"), [("uniform", 128), ("uniform", 144), ("nf", 128), ("fitted", 96)]
+    ("method", "columns"),
+    [("uniform", 128), ("uniform", 144), ("nf", 128), ("fitted", 96), ("trellis", 96)],
 )
 def test_the_scales_are_those_of_least_squares(method: str, columns: int) -> None:
     weight, H = llm_like(24, columns), moments(columns)

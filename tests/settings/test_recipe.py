@@ -275,6 +275,15 @@ def test_the_fingerprint_changes_with_the_source(sources):
     assert fingerprint(RECIPE.as_dict(), sources) != fingerprint(RECIPE.as_dict(), SOURCES)
 
 
+def test_a_method_of_one_width_has_it_by_default() -> None:
+    assert Options(method="trellis").resolve().bits == 2
+    assert Options(method="iq4-nl").resolve().bits == 4
+    assert Options(method="trellis", target_bpw=2.5).resolve().bits is None
+    with pytest.raises(UsageError, match="--method trellis --bits 3: the trellis code") as raised:
+        Options(bits=3, method="trellis").resolve()
+    assert raised.value.hint.startswith("use --bits 2")
+
+
 def test_levels_are_fitted_up_to_four_bits() -> None:
     assert Options(bits=4, method="fitted").resolve().method == "fitted"
     with pytest.raises(UsageError, match="--method fitted --bits 8"):

@@ -25,9 +25,11 @@ _CARRIERS = {2: torch.float64, 4: torch.complex128}  # only moved, never compute
 
 def decode(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Q (out, in), computed in float32 and rounded to ``dtype``."""
-    if packed.codes.device.type != "cpu" or torch.compiler.is_compiling() or packed.is_trellis:
+    if packed.codes.device.type != "cpu" or torch.compiler.is_compiling():
         return packed.unpacked().decode().to(dtype)
     out = native_decoding.decode(packed, dtype)
+    if out is None and packed.is_trellis:
+        return packed.unpacked().decode().to(dtype)
     return _decode_chunks(packed, dtype) if out is None else out
 
 

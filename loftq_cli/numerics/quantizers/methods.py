@@ -49,7 +49,9 @@ class Method:
     defines its scales itself; ``searches``: it does so by searching for the least error.
     ``effort``: how long a sweep takes, that of nf being 1, for estimates of the time that is left.
     ``one_scale``: the whole matrix has one, whatever the block size. ``symmetric``: every zero
-    point is 2**(bits - 1). ``stored``: what its scales are rounded to for a container of its own.
+    point is 2**(bits - 1). ``on_host``: it searches in the compiled kernels, whatever the device,
+    and without them takes far too long. ``rows_together``: so many are quantized together.
+    ``stored``: what its scales are rounded to for a container of its own.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Method:
     searches: bool = False
     one_scale: bool = False
     symmetric: bool = False
+    on_host: bool = False
+    rows_together: int = 1
     stored: Stored = "float32"
     effort: float = 1.0
 
@@ -115,6 +119,11 @@ def searches_scales(name: str, scale: str) -> bool:
     return scale == "mse"
 
 
+def on_host(name: str) -> bool:
+    """Whether the method, which may be "auto", searches on the host."""
+    return name != AUTO and method(name).on_host
+
+
 def make_quantizer(
     name: str,
     bits: int,
@@ -155,7 +164,7 @@ def _fitted(wanted: Wanted) -> Quantizer:
 def _trellis(wanted: Wanted) -> Quantizer:
     from loftq_cli.numerics.quantizers.trellis import TrellisQuantizer
 
-    return TrellisQuantizer(wanted.block_size)
+    return TrellisQuantizer(wanted.block_size, wanted.native)
 
 
 def _iq4_nl(wanted: Wanted) -> Quantizer:
@@ -212,7 +221,9 @@ _OURS = (
         limit="the trellis code has 2 bits",
         own_scale=True,
         searches=True,
-        effort=20.0,
+        on_host=True,
+        rows_together=256,
+        effort=40.0,
     ),
     Method(
         "iq4-nl",

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from loftq_cli.checkpoint.packing import packed_length
 from loftq_cli.kernels import native
+from loftq_cli.numerics.quantizers import trellis_code
 from loftq_cli.numerics.quantizers.blocks import block_count
 from loftq_cli.numerics.quantizers.packed import Packed
 
@@ -33,6 +34,20 @@ class _Call(ctypes.Structure):
     )
 
 
+class _Trellis(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("store", ctypes.c_int32),
+        ("packed", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("alone", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    )
+
+
 def decode(packed: Packed, dtype: torch.dtype) -> torch.Tensor | None:
     """As :func:`loftq_cli.numerics.quantizers.decoding.decode`; None if the kernels cannot do it,
     or must not: they read memory, which a tensor that is traced or only described does not have."""
@@ -41,6 +56,8 @@ def decode(packed: Packed, dtype: torch.dtype) -> torch.Tensor | None:
         return None
     if _traced() or not native.available():
         return None
+    if packed.is_trellis:
+        return _decode_trellis(packed, dtype)
     count, size = packed.elements, packed.block_size or _PIECE
     columns = count if packed.zeros is None else packed.shape[1]
     rows = 1 if packed.zeros is None else packed.shape[0]
@@ -65,6 +82,38 @@ def decode(packed: Packed, dtype: torch.dtype) -> torch.Tensor | None:
     native.function("loftq_dequantize")(
         ctypes.byref(call), ctypes.c_int64(blocks), ctypes.c_int32(threads)
     )
+    return out
+
+
+def _decode_trellis(packed: Packed, dtype: torch.dtype) -> torch.Tensor | None:
+    rows, columns = packed.shape
+    size, levels, alone = packed.block_size, packed.levels, packed.alone
+    assert levels is not None
+    assert alone is not None
+    complete = (
+        packed.elements > 0
+        and size > 0
+        and packed.scales.numel() == block_count(packed.elements, size)
+        and _holds(packed.codes, torch.uint8, packed_length(packed.elements, packed.bits))
+        and _holds(levels, torch.float32, 1 << trellis_code.WINDOW)
+    )
+    if not complete:
+        return None
+    scales, choice = packed.scales.float().contiguous(), levels[alone]
+    out = torch.empty(packed.shape, dtype=dtype, device="cpu")
+    call = _Trellis(
+        rows=rows,
+        columns=columns,
+        size=size,
+        store=_STORES[dtype],
+        packed=packed.codes.data_ptr(),
+        scales=scales.data_ptr(),
+        levels=levels.data_ptr(),
+        alone=choice.data_ptr(),
+        out=out.data_ptr(),
+    )
+    threads = 1 if packed.elements < _ONE_THREAD else native.team(packed.elements // _PIECE)
+    native.function("loftq_dequantize_trellis")(ctypes.byref(call), ctypes.c_int32(threads))
     return out
 
 

@@ -11,6 +11,7 @@ from loftq_cli.kernels import native
 from loftq_cli.numerics.quantizers.trellis_code import SEQUENCE, alone, levels
 
 _STORES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as kernels/common.h has them
+_PANEL = 64  # PANEL in kernels/trellis.c
 _NO_MEMORY = 1
 
 
@@ -68,6 +69,7 @@ def quantize_panel(
     """(codes uint8, values float32) of ``targets`` float32 (columns, out), at most 64 columns, as
     feedback.py's panels in tensor operations; ``zeros`` is None. Does not depend on the number of
     threads. Raises MemoryError."""
+    assert len(targets) <= _PANEL, "more columns than the kernel has room for"
     given = [each.cpu().contiguous() for each in (targets, added, factor, scales)]
     device, (columns, rows) = targets.device, targets.shape
     codes = torch.empty((columns, rows), dtype=torch.uint8)

@@ -35,13 +35,17 @@ from loftq_cli.numerics.quantizers.trellis_code import (
 )
 from loftq_cli.numerics.quantizers.viterbi import search
 
+_REACH = 4.0  # root mean squares: the largest level is at 3.3, and few normal weights are beyond
+_ROUNDS = 2  # of the first step: codes, then scales
+
 
 @dataclass(frozen=True)
 class TrellisQuantizer(Flattened):
-    """``scale * level`` in blocks over the row-major flattened matrix. Rows are handed
-    to it from the beginning of a sequence on."""
+    """``scale * level`` in blocks over the row-major flattened matrix. Rows are handed to it from
+    the beginning of a sequence on. ``native``: the compiled kernels may search."""
 
     block_size: int
+    native: bool = False
 
     def row_step(self, columns: int) -> int:
         return math.lcm(super().row_step(columns), SEQUENCE)
@@ -55,16 +59,20 @@ class TrellisQuantizer(Flattened):
         return None
 
     def fit(self, rows: torch.Tensor, start: Parameters | None) -> Fitted:
-        begun = torch.cat([_root_mean_square(blocks) for blocks, _ in self.blocks(rows)])
-        codes = self._codes(rows, begun)
-        units = levels(rows.device)[numbers(codes)]
-        scales = [
-            begun[index] * _best_factors(blocks / nonzero(begun[index])[:, None], unit)
-            for (blocks, index), (unit, _) in zip(
-                self.blocks(rows), self.blocks(units), strict=True
+        scales = torch.cat([_first_scales(blocks) for blocks, _ in self.blocks(rows)])
+        if start is not None:
+            scales = torch.where(start.scales > 0, start.scales, scales)
+        for _ in range(_ROUNDS if start is None else 1):
+            codes = self._codes(rows, scales)
+            units = levels(rows.device)[numbers(codes)]
+            pairs = zip(self.blocks(rows), self.blocks(units), strict=True)
+            scales = torch.cat(
+                [
+                    scales[index] * _best_factors(blocks / nonzero(scales[index])[:, None], unit)
+                    for (blocks, index), (unit, _) in pairs
+                ]
             )
-        ]
-        return self._fitted(codes, units, Parameters(torch.cat(scales), None))
+        return self._fitted(codes, units, Parameters(scales, None))
 
     def encode(self, rows: torch.Tensor, parameters: Parameters) -> Fitted:
         codes = self._codes(rows, parameters.scales)
@@ -75,7 +83,7 @@ class TrellisQuantizer(Flattened):
         self, x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         column, own = x.view(1, -1), scales.expand_as(x).reshape(1, -1)
-        codes = _search_columns(column, own).T
+        codes = self._search_columns(column, own).T
         units = levels(x.device)[numbers(codes)]
         return codes.view(x.shape), units.view(x.shape) * scales
 
@@ -86,37 +94,38 @@ class TrellisQuantizer(Flattened):
     def _codes(self, rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The best codes of ``rows`` (rows, in) at given ``scales`` (blocks,)."""
         each = scale_blocks(torch.ones_like(rows).view(-1), scales, self.block_size)
-        found = _search_columns(rows.T.contiguous(), each.view_as(rows).T.contiguous())
+        found = self._search_columns(rows.T.contiguous(), each.view_as(rows).T.contiguous())
         return found.T.contiguous()
+
+    def _search_columns(self, columns: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 (columns, rows) of ``columns`` float32 (columns, rows) of a matrix."""
+        count, rows = columns.shape
+        whole = rows - rows % SEQUENCE
+        wanted, own = (each[:, :whole].reshape(-1, SEQUENCE) for each in (columns, scales))
+        parts = [search(wanted, own, self.native).view(count, whole)]
+        rest, scales = columns[:, whole:], scales[:, whole:]
+        if rest.shape[1] >= SHORTEST:
+            parts.append(search(rest, scales, self.native))
+        else:
+            choice = levels(columns.device)[alone(columns.device)]
+            parts.append((rest[..., None] - scales[..., None] * choice).abs().argmin(dim=2).byte())
+        return torch.cat(parts, dim=1)
 
     def _fitted(self, codes: torch.Tensor, units: torch.Tensor, parameters: Parameters) -> Fitted:
         values = scale_blocks(units.view(-1), parameters.scales, self.block_size)
         return Fitted(codes, parameters, values.view_as(units))
 
 
-def _search_columns(columns: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Codes uint8 (columns, rows) of ``columns`` float32 (columns, rows) of a matrix."""
-    count, rows = columns.shape
-    whole = rows - rows % SEQUENCE
-    wanted, own = (each[:, :whole].reshape(-1, SEQUENCE) for each in (columns, scales))
-    parts = [search(wanted, own).view(count, whole)]
-    rest, scales = columns[:, whole:], scales[:, whole:]
-    if rest.shape[1] >= SHORTEST:
-        parts.append(search(rest, scales))
-    else:
-        choice = levels(columns.device)[alone(columns.device)]
-        parts.append((rest[..., None] - scales[..., None] * choice).abs().argmin(dim=2).byte())
-    return torch.cat(parts, dim=1)
-
-
-def _root_mean_square(blocks: torch.Tensor) -> torch.Tensor:
+def _first_scales(blocks: torch.Tensor) -> torch.Tensor:
+    """Of ``blocks`` (count, size): the root mean square, more where that would cut off the largest
+    weight."""
     largest = blocks.abs().amax(dim=1)
     relative = blocks / nonzero(largest)[:, None]
-    return largest * relative.square().mean(dim=1).sqrt()
+    return largest * relative.square().mean(dim=1).sqrt().clamp_min(1 / _REACH)
 
 
 def _best_factors(blocks: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """What to multiply ``units`` (count, size) by, per row, to come nearest to ``blocks``; 1 where
+    """What to multiply ``units`` (count, size) by, per row, to come nearest to ``blocks``; 0 where
     that is not positive."""
     found = ratio(torch.linalg.vecdot(blocks, units), torch.linalg.vecdot(units, units))
-    return torch.where(found > 0, found, 1.0)
+    return found.clamp_min(0.0)

@@ -13,8 +13,6 @@ our own).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 BITS = 2
@@ -31,26 +29,41 @@ _STEPS = 1 << 13  # levels are multiples of 1 / this: no rounding of a library's
 _ALONE = (-1.510, -0.4528, 0.4528, 1.510)  # Max, "Quantizing for minimum distortion", 1960
 
 
-@functools.cache
-def levels(device: torch.device) -> torch.Tensor:
-    """The levels by number, float32 (1024,) on ``device``, of unit mean square."""
+def _low_product(values: torch.Tensor, factor: int) -> torch.Tensor:
+    """The lower 32 bits of a product of 32-bit numbers, int64."""
+    high, low = values >> 16, values & 0xFFFF
+    return (low * factor + ((high * factor & 0xFFFF) << 16)) & 0xFFFFFFFF
+
+
+def _table() -> torch.Tensor:
+    """The levels by number, float32 (1024,), of unit mean square."""
     count = 1 << WINDOW
-    mixed = _low_product(torch.arange(count), _FIRST)
+    places = torch.arange(count, dtype=torch.float64, device="cpu")
+    mixed = _low_product(places.long(), _FIRST)
     mixed = _low_product(mixed ^ mixed >> 15, _SECOND)
     rank = (mixed ^ mixed >> 12).argsort(stable=True).argsort()
-    quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    quantiles = torch.special.ndtri((places + 0.5) / count)
     quantiles /= quantiles.square().mean().sqrt()
-    table: torch.Tensor = ((quantiles * _STEPS).round() / _STEPS)[rank].float().to(device)
+    table: torch.Tensor = ((quantiles * _STEPS).round() / _STEPS)[rank].float()
     return table
 
 
-@functools.cache
+# Made at once and not kept on other devices: a compiled graph has them as constants.
+_LEVELS = _table()
+_CHOICE = torch.tensor(
+    [int((_LEVELS - value).abs().argmin()) for value in _ALONE], dtype=torch.int32, device="cpu"
+)
+
+
+def levels(device: torch.device) -> torch.Tensor:
+    """The levels by number, float32 (1024,) on ``device``, of unit mean square."""
+    return _LEVELS if device.type == "cpu" else _LEVELS.to(device)
+
+
 def alone(device: torch.device) -> torch.Tensor:
     """The numbers of the levels that a code chooses between alone, int32 (4,) on ``device``: those
     nearest to the best four for a normal distribution."""
-    table = levels(torch.device("cpu"))
-    found = [int((table - value).abs().argmin()) for value in _ALONE]
-    return torch.tensor(found, dtype=torch.int32, device=device)
+    return _CHOICE if device.type == "cpu" else _CHOICE.to(device)
 
 
 def numbers(codes: torch.Tensor) -> torch.Tensor:
@@ -95,9 +108,3 @@ def _of_rings(codes: torch.Tensor) -> torch.Tensor:
         found = found | found.roll(covered // BITS, dims=1) << covered
         covered *= 2
     return found & ((1 << WINDOW) - 1)
-
-
-def _low_product(values: torch.Tensor, factor: int) -> torch.Tensor:
-    """The lower 32 bits of a product of 32-bit numbers, int64."""
-    high, low = values >> 16, values & 0xFFFF
-    return (low * factor + ((high * factor & 0xFFFF) << 16)) & 0xFFFFFFFF

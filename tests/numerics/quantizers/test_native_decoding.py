@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loftq_cli.checkpoint.packing import packed_length
 from loftq_cli.kernels import native
-from loftq_cli.numerics.quantizers import decoding, native_decoding
+from loftq_cli.numerics.quantizers import decoding, native_decoding, trellis_code
 from loftq_cli.numerics.quantizers.blocks import block_count
 from loftq_cli.numerics.quantizers.decoding import decode
 from loftq_cli.numerics.quantizers.packed import Packed
@@ -227,6 +228,32 @@ def test_without_the_library_tensor_operations_decode(monkeypatch):
     monkeypatch.setattr(native, "load", lambda: native.Kernels(None, "LOFTQ_NATIVE=0"))
     assert refused(arguments)
     assert same_bits(decode(Packed(*arguments)), expected(arguments, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((1, 1), 32),
+        ((10, 45), 32),
+        ((24, 64), 64),
+        ((300, 33), 64),
+        ((270, 100), 256),
+        ((512, 2100), 64),
+        ((40, 2049), 128),
+    ],
+)
+def test_the_trellis_code_is_decoded_to_the_bits_of_tensor_operations(shape, size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    count = shape[0] * shape[1]
+    codes = torch.randint(256, (packed_length(count, 2),), generator=generator).byte()
+    scales = torch.randn(-(-count // size), generator=generator)
+    packed = Packed(shape, 2, size, codes, scales, None, trellis_code.levels(torch.device("cpu")))
+    found = native_decoding.decode(packed, dtype)
+    assert found is not None
+    assert torch.equal(found, packed.unpacked().decode().to(dtype))
+    short = replace(packed, scales=scales[:-1])
+    assert native_decoding.decode(short, dtype) is None
 
 
 FORK = """

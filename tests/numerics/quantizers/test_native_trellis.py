@@ -3,15 +3,24 @@ the best codes for what each column is to be after the errors behind it."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from loftq_cli.kernels import native
+from loftq_cli.numerics import feedback
+from loftq_cli.numerics.quantizers import native_trellis, viterbi
+from loftq_cli.numerics.quantizers.methods import method
 from loftq_cli.numerics.quantizers.native_trellis import quantize_panel
 from loftq_cli.numerics.quantizers.trellis import TrellisQuantizer
+from loftq_cli.numerics.quantizers.trellis_code import BITS, SEQUENCE, SHORTEST, WINDOW
 from tests.support import textbook_trellis
 from tests.support.quantizing import gaussian, needs_kernels
 
 pytestmark = needs_kernels
+QUANTIZER = TrellisQuantizer(64, native=True)
 EVERY_HEIGHT = pytest.mark.parametrize("rows", [10, 24, 256, 270, 530])
 
 
@@ -29,7 +38,7 @@ def test_without_errors_codes_are_those_of_each_column(rows: int, power: int) ->
         targets, torch.zeros_like(targets), torch.eye(12), scales, None, None
     )
     for column in range(12):
-        expected = TrellisQuantizer(64).encode_at(targets[column], scales[column], None)
+        expected = QUANTIZER.encode_at(targets[column], scales[column], None)
         assert torch.equal(codes[column], expected[0])
         assert torch.equal(values[column], expected[1])
 
@@ -48,12 +57,49 @@ def test_a_column_makes_up_for_those_behind_it(rows: int, dtype: torch.dtype | N
     exact = (units.float() * scales).to(dtype or torch.float32).float()
     assert torch.equal(values, exact)
     for column in range(12):
-        alone = TrellisQuantizer(64).encode_at(wanted[column].float(), scales[column], None)[1]
+        alone = QUANTIZER.encode_at(wanted[column].float(), scales[column], None)[1]
         cost, least = (
             float((wanted[column] - each.double()).square().sum())
             for each in (units[column] * scales[column].double(), alone)
         )
         assert cost == pytest.approx(least, rel=1e-4)
+
+
+def test_the_kernel_has_room_for_the_columns_of_a_panel() -> None:
+    """What C, Triton and the methods' table have of the code's numbers is what the code has."""
+    source = (Path(native.__file__).parent / "trellis.c").read_text("utf-8")
+    decoder = (Path(native.__file__).parent / "dequantize.c").read_text("utf-8")
+    fused = (Path(native.__file__).parent / "triton_dequantize.py").read_text("utf-8")
+
+    def defined(text: str, name: str) -> int:
+        (found,) = re.findall(rf"^#define {name} (\d+)", text, re.MULTILINE)
+        return int(found)
+
+    assert defined(source, "PANEL") == native_trellis._PANEL >= feedback._PANEL
+    assert defined(source, "SEQUENCE") == defined(decoder, "SEQUENCE") == SEQUENCE
+    assert defined(source, "SHORTEST") == defined(decoder, "SHORTEST") == SHORTEST
+    assert defined(source, "WINDOW") == WINDOW
+    assert defined(source, "SEAM") == viterbi._SEAM
+    codes = WINDOW // BITS
+    assert f"_SEQUENCE, _SHORTEST, _CODES = {SEQUENCE}, {SHORTEST}, {codes} " in fused
+    assert method("trellis").rows_together == SEQUENCE
+    with pytest.raises(AssertionError, match="more columns"):
+        quantize_panel(*drawn(24, 65), torch.eye(65), torch.ones(65, 24), None, None)
+
+
+@EVERY_HEIGHT
+def test_threads_change_nothing(rows: int) -> None:
+    targets, scales = drawn(rows)
+    factor = torch.eye(12) + gaussian(12, 12, seed=3).triu(1) / 4
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(quantize_panel(targets, 0 * scales, factor, scales, None, None))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*each) for each in zip(*found, strict=True))
 
 
 def test_what_overflowed_is_no_crash() -> None:

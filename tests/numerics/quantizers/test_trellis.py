@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loftq_cli.kernels import native
+from loftq_cli.numerics import feedback, refit
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.quantizers.blocks import Parameters
@@ -27,13 +28,14 @@ SHAPES = [
     (24, 40),
     (270, 7),
 ]
+QUANTIZER = TrellisQuantizer(64, native=True)
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 @needs_kernels
 def test_of_a_normal_distribution_less_is_left_than_any_four_levels_leave() -> None:
     weight = gaussian(1024, 256)
-    left = squared_error(fit(TrellisQuantizer(64), weight).values, weight) / weight.numel()
+    left = squared_error(fit(QUANTIZER, weight).values, weight) / weight.numel()
     # Without scales 0.117 (Max, 1960) for four levels, and 2^-4 for any code of 2 bits.
     assert 0.0625 < left < 0.077
 
@@ -41,7 +43,7 @@ def test_of_a_normal_distribution_less_is_left_than_any_four_levels_leave() -> N
 @EVERY_SHAPE
 @pytest.mark.parametrize("block_size", [32, 64, 256])
 def test_values_are_what_the_codes_mean(shape: tuple[int, int], block_size: int) -> None:
-    quantizer = TrellisQuantizer(block_size)
+    quantizer = TrellisQuantizer(block_size, native=True)
     weight = llm_like(*shape)
     fitted = quantizer.fit(weight, None)
     quantized = quantizer.assemble(fitted.codes, fitted.parameters)
@@ -54,7 +56,7 @@ def test_values_are_what_the_codes_mean(shape: tuple[int, int], block_size: int)
 @EVERY_SHAPE
 def test_scales_are_the_best_for_the_codes(shape: tuple[int, int]) -> None:
     weight = gaussian(*shape)
-    fitted = TrellisQuantizer(64).fit(weight, None)
+    fitted = QUANTIZER.fit(weight, None)
     error = (fitted.values - weight).double().view(-1)
     along = (error * fitted.values.double().view(-1)).split(64)
     size = fitted.values.double().view(-1).square().split(64)
@@ -64,7 +66,7 @@ def test_scales_are_the_best_for_the_codes(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(512, 64), (600, 36), (530, 100)], ids=str)
 def test_pieces_of_whole_sequences_are_quantized_as_the_whole(shape: tuple[int, int]) -> None:
-    quantizer, weight = TrellisQuantizer(64), llm_like(*shape)
+    quantizer, weight = QUANTIZER, llm_like(*shape)
     whole = quantizer.fit(weight, None)
     step = quantizer.row_step(shape[1])
     assert step == 256
@@ -78,7 +80,7 @@ def test_pieces_of_whole_sequences_are_quantized_as_the_whole(shape: tuple[int, 
 
 
 def test_at_given_scales_a_matrix_and_its_columns_have_the_same_codes() -> None:
-    quantizer, weight = TrellisQuantizer(32), gaussian(300, 40)
+    quantizer, weight = TrellisQuantizer(32, native=True), gaussian(300, 40)
     scales = gaussian(300 * 40 // 32, seed=3).abs() + 0.5
     encoded = quantizer.encode(weight, Parameters(scales, None))
     assert torch.equal(encoded.parameters.scales, scales)
@@ -87,6 +89,57 @@ def test_at_given_scales_a_matrix_and_its_columns_have_the_same_codes() -> None:
         codes, values = quantizer.encode_at(weight[:, column], scales[index[column]], None)
         assert torch.equal(codes, encoded.codes[:, column])
         assert torch.equal(values, encoded.values[:, column])
+
+
+@needs_kernels
+def test_the_next_step_begins_at_the_scales_of_the_last() -> None:
+    weight, left = llm_like(512, 128), []
+    fitted = QUANTIZER.fit(weight, None)
+    for _ in range(3):
+        left.append(squared_error(fitted.values, weight))
+        fitted = QUANTIZER.fit(weight, fitted.parameters)
+    assert left[2] < left[1] < left[0]
+    without = QUANTIZER.fit(weight, Parameters(torch.zeros_like(fitted.parameters.scales), None))
+    assert squared_error(without.values, weight) < 1.1 * left[0]  # begins anew where there is none
+
+
+@needs_kernels
+@pytest.mark.parametrize("factor", [10.0, 50.0])
+def test_a_column_of_outliers_is_not_cut_off(factor: float) -> None:
+    weight = gaussian(512, 128)
+    weight[:, 7] *= factor
+    left = squared_error(QUANTIZER.fit(weight, None).values, weight)
+    assert left < 0.25 * squared_error(0 * weight, weight)
+
+
+def test_a_small_row_among_large_ones_is_never_worse_than_zero() -> None:
+    weight = gaussian(256, 64)
+    weight[::2] *= 1e-4
+    values = QUANTIZER.fit(weight, None).values
+    error = (values - weight).double().square().sum(dim=1)
+    assert bool((error <= weight.double().square().sum(dim=1) * (1 + 1e-5)).all())
+
+
+@needs_kernels
+def test_chunks_of_rows_are_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = llm_like(600, 64), gaussian(512, 64, seed=5)
+    weighting = make_weighting(inputs.T @ inputs / 512, torch.float32)
+    procedure = Procedure(rank=4, iters=1, feedback=True, feedback_passes=3)
+    whole = decompose(weight, QUANTIZER, procedure, weighting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for module in (feedback, refit):
+            monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 64 * 70)  # 70 rows
+        parts = decompose(weight, QUANTIZER, procedure, weighting)
+    finally:
+        torch.set_num_threads(before)
+    same = whole.quantized.codes == parts.quantized.codes
+    assert float(same.float().mean()) > 0.99  # sums in another order
+    torch.testing.assert_close(parts.quantized.scales, whole.quantized.scales, rtol=0.05, atol=0.01)
+    assert parts.weighted is not None
+    assert whole.weighted is not None
+    assert parts.weighted.final == pytest.approx(whole.weighted.final, rel=1e-3)
 
 
 HOSTILE = {
@@ -108,7 +161,7 @@ def test_odd_values_stay_finite_and_no_further_than_zero_is(
     if not kernels:
         monkeypatch.setattr(native, "available", lambda: False)
     weight = HOSTILE[name]
-    fitted = TrellisQuantizer(64).fit(weight, None)
+    fitted = QUANTIZER.fit(weight, None)
     assert bool(fitted.values.isfinite().all())
     assert bool(fitted.parameters.scales.isfinite().all())
     error = (fitted.values.double() - weight.double()).square().sum()
