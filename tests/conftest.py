@@ -1,4 +1,5 @@
-"""Signals as in a terminal, tests that do not disturb each other, and which of them are slow.
+"""Signals as in a terminal, tests that do not disturb each other, which of them are slow, and no
+deadline for an example that hypothesis draws, as a machine may be busy: the same ones in every run.
 
 A shell starts what it puts in the background with SIGINT ignored, and the commands that are tested
 would inherit that.
@@ -11,11 +12,14 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.slow import is_slow
 from tests.support.state import restored
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -69,7 +69,6 @@ def loads(dealt: list[list[Job]]) -> list[int]:
     return [sum(job.cost for job in share) for share in dealt]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 1000), max_size=60), st.integers(1, 9))
 def test_shares_are_even_and_leave_nothing_out(costs: list[int], count: int) -> None:
     dealt = shares(of_costs(costs), count)
@@ -78,7 +77,7 @@ def test_shares_are_even_and_leave_nothing_out(costs: list[int], count: int) -> 
     assert max(loads(dealt)) - min(loads(dealt)) <= max(costs, default=0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 3))
 def test_no_way_of_dealing_out_is_better_by_more_than_a_quarter(
     costs: list[int], count: int

@@ -8,8 +8,7 @@ from typing import Any
 
 from hypothesis import settings
 
-# No deadline: a test must not fail because the machine is busy. The same examples in every run.
-PROPERTY = settings(deadline=None, max_examples=60, derandomize=True)
+PROPERTY = settings(max_examples=60)
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"
 """What a clone without git-lfs has in the place of a large file."""

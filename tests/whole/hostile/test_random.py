@@ -24,7 +24,7 @@ edits = st.lists(
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(deadline=None, max_examples=EXAMPLES, derandomize=True)
+@settings(max_examples=EXAMPLES)
 @given(data=st.data(), edits=edits)
 def test_only_errors_of_ours_escape(name, data, edits, tmp_path_factory):
     run, seeds = TARGETS[name]
