@@ -12,6 +12,7 @@ import torch
 from loftq_cli.numerics.alternation import make_sweep
 from loftq_cli.numerics.decomposition import Decomposition, Norms, Procedure
 from loftq_cli.numerics.feedback import make_feedback, requantize
+from loftq_cli.numerics.left import Left
 from loftq_cli.numerics.lora import too_large
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.quantizers.base import Quantizer
@@ -49,7 +50,7 @@ def quantize(
         if procedure.feedback and weighting.is_full:
             parameters = Parameters(quantized.scales, quantized.zeros)
             nothing = Product(lora_B.float(), lora_A.float())
-            feedback = make_feedback(weighting, nothing.right)
+            feedback = make_feedback(Left.by(weighting, nothing.right))
             fed, squared = requantize(
                 sweep, weight, parameters, nothing, feedback, procedure.backbone_dtype
             )

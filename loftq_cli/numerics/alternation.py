@@ -36,7 +36,8 @@ import torch
 
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.decomposition import Decomposition, Keep, Norms, Procedure
-from loftq_cli.numerics.feedback import left_by, make_feedback, requantize
+from loftq_cli.numerics.feedback import make_feedback, requantize
+from loftq_cli.numerics.left import Left
 from loftq_cli.numerics.lora import drawn_adapter, fit_adapter, too_large
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.native_sweep import NativeSweep
@@ -259,12 +260,14 @@ def _fed_back(
     """What becomes of ``iterate`` if the quantizer follows its adapter once more, with feedback,
     and again while that leaves less, at scales that are refit in between; None if a value is too
     large for the dtype it is to be stored in."""
-    fed = _pass(sweep, weight, iterate, iterate.parameters, basis, procedure, weighting)
+    left = Left.by(weighting, iterate.lora_A.float())
+    fed = _pass(sweep, weight, iterate, iterate.parameters, basis, procedure, left)
     for _ in range(1, procedure.feedback_passes):
         if fed is None:
             break
-        parameters = _refit(sweep, fed.iterate, procedure, weighting)
-        again = _pass(sweep, weight, fed.iterate, parameters, fed.basis, procedure, weighting)
+        left = Left.by(weighting, fed.iterate.lora_A.float())
+        parameters = _refit(sweep, fed.iterate, procedure, left)
+        again = _pass(sweep, weight, fed.iterate, parameters, fed.basis, procedure, left)
         if again is None or again.weighted >= fed.weighted:
             break
         fed = again
@@ -278,12 +281,12 @@ def _pass(
     parameters: Parameters | None,
     basis: lowrank.Basis | None,
     procedure: Procedure,
-    weighting: Weighting,
+    left: Left,
 ) -> _Fed | None:
-    """Quantize W less the adapter of ``iterate`` at given ``parameters``, with feedback, and fit
-    another."""
+    """Quantize W less the adapter of ``iterate`` at given ``parameters``, with feedback in what
+    that adapter has ``left`` of the moments, and fit another."""
     assert parameters is not None
-    feedback = make_feedback(weighting, iterate.lora_A.float())
+    feedback, weighting = make_feedback(left), left.weighting
     quantized, squared = requantize(
         sweep, weight, parameters, _product(iterate, procedure), feedback, procedure.backbone_dtype
     )
@@ -295,21 +298,18 @@ def _pass(
     A, B, basis = fit_adapter(sweep.residual, sweep.narrow, norm, warm, procedure, weighting, along)
     fed = _Iterate(quantized, A, B)
     product = _product(fed, procedure)
-    left = math.sqrt(sweep.remainder(product))
+    remainder = math.sqrt(sweep.remainder(product))
     assert sweep.remains is not None
     along = _along_remains(weighting, along, product)
-    return _Fed(fed, left, weighting.norm(sweep.remains, along), basis)
+    return _Fed(fed, remainder, weighting.norm(sweep.remains, along), basis)
 
 
-def _refit(
-    sweep: Sweep, iterate: _Iterate, procedure: Procedure, weighting: Weighting
-) -> Parameters | None:
+def _refit(sweep: Sweep, iterate: _Iterate, procedure: Procedure, left: Left) -> Parameters | None:
     """The scales of ``iterate`` that are best for its codes, in the norm that feedback works in."""
     quantized, remains = iterate.quantized, sweep.remains
     if quantized is None or remains is None or not can_refit(quantized):
         return iterate.parameters
-    moments = left_by(weighting, iterate.lora_A.float()).to(remains.dtype)
-    scales = refit_scales(quantized, remains, moments, procedure.scale_dtype)
+    scales = refit_scales(quantized, remains, left.whole().to(remains.dtype), procedure.scale_dtype)
     return Parameters(scales, quantized.zeros)
 
 

@@ -9,15 +9,7 @@ so the columns are taken from the last to the first, each rounded after the erro
 added to it: w_j + sum_{k>j} U_jk e_k. This is GPTQ (Frantar et al., arXiv:2210.17323) in the form
 of LDLQ (Chee et al., QuIP, arXiv:2307.13304): no inverse is needed.
 
-An adapter is fitted to what is left. With the rows of A held, B takes everything that lies in their
-span, and of H remains
-
-    H - H A^T (A H A^T)^-1 A H
-
-for the errors to be small in. Nine tenths of that difference are subtracted: an adapter that was
-to take all of the error along the largest directions would have to be right about them to the last
-digit, on other text as well. A ridge of a tenth of the mean moment keeps feedback from
-compensating along directions that hardly occurred (docs/algorithm.md has the measurements).
+H is what the adapter leaves of the moments (:mod:`loftq_cli.numerics.left`).
 
 Scales and zero points are given. The columns with the largest moments come first: what is left of
 them the others can still make up for.
@@ -34,14 +26,12 @@ from loftq_cli.errors import InputError
 from loftq_cli.numerics import native_feedback
 from loftq_cli.numerics.cholesky import unit_factor
 from loftq_cli.numerics.fused_panel import fused_panel
+from loftq_cli.numerics.left import Left
 from loftq_cli.numerics.metrics import squares
 from loftq_cli.numerics.quantizers.base import Quantizer
-from loftq_cli.numerics.quantizers.blocks import TINY, Parameters, Quantized
+from loftq_cli.numerics.quantizers.blocks import Parameters, Quantized
 from loftq_cli.numerics.sweep import Product, Sweep, as_stored
-from loftq_cli.numerics.weighting import Weighting
 
-_ABSORBED = 0.9  # of what the adapter can take
-_RIDGE = 0.1  # of the mean moment
 _PANEL = 64  # columns between two products with all errors so far
 _CHUNK_ELEMENTS = 1 << 23  # of a matrix: rows are independent
 _GPU_CHUNK_ELEMENTS = 1 << 26
@@ -59,59 +49,26 @@ class Feedback:
     factor: torch.Tensor
 
 
-def make_feedback(weighting: Weighting, lora_A: torch.Tensor) -> Feedback:
-    """The feedback under full second moments, before an adapter with rows near those of
-    ``lora_A`` float32 (r, in).
+def make_feedback(left: Left) -> Feedback:
+    """The feedback for what is ``left`` of the moments.
 
     Raises InputError if the moments are none: not positive semidefinite.
     """
-    moments = weighting.moments
-    taken = _taken(moments, lora_A)
-    diagonal = moments.diagonal() - _ABSORBED * taken.square().sum(dim=0)
-    order = diagonal.argsort(stable=True)
-    added = _RIDGE * diagonal.mean()
+    order, ridge = left.diagonal().argsort(stable=True), left.ridge()
+    device, dtype = order.device, left.weighting.narrow.dtype
 
     def rows_of(start: int, stop: int) -> torch.Tensor:
-        """What the adapter leaves of the moments, of rows [start, stop) from their diagonal on."""
-        rows = moments.index_select(0, order[start:stop]).index_select(1, order[start:])
-        chosen = taken.index_select(1, order[start:])
-        rows.addmm_(chosen[:, : stop - start].T, chosen, alpha=-_ABSORBED)
-        rows.diagonal().add_(added)
-        return rows
+        return left.rows(order, start, stop, ridge)
 
-    dtype = weighting.narrow.dtype
-    factor = unit_factor(rows_of, len(order), moments.device, torch.float32, dtype)
+    factor = unit_factor(rows_of, len(order), device, torch.float32, dtype)
     if factor is None:
-        factor = unit_factor(rows_of, len(order), moments.device, torch.float64, dtype)
+        factor = unit_factor(rows_of, len(order), device, torch.float64, dtype)
     if factor is None:
         raise InputError(
             "the second moments of its input are not positive semidefinite",
             hint="the statistics are damaged, or no averages of x x^T: measure them again",
         )
     return Feedback(order, factor)
-
-
-def left_by(weighting: Weighting, lora_A: torch.Tensor) -> torch.Tensor:
-    """What an adapter with rows near those of ``lora_A`` float32 (r, in) leaves of full moments,
-    with the ridge: what errors are small in after feedback; float32 (in, in)."""
-    taken = _taken(weighting.moments, lora_A)
-    left = torch.addmm(weighting.moments, taken.T, taken, alpha=-_ABSORBED)
-    left.diagonal().add_(_RIDGE * left.diagonal().mean())
-    return left
-
-
-def _taken(moments: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
-    """Z, float32 (r, in), with Z^T Z = H A^T (A H A^T)^-1 A H."""
-    lengths = torch.linalg.vector_norm(lora_A, dim=1, keepdim=True)
-    rows = lora_A / lengths.clamp_min(TINY)
-    images = rows @ moments
-    gram = (images @ rows.T).double()
-    gram.diagonal().add_(1e-6 * gram.diagonal().mean().clamp_min(TINY))
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed:  # far from semidefinite, which is found out about next
-        return torch.zeros_like(images)
-    taken: torch.Tensor = torch.linalg.solve_triangular(factor.float(), images, upper=False)
-    return taken
 
 
 def requantize(

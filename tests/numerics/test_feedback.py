@@ -13,6 +13,7 @@ from loftq_cli.numerics import alternation
 from loftq_cli.numerics.alternation import decompose, make_sweep
 from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.feedback import make_feedback, requantize
+from loftq_cli.numerics.left import Left
 from loftq_cli.numerics.quantizers.blocks import Parameters, Quantized
 from loftq_cli.numerics.quantizers.methods import make_quantizer
 from loftq_cli.numerics.sweep import Product
@@ -59,7 +60,7 @@ def test_it_is_gptq_with_what_the_adapter_leaves_of_the_moments(method, bits, se
     product = Product(left, right)
     given = sweep.quantize(None, product).quantized
     weighting = make_weighting(H.clone(), torch.float32)
-    feedback = make_feedback(weighting, right)
+    feedback = make_feedback(Left.by(weighting, right))
     parameters = Parameters(given.scales, given.zeros)
     quantized, squared = requantize(sweep, weight, parameters, product, feedback, None)
     # The order is that of the moments that are left, the largest first.
@@ -88,7 +89,7 @@ def test_it_is_gptq_with_what_the_adapter_leaves_of_the_moments(method, bits, se
 
 def test_the_factor_takes_the_moments_apart():
     H, A = moments("full", IN), gaussian(RANK, IN)
-    feedback = make_feedback(make_weighting(H.clone(), torch.float32), 1e-12 * A)
+    feedback = make_feedback(Left.by(make_weighting(H.clone(), torch.float32), 1e-12 * A))
     order, factor = feedback.order, feedback.factor.double()
     assert torch.equal(factor, factor.triu())
     assert torch.equal(factor.diagonal(), torch.ones(IN, dtype=torch.float64))
@@ -225,7 +226,7 @@ def test_a_value_too_large_for_its_dtype_is_found_in_the_residual(monkeypatch):
     product = Product(torch.zeros(8, 2), gaussian(2, 64))
     given = sweep.quantize(None, product).quantized
     weighting = make_weighting(H, torch.float32)
-    feedback = make_feedback(weighting, product.right)
+    feedback = make_feedback(Left.by(weighting, product.right))
     huge = Parameters(torch.full_like(given.scales, 1e6), None)
     quantized, squared = requantize(sweep, weight, huge, product, feedback, torch.float16)
     assert not math.isfinite(squared)

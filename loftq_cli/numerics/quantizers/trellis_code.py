@@ -13,6 +13,8 @@ our own).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 BITS = 2
@@ -48,7 +50,7 @@ def _table() -> torch.Tensor:
     return table
 
 
-# Made at once and not kept on other devices: a compiled graph has them as constants.
+# Made at once: a compiled graph has them as constants.
 _LEVELS = _table()
 _CHOICE = torch.tensor(
     [int((_LEVELS - value).abs().argmin()) for value in _ALONE], dtype=torch.int32, device="cpu"
@@ -57,13 +59,24 @@ _CHOICE = torch.tensor(
 
 def levels(device: torch.device) -> torch.Tensor:
     """The levels by number, float32 (1024,) on ``device``, of unit mean square."""
-    return _LEVELS if device.type == "cpu" else _LEVELS.to(device)
+    return _on(device, _LEVELS)
 
 
 def alone(device: torch.device) -> torch.Tensor:
     """The numbers of the levels that a code chooses between alone, int32 (4,) on ``device``: those
     nearest to the best four for a normal distribution."""
-    return _CHOICE if device.type == "cpu" else _CHOICE.to(device)
+    return _on(device, _CHOICE)
+
+
+def _on(device: torch.device, table: torch.Tensor) -> torch.Tensor:
+    if device.type == "cpu":
+        return table
+    return table.to(device) if torch.compiler.is_compiling() else _brought(device, table)
+
+
+@functools.cache
+def _brought(device: torch.device, table: torch.Tensor) -> torch.Tensor:
+    return table.to(device)
 
 
 def numbers(codes: torch.Tensor) -> torch.Tensor:
