@@ -17,6 +17,13 @@ from typing import Any
 from tests.benchmarks.tools import convert, minilm, table
 
 _RANK = 16
+# Each method's widths, and what it is compared with of those published.
+_METHODS = (
+    ("nf", (2, 3, 4), "nf"),
+    ("fitted", (2, 3, 4), "nf"),
+    ("trellis", (2,), "nf"),
+    ("uniform", (2, 3, 4), "uniform-block"),
+)
 
 
 def main() -> None:
@@ -24,8 +31,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "out"
         for bits in (2, 3, 4):
-            for method, published in (("nf", "nf"), ("fitted", "nf"), ("uniform", "uniform-block")):
-                rows.append(_row(output, bits, method, published))
+            for method, widths, published in _METHODS:
+                if bits in widths:
+                    rows.append(_row(output, bits, method, published))
     table(
         (
             "bits",
@@ -50,8 +58,10 @@ def main() -> None:
     storages: list[list[str]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for bits in (2, 3, 4):
-            for method in ("nf", "fitted", "uniform"):
-                storages.append([str(bits), method, *_stored(Path(scratch) / "out", bits, method)])
+            for method, widths, _ in _METHODS:
+                if bits in widths:
+                    line = _stored(Path(scratch) / "out", bits, method)
+                    storages.append([str(bits), method, *line])
     columns = (f"{dtype} {what}" for dtype in _SCALE_DTYPES for what in ("bits", "residual"))
     table(("bits", "method", *columns), storages)
 
