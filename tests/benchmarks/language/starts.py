@@ -49,6 +49,7 @@ _KINDS: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
     ("uniform, full, no feedback", ("--method", "uniform", "--no-feedback"), "full-8192"),
     ("uniform, full, 32k tokens", ("--method", "uniform"), "full-32768"),
     ("fitted, full", ("--method", "fitted"), "full-8192"),
+    ("trellis, full", ("--method", "trellis"), "full-8192"),
     ("uniform, full, T=20", ("--method", "uniform", "--iters", "20"), "full-8192"),
     ("fitted, full, T=20", ("--method", "fitted", "--iters", "20"), "full-8192"),
     ("fitted, full, T=20, 32k tokens", ("--method", "fitted", "--iters", "20"), "full-32768"),
@@ -64,8 +65,10 @@ _ALWAYS = {
     "uniform, full": {(2, 64), (2, 16), (3, 64)},
 }
 _FULL = {"nf, full", "uniform, full"}
+_ONLY_AT_TWO_BITS = {"trellis, full"}
 _BEST = {
     "fitted, full",
+    "trellis, full",
     "uniform, full, T=20",
     "fitted, full, T=20",
     "fitted, full, T=20, 32k tokens",
@@ -80,6 +83,8 @@ def _quantized() -> list[Start]:
     starts = []
     for bits, rank in ((2, 64), (2, 16), (3, 64), (3, 16)):
         for kind, options, stats in _KINDS:
+            if bits > 2 and kind in _ONLY_AT_TWO_BITS:
+                continue
             start = Start(
                 f"{bits} bit, r={rank}, {kind}",
                 rank,
@@ -95,8 +100,10 @@ def _quantized() -> list[Start]:
 
 
 def _refined() -> list[Start]:
-    """Starts with full statistics in a layout of other software, and what refining makes of them,
-    all of it on the other corpus."""
+    """Starts with full statistics, in a layout of other software but for the trellis code, and what
+    refining makes of them, all of it on the other corpus."""
+    uniform = ("--method", "uniform", "--layout", "gptq")
+    trellis = ("--method", "trellis", "--feedback-passes", "3")
     kinds: tuple[tuple[str, tuple[str, ...] | None], ...] = (
         ("", None),
         (" + refine, blocks", ("--epochs", "1")),
@@ -105,15 +112,21 @@ def _refined() -> list[Start]:
     )
     return [
         Start(
-            f"{bits} bit, r={rank}, Brown{kind}",
+            f"{bits} bit, r={rank}, Brown{name}{kind}",
             rank,
-            ("--bits", str(bits), "--rank", str(rank), "--method", "uniform", "--layout", "gptq"),
+            ("--bits", str(bits), "--rank", str(rank), *method),
             "brown-full-32768",
             refined,
             small=kind in ("", " + refine"),
             trained=kind in ("", " + refine"),
         )
-        for bits, rank in ((2, 64), (2, 16), (3, 64))
+        for bits, rank, name, method in (
+            (2, 64, "", uniform),
+            (2, 16, "", uniform),
+            (3, 64, "", uniform),
+            (2, 64, ", trellis", trellis),
+            (2, 16, ", trellis", trellis),
+        )
         for kind, refined in kinds
     ]
 
