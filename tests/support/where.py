@@ -128,6 +128,7 @@ TESTED_BY = {
     "numerics/quantizers/base.py": "numerics/quantizers/test_methods.py",
     "numerics/quantizers/blocks.py": "numerics/quantizers/test_methods.py",
     "numerics/quantizers/codebook.py": "numerics/quantizers/test_methods_reference.py",
+    "numerics/quantizers/flattened.py": "numerics/quantizers/test_methods.py",
     "numerics/quantizers/packed.py": "numerics/quantizers/test_decoding.py",
     "numerics/quantizers/uniform.py": "numerics/quantizers/test_methods_reference.py",
     "planning/backbone_config.py": "conversion/test_engine.py",
