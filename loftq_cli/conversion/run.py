@@ -50,17 +50,14 @@ def say_remarks(plan: Plan, observer: Observer) -> None:
         observer.note(line)
     # Only if there is a search to speed up: asking builds the kernels.
     name = plan.recipe.method
-    if on_host(name) and native.load().reason:
+    here = on_host(name) or plan.device.type == "cpu"
+    missing = native.load().reason if here and searches_scales(name, plan.recipe.scale) else ""
+    if missing and on_host(name):
         observer.note(
-            f"method {name} takes a hundred times as long without compiled kernels: "
-            f"{native.load().reason}"
+            f"method {name} takes a hundred times as long without compiled kernels: {missing}"
         )
-    elif (
-        searches_scales(name, plan.recipe.scale)
-        and plan.device.type == "cpu"
-        and native.load().reason
-    ):
-        observer.detail(f"slower without compiled kernels: {native.load().reason}")
+    elif missing:
+        observer.detail(f"slower without compiled kernels: {missing}")
 
 
 class Work(Protocol):

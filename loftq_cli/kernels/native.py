@@ -16,12 +16,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from types import MappingProxyType
 
 import torch
 
@@ -41,6 +42,10 @@ _TUNING = tuple(
     for processor in (("-march=native",), ("-mcpu=native",), ())
 )
 _TASKS_PER_THREAD = 4
+_DONE, _NO_MEMORY = 0, 1
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The numbers of dtypes in kernels/common.h."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,26 @@ def function(name: str) -> Callable[..., int]:
     library = load().library
     assert library is not None
     return getattr(library, name)  # type: ignore[no-any-return]
+
+
+def run(
+    name: str,
+    call: ctypes.Structure,
+    count: int,
+    failures: Mapping[int, Exception] = MappingProxyType({}),
+) -> None:
+    """A function of the library on ``count`` independent units, which are divided among threads.
+    Raises MemoryError if it has none, of ``failures`` that of what else it returns."""
+    found = function(name)
+
+    def work(first: int, last: int) -> None:
+        status = found(ctypes.byref(call), ctypes.c_int64(first), ctypes.c_int64(last))
+        if status == _NO_MEMORY:
+            raise MemoryError
+        if status != _DONE:
+            raise failures[status]
+
+    divide(work, count)
 
 
 def divide(work: Callable[[int, int], None], count: int) -> None:

@@ -123,26 +123,9 @@ static int group_before(Work *w, const float *wanted, const float *scales, int64
     return group;
 }
 
-static void search_ring(Work *w, const float *wanted, const float *scales, int64_t n,
-                        uint8_t *codes) {
-    search(w, wanted, scales, n, group_before(w, wanted, scales, n), codes);
-}
-
-/* Rings [first, last). */
-int loftq_trellis(const Rings *s, int64_t first, int64_t last) {
-    Work *w = begin(s->levels);
-    if (!w) return NO_MEMORY;
-    for (int64_t i = first; i < last; i++)
-        search_ring(w, s->wanted + i * s->length, s->scales + i * s->length, s->length,
-                    s->codes + i * s->length);
-    free(w);
-    return DONE;
-}
-
-/* Values to codes as viterbi.py's search has them: in units of a power of two, so that no square
- * overflows. */
-static void ring(Work *w, float *wanted, const float *scales, int64_t n, uint8_t *codes) {
-    float own[SEQUENCE], most = largest(scales, (int)n);
+/* The best codes of a ring, found in units of a power of two, so that no square overflows. */
+static void ring(Work *w, const float *wanted, const float *scales, int64_t n, uint8_t *codes) {
+    float values[SEQUENCE], own[SEQUENCE], most = largest(scales, (int)n);
     int exponent = 0;
     if (most > 0.0f) frexpf(most, &exponent);
     exponent = exponent > 100 ? 100 : exponent < -100 ? -100 : exponent;
@@ -150,10 +133,21 @@ static void ring(Work *w, float *wanted, const float *scales, int64_t n, uint8_t
     for (int64_t i = 0; i < n; i++) {
         float x = wanted[i] * unit;
         x = x > 1e15f ? 1e15f : x;
-        wanted[i] = x < -1e15f ? -1e15f : x;
+        values[i] = x < -1e15f ? -1e15f : x;
         own[i] = scales[i] * unit;
     }
-    search_ring(w, wanted, own, n, codes);
+    search(w, values, own, n, group_before(w, values, own, n), codes);
+}
+
+/* Rings [first, last). */
+int loftq_trellis(const Rings *s, int64_t first, int64_t last) {
+    Work *w = begin(s->levels);
+    if (!w) return NO_MEMORY;
+    for (int64_t i = first; i < last; i++)
+        ring(w, s->wanted + i * s->length, s->scales + i * s->length, s->length,
+             s->codes + i * s->length);
+    free(w);
+    return DONE;
 }
 
 /* Codes that choose alone. */

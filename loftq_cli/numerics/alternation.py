@@ -260,17 +260,15 @@ def _fed_back(
     """What becomes of ``iterate`` if the quantizer follows its adapter once more, with feedback,
     and again while that leaves less, at scales that are refit in between; None if a value is too
     large for the dtype it is to be stored in."""
-    left = Left.by(weighting, iterate.lora_A.float())
-    fed = _pass(sweep, weight, iterate, iterate.parameters, basis, procedure, left)
-    for _ in range(1, procedure.feedback_passes):
-        if fed is None:
+    fed, parameters = None, iterate.parameters
+    for _ in range(procedure.feedback_passes):
+        left = Left.by(weighting, iterate.lora_A.float())
+        if fed is not None:
+            parameters = _refit(sweep, iterate, procedure, left)
+        again = _pass(sweep, weight, iterate, parameters, basis, procedure, left)
+        if again is None or (fed is not None and again.weighted >= fed.weighted):
             break
-        left = Left.by(weighting, fed.iterate.lora_A.float())
-        parameters = _refit(sweep, fed.iterate, procedure, left)
-        again = _pass(sweep, weight, fed.iterate, parameters, fed.basis, procedure, left)
-        if again is None or again.weighted >= fed.weighted:
-            break
-        fed = again
+        fed, iterate, basis = again, again.iterate, again.basis
     return fed
 
 

@@ -106,8 +106,7 @@ class Scaled(Fixed):
 
     @functools.cached_property
     def _units(self) -> torch.Tensor:
-        held = self._start
-        return self._blocks(replace(held, scales=torch.ones_like(held.scales)).decode())
+        return self._blocks(self._start.unscaled())
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
         """One value a block to one an element, (out, in)."""

@@ -8,13 +8,12 @@ import ctypes
 import torch
 
 from loftq_cli.kernels import native
-from loftq_cli.numerics.native_quantizer import DTYPES, Codebook, Uniform, codebook, uniform
+from loftq_cli.numerics.native_quantizer import Codebook, Uniform, codebook, uniform
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import Parameters
 from loftq_cli.numerics.sweep import Product, Sweep
 
 _ROWS = 64  # of a group; ROWS in kernels/feedback.c
-_NO_MEMORY = 1
 
 
 class _Feedback(ctypes.Structure):
@@ -79,8 +78,8 @@ def requantize(
         columns=columns,
         size=search.block_size,
         flattened=table is not None,
-        store=DTYPES[dtype or torch.float32],
-        kind=DTYPES[weight.dtype],
+        store=native.DTYPES[dtype or torch.float32],
+        kind=native.DTYPES[weight.dtype],
         codebook=book,
         uniform=uniform(search),
         rank=left.shape[1],
@@ -97,11 +96,5 @@ def requantize(
         codes=codes.data_ptr(),
         sums=sums.data_ptr(),
     )
-    function = native.function("loftq_feedback")
-
-    def work(first: int, last: int) -> None:
-        if function(ctypes.byref(call), ctypes.c_int64(first), ctypes.c_int64(last)) == _NO_MEMORY:
-            raise MemoryError
-
-    native.divide(work, groups)
+    native.run("loftq_feedback", call, groups)
     return codes, float(sums.sum())

@@ -16,7 +16,6 @@ _TILE = 64  # columns; TILE in kernels/form.c
 _GROUP = (
     528  # rows, a multiple of what pairs.h multiplies at once; more would not stay in the cache
 )
-_NO_MEMORY = 1
 
 
 class _Form(ctypes.Structure):
@@ -50,11 +49,5 @@ def quadratic_form(matrix: torch.Tensor, moments: torch.Tensor) -> float:
     groups = -(-matrix.shape[0] // _GROUP)
     sums = torch.empty(groups, dtype=torch.float64)
     call = _Form(*matrix.shape, _GROUP, matrix.data_ptr(), moments.data_ptr(), sums.data_ptr())
-    function = native.function("loftq_form")
-
-    def work(first: int, last: int) -> None:
-        if function(ctypes.byref(call), ctypes.c_int64(first), ctypes.c_int64(last)) == _NO_MEMORY:
-            raise MemoryError
-
-    native.divide(work, groups)
+    native.run("loftq_form", call, groups)
     return float(sums.sum())

@@ -9,9 +9,6 @@ import torch
 from loftq_cli.numerics.quantizers.codebooks import Table
 from loftq_cli.numerics.quantizers.grid import Search
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The numbers of dtypes in kernels/common.h."""
-
 
 class Codebook(ctypes.Structure):
     """The fields of the structure of this name."""

@@ -11,7 +11,7 @@ import torch
 
 from loftq_cli.errors import ScaleRangeError
 from loftq_cli.kernels import native
-from loftq_cli.numerics.native_quantizer import DTYPES, Codebook, Uniform, codebook, uniform
+from loftq_cli.numerics.native_quantizer import Codebook, Uniform, codebook, uniform
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import Fitted, Parameters, block_count
 from loftq_cli.numerics.quantizers.grid import REFINEMENTS, grid
@@ -21,7 +21,7 @@ from loftq_cli.numerics.sweep import Product, Swept, stored_parameters, target_o
 _TILE = 64  # columns; TILE in kernels/product.h
 _ROWS = 16  # of a group, so that a tile of A is used often enough
 _BUFFER_ELEMENTS = 1 << 18  # of a group's targets: 1 MiB
-_NO_MEMORY, _SCALE_LOST = 1, 2
+_SCALE_LOST = 2  # what kernels/sweep.c returns
 
 
 class _Search(ctypes.Structure):
@@ -83,7 +83,7 @@ class NativeSweep:
         self._scale_dtype: Stored = scale_dtype
         self._weight = weight.contiguous()
         self.quantizer = quantizer
-        self._store = DTYPES[backbone_dtype or torch.float32]
+        self._store = native.DTYPES[backbone_dtype or torch.float32]
         self.residual = torch.empty_like(self._weight, dtype=torch.float32)
         half = products == torch.bfloat16
         self.narrow = torch.empty_like(self._weight, dtype=products) if half else self.residual
@@ -156,7 +156,7 @@ class NativeSweep:
         weight = self._weight
         call.rows, call.columns = weight.shape
         call.group = self._group
-        call.kind = DTYPES[weight.dtype]
+        call.kind = native.DTYPES[weight.dtype]
         call.weight, call.residual = weight.data_ptr(), self.residual.data_ptr()
         if self.remains is not None and not call.fixed:  # the second pass finds another R
             call.remains = self.remains.data_ptr()
@@ -173,16 +173,8 @@ class NativeSweep:
         groups = -(-call.rows // call.group)
         sums = torch.empty((groups, 2), dtype=torch.float64)
         call.sums = sums.data_ptr()
-        function = native.function("loftq_sweep")
-
-        def work(first: int, last: int) -> None:
-            status = function(ctypes.byref(call), ctypes.c_int64(first), ctypes.c_int64(last))
-            if status == _NO_MEMORY:
-                raise MemoryError
-            if status == _SCALE_LOST:
-                raise ScaleRangeError("a group's scale does not fit float16")
-
-        native.divide(work, groups)
+        lost = ScaleRangeError("a group's scale does not fit float16")
+        native.run("loftq_sweep", call, groups, {_SCALE_LOST: lost})
         before, after = sums.sum(dim=0).tolist()
         return before, after
 

@@ -11,8 +11,6 @@ of which the solution is what to add to the scales that left E = W - B A - Q.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
@@ -49,25 +47,20 @@ def refit_scales(
     if step > unit:
         step = step // unit * unit
     wanted = torch.empty_like(scales)
-    for first in range(0, rows, max(step, unit)):  # whole sequences, decoded at once
-        whole = slice(first, min(first + max(step, unit), rows))
-        units = _units(quantized, whole, groups, moments.dtype)
-        for start in range(whole.start, whole.stop, step):
+    at_once = max(step, unit)  # whole sequences
+    for first in range(0, rows, at_once):
+        whole = slice(first, min(first + at_once, rows))
+        part = quantized.part(whole, slice(first * groups, whole.stop * groups))
+        units = part.unscaled().to(moments.dtype)
+        for start in range(first, whole.stop, step):
             chosen = slice(start, min(start + step, whole.stop))
-            part = units[start - first : chosen.stop - first]
-            added = _added(part, quantized.block_size, remains[chosen], moments)
-            wanted[chosen] = scales[chosen] + added
+            own = units[start - first : chosen.stop - first]
+            wanted[chosen] = scales[chosen] + _added(own, size, remains[chosen], moments)
     ratio = wanted / scales
     kept = torch.where((ratio > 1 / _MOST) & (ratio < _MOST), wanted, scales).view(-1)
     held = quantized.scales
     rounded = portable(kept) if is_portable(held) else round_scales(kept, stored)
     return where_kept(rounded, held)
-
-
-def _units(quantized: Quantized, rows: slice, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """What scales are multiplied with, (rows, in)."""
-    part = quantized.part(rows, slice(rows.start * groups, rows.stop * groups))
-    return replace(part, scales=torch.ones_like(part.scales)).decode().to(dtype)
 
 
 def _added(

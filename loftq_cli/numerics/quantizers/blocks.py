@@ -95,6 +95,10 @@ class Quantized:
         flat = self.levels.index_select(0, chosen.reshape(-1))
         return scale_blocks(flat, self.scales, self.block_size).view(self.shape)
 
+    def unscaled(self) -> torch.Tensor:
+        """What scales are multiplied with, float32 (out, in): levels, or codes less zero points."""
+        return replace(self, scales=torch.ones_like(self.scales)).decode()
+
     def _decode_affine(self) -> torch.Tensor:
         assert self.zeros is not None
         rows, columns = self.shape

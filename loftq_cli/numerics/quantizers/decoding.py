@@ -25,12 +25,13 @@ _CARRIERS = {2: torch.float64, 4: torch.complex128}  # only moved, never compute
 
 def decode(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Q (out, in), computed in float32 and rounded to ``dtype``."""
-    if packed.codes.device.type != "cpu" or torch.compiler.is_compiling():
-        return packed.unpacked().decode().to(dtype)
-    out = native_decoding.decode(packed, dtype)
-    if out is None and packed.is_trellis:
-        return packed.unpacked().decode().to(dtype)
-    return _decode_chunks(packed, dtype) if out is None else out
+    plain = packed.codes.device.type == "cpu" and not torch.compiler.is_compiling()
+    out = native_decoding.decode(packed, dtype) if plain else None
+    if out is not None:
+        return out
+    if plain and not packed.is_trellis:
+        return _decode_chunks(packed, dtype)
+    return packed.unpacked().decode().to(dtype)
 
 
 def _decode_chunks(packed: Packed, dtype: torch.dtype) -> torch.Tensor:

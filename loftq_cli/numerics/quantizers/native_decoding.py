@@ -14,7 +14,6 @@ from loftq_cli.numerics.quantizers import trellis_code
 from loftq_cli.numerics.quantizers.blocks import block_count
 from loftq_cli.numerics.quantizers.packed import Packed
 
-_STORES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PIECE = 4096  # elements; what one block for the whole matrix is divided into
 _ONE_THREAD = 1 << 17  # elements: below, a second thread costs what it saves
 
@@ -52,7 +51,7 @@ def decode(packed: Packed, dtype: torch.dtype) -> torch.Tensor | None:
     """As :func:`loftq_cli.numerics.quantizers.decoding.decode`; None if the kernels cannot do it,
     or must not: they read memory, which a tensor that is traced or only described does not have."""
     tensors = (packed.codes, packed.scales, packed.zeros, packed.levels)
-    if dtype not in _STORES or not all(_plain(each) for each in tensors if each is not None):
+    if dtype not in native.DTYPES or not all(_plain(each) for each in tensors if each is not None):
         return None
     if _traced() or not native.available():
         return None
@@ -71,7 +70,7 @@ def decode(packed: Packed, dtype: torch.dtype) -> torch.Tensor | None:
         size=size,
         scale_step=1 if packed.block_size else 0,
         bits=packed.bits,
-        store=_STORES[dtype],
+        store=native.DTYPES[dtype],
         packed=packed.codes.data_ptr(),
         scales=scales.data_ptr(),
         levels=None if packed.levels is None else packed.levels.data_ptr(),
@@ -105,7 +104,7 @@ def _decode_trellis(packed: Packed, dtype: torch.dtype) -> torch.Tensor | None:
         rows=rows,
         columns=columns,
         size=size,
-        store=_STORES[dtype],
+        store=native.DTYPES[dtype],
         packed=packed.codes.data_ptr(),
         scales=scales.data_ptr(),
         levels=levels.data_ptr(),

@@ -10,9 +10,7 @@ import torch
 from loftq_cli.kernels import native
 from loftq_cli.numerics.quantizers.trellis_code import SEQUENCE, alone, levels
 
-_STORES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as kernels/common.h has them
 _PANEL = 64  # PANEL in kernels/trellis.c
-_NO_MEMORY = 1
 
 
 class _Rings(ctypes.Structure):
@@ -54,7 +52,7 @@ def search(wanted: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         levels=table.data_ptr(),
         codes=codes.data_ptr(),
     )
-    _run("loftq_trellis", call, len(wanted))
+    native.run("loftq_trellis", call, len(wanted))
     return codes.to(device)
 
 
@@ -79,7 +77,7 @@ def quantize_panel(
     call = _Panel(
         rows=rows,
         columns=columns,
-        store=_STORES[dtype or torch.float32],
+        store=native.DTYPES[dtype or torch.float32],
         targets=given[0].data_ptr(),
         added=given[1].data_ptr(),
         factor=given[2].data_ptr(),
@@ -89,15 +87,5 @@ def quantize_panel(
         codes=codes.data_ptr(),
         values=values.data_ptr(),
     )
-    _run("loftq_trellis_panel", call, -(-rows // SEQUENCE))
+    native.run("loftq_trellis_panel", call, -(-rows // SEQUENCE))
     return codes.to(device), values.to(device)
-
-
-def _run(name: str, call: ctypes.Structure, count: int) -> None:
-    function = native.function(name)
-
-    def work(first: int, last: int) -> None:
-        if function(ctypes.byref(call), ctypes.c_int64(first), ctypes.c_int64(last)) == _NO_MEMORY:
-            raise MemoryError
-
-    native.divide(work, count)

@@ -28,10 +28,6 @@ def search(wanted: torch.Tensor, scales: torch.Tensor, compiled: bool = True) ->
     """Codes uint8 (rings, length) such that the sum over a ring of (wanted - scale * level)^2 is
     least, or nearly; ``wanted``, ``scales`` float32 (rings, length), finite, SHORTEST to SEQUENCE
     long. ``compiled``: in the kernel, if there is one. Raises MemoryError."""
-    # By a power of two, which is exact: neither squares nor what is added to them overflow.
-    _, exponents = torch.frexp(scales.abs().amax(dim=1, keepdim=True))
-    unit = torch.ldexp(torch.ones_like(scales[:, :1]), -exponents.clamp(-100, 100))
-    wanted, scales = (wanted * unit).clamp_(-1e15, 1e15), scales * unit
     if compiled and native.available():
         return native_trellis.search(wanted, scales)
     limit = _GPU_CHUNK_STATES if wanted.is_cuda else _CHUNK_STATES
@@ -44,6 +40,10 @@ def search(wanted: torch.Tensor, scales: torch.Tensor, compiled: bool = True) ->
 
 def _in_tensors(wanted: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """:func:`search`, in tensor operations."""
+    # By a power of two, which is exact: neither squares nor what is added to them overflow.
+    _, exponents = torch.frexp(scales.abs().amax(dim=1, keepdim=True))
+    unit = torch.ldexp(torch.ones_like(scales[:, :1]), -exponents.clamp(-100, 100))
+    wanted, scales = (wanted * unit).clamp_(-1e15, 1e15), scales * unit
     length = wanted.shape[1]
     half = min(length // 2, _SEAM)
     around = torch.arange(length - half, length + half, device=wanted.device) % length
