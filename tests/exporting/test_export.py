@@ -189,6 +189,9 @@ def test_what_would_be_rounded_is_refused_and_nothing_is_left(source, tmp_path):
     [
         ("dense", {}, "loftq", "layout dense holds values, no codes"),
         ("loftq", {"method": "nf"}, "gptq", "gptq holds uniform codes, not nf; .*not nf"),
+        ("loftq", {"method": "trellis", "bits": 2}, "gptq", "gptq .* codes, not trellis; "),
+        ("loftq", {"method": "trellis", "bits": 2}, "compressed", "not trellis"),
+        ("loftq", {"method": "trellis", "bits": 2}, "mlx", "trellis"),
         ("gptq", {"bits": 3}, "awq", "awq holds 4-bit uniform codes, not 3-bit uniform; "),
         ("loftq", {"block_size": 256}, "compressed", "groups of 32, 64 or 128"),
         ("compressed", {"bits_map": "*.mlp.*=2"}, "gptq", "matrices of several widths"),

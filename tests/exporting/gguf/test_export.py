@@ -123,6 +123,7 @@ def test_a_skeleton_of_the_conversions_own_values_needs_no_source(source, output
         ({"bits": 4, "method": "uniform"}, {"Q4_1": 14}),
         ({"bits": 4, "method": "iq4-nl", "layout": "loftq", "block_size": 64}, {"IQ4_NL": 14}),
         ({"bits": 4, "method": "nf", "layout": "loftq"}, {"F16": 14}),
+        ({"bits": 2, "method": "trellis", "layout": "loftq"}, {"F16": 14}),
     ],
 )
 def test_each_width_has_a_home(settings, types, source, tmp_path) -> None:
@@ -133,7 +134,8 @@ def test_each_width_has_a_home(settings, types, source, tmp_path) -> None:
     result = exported(tmp_path / "out", tmp_path / "served", **wanted)
     assert result["types"] == types
     if types.keys() & {"F16"}:
-        with pytest.raises(LayoutError, match=r"--strict: .* its levels are those of nf"):
+        words = f"--strict: .* its levels are those of {settings['method']}"
+        with pytest.raises(LayoutError, match=words):
             exported(tmp_path / "out", tmp_path / "strict", strict=True, **wanted)
         assert not (tmp_path / "strict").exists()
     if types.keys() & {"Q2_0", "F16"}:

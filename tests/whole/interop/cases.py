@@ -128,6 +128,8 @@ CASES = [
     _loftq("llama-40x100", 2, "nf", 32, scale_dtype="bfloat16"),
     _loftq("llama-40x100", 2, "nf", 32, scale_dtype="int8"),
     _loftq("llama-40x100", 3, "uniform", 32, scale_dtype="int8"),
+    _loftq("llama-40x100", 2, "trellis", 64),
+    _loftq("bert-36x75", 2, "trellis", 32, scale_dtype="bfloat16"),
     _loftq("bert-36x75", 2, "nf-symmetric", 64),
     _loftq("bert-36x75", 3, "nf-symmetric", 256),
     _loftq("bert-36x75", 4, "nf-symmetric", 32),

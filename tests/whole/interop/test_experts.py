@@ -118,13 +118,20 @@ WAYS = {
 } | {"mixtral": adapted, "gpt_oss": adapted}
 
 
-@pytest.mark.parametrize(("family", "way"), [*WAYS.items(), *(("gpt_oss", loftq_cli.load),)])
-def test_experts_of_every_family_stay_packed_and_train(family, way, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("family", "way", "settings"),
+    [
+        *((family, way, {}) for family, way in WAYS.items()),
+        ("gpt_oss", loftq_cli.load, {}),
+        *((family, loftq_cli.load, {"method": "trellis"}) for family in ("mixtral", "gpt_oss")),
+    ],
+)
+def test_experts_of_every_family_stay_packed_and_train(family, way, settings, tmp_path) -> None:
     """Converted by default; loaded, trained, saved by PEFT, loaded again, and merged. The zoo
     loads in both ways."""
     source = models.save(moe.family(family), tmp_path / "source")
     output, trained = tmp_path / "out", tmp_path / "trained"
-    manifest = loftq_cli.convert(source, output=output, **QUICK)
+    manifest = loftq_cli.convert(source, output=output, **QUICK, **settings)
     assert manifest["recipe"]["layout"] == "loftq"
     assert any(".experts." in entry["name"] for entry in manifest["matrices"])
     left = [entry["name"] for entry in manifest["passed_through"] if ".experts." in entry["name"]]

@@ -72,7 +72,13 @@ def test_embeddings_that_the_model_scales(
 
 
 @pytest.mark.parametrize(
-    ("family", "settings"), [("GPT-2", {}), ("DeBERTa-v2, v3", {"embeddings": True})]
+    ("family", "settings"),
+    [
+        ("GPT-2", {}),
+        ("GPT-2", {"method": "trellis"}),
+        ("DeBERTa-v2, v3", {"embeddings": True}),
+        ("DeBERTa-v2, v3", {"embeddings": True, "method": "trellis"}),
+    ],
 )
 @pytest.mark.parametrize("layout", ["loftq", "dense"])
 def test_merged_it_is_the_dense_model(
