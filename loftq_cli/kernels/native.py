@@ -1,6 +1,6 @@
 """The C kernels (kernels/), compiled for this machine when they are first needed.
 
-The build takes a second and is kept in the user's cache; if there is no compiler everything
+The build takes a few seconds and is kept in the user's cache; if there is no compiler everything
 runs without it, in tensor operations.
 
 Set ``LOFTQ_NATIVE=0`` to do without, ``CC`` to choose the compiler.
@@ -16,7 +16,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,7 +35,7 @@ _SOURCES = Path(__file__).parent
 _FLAGS = (
     *("-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
     "-ffp-contract=off",  # gcc does so in ISO C, clang when told: the bits are those of tensors
-    *("-shared", "-fPIC", "-std=c11"),
+    *("-fPIC", "-std=c11"),
 )
 _TUNING = tuple(
     (*processor, *threads)
@@ -86,7 +87,7 @@ def _build(compiler: str) -> Path:
     SubprocessError."""
     files = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".c", ".h"))
     source = b"".join(path.read_bytes() for path in files)
-    units = [str(path) for path in files if path.suffix == ".c"]
+    units = [path for path in files if path.suffix == ".c"]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     key = hashlib.sha256(b"\0".join((source, version, repr(_FLAGS).encode(), _processor())))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loftq"
@@ -97,14 +98,34 @@ def _build(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         built = Path(scratch) / "kernels.so"
         for tuning in _TUNING:
-            command = [compiler, *_FLAGS, *tuning, "-o", str(built), *units, "-lm"]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode == 0:
+            failure = _compile(compiler, tuning, units, built)
+            if failure is None:
                 with built.open("rb") as file:
                     os.fsync(file.fileno())  # a loss of power must not leave the name alone
                 os.replace(built, target)
                 return target
-    raise OSError(result.stderr.strip().splitlines()[-1] if result.stderr else "compiler failed")
+    raise OSError(failure)
+
+
+def _compile(
+    compiler: str, tuning: Sequence[str], units: Sequence[Path], built: Path
+) -> str | None:
+    """Make the library ``built``, its units at the same time; the last line of what the compiler
+    says if it fails."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [compiler, *_FLAGS, *tuning, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    objects = [built.with_name(f"{unit.stem}.o") for unit in units]
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda unit, to: run("-c", unit, "-o", to), units, objects))
+    if not any(result.returncode for result in results):
+        results = [run("-shared", "-o", built, *objects, "-lm")]
+    for result in results:
+        if result.returncode:
+            return (result.stderr.strip().splitlines() or ["compiler failed"])[-1]
+    return None
 
 
 def _processor() -> bytes:
