@@ -24,7 +24,8 @@ FOLDERS = {
 MODULES = {
     *("cli/test_evaluate.py", "cli/test_refine.py"),
     *("conversion/test_from_hub.py", "conversion/test_from_hub_resumed.py"),
-    "conversion/test_from_hub_encoded.py",
+    *("conversion/test_from_hub_encoded.py", "conversion/test_variants.py"),
+    *("exporting/mlx/test_export.py", "planning/test_adapted.py", "numerics/test_alternation.py"),
     *("numerics/test_alternation_textbook.py", "numerics/quantizers/test_fitted.py"),
     *("numerics/test_feedback.py", "numerics/test_on_a_device.py", "conversion/test_devices.py"),
     "whole/test_stand_in.py",
