@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from loftq_cli.calibration.expert_outputs import project
 from loftq_cli.errors import NonFiniteActivationError
 from loftq_cli.families.experts import FUSED, form_of
 from loftq_cli.loading.experts import activated, chosen
@@ -110,10 +110,7 @@ class ExpertInputs:
         first = next(iter(form.parameters))
         for expert, tokens, _ in chosen(index, form.count):
             rows = hidden[tokens]
-            weight = module.get_parameter(first)[expert]
-            outputs = functional.linear(rows, weight.T if form.transposed else weight)
-            if form.biased:
-                outputs = outputs + module.get_parameter(f"{first}_bias")[expert]
+            outputs = project(module, form, first, rows, expert)
             gated = activated(module, outputs, gated=form.gated)
             whose = 0 if self._full else expert
             self._add(name, self._given[name], whose, rows)

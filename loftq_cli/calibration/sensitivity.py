@@ -12,7 +12,8 @@ of g this is half of ``s`` times ||E||_H^2, with the sensitivity
 
     s = E[|g|^2 |x|^2] / (out * E[|x|^2]),
 
-the mean square of an output's gradient, tokens weighted by the energy of their input. Tokens are
+the mean square of an output's gradient, tokens weighted by the energy of their input. Where a layer
+is given some of the tokens only, as experts are, it counts for their share. Tokens are
 taken one by one: what the same error does to all of them together is left out. The weights matter:
 tokens that a model parks its attention on have inputs of a thousand times the energy, and
 outputs that nothing depends on.
@@ -23,6 +24,7 @@ to their length.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +36,8 @@ from torch import nn
 from torch.nn import functional
 
 from loftq_cli.calibration.course import block_of
+from loftq_cli.calibration.expert_inputs import FEW
+from loftq_cli.calibration.expert_outputs import one_by_one
 from loftq_cli.calibration.layer_inputs import first_of
 from loftq_cli.calibration.measure import Calibration
 from loftq_cli.calibration.outputs import called, checkpointed, predicts
@@ -90,9 +94,10 @@ def windows_of(samples: int) -> int:
 def measure(
     calibration: Calibration, device: torch.device, advance: Callable[[str], None]
 ) -> dict[str, float]:
-    """The sensitivity of every matrix that is a layer by itself, by the name of its weight tensor,
-    in nats per square of an output's unit. Those that text does not go through, and experts that
-    lie in one tensor, have none.
+    """The sensitivity of every matrix by the name of its weight tensor, in nats per square of an
+    output's unit. Those that text does not go through have none, nor has a module of experts that
+    cannot be run one by one. Experts with few tokens share what those of their layer have for a
+    token.
 
     Activations inside a block are computed again for its gradient: memory holds the inputs of all
     blocks and the activations of one, for one window. ``advance`` is called for each. Raises
@@ -104,13 +109,15 @@ def measure(
     whole = predicts(model)
     call = called(model if whole else getattr(model, "base_model", model), device, OPTION)
     generator = torch.Generator().manual_seed(0)
-    held = {name: _Sums() for name in calibration.layers}
+    of_experts = (weights.values() for weights in calibration.experts.values())
+    held = {name: _Sums() for name in itertools.chain(calibration.layers, *of_experts)}
     count = windows_of(len(calibration.windows))
     step = len(calibration.windows) // count
-    around = (block_of(model, module) for module in calibration.layers.values())
+    modules = itertools.chain(calibration.layers.values(), calibration.experts)
+    around = (block_of(model, module) for module in modules)
     blocks = [model.get_submodule(name) for name in dict.fromkeys(around) if name is not None]
     try:
-        with checkpointed(blocks), _watched(model, calibration.layers, held), torch.enable_grad():
+        with checkpointed(blocks), _watched(calibration, held), torch.enable_grad():
             for window in calibration.windows[::step][:count]:
                 output = call(window[None])[0].float()
                 loss = _surprise(output, generator) if whole else _moved(output, generator)
@@ -126,13 +133,17 @@ def measure(
             f"{calibration.directory}: no gradient goes through {type(model).__name__}: {said}",
             hint=f"leave out {OPTION}",
         ) from error
-    return {name: sums.value(name) for name, sums in held.items() if sums.energy}
+    for weights in calibration.experts.values():
+        _share(weights, held)
+    tokens = count * calibration.windows.shape[1]
+    return {name: sums.value(name, tokens) for name, sums in held.items() if sums.energy}
 
 
 @dataclass
 class _Sums:
-    """Over tokens: ``energy`` |x|^2, ``product`` |g|^2 |x|^2 with the scaled loss' g."""
+    """Over ``tokens``: ``energy`` |x|^2, ``product`` |g|^2 |x|^2 with the scaled loss' g."""
 
+    tokens: int = 0
     energy: float = 0.0
     product: float = 0.0
     outputs: int = 1
@@ -140,14 +151,33 @@ class _Sums:
     def add(self, inputs: torch.Tensor, grad: torch.Tensor) -> None:
         self.outputs = grad.shape[-1]
         energy = _squares(inputs)
+        self.tokens += len(energy)
         self.energy += float(energy.sum())
         self.product += float((_squares(grad) * energy).sum())
 
-    def value(self, name: str) -> float:
-        found = self.product / (self.outputs * self.energy * _SCALE**2)
+    def value(self, name: str, tokens: int) -> float:
+        """Of a text of so many tokens."""
+        share = self.tokens / tokens
+        found = share * self.product / (self.outputs * self.energy * _SCALE**2)
         if not math.isfinite(found):
             raise NonFiniteActivationError(f"{name}: its output's gradient is not finite")
         return float(f"{found:.{_DIGITS}g}")
+
+
+def _share(weights: Mapping[str, str], held: dict[str, _Sums]) -> None:
+    """Give the experts of a layer that got few tokens, none among them, what all have together for
+    a token, and one token at least; ``weights`` are those of the layer."""
+    leaves: dict[str, list[str]] = {}
+    for part, name in weights.items():
+        leaves.setdefault(part.partition(".")[2], []).append(name)
+    for names in leaves.values():
+        sums = [held[name] for name in names]
+        energy = math.fsum(each.energy for each in sums)
+        product = math.fsum(each.product for each in sums)
+        outputs = max(each.outputs for each in sums)
+        for name, own in zip(names, sums, strict=True):
+            if own.tokens < FEW:
+                held[name] = _Sums(max(own.tokens, 1), energy, product, outputs)
 
 
 def _squares(rows: torch.Tensor) -> torch.Tensor:
@@ -176,23 +206,25 @@ class _Watch(torch.autograd.Function):
 
 
 @contextmanager
-def _watched(
-    model: nn.Module, layers: Mapping[str, str], held: Mapping[str, _Sums]
-) -> Iterator[None]:
-    """Add what ``layers``, names to modules of ``model``, are given and get back."""
+def _watched(calibration: Calibration, held: Mapping[str, _Sums]) -> Iterator[None]:
+    """Add what the layers and experts of ``calibration`` are given and get back."""
     anchor = torch.zeros((), requires_grad=True)
     handles = []
+
+    def watch(name: str, output: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        seen: torch.Tensor = _Watch.apply(output, inputs, anchor, held[name])  # type: ignore[no-untyped-call]
+        return seen
+
     try:
-        for name, module in layers.items():
+        for name, module in calibration.layers.items():
 
-            def watch(
-                _: nn.Module, args: Any, kwargs: Any, output: Any, sums: _Sums = held[name]
-            ) -> Any:
-                return _Watch.apply(output, first_of(args, kwargs), anchor, sums)  # type: ignore[no-untyped-call]
+            def see(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
+                return watch(name, output, first_of(args, kwargs))
 
-            layer = model.get_submodule(module)
-            handles.append(layer.register_forward_hook(watch, with_kwargs=True))
-        yield
+            layer = calibration.model.get_submodule(module)
+            handles.append(layer.register_forward_hook(see, with_kwargs=True))
+        with one_by_one(calibration.model, calibration.experts, watch):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -43,6 +43,30 @@ def chosen(
             yield expert, tokens, places
 
 
+def mixed(
+    count: int,
+    output_of: Callable[[torch.Tensor, int], torch.Tensor],
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor | None = None,
+    top_k_weights: torch.Tensor | None = None,
+    **named: torch.Tensor,
+) -> torch.Tensor:
+    """What a module of ``count`` experts gives: the sum of the chosen ones' outputs, (tokens,
+    hidden). ``output_of`` makes them of the inputs (tokens, hidden) of one expert. The rest is
+    what the module is given: hidden_states (tokens, hidden), top_k_index and top_k_weights
+    (tokens, k), which gpt-oss calls otherwise."""
+    top_k_index = named.get("router_indices", top_k_index)
+    top_k_weights = named.get("routing_weights", top_k_weights)
+    assert top_k_index is not None
+    assert top_k_weights is not None
+    result = torch.zeros_like(hidden_states)
+    for expert, tokens, places in chosen(top_k_index, count):
+        outputs = output_of(hidden_states[tokens], expert)
+        weighted = outputs * top_k_weights[tokens, places, None]
+        result.index_add_(0, tokens, weighted.to(result.dtype))
+    return result
+
+
 def activated(experts: Any, first: torch.Tensor, *, gated: bool) -> torch.Tensor:
     """What the module ``experts`` makes of ``first``, the output of its first parameter, before the
     down: act(gate) * up of (tokens, 2 inner) if it is ``gated``, else act(up); (tokens, inner)."""
@@ -80,28 +104,12 @@ class PackedExperts(nn.Module):
     _parts: dict[str, tuple[str, ...]]
     _factors: dict[str, Sequence[Factors]]
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor | None = None,
-        top_k_weights: torch.Tensor | None = None,
-        **named: torch.Tensor,
-    ) -> torch.Tensor:
-        """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k), which gpt-oss
-        calls otherwise: the sum of the chosen experts' outputs, (tokens, hidden). If the form is
-        batched, hidden_states (experts * tokens, hidden) and nothing else: each one's outputs."""
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """What :func:`mixed` makes of its arguments; or if the form is batched, hidden states
+        (experts * tokens, hidden) and nothing else: each one's outputs."""
         if self._form.batched:
-            return self._batched(hidden_states)
-        top_k_index = named.get("router_indices", top_k_index)
-        top_k_weights = named.get("routing_weights", top_k_weights)
-        assert top_k_index is not None
-        assert top_k_weights is not None
-        result = torch.zeros_like(hidden_states)
-        for expert, tokens, places in chosen(top_k_index, self._form.count):
-            outputs = self._output(hidden_states[tokens], expert)
-            weighted = outputs * top_k_weights[tokens, places, None]
-            result.index_add_(0, tokens, weighted.to(result.dtype))
-        return result
+            return self._batched(*args, **kwargs)
+        return mixed(self._form.count, self._output, *args, **kwargs)
 
     def _batched(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Tokens that an expert was not chosen for are zero for it, and stay so."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import nn
 from loftq_cli.calibration import calibrate as calibrating
 from loftq_cli.calibration import sensitivity
 from loftq_cli.calibration.calibrate import Measuring, calibrate
+from loftq_cli.calibration.expert_inputs import FEW
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.errors import StatisticsError, UnsupportedInputError
 from loftq_cli.machine.observer import Observer
 from loftq_cli.statistics.file import open_statistics
 from loftq_cli.statistics.statistics import Statistics
 from loftq_cli.statistics.writer import StatisticsWriter
+from tests.support import models, moe
 from tests.support.calibrated import LENGTH, TEXT
 from tests.support.models import CHARACTERS, FIRST_CHARACTER
 
@@ -123,6 +126,82 @@ def test_they_predict_how_far_random_errors_take_a_model(checkpoint: Any, notes:
     divergence = float((p.exp() * (p - q)).sum(dim=-1).mean())
     # More by what an error of all tokens does together, which sensitivities leave out.
     assert predicted < divergence < 2 * predicted
+
+
+def mixture(directory: Path) -> dict[str, float]:
+    """The same of the experts of two layers, token by token, from float64 gradients of a model
+    that runs them so."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory).double().eval()
+    calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def run(module: Any, layer: int, hidden: torch.Tensor, index: Any, weights: Any) -> Any:
+        rows = []
+        for token, x in enumerate(hidden):
+            row = torch.zeros_like(x)
+            for place, expert in enumerate(index[token].tolist()):
+                gate, up = (module.gate_up_proj[expert] @ x).chunk(2)
+                inner = nn.functional.silu(gate) * up
+                down = module.down_proj[expert] @ inner
+                for leaf, given, made in (("w1", x, gate), ("w3", x, up), ("w2", inner, down)):
+                    made.retain_grad()
+                    name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{leaf}.weight"
+                    calls.setdefault(name, []).append((given, made))
+                row = row + weights[token, place] * down
+            rows.append(row)
+        return torch.stack(rows)
+
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.experts.forward = functools.partial(run, layer.mlp.experts, number)
+    generator = torch.Generator().manual_seed(0)
+    sums: dict[str, list[float]] = {}
+    found = windows()
+    count = min(len(found), sensitivity.MOST_WINDOWS)
+    for window in found[:: len(found) // count][:count]:
+        calls.clear()
+        logits = model(input_ids=window[None]).logits[0]
+        likely = torch.softmax(logits.detach().float(), dim=-1)
+        drawn = torch.multinomial(likely, 1, generator=generator)
+        (-torch.log_softmax(logits, dim=-1).gather(1, drawn).sum()).backward()
+        for name, pairs in calls.items():
+            held = sums.setdefault(name, [0.0, 0.0, 0.0, 0.0])
+            for x, made in pairs:
+                assert made.grad is not None
+                energy = float(x.detach().square().sum())
+                held[0] += float(made.grad.square().sum()) * energy
+                held[1] += energy
+                held[2] += 1
+                held[3] = made.numel()
+    total = count * found.shape[1]
+    alike = {name: re.sub(r"experts\.\d+", "", name) for name in sums}
+    values = {}
+    for name, (product, energy, tokens, out) in sums.items():
+        if tokens < FEW:  # as a token of all of the layer
+            others = [held for other, held in sums.items() if alike[other] == alike[name]]
+            product, energy = sum(held[0] for held in others), sum(held[1] for held in others)
+        values[name] = tokens / total * product / (out * energy)
+    assert {tokens < FEW for _, _, tokens, _ in sums.values()} == {True, False}
+    return values
+
+
+def test_experts_in_one_module_have_those_of_their_tokens(notes: Path, tmp_path: Path) -> None:
+    directory = models.save_tokenizer(models.save(moe.make("mixtral"), tmp_path / "mixtral"))
+    found = measured(directory, notes)
+    expected = mixture(directory)
+    assert len(expected) == 2 * 4 * 3
+    for name, value in expected.items():
+        assert found.sensitivity[name] == pytest.approx(value, rel=1e-3), name
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_that_a_short_text_does_not_reach_have_one_too(
+    family: str, notes: Path, tmp_path: Path
+) -> None:
+    directory = models.save_tokenizer(models.save(moe.make(family), tmp_path / family))
+    notes.write_text(TEXT[: ROOM + 1])
+    found = measured(directory, notes).sensitivity
+    experts = {name: value for name, value in found.items() if ".experts." in name}
+    assert len(experts) == 2 * 4 * (2 if family == "gpt_oss" else 3)
+    assert min(experts.values()) > 0
 
 
 class _OneWay(torch.autograd.Function):
