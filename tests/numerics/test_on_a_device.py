@@ -29,8 +29,9 @@ def tensor_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_at_once", lambda rows: True)
 
 
-def moments_of(kind: str) -> torch.Tensor | None:
-    full = INPUTS.T @ INPUTS / len(INPUTS)
+def moments_of(kind: str, width: int) -> torch.Tensor | None:
+    inputs = INPUTS[:, :width]
+    full = inputs.T @ inputs / len(inputs)
     return {"none": None, "diagonal": full.diagonal().clone(), "full": full}[kind]
 
 
@@ -58,9 +59,12 @@ def test_it_gives_the_bits_of_the_tensor_path(
 ) -> None:
     monkeypatch.setattr(lowrank, "fastest_products", lambda device: PRODUCTS[kind])
     settings = {**SETTINGS, "method": method, "bits": bits}
-    expected = loftq_cli.decompose(WEIGHT, moments=moments_of(kind), **settings)
+    # Viterbi's search by tensor operations takes its time for every column.
+    width = 16 if method == "trellis" else WEIGHT.shape[1]
+    weight, moments = WEIGHT[:, :width], moments_of(kind, width)
+    expected = loftq_cli.decompose(weight, moments=moments, **settings)
     with stand_in_devices():
-        found = loftq_cli.decompose(WEIGHT.cuda(), moments=moments_of(kind), **settings)
+        found = loftq_cli.decompose(weight.cuda(), moments=moments, **settings)
         assert found.lora_A.device == found.quantized.codes.device == torch.device("cuda:0")
         assert same(found, expected)
 
