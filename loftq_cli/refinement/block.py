@@ -115,8 +115,9 @@ def train(
     advance: Callable[[int], None],
 ) -> Outcome:
     """Train ``placed``, and leave in them what had the least loss of the held windows, or what they
-    were. The processes of ``world`` share the windows of every step, and all come to the same.
-    ``advance`` is told of the windows that were worked through."""
+    were; from there it goes on in shorter steps if the loss does not fall. The processes of
+    ``world`` share the windows of every step, and all come to the same. ``advance`` is told of the
+    windows that were worked through."""
     with Trainer(placed, course.rates, course.steps) as trainer:
         start = trainer.snapshot()
         measure = functools.partial(_mean, loss_of, world)
@@ -132,6 +133,8 @@ def train(
                 finite = math.isfinite(held)
                 if held < least:
                     best, least, kept = trainer.snapshot(), held, done
+                else:
+                    trainer.back_to(best)
             if not finite:  # what came before it was on the way there
                 best, least, kept = start, held_before, 0
                 break

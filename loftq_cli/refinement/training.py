@@ -18,6 +18,8 @@ WARM = 0.05
 """The share of the steps in which the rates rise; then they fall along a cosine."""
 LEAST = 0.02
 """The share of its rate that a parameter is trained with at least."""
+SHORTER = 0.25
+"""The share of the rates that is gone on with, where steps went too far."""
 _BETAS = (0.9, 0.95)
 _EPS = 1e-12  # of gradients that may be small: a step is as long as its rate, whatever the loss
 
@@ -70,7 +72,7 @@ class Trainer:
 
     def __init__(self, placed: Sequence[Placed], rates: Rates, steps: int) -> None:
         self._placed, self._steps = placed, steps
-        self._done = 0
+        self._done, self._part = 0, 1.0
         self._named = [
             (item, name, tensor)
             for item in placed
@@ -95,7 +97,7 @@ class Trainer:
     @torch.no_grad()
     def step(self) -> None:
         """One step by the gradients that the model has, which are given up."""
-        share = schedule(self._done, self._steps)
+        share = self._part * schedule(self._done, self._steps)
         self._done += 1
         grads = {id(item): item.pull() for item in self._placed}
         for group, length, (item, name, tensor) in zip(
@@ -115,6 +117,12 @@ class Trainer:
             {name: tensor.clone() for name, tensor in item.latent.parameters.items()}
             for item in self._placed
         ]
+
+    def back_to(self, snapshot: Snapshot) -> None:
+        """Go on from what the parameters were, in shorter steps."""
+        self.restore(snapshot)
+        self._optimizer.state.clear()  # gradients of where the steps led
+        self._part *= SHORTER
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:

@@ -198,6 +198,13 @@ def test_the_best_on_the_way_is_kept_and_not_the_last() -> None:
     assert torch.equal(line.parameter, calls[3])
 
 
+@pytest.mark.parametrize("rate", [10.0, 100.0])
+def test_steps_that_go_too_far_are_taken_again_in_shorter_ones(rate: float) -> None:
+    line, course = Line(), replace(COURSE, rates=Rates(pair=rate, scales=0.0, codes=0.0))
+    outcome = train(line.placed, line.loss_of, course, ALONE, lambda count: None)
+    assert outcome.held_after < 0.1 * outcome.held_before
+
+
 @pytest.mark.parametrize("after", [0, 1, 9, 20])
 def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(after: int) -> None:
     line = Line()
