@@ -75,7 +75,7 @@ def complain(text: str) -> None:
 
 def json_object(value: Mapping[str, Any]) -> None:
     """A JSON object on stdout, keys sorted."""
-    print(json.dumps(value, indent=2, sort_keys=True))
+    _print(json.dumps(value, indent=2, sort_keys=True))
 
 
 def csv_rows(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -84,7 +84,7 @@ def csv_rows(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    print(text.getvalue(), end="")
+    _print(text.getvalue(), end="")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -98,10 +98,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         made.add_row(*(Text(clean(cell)) for cell in row))
-    console = Console(width=width(), highlight=False)
+    console = Console(file=streams.answers(), width=width(), highlight=False)
     with console.capture() as text:  # rich would exit with 1 if the reader has gone
         console.print(made)
-    print(text.get(), end="")
+    _print(text.get(), end="")
 
 
 def compact_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -114,7 +114,7 @@ def compact_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[st
     if room >= 1:
         for row in cells:
             aligned = [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-            print((" " * min(room, 2)).join([row[0].ljust(widths[0]), *aligned]).rstrip())
+            _print((" " * min(room, 2)).join([row[0].ljust(widths[0]), *aligned]).rstrip())
         return
     for row in cells[1:]:
         paragraph(row[0])
@@ -137,7 +137,7 @@ def paragraph(text: str, hanging: int = 0) -> None:
     A first character of a new line is kept."""
     first, text = ("\n", text[1:]) if text.startswith("\n") else ("", text)
     text = clean(text)
-    if sys.stdout.isatty() and len(text) > width():
+    if streams.answers().isatty() and len(text) > width():
         text = textwrap.fill(
             text,
             max(width(), hanging + 1),
@@ -145,24 +145,24 @@ def paragraph(text: str, hanging: int = 0) -> None:
             break_long_words=False,
             break_on_hyphens=False,
         )
-    print(first + text)
+    _print(first + text)
 
 
 def width() -> int:
     """Columns that there are on stdout."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPE_WIDTH
+    return shutil.get_terminal_size().columns if streams.answers().isatty() else _PIPE_WIDTH
 
 
 def shows(text: str) -> bool:
     """Whether stdout shows the characters of ``text``."""
-    if sys.stdout.isatty() and os.environ.get("TERM") in ("dumb", "linux"):
+    if streams.answers().isatty() and os.environ.get("TERM") in ("dumb", "linux"):
         return False
-    return streams.showable(text, sys.stdout) == text
+    return streams.showable(text, streams.answers()) == text
 
 
 def clean(text: str) -> str:
     """``text`` as stdout can show it, and without characters that drive a terminal."""
-    return streams.showable(printable(text), sys.stdout)
+    return streams.showable(printable(text), streams.answers())
 
 
 def size(nbytes: float) -> str:
@@ -172,7 +172,11 @@ def size(nbytes: float) -> str:
 
 def line(text: str = "") -> None:
     """A line on stdout."""
-    print(text)
+    _print(text)
+
+
+def _print(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=streams.answers())
 
 
 def shape(sides: Sequence[int]) -> str:

@@ -74,7 +74,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             _import_torch()
             signal.signal(signal.SIGTERM, _on_sigterm)
-            command(*args, verbose=verbose, **kwargs)
+            with streams.answering():
+                command(*args, verbose=verbose, **kwargs)
             sys.stdout.flush()
         except Terminated:
             _fail(_interruption(signal.SIGTERM), verbose)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +35,7 @@ def show(found: Mapping[str, Any], narrator: Narrator, *, as_json: bool) -> None
         f"{found['batch']} x {found['length']} tokens in {found['dtype']}"
     )
     rows = [_cells(row, marked) for row in found["rows"]]
-    if sys.stdout.isatty() and shutil.get_terminal_size().columns < _NARROW:
+    if console.width() < _NARROW:
         console.line(title)  # a table would lose columns
         for row in rows:
             console.pairs("", list(zip(columns, row, strict=True)))

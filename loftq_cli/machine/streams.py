@@ -8,8 +8,11 @@ from __future__ import annotations
 import io
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TextIO
+
+_held: list[TextIO] = []
 
 
 def prepare() -> None:
@@ -26,6 +29,22 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Keep stdout for what a command answers: what libraries print goes to stderr."""
+    _held.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _held.pop()
+
+
+def answers() -> TextIO:
+    """The stream that a command's answers go to."""
+    return _held[-1] if _held else sys.stdout
 
 
 def drop(stream: TextIO) -> None:

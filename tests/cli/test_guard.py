@@ -17,6 +17,7 @@ import torch
 import loftq_cli.checkpoint.locate
 import loftq_cli.conversion.prepare
 import loftq_cli.reporting.inspect
+import loftq_cli.reporting.residuals
 from tests.support import checkpoints
 from tests.support.commands import QUICK, Command
 
@@ -225,6 +226,27 @@ def test_the_reports_too(command: str, loftq: Command, monkeypatch: pytest.Monke
     result = loftq(command)
     assert result.exit_code == 1
     assert "this is a bug in loftq" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["inspect", "--json"], ["inspect"], ["error-report", "--csv"]])
+@pytest.mark.usefixtures("out")
+def test_what_libraries_print_is_no_part_of_the_answer(
+    words: list[str], loftq: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gptqmodel greets on stdout when transformers loads a model of layout gptq."""
+    plain = loftq(*words)
+    for module in ("inspect", "residuals"):
+        place = f"loftq_cli.reporting.{module}.open_output"
+        real = getattr(loftq_cli.reporting, module).open_output
+
+        def greet(*arguments: Any, real: Any = real, **options: Any) -> Any:
+            sys.stdout.write("a greeting\n")
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(place, greet)
+    result = loftq(*words)
+    assert "a greeting\n" in result.stderr
+    assert result.stdout == plain.stdout != ""
 
 
 def test_ctrl_c_exits_with_130(loftq: Command, monkeypatch: pytest.MonkeyPatch) -> None:
