@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from loftq_cli.families.experts import FUSED, Form, form_of
-from loftq_cli.loading.experts import activated, mixed
+from loftq_cli.loading.experts import computed, mixed
 
 Watch = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 """Gives back the output (tokens, out) of a weight tensor, by its name, for inputs (tokens, in)."""
@@ -64,10 +64,7 @@ class _OneByOne:
         return mixed(self._form.count, self._output, *args, **kwargs)
 
     def _output(self, inputs: torch.Tensor, expert: int) -> torch.Tensor:
-        first, last = self._form.parameters
-        outputs = self._project(first, inputs, expert)
-        inner = activated(self._module, outputs, gated=self._form.gated)
-        return self._project(last, inner, expert)
+        return computed(self._module, self._form, self._project, inputs, expert)
 
     def _project(self, name: str, inputs: torch.Tensor, expert: int) -> torch.Tensor:
         output = project(self._module, self._form, name, inputs, expert)

@@ -42,8 +42,8 @@ def cut(
     if count < least:
         raise InputError(
             f"the text: {len(ids)} tokens make {count} windows of {length}, {least} are needed",
-            hint="give more text, or lower --samples or --length, which `loftq calibrate`, `refine` "
-            "and `evaluate` take",
+            hint="give more text, or lower --samples or --length, which `loftq calibrate`, "
+            "`refine` and `evaluate` take",
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     chosen = order[: samples or most].sort().values

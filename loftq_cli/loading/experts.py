@@ -43,6 +43,19 @@ def chosen(
             yield expert, tokens, places
 
 
+Project = Callable[[str, torch.Tensor, int], torch.Tensor]
+"""What the fused parameter of this name makes of one expert's inputs (tokens, in)."""
+
+
+def computed(
+    experts: Any, form: Form, project: Project, inputs: torch.Tensor, expert: int
+) -> torch.Tensor:
+    """The output of one of ``experts`` for its ``inputs``, both (tokens, hidden)."""
+    first, last = form.parameters
+    inner = activated(experts, project(first, inputs, expert), gated=form.gated)
+    return project(last, inner, expert)
+
+
 def mixed(
     count: int,
     output_of: Callable[[torch.Tensor, int], torch.Tensor],
@@ -126,9 +139,7 @@ class PackedExperts(nn.Module):
 
     def _output(self, inputs: torch.Tensor, expert: int) -> torch.Tensor:
         """Of one expert, (tokens, hidden)."""
-        first, last = self._form.parameters
-        inner = activated(self, self._project(first, inputs, expert), gated=self._form.gated)
-        return self._project(last, inner, expert)
+        return computed(self, self._form, self._project, inputs, expert)
 
     def _project(self, name: str, inputs: torch.Tensor, expert: int) -> torch.Tensor:
         """What the fused parameter ``name`` and its adapters make of ``inputs`` (tokens, in)."""
