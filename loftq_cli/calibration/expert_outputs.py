@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from loftq_cli.calibration.outputs import replaced
 from loftq_cli.families.experts import FUSED, Form, form_of
 from loftq_cli.loading.experts import computed, mixed
 
@@ -24,21 +25,14 @@ def one_by_one(
 ) -> Iterator[None]:
     """Run the modules ``experts`` of ``model`` so; of each, the weight tensors by what follows its
     name (``3.gate_proj``)."""
-    changed: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for name, weights in experts.items():
-            module = model.get_submodule(name)
-            # accelerate brings the weights, and then calls what it found here.
-            own = "_old_forward" if hasattr(module, "_old_forward") else "forward"
-            changed.append((module, own, module.__dict__.get(own)))
-            setattr(module, own, _OneByOne(module, weights, watch))
+    changes = []
+    for name, weights in experts.items():
+        module = model.get_submodule(name)
+        # accelerate brings the weights, and then calls what it found here.
+        own = "_old_forward" if hasattr(module, "_old_forward") else "forward"
+        changes.append((module, own, _OneByOne(module, weights, watch)))
+    with replaced(changes):
         yield
-    finally:
-        for module, own, before in changed:
-            if before is None:
-                delattr(module, own)
-            else:
-                setattr(module, own, before)
 
 
 def project(

@@ -51,16 +51,24 @@ def predicts(model: Any) -> bool:
 @contextmanager
 def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Keep no activations inside ``blocks``: they are computed again for the gradient."""
-    before = [(block, block.__dict__.get("forward"), block.forward) for block in blocks]
-    for block, _, forward in before:
-        block.forward = _again(forward)
+    with replaced([(block, "forward", _again(block.forward)) for block in blocks]):
+        yield
+
+
+@contextmanager
+def replaced(changes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Give modules something of their own in the place of what they, or their class, have under a
+    name."""
+    before = [(module, name, module.__dict__.get(name)) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for block, own, _ in before:
-            del block.forward
+        for module, name, own in before:
+            delattr(module, name)
             if own is not None:
-                block.__dict__["forward"] = own
+                setattr(module, name, own)
 
 
 def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
