@@ -24,9 +24,11 @@ from loftq_cli.conversion.sharing import Sharing, held, make_room
 from loftq_cli.conversion.subject import subject
 from loftq_cli.conversion.workspace import ConversionWorkspace
 from loftq_cli.errors import EnvironmentFailure, InputError, LoftqError, ScaleRangeError, UsageError
-from loftq_cli.machine import launched
-from loftq_cli.machine.group import JOINING, PAUSE, Group, read, told
+from loftq_cli.machine import introduction, launched
+from loftq_cli.machine.group import Group
 from loftq_cli.machine.launched import Place
+from loftq_cli.machine.meeting import JOINING, PAUSE
+from loftq_cli.machine.messages import read, told
 from loftq_cli.machine.observer import Observer
 from loftq_cli.planning.decomposer import threads
 from loftq_cli.planning.make import with_fallback, with_widths
@@ -83,7 +85,7 @@ def introduce(group: Group, plan: Plan) -> bool:
     Raises EnvironmentFailure if ranks differ in what changes bytes, naming both.
     """
     ages = [shard.path.stat().st_mtime_ns for shard in plan.source.shards if shard.path.exists()]
-    own = {**group.about(plan.recipe.as_dict(), file_hashes(plan.source)), "ages": ages}
+    own = {**introduction.about(plan.recipe.as_dict(), file_hashes(plan.source)), "ages": ages}
     if group.place.rank:
         group.introduce(own)
         return False

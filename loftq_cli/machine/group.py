@@ -8,20 +8,19 @@ and so is a process of rank 0's own host that is not there any more.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli import errors
 from loftq_cli.errors import EnvironmentFailure, LoftqError
+from loftq_cli.machine import introduction
 from loftq_cli.machine.launched import Place
-from loftq_cli.version import VERSION
+from loftq_cli.machine.meeting import PAUSE, met
+from loftq_cli.machine.messages import INTERRUPTED, read, told
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -30,15 +29,10 @@ BEAT = 1.0
 """Seconds between two signs of life."""
 PATIENCE = 30.0
 """Seconds without any, after which a process is taken for dead."""
-JOINING = 600.0
-"""Seconds that processes may take to come, one after the other."""
-PAUSE = 0.1
-"""Seconds between two looks at what has been said."""
 _FAREWELL = 10.0
 _ENDED = "ended"
 _GONE = 5.0
 """Seconds in which it becomes known who is gone, once somebody has noticed that one is."""
-_LONGEST = 200  # characters of a setting's value in a message
 
 
 class Group:
@@ -48,7 +42,7 @@ class Group:
     def __init__(self, place: Place) -> None:
         self.place = place
         self.host = socket.gethostname()
-        self._store = _met(place)
+        self._store = met(place)
         self._over = False
         self._joined: dict[int, dict[str, Any]] = {}
         self._lost: dict[int, str] = {}
@@ -75,26 +69,12 @@ class Group:
             elif error is None:
                 self.say(f"left/{self.place.rank}", {})
             else:
-                known = error if isinstance(error, LoftqError) else _INTERRUPTED
+                known = error if isinstance(error, LoftqError) else INTERRUPTED
                 self.say(f"gone/{self.place.rank}", told(known))
-
-    def about(
-        self, settings: Mapping[str, Any], sources: Sequence[Sequence[Any]]
-    ) -> dict[str, Any]:
-        """This process as :meth:`refuse_differing` compares it; ``sources``: [name, …] of files."""
-        import torch
-
-        return {
-            "host": self.host,
-            "software": {"loftq-cli": VERSION, "torch": torch.__version__},
-            "settings": dict(settings),
-            "sources": [list(each) for each in sources],
-        }
 
     def introduce(self, about: dict[str, Any]) -> None:
         """Say who this is. Of the others."""
-        whereabouts = {"process": os.getpid(), "space": _space()}
-        self.say(f"about/{self.place.rank}", {**about, **whereabouts})
+        self.say(f"about/{self.place.rank}", about)
 
     def refuse_differing(
         self, own: Mapping[str, Any], others: Mapping[int, Mapping[str, Any]]
@@ -106,14 +86,7 @@ class Group:
                 f"rank {rank} of {self.place.size}: {why}", hint="it says more"
             )
         for rank, other in sorted(others.items()):
-            found = _differences(other, own)
-            if found:
-                raise EnvironmentFailure(
-                    f"rank {rank} (on {other['host']}) and rank 0 (on {own['host']}) would not "
-                    f"make the same bytes: {'; '.join(found)}",
-                    hint="have all of them use the same software, the same model and settings, and "
-                    "one kind of device",
-                )
+            introduction.refuse(rank, other, own)
 
     def add(self, key: str, amount: int) -> int:
         """Add to a number that begins at 0, in one step; what it is then."""
@@ -228,8 +201,7 @@ class Group:
         )
 
     def _listen(self, rank: int) -> None:
-        about = self._joined[rank]
-        if about["space"] == _space() and not _is_there(about["process"]):
+        if introduction.has_ended(self._joined[rank]):
             self._lost[rank] = "its process has ended"
             return
         now, beats = time.monotonic(), self.add(f"beat/{rank}", 0)
@@ -268,112 +240,3 @@ class Group:
                 f"{place}: rank 0, at {place.address}:{place.port}, does not answer any more",
                 hint="see what it says; then run the same command again",
             ) from error
-
-
-def told(error: LoftqError | None) -> dict[str, Any]:
-    """``error`` as a message to other processes; nothing for none."""
-    if error is None:
-        return {}
-    return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
-
-
-def read(rank: int, message: Mapping[str, Any]) -> LoftqError:
-    """The error that another process has :func:`told` of; of a machine, it says of whose."""
-    kind = getattr(errors, message["kind"], EnvironmentFailure)
-    text = message["message"]
-    if issubclass(kind, EnvironmentFailure):
-        text = f"rank {rank}: {text}"
-    error: LoftqError = kind(text, hint=message["hint"])
-    return error
-
-
-_INTERRUPTED = EnvironmentFailure("it was interrupted", hint="run the same command again")
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    found = []
-    for what in ("software", "settings"):
-        first, second = there[what], here[what]
-        names = sorted({*first, *second})
-        found += [
-            f"{name} {_short(first.get(name))} and {_short(second.get(name))}"
-            for name in names
-            if first.get(name) != second.get(name)
-        ]
-    sources = {name: rest for name, *rest in there["sources"]}
-    found += [f"source file {name}" for name, *rest in here["sources"] if sources.get(name) != rest]
-    return found
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
-
-
-def _space() -> str:
-    """The host, and the name space in which the numbers of its processes are."""
-    try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # another system than Linux
-        return socket.gethostname()
-
-
-def _is_there(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _met(place: Place) -> Store:
-    """The store where all meet: of rank 0's process, or torchrun's."""
-    import torch.distributed as dist
-
-    if not dist.is_available():
-        raise EnvironmentFailure(
-            f"{place}: this build of torch has no torch.distributed",
-            hint="install another, or unset RANK and WORLD_SIZE for an ordinary run",
-        )
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-
-    here = place.rank == 0 and not place.served
-    if not here:
-        _reach(place)
-    try:
-        store: Store = TCPStore(
-            place.address,
-            place.port,
-            is_master=here,
-            timeout=timedelta(seconds=60),
-            wait_for_workers=False,
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise EnvironmentFailure(
-            f"{place}: no meeting at {place.address}:{place.port}: {reason}",
-            hint="choose another MASTER_PORT, or a MASTER_ADDR that is the host of rank 0",
-        ) from error
-    if place.served:  # by torchrun, for all of its attempts to start the processes
-        store = PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    return PrefixStore("loftq", store)
-
-
-def _reach(place: Place) -> None:
-    """Wait until somebody listens where all meet; torch would do so without hearing signals."""
-    until = time.monotonic() + JOINING
-    while True:
-        try:
-            socket.create_connection((place.address, place.port), timeout=5).close()
-        except OSError as error:
-            if time.monotonic() > until:
-                raise EnvironmentFailure(
-                    f"{place}: nobody at {place.address}:{place.port} for {JOINING:.0f} s: "
-                    f"{error.strerror or error}",
-                    hint="start rank 0 as well, or unset RANK and WORLD_SIZE for an ordinary run",
-                ) from error
-            time.sleep(PAUSE)
-        else:
-            return

@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from loftq_cli.machine.group import JOINING, Group
+from loftq_cli.machine import introduction
+from loftq_cli.machine.group import Group
+from loftq_cli.machine.meeting import JOINING
 
 _T = TypeVar("_T")
 _GLANCE = 2e-4  # seconds between two looks whether something has arrived
@@ -100,7 +102,7 @@ class Ranks(World):
     def agree(
         self, settings: Mapping[str, Any], sources: Sequence[Sequence[Any]], device: torch.device
     ) -> None:
-        own = self._group.about({**settings, "device": device.type}, sources)
+        own = introduction.about({**settings, "device": device.type}, sources)
         own["number"] = device.index
         if self.first:
             others = self._group.gather("about", patience=JOINING)

@@ -17,149 +17,40 @@ change sooner. Neither step sees more than W, so the residuals mean what they me
 
 With second moments H of the layer's input the low-rank step minimises ||W - Q_t - B A||_H instead
 of the Frobenius norm, and the iterate that is best in that norm is kept; the quantizer is the same.
-With ``feedback`` and a full H the last step goes on: it quantizes W - B_T A_T at the scales it has,
-with each column's error fed back to those that come after it
-(:mod:`loftq_cli.numerics.feedback`), and fits the adapter to that; and so again, if more passes are
-asked for, at scales that are refit in between (:mod:`loftq_cli.numerics.refit`). If this leaves
-more, the step remains what it was.
+With ``feedback`` and a full H the last step goes on (:mod:`loftq_cli.numerics.passes`). If this
+leaves more, the step remains what it was.
 
 The passes over a matrix are in :mod:`loftq_cli.numerics.sweep`, the products in
-:mod:`loftq_cli.numerics.lowrank`.
+:mod:`loftq_cli.numerics.lowrank`, the norms in :mod:`loftq_cli.numerics.trace`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from loftq_cli.numerics import lowrank
-from loftq_cli.numerics.decomposition import Decomposition, Keep, Norms, Procedure
-from loftq_cli.numerics.feedback import make_feedback, requantize
-from loftq_cli.numerics.left import Left
+from loftq_cli.numerics.decomposition import Decomposition, Keep, Procedure
+from loftq_cli.numerics.iterate import Iterate
 from loftq_cli.numerics.lora import drawn_adapter, fit_adapter, too_large
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.native_sweep import NativeSweep
+from loftq_cli.numerics.passes import fed_back
 from loftq_cli.numerics.quantizers.base import Quantizer
-from loftq_cli.numerics.quantizers.blocks import Parameters, Quantized
-from loftq_cli.numerics.refit import can_refit, refit_scales
-from loftq_cli.numerics.sweep import Product, Sweep, TensorSweep, as_stored, pieces
+from loftq_cli.numerics.quantizers.blocks import Quantized
+from loftq_cli.numerics.sweep import Sweep, TensorSweep, as_stored, pieces
+from loftq_cli.numerics.trace import Trace, WeightedTrace
 from loftq_cli.numerics.weighting import Weighting
 
 _BEYOND_AT_FIRST, _BEYOND = 0.5, 0.7
-
-_SAMPLED = 512
-"""Rows that the weighted norm of a step in the middle is estimated from, at least; all of a matrix
-with less than twice as many."""
-
-
-@dataclass
-class _Iterate:
-    """(Q_t, A_t, B_t) as stored; svd-first's zeroth has no Q."""
-
-    quantized: Quantized | None
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-
-    @property
-    def parameters(self) -> Parameters | None:
-        if self.quantized is None:
-            return None
-        return Parameters(self.quantized.scales, self.quantized.zeros)
-
-
-@dataclass
-class _Trace:
-    """Norms as they are found."""
-
-    weight: float
-    quantized: float = 0.0
-    steps: list[float] = field(default_factory=list)
-
-    def norms(self, step: int) -> Norms:
-        """With iterate ``step`` kept."""
-        final = self.steps[step - 1] if step else self.quantized
-        return Norms(self.weight, self.quantized, self.steps, final)
-
-
-class _WeightedTrace(_Trace):
-    """Norms in ||.||_H, found from the residual that a sweep leaves.
-
-    That of the first step is exact. Of tall matrices the later ones are estimated, unless they are
-    asked for as they are: from every so many rows, by what these had of the first step's norm.
-    """
-
-    def __init__(self, weighting: Weighting, weight: torch.Tensor) -> None:
-        super().__init__(weighting.norm(weight))
-        self._weighting = weighting
-        self._seen = False  # what quantization alone leaves
-        # The diagonal's norm costs little, and of few rows an estimate is poor.
-        self._stride = max(len(weight) // _SAMPLED, 1) if weighting.is_full else 1
-        self._of_all = 1.0  # the first step's norm, divided by that of the sampled rows
-        self._estimated: set[int] = set()
-
-    def is_estimated(self, step: int) -> bool:
-        """Whether the norm of ``step`` is an estimate."""
-        return step in self._estimated
-
-    def correct(self, step: int, norm: float) -> None:
-        """The exact ``norm`` of ``step``, in the place of what was seen."""
-        self.steps[step - 1] = norm
-        self._estimated.discard(step)
-
-    def see_quantized(self, residual: torch.Tensor) -> None:
-        self.quantized = self._weighting.norm(residual)
-        self._seen = True
-
-    def see_step(
-        self,
-        remains: torch.Tensor | None,
-        product: Product,
-        along: torch.Tensor | None,
-        *,
-        exact: bool = False,
-    ) -> None:
-        """``remains`` = R - product; ``along``: what R has along the directions that the weighting
-        keeps apart. If nothing was seen before, R is W - quantize(W)."""
-        assert remains is not None
-        along = _along_remains(self._weighting, along, product)
-        first = not self.steps
-        if self._seen and not (first or exact) and self._stride > 1:
-            self.steps.append(self._of_all * self._sampled(remains, along))
-            self._estimated.add(len(self.steps))
-            return
-        if self._seen:
-            self.steps.append(self._weighting.norm(remains, along))
-        else:
-            left, right = product.left, product.right
-            adapted, self.quantized = self._weighting.norms(remains, left, right, along)
-            self.steps.append(adapted)
-            self._seen = True
-        if first and self._stride > 1:
-            self._of_all = self.steps[0] / (self._sampled(remains, along) or 1.0)
-
-    def _sampled(self, remains: torch.Tensor, along: torch.Tensor | None) -> float:
-        """The norm of every so many rows."""
-        chosen = slice(None, None, self._stride)
-        return self._weighting.norm(remains[chosen], None if along is None else along[chosen])
-
-
-def _along_remains(
-    weighting: Weighting, along: torch.Tensor | None, product: Product
-) -> torch.Tensor | None:
-    """Of R - product, from what R has along the directions kept apart."""
-    of_product = weighting.along(product.right)
-    if along is None or of_product is None:
-        return None
-    return torch.addmm(along, product.left, of_product, alpha=-1)
 
 
 @dataclass(frozen=True)
 class _Best:
     residual: float
     step: int
-    iterate: _Iterate
+    iterate: Iterate
 
 
 def decompose(
@@ -178,8 +69,8 @@ def decompose(
     sweep = make_sweep(weight, quantizer, procedure)
     if weighting is not None and procedure.iters:
         sweep.remains = torch.empty_like(sweep.narrow)
-    plain = _Trace(math.sqrt(squared_norm(weight)))
-    weighted = None if weighting is None else _WeightedTrace(weighting, weight)
+    plain = Trace(math.sqrt(squared_norm(weight)))
+    weighted = None if weighting is None else WeightedTrace(weighting, weight)
     deciding = weighted or plain
     previous = earlier = None
     if procedure.iters == 0 or procedure.order == "svd-first":
@@ -187,7 +78,7 @@ def decompose(
         if weighted is not None:
             weighted.see_quantized(sweep.residual)
         if procedure.iters == 0:
-            drawn = _Iterate(quantized, *drawn_adapter(quantized.shape, weight.device, procedure))
+            drawn = Iterate(quantized, *drawn_adapter(quantized.shape, weight.device, procedure))
             return _finish(procedure, drawn, 0, plain, weighted)
         previous = _of_the_weight(weight, plain.weight, procedure, weighting)
     basis = best = along = None
@@ -197,7 +88,7 @@ def decompose(
             assert previous is not None
             plain.steps.append(adapted)
             if weighted is not None:
-                weighted.see_step(sweep.remains, _product(previous, procedure), along)
+                weighted.see_step(sweep.remains, previous.product(procedure.scaling), along)
             best = _better(best, deciding.steps[-1], step - 1, previous, procedure.keep)
         elif procedure.order == "quantize-first":
             plain.quantized = norm
@@ -205,15 +96,15 @@ def decompose(
         A, B, basis = fit_adapter(
             sweep.residual, sweep.narrow, norm, basis, procedure, weighting, along
         )
-        earlier, previous = previous, _Iterate(quantized, A, B)
+        earlier, previous = previous, Iterate(quantized, A, B)
     assert previous is not None
-    product = _product(previous, procedure)
+    product = previous.product(procedure.scaling)
     plain.steps.append(math.sqrt(sweep.remainder(product)))
     if weighted is not None and weighting is not None:
         feedback = procedure.feedback and weighting.is_full
         weighted.see_step(sweep.remains, product, along, exact=not feedback)
         if feedback:
-            fed = _fed_back(sweep, weight, previous, basis, procedure, weighting)
+            fed = fed_back(sweep, weight, previous, basis, procedure, weighting)
             if fed is not None and fed.weighted < weighted.steps[-1]:
                 previous, plain.steps[-1] = fed.iterate, fed.plain
                 weighted.correct(procedure.iters, fed.weighted)
@@ -232,95 +123,23 @@ def decompose(
 
 def _of_the_weight(
     weight: torch.Tensor, norm: float, procedure: Procedure, weighting: Weighting | None
-) -> _Iterate:
+) -> Iterate:
     """A_0 and B_0 of svd-first: the low-rank approximation of ``weight`` itself."""
     narrow = weight.to(procedure.products)
     A, B, _ = fit_adapter(weight.float(), narrow, norm, None, procedure, weighting)
-    return _Iterate(None, A, B)
-
-
-@dataclass(frozen=True)
-class _Fed:
-    """An iterate, its residuals, and the basis that its adapter was found with."""
-
-    iterate: _Iterate
-    plain: float
-    weighted: float
-    basis: lowrank.Basis | None
-
-
-def _fed_back(
-    sweep: Sweep,
-    weight: torch.Tensor,
-    iterate: _Iterate,
-    basis: lowrank.Basis | None,
-    procedure: Procedure,
-    weighting: Weighting,
-) -> _Fed | None:
-    """What becomes of ``iterate`` if the quantizer follows its adapter once more, with feedback,
-    and again while that leaves less, at scales that are refit in between; None if a value is too
-    large for the dtype it is to be stored in."""
-    fed, parameters = None, iterate.parameters
-    for _ in range(procedure.feedback_passes):
-        left = Left.by(weighting, iterate.lora_A.float())
-        if fed is not None:
-            parameters = _refit(sweep, iterate, procedure, left)
-        again = _pass(sweep, weight, iterate, parameters, basis, procedure, left)
-        if again is None or (fed is not None and again.weighted >= fed.weighted):
-            break
-        fed, iterate, basis = again, again.iterate, again.basis
-    return fed
-
-
-def _pass(
-    sweep: Sweep,
-    weight: torch.Tensor,
-    iterate: _Iterate,
-    parameters: Parameters | None,
-    basis: lowrank.Basis | None,
-    procedure: Procedure,
-    left: Left,
-) -> _Fed | None:
-    """Quantize W less the adapter of ``iterate`` at given ``parameters``, with feedback in what
-    that adapter has ``left`` of the moments, and fit another."""
-    assert parameters is not None
-    feedback, weighting = make_feedback(left), left.weighting
-    quantized, squared = requantize(
-        sweep, weight, parameters, _product(iterate, procedure), feedback, procedure.backbone_dtype
-    )
-    if not math.isfinite(squared):
-        return None
-    warm = None if basis is None else replace(basis, calls=1)  # nearly every code has changed
-    norm = math.sqrt(squared)
-    along = weighting.along(sweep.residual)
-    A, B, basis = fit_adapter(sweep.residual, sweep.narrow, norm, warm, procedure, weighting, along)
-    fed = _Iterate(quantized, A, B)
-    product = _product(fed, procedure)
-    remainder = math.sqrt(sweep.remainder(product))
-    assert sweep.remains is not None
-    along = _along_remains(weighting, along, product)
-    return _Fed(fed, remainder, weighting.norm(sweep.remains, along), basis)
-
-
-def _refit(sweep: Sweep, iterate: _Iterate, procedure: Procedure, left: Left) -> Parameters | None:
-    """The scales of ``iterate`` that are best for its codes, in the norm that feedback works in."""
-    quantized, remains = iterate.quantized, sweep.remains
-    if quantized is None or remains is None or not can_refit(quantized):
-        return iterate.parameters
-    scales = refit_scales(quantized, remains, left.whole().to(remains.dtype), procedure.scale_dtype)
-    return Parameters(scales, quantized.zeros)
+    return Iterate(None, A, B)
 
 
 def _weighted_norm(
     weight: torch.Tensor,
     quantizer: Quantizer,
-    iterate: _Iterate,
+    iterate: Iterate,
     procedure: Procedure,
     weighting: Weighting,
 ) -> float:
     """||W - Q - B A||_H of an iterate that no sweep holds any more."""
     assert iterate.quantized is not None
-    product = _product(iterate, procedure)
+    product = iterate.product(procedure.scaling)
     found = []
     for rows, blocks in pieces(weight, quantizer):
         values = as_stored(iterate.quantized.part(rows, blocks).decode(), procedure.backbone_dtype)
@@ -340,24 +159,20 @@ def make_sweep(weight: torch.Tensor, quantizer: Quantizer, procedure: Procedure)
     return kind(weight, quantizer, products, procedure.backbone_dtype, procedure.scale_dtype)
 
 
-def _product(iterate: _Iterate, procedure: Procedure) -> Product:
-    return Product(iterate.lora_B.float() * procedure.scaling, iterate.lora_A.float())
-
-
 def _quantize(
     sweep: Sweep,
-    previous: _Iterate | None,
+    previous: Iterate | None,
     procedure: Procedure,
-    earlier: _Iterate | None = None,
+    earlier: Iterate | None = None,
     step: int = 1,
 ) -> tuple[Quantized, float, float]:
     """(Q_t, ||W - Q_t||, ||W - Q_{t-1} - B_{t-1} A_{t-1}||) of ``step`` t; ``earlier`` is t - 2."""
     if previous is None:
         swept = sweep.quantize(None, None)
     else:
-        product = _product(previous, procedure)
+        product = previous.product(procedure.scaling)
         if procedure.momentum and earlier is not None:
-            product = replace(product, beyond=_BEYOND, before=_product(earlier, procedure))
+            product = replace(product, beyond=_BEYOND, before=earlier.product(procedure.scaling))
         elif procedure.momentum and step > 1:
             product = replace(product, beyond=_BEYOND_AT_FIRST)
         swept = sweep.quantize(previous.parameters, product)
@@ -366,14 +181,14 @@ def _quantize(
     return swept.quantized, math.sqrt(swept.squared), math.sqrt(swept.previous)
 
 
-def _better(best: _Best | None, residual: float, step: int, iterate: _Iterate, keep: Keep) -> _Best:
+def _better(best: _Best | None, residual: float, step: int, iterate: Iterate, keep: Keep) -> _Best:
     if best is None or keep == "last" or residual < best.residual:
         return _Best(residual, step, iterate)
     return best
 
 
 def _finish(
-    procedure: Procedure, iterate: _Iterate, step: int, plain: _Trace, weighted: _Trace | None
+    procedure: Procedure, iterate: Iterate, step: int, plain: Trace, weighted: Trace | None
 ) -> Decomposition:
     assert iterate.quantized is not None
     return Decomposition(

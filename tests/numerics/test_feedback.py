@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loftq_cli.errors import InputError
-from loftq_cli.numerics import alternation
+from loftq_cli.numerics import passes
 from loftq_cli.numerics.alternation import decompose, make_sweep
 from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.feedback import make_feedback, requantize
@@ -234,7 +234,7 @@ def test_a_value_too_large_for_its_dtype_is_found_in_the_residual(monkeypatch):
     # And then the step stays what it was.
     settings = Procedure(rank=2, iters=1, backbone_dtype=torch.float16)
     plain = decompose(weight, quantizer, settings, weighting)
-    monkeypatch.setattr(alternation, "requantize", lambda *_: (quantized, math.inf))
+    monkeypatch.setattr(passes, "requantize", lambda *_: (quantized, math.inf))
     d = decompose(weight, quantizer, replace(settings, feedback=True), weighting)
     assert torch.equal(d.quantized.codes, plain.quantized.codes)
     assert d.weighted == plain.weighted

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loftq_cli.numerics import alternation, lora, lowrank
+from loftq_cli.numerics import alternation, lora, lowrank, passes, trace
 from loftq_cli.numerics.alternation import decompose
 from loftq_cli.numerics.decomposition import Procedure
 from loftq_cli.numerics.quantizers.methods import make_quantizer
@@ -195,7 +195,7 @@ def test_before_feedback_the_last_step_is_estimated_and_what_is_kept_is_not(
 ):
     weight, H = llm_like(1100, 96), moments("full", 96)
     settings = Procedure(rank=16, iters=5, feedback=True)
-    fit, fed_back = lora.fit_adapter, alternation._fed_back
+    fit, fed_back = lora.fit_adapter, passes.fed_back
     calls: list[int] = []
 
     def halved(*args):
@@ -209,7 +209,7 @@ def test_before_feedback_the_last_step_is_estimated_and_what_is_kept_is_not(
 
     monkeypatch.setattr(alternation, "fit_adapter", halved)
     if feedback != "kept":
-        monkeypatch.setattr(alternation, "_fed_back", spoilt_feedback)
+        monkeypatch.setattr(alternation, "fed_back", spoilt_feedback)
     quantizer = make_quantizer("uniform", 2, 64, "mse", native=False)
     d = decompose(weight, quantizer, settings, make_weighting(H.clone(), torch.float32))
     assert d.weighted is not None
@@ -225,9 +225,9 @@ def test_an_estimate_that_was_too_low_decides_nothing(monkeypatch):
     honest = decompose(weight, quantizer, settings, make_weighting(H.clone(), torch.float32))
     assert honest.weighted is not None
     assert honest.step == 5
-    estimated = alternation._WeightedTrace._sampled
+    estimated = trace.WeightedTrace._sampled
     monkeypatch.setattr(
-        alternation._WeightedTrace,
+        trace.WeightedTrace,
         "_sampled",
         lambda self, *args: estimated(self, *args) * (0.1 if len(self.steps) == 2 else 1),
     )

@@ -15,7 +15,7 @@ import torch
 import loftq_cli
 from loftq_cli.checkpoint.output import open_output, verify
 from loftq_cli.conversion import ranks
-from loftq_cli.machine import group
+from loftq_cli.machine import meeting
 from tests.support import checkpoints
 from tests.whole.crash import several
 from tests.whole.crash.conversions import Conversion, wait_for_work
@@ -177,7 +177,7 @@ def test_a_rank_that_nobody_joins_says_so(model: Path, scratch: Path) -> None:
 
 
 def _be_in_a_hurry() -> None:
-    group.JOINING = 1.0
+    meeting.JOINING = 1.0
     vars(ranks)["JOINING"] = 1.0
     time.sleep(0.5)  # until the other one has been killed
 
