@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import hashlib
 import shutil
 import time
 from collections import Counter
@@ -19,24 +18,21 @@ from loftq_cli.calibration import sensitivity
 from loftq_cli.calibration.layer_inputs import OWN_LOOP
 from loftq_cli.calibration.measure import Calibration, class_to_run, prepare
 from loftq_cli.calibration.sensitivity import Asked
+from loftq_cli.calibration.text_file import Text, read_text
 from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.dtypes import computed, torch_dtype
 from loftq_cli.checkpoint.header import StoredTensor
-from loftq_cli.checkpoint.lfs import refuse_pointer
 from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import Source, file_hashes
 from loftq_cli.checkpoint.stacks import cut
 from loftq_cli.errors import (
-    CorruptFileError,
-    InputError,
-    SourceNotFoundError,
     UnsupportedInputError,
     UsageError,
 )
 from loftq_cli.families.experts import by_default
 from loftq_cli.families.kinds import turned_shape
-from loftq_cli.machine.durable import explained, readable
+from loftq_cli.machine.durable import explained
 from loftq_cli.machine.observer import Observer
 from loftq_cli.machine.resources import check_space, memory_explained
 from loftq_cli.machine.workspace import Workspace
@@ -59,15 +55,6 @@ class _Workspace(Workspace):
 
     suffix = "loftq-calibrate"
     doing = "writing"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text file: ``content`` decoded, ``sha256`` of its bytes."""
-
-    path: Path
-    content: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -336,30 +323,6 @@ def _refuse_nothing(written: Collection[str], source: Source, matrices: int) -> 
         raise UnsupportedInputError(
             f"{source.directory}: text goes through none of its {matrices} matrices", hint=OWN_LOOP
         )
-
-
-def read_text(option: str, path: Path) -> Text:
-    """The text file that ``option`` names. Raises SourceNotFoundError, or InputError if it is
-    empty, no UTF-8, or a pointer of git-lfs."""
-    refuse_pointer(path)
-    try:
-        with readable(path):
-            raw = path.read_bytes()
-    except FileNotFoundError:
-        raise SourceNotFoundError(
-            f"{option} {path}: no such file", hint="give a text file"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{option} {path}: {error.strerror or error}") from error
-    try:
-        content = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorruptFileError(
-            f"{option} {path}: not UTF-8 at byte {error.start}", hint="save it as UTF-8"
-        ) from error
-    if not content.strip():
-        raise InputError(f"{option} {path}: no text in it", hint="give a text file")
-    return Text(path, content, hashlib.sha256(raw).hexdigest())
 
 
 def dtype_to_run(matrices: Sequence[StoredTensor], device: torch.device) -> torch.dtype:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loftq_cli.calibration import own_text
-from loftq_cli.calibration.calibrate import Measuring, Text, measure, provenance, read_text
+from loftq_cli.calibration.calibrate import Measuring, measure, provenance
 from loftq_cli.calibration.own_text import OWN
+from loftq_cli.calibration.text_file import Text, read_text
 from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import OutputConflictError, UsageError

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from loftq_cli.calibration.calibrate import read_text
 from loftq_cli.calibration.pretrained import class_of, load_tokenizer, quiet
+from loftq_cli.calibration.text_file import read_text
 from loftq_cli.calibration.windows import cut
 from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.locate import Place, locate

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from loftq_cli.calibration.calibrate import Text, read_text
+from loftq_cli.calibration.text_file import Text, read_text
 from loftq_cli.checkpoint.deliveries import deliver_all
 from loftq_cli.checkpoint.journal import Subject
 from loftq_cli.checkpoint.output import MANIFEST, Output, open_output, require_backbone, verify

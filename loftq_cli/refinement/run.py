@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from loftq_cli.calibration.blockwise import kept
-from loftq_cli.calibration.calibrate import Text
 from loftq_cli.calibration.course import Course as BlockOrder
+from loftq_cli.calibration.text_file import Text
 from loftq_cli.checkpoint.journal import Journal, Subject
 from loftq_cli.checkpoint.output import MANIFEST
 from loftq_cli.errors import InputError, UnsupportedInputError

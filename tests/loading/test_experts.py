@@ -19,8 +19,8 @@ from loftq_cli.checkpoint.packing import pack
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.errors import UnsupportedInputError
 from loftq_cli.layouts.base import Matrix
+from loftq_cli.loading.attach_start import _unfused
 from loftq_cli.loading.experts import PackedExperts, take_over
-from loftq_cli.loading.load import _unfused
 from loftq_cli.loading.packed_weight import PackedWeight
 from loftq_cli.loading.replacement import packed
 from loftq_cli.numerics.quantizers.packed import Packed

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import loftq_cli
-from loftq_cli.calibration.calibrate import read_text
+from loftq_cli.calibration.text_file import read_text
 from loftq_cli.errors import CorruptFileError
 from loftq_cli.machine.observer import Observer
 from loftq_cli.merging.merge import merge
