@@ -128,10 +128,11 @@ evaluate: $(VENV)/dev
 	$(BIN)/python -m tests.benchmarks.evaluation $(if $(FULL),--full)
 
 ## Perplexity of a real language model (SmolLM2-135M, from the package index) from each start, before
-## and after a little training (about an hour and a half; FULL=1: every start, both learning rates, about four
-## hours). Resumes as `make evaluate` does.
+## and after a little training (about an hour and a half; FULL=1: every start, both learning rates, about five
+## hours, and the tables of README.md and docs are rewritten; ONLY=EXPRESSION: starts that this is in). Resumes
+## as `make evaluate` does.
 evaluate-lm: $(VENV)/dev
-	$(BIN)/python -m tests.benchmarks.language $(if $(FULL),--full)
+	$(BIN)/python -m tests.benchmarks.language $(if $(FULL),--full --write) $(if $(ONLY),--only "$(ONLY)")
 
 ## What an adapter for quantized checkpoints of other libraries is worth, beside none and EoRA's, on
 ## SmolLM2-135M (hours on two cores). Resumes as `make evaluate` does.

@@ -10,9 +10,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.benchmarks.language import brown
+from tests.benchmarks.language import brown, page
 from tests.benchmarks.language.measure import Originals, distance, log_probabilities
 from tests.benchmarks.language.text import documents, part_of
+
+ZERO = {"perplexity": 0.0, "divergence": 0.0}
+KEYS = (
+    *ZERO,
+    "agreement",
+    "plain",
+    "weighted",
+    "bits",
+    "adapter_bits",
+    "seconds",
+    "gigabytes",
+)
 
 
 class Bigrams:
@@ -101,3 +113,54 @@ def test_browns_documents_are_refined_or_judged_on_not_both() -> None:
     assert sorted(found["refinement"] + found["judgement"]) == sorted(documents.values())
     assert 0.02 < len(found["judgement"]) / len(documents) < 0.25
     assert found == brown.parts(dict(reversed(documents.items())))
+
+
+def test_what_was_found_is_put_under_the_headings_of_a_table() -> None:
+    before = {
+        "perplexity": 211_450.6,
+        "divergence": 8.468,
+        "agreement": 0.0231,
+        "brown": {"perplexity": 1.945e9, "divergence": 17.0},
+        "plain": 0.4304,
+        "weighted": 0.2112,
+        "bits": 2.5,
+        "adapter_bits": 2.9444,
+        "seconds": 1234.5,
+        "gigabytes": 6.07,
+    }
+    after = [{"perplexity": 219.0, "rate": 2e-4}, {"perplexity": 218.61, "rate": 1e-3}]
+    text = "\n".join(
+        [
+            "| start | KL | Brown | size |",
+            "| --- | --- | --- | --- |",
+            "| a, b | 9 | 8 | 7 |",
+            "| another | 9 | 8 | 7 |",
+            "",
+            "| start | after 44 steps | rate |",
+            "| --- | --- | --- |",
+            "| a, b | 1 | 2 |",
+        ]
+    )
+
+    assert page.rewritten(text, {"a, b": page.row(before, after)}).split("\n") == [
+        "| start | KL | Brown | size |",
+        "| --- | --- | --- | --- |",
+        "| a, b | 8.47 | 1.9 · 10⁹ | 7 |",
+        "| another | 9 | 8 | 7 |",
+        "",
+        "| start | after 44 steps | rate |",
+        "| --- | --- | --- |",
+        "| a, b | 218.6 | 0.001 |",
+    ]
+    assert page.row(before, [])["after 44 steps"] == page.NONE
+    assert page.row(before, [])["perplexity"] == "211,451"
+
+
+def test_tables_of_starts_have_the_headings_that_are_written() -> None:
+    for name in page.PAGES:
+        text = (page.ROOT / name).read_text("utf-8")
+        row = dict.fromkeys(page.row(dict.fromkeys(KEYS, 0.0) | {"brown": ZERO}, []), "new")
+        start = "2 bit, r=64, published T=5"
+        found = [line for line in page.rewritten(text, {start: row}).split("\n") if start in line]
+        assert found
+        assert all(set(line.split("|")[2:-1]) == {" new "} for line in found), name

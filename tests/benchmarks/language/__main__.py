@@ -7,19 +7,19 @@ Finished results are kept in the work directory; the same command goes on where 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.language import brown, model, starts, statistics, text
+from tests.benchmarks.language import brown, model, page, starts, statistics, text
 from tests.benchmarks.language.measure import Originals, distance, log_probabilities
 from tests.benchmarks.language.training import train
 from tests.benchmarks.tools import Results, table
 
 _COLUMNS = (
-    "start",
     "perplexity",
     "KL",
     "top-1",
@@ -31,7 +31,7 @@ _COLUMNS = (
     "with adapter",
     "seconds",
     "GB",
-    "trained",
+    "after 44 steps",
     "rate",
 )
 
@@ -40,12 +40,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="every start, and both learning rates")
     parser.add_argument("--steps", type=int, default=44, help="training steps (44); 0: none")
-    parser.add_argument("--only", default="", help="starts whose name contains this")
+    parser.add_argument("--only", default="", help="starts that this regular expression is in")
+    parser.add_argument("--write", action="store_true", help="into the tables of README and docs")
     parser.add_argument("--work", type=Path, default=Path("build/language"))
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     chosen = [
-        start for start in starts.STARTS if (given.full or start.small) and given.only in start.name
+        start
+        for start in starts.STARTS
+        if (given.full or start.small) and re.search(given.only, start.name)
     ]
     runs = _Runs(given.work, given.steps)
     rates = starts.RATES if given.full else starts.RATES[1:]
@@ -59,7 +62,16 @@ def main() -> None:
         after.append([runs.after(start, rate) for rate in rates] if trained else [])
         if trained:
             runs.discard(start)
-    table(_COLUMNS, [_row(*found) for found in zip(chosen, before, after, strict=True)])
+    rows = {
+        start.name: page.row(first, trained)
+        for start, first, trained in zip(chosen, before, after, strict=True)
+    }
+    table(
+        ("start", *_COLUMNS),
+        [[name, *(row[heading] for heading in _COLUMNS)] for name, row in rows.items()],
+    )
+    if given.write:
+        page.write(rows)
 
 
 class _Runs:
@@ -121,26 +133,6 @@ class _Runs:
 
     def _converted(self, start: starts.Start) -> Path:
         return self._work / "converted" / start.slug
-
-
-def _row(start: starts.Start, before: dict[str, Any], after: list[dict[str, Any]]) -> list[str]:
-    best = min(after, key=lambda result: result["perplexity"], default=None)
-    return [
-        start.name,
-        f"{before['perplexity']:.4g}",
-        f"{before['divergence']:.2f}",
-        f"{before['agreement']:.1%}",
-        f"{before['brown']['perplexity']:.4g}",
-        f"{before['brown']['divergence']:.2f}",
-        f"{before['plain']:.3f}",
-        f"{before['weighted']:.3f}",
-        f"{before['bits']:.2f}",
-        f"{before['bits'] + before['adapter_bits']:.2f}",
-        f"{before['seconds']:.0f}",
-        f"{before['gigabytes']:.1f}",
-        f"{best['perplexity']:.4g}" if best else "",
-        f"{best['rate']:g}" if best else "",
-    ]
 
 
 if __name__ == "__main__":
