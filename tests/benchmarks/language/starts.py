@@ -124,6 +124,7 @@ def _refined() -> list[Start]:
             (2, 64, "", uniform),
             (2, 16, "", uniform),
             (3, 64, "", uniform),
+            (3, 16, "", uniform),
             (2, 64, ", trellis", trellis),
             (2, 16, ", trellis", trellis),
         )
