@@ -7,6 +7,8 @@ Python exception that is none of these is a bug of ours and exits with 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class LoftqError(Exception):
     """Base of every error that this package raises on purpose.
@@ -139,6 +141,12 @@ class ScaleRangeError(LoftqError):
 
     exit_code = 2
     default_hint = "use --layout loftq, which stores scales in float32"
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """``names`` for a message, of more than ``most`` the first ones: "a, b, c and 4 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def printable(text: str) -> str:

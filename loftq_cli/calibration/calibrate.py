@@ -26,10 +26,7 @@ from loftq_cli.checkpoint.locate import locate
 from loftq_cli.checkpoint.request import Request
 from loftq_cli.checkpoint.source import Source, file_hashes
 from loftq_cli.checkpoint.stacks import cut
-from loftq_cli.errors import (
-    UnsupportedInputError,
-    UsageError,
-)
+from loftq_cli.errors import UnsupportedInputError, UsageError, listed
 from loftq_cli.families.experts import by_default
 from loftq_cli.families.kinds import turned_shape
 from loftq_cli.machine.durable import explained
@@ -45,7 +42,6 @@ from loftq_cli.statistics.save import contents_sha256, measured_model, write_ent
 from loftq_cli.statistics.writer import StatisticsWriter, entry_bytes, refuse_taken
 
 MOMENTS = ("diagonal", "full")
-_MOST_SHOWN = 3
 _LESS_MEMORY = "use --moments diagonal, a smaller --length or fewer --samples"
 
 
@@ -246,12 +242,7 @@ def _job(source: Source, texts: Sequence[Text], wanted: Measuring, device: torch
 
 def _tell_of_missing(missing: Sequence[str], observer: Observer) -> None:
     if missing:
-        observer.note(f"nothing was measured for {_some(missing)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-    return ", ".join(names[:_MOST_SHOWN]) + more
+        observer.note(f"nothing was measured for {listed(missing)}")
 
 
 def provenance(texts: Sequence[Text], wanted: Measuring, contents: str | None) -> dict[str, Any]:

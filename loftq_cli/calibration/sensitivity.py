@@ -41,7 +41,7 @@ from loftq_cli.calibration.expert_outputs import one_by_one
 from loftq_cli.calibration.layer_inputs import first_of
 from loftq_cli.calibration.measure import Calibration
 from loftq_cli.calibration.outputs import called, checkpointed, predicts
-from loftq_cli.errors import LoftqError, NonFiniteActivationError, UnsupportedInputError
+from loftq_cli.errors import LoftqError, NonFiniteActivationError, UnsupportedInputError, listed
 from loftq_cli.machine.observer import Observer
 
 OPTION = "--sensitivity"
@@ -79,9 +79,7 @@ def measured(
     missing = [name for name in calibration.widths if name not in found]
     if missing:
         observer.note(
-            f"no sensitivity was measured for {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ": the mean of the others counts"
+            f"no sensitivity was measured for {listed(missing, 1)}: the mean of the others counts"
         )
     return found
 

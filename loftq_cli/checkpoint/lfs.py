@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from loftq_cli.errors import CorruptFileError
+from loftq_cli.errors import CorruptFileError, listed
 
 _FIRST_LINE = b"version https://git-lfs.github.com/spec/v1"
 _LARGEST = 1024  # bytes, by git-lfs's own specification
-_MOST_SHOWN = 3
 _WHAT = "of git-lfs, not the contents"
 _HINT = "run `git lfs pull` in the directory, or get its files with `hf download`"
 
@@ -36,8 +35,5 @@ def refuse_pointers(directory: Path, names: Iterable[str]) -> None:
     pointers."""
     found = sorted({name for name in names if is_pointer(directory / name)})
     if found:
-        more = f" and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
         what = "are pointers" if len(found) > 1 else "is a pointer"
-        raise CorruptFileError(
-            f"{directory}: {', '.join(found[:_MOST_SHOWN])}{more} {what} {_WHAT}", hint=_HINT
-        )
+        raise CorruptFileError(f"{directory}: {listed(found)} {what} {_WHAT}", hint=_HINT)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loftq_cli.conversion.jobs import Held, Job, jobs, shares
 from loftq_cli.conversion.workspace import ConversionWorkspace
-from loftq_cli.errors import OutputConflictError, UsageError
+from loftq_cli.errors import OutputConflictError, UsageError, listed
 from loftq_cli.planning.plan import Plan
 
 MOST = 10_000
@@ -84,8 +84,7 @@ def refuse_missing(workspace: ConversionWorkspace, plan: Plan, held: Held) -> No
             if not all(held.has(job) for job in share)
         ]
         if missing:
-            more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-            named = ", ".join(missing[:_LISTED]) + more
+            named = listed(missing, _LISTED)
             raise OutputConflictError(
                 f"{workspace.final}: {'parts' if len(missing) > 1 else 'part'} {named} of {count} "
                 f"{'are' if len(missing) > 1 else 'is'} not finished",

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from loftq_cli.checkpoint.stacks import Stack
+from loftq_cli.errors import listed
 from loftq_cli.families import adaptable
 from loftq_cli.families.architecture import kind_of as kind_by_name
 from loftq_cli.families.classes import takes_text
@@ -155,8 +156,8 @@ def _misnamed(model: nn.Module, homeless: Sequence[str], lacking: Sequence[str])
     if not lacking or len(homeless) < len(lacking):
         return None
     return (
-        f"{type(model).__name__} would have random weights: it does not find {_listed(lacking)}, "
-        f"and has no place for {_listed(homeless)}"
+        f"{type(model).__name__} would have random weights: it does not find {listed(lacking, 1)}, "
+        f"and has no place for {listed(homeless, 1)}"
     )
 
 
@@ -172,21 +173,17 @@ def _remarks(
     adapter of, and a head that the class has no place for if config.json names no class."""
     if lacking:
         yield (
-            f"{type(model).__name__} has {_listed(lacking)}, which the checkpoint lacks: it will "
+            f"{type(model).__name__} has {listed(lacking, 1)}, which the checkpoint lacks: it will "
             "not load"
         )
     if lost:
-        yield f"{_listed(lost)} stay as they are: {adaptable.LOST}"
+        yield f"{listed(lost, 1)} stay as they are: {adaptable.LOST}"
     homeless = [name for name in places if places[name] is None and not _numbered([name])]
     if homeless and not stated:
         yield (
             f"config.json names no architecture: it will load as {type(model).__name__}, which has "
-            f"no place for {_listed(homeless)}"
+            f"no place for {listed(homeless, 1)}"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _reason(

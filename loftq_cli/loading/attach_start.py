@@ -13,20 +13,10 @@ import torch
 from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
-from loftq_cli.errors import (
-    CorruptFileError,
-    InputError,
-    SourceNotFoundError,
-)
+from loftq_cli.errors import CorruptFileError, InputError, SourceNotFoundError, listed
 from loftq_cli.families.classes import takes_text
 from loftq_cli.families.experts import is_expert
-from loftq_cli.families.names import (
-    key_mapping,
-    places,
-    places_of_parameters,
-    prefix_of,
-    tied,
-)
+from loftq_cli.families.names import key_mapping, places, places_of_parameters, prefix_of, tied
 from loftq_cli.families.parts import left_out
 from loftq_cli.families.tasks import task_type
 from loftq_cli.layouts import adapter as adapters
@@ -109,7 +99,7 @@ def attach_start(
     parts = [stored[name] for name in stored if is_expert(name) and name not in taken]
     with TensorFile(file) as reader:
         unfused = _unfused({name: loaded[name] for name in fused}, parts, reader)
-        lost = {name for name in expected if _differ(loaded[name], reader.read(expected[name]))}
+        lost = {name for name in expected if differs(loaded[name], reader.read(expected[name]))}
     _refuse(unfused, "PEFT did not fuse", file)
     _refuse(lost, "PEFT did not load", file)
     return model
@@ -139,7 +129,7 @@ def _homes(backbone: Any, parameters: Iterable[str], file: Path) -> dict[str, st
     return {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in ends}
 
 
-def _differ(loaded: torch.Tensor, stored: torch.Tensor) -> bool:
+def differs(loaded: torch.Tensor, stored: torch.Tensor) -> bool:
     """Whether PEFT has something else than the file, dtypes apart. What is on disk is trusted."""
     return not loaded.is_meta and not torch.equal(loaded.cpu(), stored.to(loaded.dtype))
 
@@ -159,8 +149,7 @@ def _tensors(file: Path) -> dict[str, StoredTensor]:
 
 def _refuse(names: set[str], what: str, file: Path) -> None:
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise InputError(
-            f"{file}: {what} {', '.join(sorted(names)[:3])}{more}",
+            f"{file}: {what} {listed(sorted(names))}",
             hint="load the class that config.json names, without auto_class",
         )

@@ -7,24 +7,22 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loftq_cli.checkpoint.header import HeaderError, StoredTensor, read_header
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.small_file import read_json
-from loftq_cli.errors import CorruptFileError, InputError, SourceNotFoundError
+from loftq_cli.errors import CorruptFileError, InputError, SourceNotFoundError, listed
 from loftq_cli.families.names import key_mapping, places, prefix_of
 from loftq_cli.families.token_tables import input_embeddings
 from loftq_cli.layouts import adapter
 from loftq_cli.layouts.trained import SAVE_BOTH, WRAPPERS, refuse_other_forms
 from loftq_cli.layouts.trained_config import check_tokens, token_indices
+from loftq_cli.loading.attach_start import differs
 from loftq_cli.loading.trained_beside import refuse_other_conversion
 
 _TOKENS = ".token_adapter."
 _INSIDE = (".lora_", _TOKENS, ".base_layer.", *WRAPPERS)
 _TABLE = re.compile(r"(?:\.token_adapter)?(?:\.base_layer)?\.weight")
-_MOST_SHOWN = 3
 _OTHER = "load the class that was trained, on the conversion that it was trained on"
 
 
@@ -147,16 +145,11 @@ def _check(
     _refuse(wanted.keys() - loaded.keys(), "PEFT found no place for", file)
     with TensorFile(file) as reader:
         lost = {
-            name
-            for name, tensor in wanted.items()
-            if not loaded[name].is_meta
-            and not torch.equal(loaded[name].cpu(), reader.read(tensor).to(loaded[name].dtype))
+            name for name, tensor in wanted.items() if differs(loaded[name], reader.read(tensor))
         }
     _refuse(lost, "PEFT did not load", file)
 
 
 def _refuse(names: set[str], what: str, file: Path) -> None:
     if names:
-        more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-        listed = ", ".join(sorted(names)[:_MOST_SHOWN])
-        raise InputError(f"{file}: {what} {listed}{more}", hint=_OTHER)
+        raise InputError(f"{file}: {what} {listed(sorted(names))}", hint=_OTHER)

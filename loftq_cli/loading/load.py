@@ -10,16 +10,10 @@ from typing import Any
 
 from loftq_cli.checkpoint.output import Output, open_output, require_backbone
 from loftq_cli.checkpoint.small_file import read_json
-from loftq_cli.errors import (
-    InputError,
-    SourceNotFoundError,
-    UnsupportedInputError,
-)
+from loftq_cli.errors import InputError, SourceNotFoundError, UnsupportedInputError
 from loftq_cli.families.blocks import stack_of
 from loftq_cli.families.classes import model_class
-from loftq_cli.families.names import (
-    places,
-)
+from loftq_cli.families.names import places
 from loftq_cli.families.parts import config_for
 from loftq_cli.layouts.base import Layout, matrix_of
 from loftq_cli.layouts.registry import layout_class

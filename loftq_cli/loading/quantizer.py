@@ -17,7 +17,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from loftq_cli.errors import CorruptFileError, UnsupportedInputError
+from loftq_cli.errors import CorruptFileError, UnsupportedInputError, listed
 from loftq_cli.families.experts import FUSED, part_of
 from loftq_cli.families.modules import kind_of
 from loftq_cli.families.names import key_mapping, places, places_of_experts, prefix_of, tied
@@ -105,7 +105,7 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
         }
         if lost:
             warnings.warn(
-                f"PeftModel.from_pretrained cannot attach the adapter of {_listed(lost)} to "
+                f"PeftModel.from_pretrained cannot attach the adapter of {listed(lost)} to "
                 f"{type(model).__name__}: use loftq_cli.load",
                 DetachedAdapter,
                 stacklevel=2,
@@ -141,7 +141,7 @@ class LoftqQuantizer(HfQuantizer):  # type: ignore[misc]
         missing += waiting(model, self.quantization_config.modules)
         if missing:
             raise CorruptFileError(
-                f"the checkpoint lacks {_listed(missing)}", hint="convert the model again"
+                f"the checkpoint lacks {listed(missing)}", hint="convert the model again"
             )
         take_over_all(model, self.quantization_config.modules)
         _refuse_shared(model)
@@ -182,7 +182,7 @@ def _names(modules: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[s
     if lost:
         what = modules[lost[0]].get("kind", "linear layer")
         raise UnsupportedInputError(
-            f"{type(model).__name__} has no {what} {_listed(lost)}, "
+            f"{type(model).__name__} has no {what} {listed(lost)}, "
             "which the checkpoint holds quantized",
             hint="load it with the class that config.json names under architectures",
         )
@@ -206,7 +206,7 @@ def _take_over_experts(
     placed = {name for parts in by_place.values() for name in parts.values()}
     if lost := sorted(modules.keys() - placed):
         raise UnsupportedInputError(
-            f"{type(model).__name__} has no experts {_listed(lost)}, which the checkpoint holds "
+            f"{type(model).__name__} has no experts {listed(lost)}, which the checkpoint holds "
             "quantized",
             hint="load it with the class that config.json names under architectures",
         )
@@ -267,11 +267,6 @@ def _refuse_unknown(where: str, keys: Any) -> None:
 
 def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def register(registry: Any) -> None:

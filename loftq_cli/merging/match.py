@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor
-from loftq_cli.errors import InputError
+from loftq_cli.errors import InputError, listed
 from loftq_cli.families.experts import FUSED, part_of
 from loftq_cli.families.kinds import turned_shape
 from loftq_cli.layouts.adapter import PREFIX
@@ -199,9 +199,8 @@ def _is_same_bias(parts: Parts, name: str, first: StoredTensor, second: StoredTe
 
 def _refuse_homeless(file: Path, names: Sequence[str]) -> None:
     if names:
-        more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-        listed = ", ".join(repr(name) for name in names[:_MOST_SHOWN])
-        raise InputError(f"{file}: the backbone has no place for {listed}{more}", hint=OTHER)
+        homeless = listed([repr(name) for name in names], _MOST_SHOWN)
+        raise InputError(f"{file}: the backbone has no place for {homeless}", hint=OTHER)
 
 
 def refuse_incomplete(parts: Parts, placed: Placed) -> None:

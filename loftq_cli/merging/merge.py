@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.output import open_output, require_backbone
 from loftq_cli.checkpoint.reader import TensorFile, pieces_of
 from loftq_cli.checkpoint.source import CONFIG, INDEX, open_source
 from loftq_cli.checkpoint.writer import GrowingShard, index_of
-from loftq_cli.errors import UsageError
+from loftq_cli.errors import UsageError, listed
 from loftq_cli.layouts import adapter as adapters
 from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
 from loftq_cli.loading.intact import check_start
@@ -127,8 +127,7 @@ def _keep_adapter(output: Path, final: Path, trained: TrainedAdapter) -> None:
 def _remark(plan: MergePlan, observer: Observer) -> None:
     bare = _without_adapter(plan)
     if bare:
-        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
-        observer.note(f"the adapter has nothing for {bare[0]}{more}: merged as quantized")
+        observer.note(f"the adapter has nothing for {listed(bare, 1)}: merged as quantized")
     if plan.added:
         observer.note(f"the adapter brings {', '.join(_added(plan))}")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.source import Source
-from loftq_cli.errors import UnsupportedInputError, UsageError
+from loftq_cli.errors import UnsupportedInputError, UsageError, listed
 from loftq_cli.families.anatomy import Anatomy, anatomy
 from loftq_cli.families.architecture import kind_of, shared_with
 from loftq_cli.families.experts import is_expert
@@ -17,13 +17,7 @@ from loftq_cli.numerics.quantizers import methods
 from loftq_cli.numerics.variant import Variant
 from loftq_cli.planning.choices import choose_devices
 from loftq_cli.planning.given import Given
-from loftq_cli.planning.make import (
-    anatomy_of,
-    check_statistics,
-    settled,
-    stored,
-    surroundings_of,
-)
+from loftq_cli.planning.make import anatomy_of, check_statistics, settled, stored, surroundings_of
 from loftq_cli.planning.pairs import paired
 from loftq_cli.planning.plan import Plan, PlannedShard
 from loftq_cli.planning.selection import Selection, excluded, select
@@ -85,8 +79,7 @@ def adapted_remarks(plan: Plan) -> Iterator[str]:
     kept = plan.selection.kept
     left = [t.name for t, reason in kept if reason.startswith((_EXPERT, _NO_ADAPTER))]
     if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        yield f"without an adapter, though quantized: {left[0]}{more}"
+        yield f"without an adapter, though quantized: {listed(left, 1)}"
     if given.raw.revision is None and not plan.recipe.base_model:
         yield (
             f"the adapter's config names the path {given.raw.directory}: --base-model names the "

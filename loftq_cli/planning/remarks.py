@@ -12,7 +12,7 @@ from loftq_cli.checkpoint.companions import companions
 from loftq_cli.checkpoint.pipeline import modules
 from loftq_cli.checkpoint.small_file import read_json
 from loftq_cli.checkpoint.source import Source
-from loftq_cli.errors import InputError
+from loftq_cli.errors import InputError, listed
 from loftq_cli.families import experts
 from loftq_cli.planning.adapted import adapted_remarks
 from loftq_cli.planning.plan import Plan
@@ -175,5 +175,4 @@ def _modules(source: Source) -> Iterator[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-    return ", ".join(names[:_MOST_SHOWN]) + more
+    return listed(names, _MOST_SHOWN)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from loftq_cli.checkpoint.header import shown
-from loftq_cli.errors import MissingStatisticsError, SourceChangedError, StatisticsError
+from loftq_cli.errors import MissingStatisticsError, SourceChangedError, StatisticsError, listed
 from loftq_cli.machine.durable import explained, file_sha256, utc
 
 Kind = Literal["diagonal", "full"]
@@ -21,7 +21,6 @@ FULL: Kind = "full"
 
 _ROWS = 128  # compared at once, in the cache
 _ASYMMETRY = 1e-4  # of the largest value: what float32 products of a few million tokens may show
-_MOST_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,8 @@ class Statistics:
         """
         missing = [name for name in widths if name not in self.matrices]
         if missing:
-            more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
-            listed = ", ".join(shown(name) for name in missing[:_MOST_SHOWN])
-            raise MissingStatisticsError(f"{self.path}: nothing for tensor {listed}{more}")
+            named = listed([shown(name) for name in missing])
+            raise MissingStatisticsError(f"{self.path}: nothing for tensor {named}")
         for name, width in widths.items():
             measured = self.entry(name).in_features
             if measured != width:

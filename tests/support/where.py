@@ -72,7 +72,6 @@ TESTED_BY = {
     "twins/making.py": "test_twins.py",
     "twins/places.py": "test_twins.py",
     "conversion/subject.py": "conversion/test_journal.py",
-    "errors.py": "cli/test_guard.py",
     "exporting/adapter.py": "exporting/test_export.py",
     "exporting/gguf/adapter.py": "exporting/gguf/test_export.py",
     "exporting/mlx/adapter.py": "exporting/mlx/test_export.py",

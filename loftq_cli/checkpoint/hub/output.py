@@ -20,10 +20,10 @@ from loftq_cli.errors import (
     EnvironmentFailure,
     SourceNotFoundError,
     UnsupportedInputError,
+    listed,
 )
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_MOST_SHOWN = 3
 
 
 class Listener(Protocol):
@@ -174,5 +174,4 @@ def _holding(files: Collection[str]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-    return ", ".join(shown(name) for name in names[:_MOST_SHOWN]) + more
+    return listed([shown(name) for name in names])

@@ -12,7 +12,7 @@ from loftq_cli.checkpoint.dtypes import torch_dtype
 from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import Source
-from loftq_cli.errors import InputError, LayoutError
+from loftq_cli.errors import InputError, LayoutError, listed
 from loftq_cli.exporting.gguf import blocks
 from loftq_cli.exporting.gguf.file import BF16, F16, GgufFile, GgufTensor, Kind
 from loftq_cli.exporting.gguf.rows import DTYPES, Found, Index, Unclear, fingerprints, sampled
@@ -187,11 +187,10 @@ def _refuse_lost(
     homes = {name for place in found.values() for name in place.matrices}
     lost = [name for name in codes.names if name not in homes]
     if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         hint = "give the checkpoint that the skeleton was made of with --source"
         if original is not None:
             hint = "make the skeleton of the model that was converted"
-        raise InputError(f"{skeleton.path}: no rows of {lost[0]}{more} are in it", hint=hint)
+        raise InputError(f"{skeleton.path}: no rows of {listed(lost, 1)} are in it", hint=hint)
     for name in codes.names:
         rows = sum(
             int((place.owners == place.matrices.index(name)).sum())

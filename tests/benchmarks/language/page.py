@@ -50,9 +50,7 @@ def plain(perplexity: float) -> str:
     if perplexity < 1e7:
         return f"{perplexity:,.0f}"
     digits, _, power = f"{perplexity:.1e}".partition("e+")
-    return (
-        f"{digits} \u00b7 10{str(int(power)).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
-    )
+    return f"{digits} \u00b7 10{power.lstrip('0').translate(_RAISED)}"
 
 
 def write(rows: Mapping[str, Row]) -> None:
