@@ -9,7 +9,6 @@ stay. The gradient of a loss for W, which any model gives for its weight, is all
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -56,9 +55,11 @@ class Fixed:
         return self._with_product(self._values.clone())
 
     def pull(self, grad: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The gradient for every parameter, given that for W, float32 (out, in)."""
-        scaled = grad * self._pair.scaling
-        return {"A": self.parameters["B"].T @ scaled, "B": scaled @ self.parameters["A"].T}
+        """The gradient for every parameter, given that for W as :meth:`weight` last gave it,
+        float32 (out, in)."""
+        A, B = self.parameters["A"], self.parameters["B"]
+        found = {"A": B.T @ grad, "B": grad @ A.T}
+        return {name: gradient.mul_(self._pair.scaling) for name, gradient in found.items()}
 
     def settle(self) -> None:
         """Keep the parameters in their range, after a step."""
@@ -77,10 +78,12 @@ class Scaled(Fixed):
         super().__init__(quantized.scales, pair)
         self._start = quantized
         self._portable = is_portable(quantized.scales)
+        self._units: torch.Tensor | None = None
         self.parameters["scales"] = torch.zeros_like(quantized.scales)
 
     def weight(self) -> torch.Tensor:
-        return self._with_product(self._flat(self._unscaled() * self.scales()[:, None]))
+        self._units = self._unscaled()
+        return self._with_product(self._flat(self._units * self.scales()[:, None]))
 
     def scales(self) -> torch.Tensor:
         """The scales, portable ones if those at the start were: where they would leave the range of
@@ -90,7 +93,8 @@ class Scaled(Fixed):
         return where_kept(portable(scales), held) if self._portable else scales
 
     def pull(self, grad: torch.Tensor) -> dict[str, torch.Tensor]:
-        gradient = torch.linalg.vecdot(self._unscaled(), self._blocks(grad))
+        units = self._unscaled() if self._units is None else self._units
+        gradient = torch.linalg.vecdot(units, self._blocks(grad))
         return {**super().pull(grad), "scales": gradient.mul_(self.scales())}
 
     def settle(self) -> None:
@@ -102,11 +106,7 @@ class Scaled(Fixed):
 
     def _unscaled(self) -> torch.Tensor:
         """What scales are multiplied with, (blocks, size)."""
-        return self._units
-
-    @functools.cached_property
-    def _units(self) -> torch.Tensor:
-        return self._blocks(self._start.unscaled())
+        return self._blocks(self._start.unscaled()) if self._units is None else self._units
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
         """One value a block to one an element, (out, in)."""
@@ -145,6 +145,8 @@ class Latent(Scaled):
         lies in the bin of today's code, without it in the middle."""
         super().__init__(quantized, pair)
         self._step = _spacing(quantized)
+        low, high = self._bins()
+        self._range = float(low.min()), float(high.max())
         self.parameters["codes"] = self._begin(original)
 
     def _begin(self, original: torch.Tensor | None) -> torch.Tensor:
@@ -176,8 +178,7 @@ class Latent(Scaled):
 
     def settle(self) -> None:
         super().settle()
-        low, high = self._bins()
-        self.parameters["codes"].clamp_(low.min(), high.max())
+        self.parameters["codes"].clamp_(*self._range)
 
     def quantized(self) -> Quantized:
         return replace(super().quantized(), codes=self.codes())

@@ -174,7 +174,7 @@ def _step(
     total = sum(torch.stack(losses).tolist())  # a device is waited for once
     finite = all(world.gathered(math.isfinite(total)))
     if finite:
-        gradients = (item.parameter.grad for item in placed)
+        gradients = (item.gradient for item in placed)
         world.add_halves([gradient for gradient in gradients if gradient is not None])
         trainer.step()
     return finite
@@ -183,18 +183,16 @@ def _step(
 def _gradients(
     placed: Sequence[Placed], loss_of: LossOf, windows: Sequence[int], share: float
 ) -> list[torch.Tensor]:
-    """Leave with the parameters the gradients of the loss of ``windows``, each of which counts for
+    """Leave with ``placed`` the gradients of the loss of ``windows``, each of which counts for
     ``share``; the losses."""
     if len(windows) > 2:
         first, second = halves(windows)
         losses = _gradients(placed, loss_of, first, share)
-        sums = [item.parameter.grad for item in placed]
-        for item in placed:
-            item.parameter.grad = None
+        sums = [item.give_up() for item in placed]
         losses += _gradients(placed, loss_of, second, share)
         for item, gradient in zip(placed, sums, strict=True):
-            if gradient is not None and item.parameter.grad is not None:
-                item.parameter.grad = gradient.add_(item.parameter.grad)
+            if gradient is not None:
+                item.add(gradient)
         return losses
     losses = []
     for window in windows:  # the gradient of the second is added to that of the first

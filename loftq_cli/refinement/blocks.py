@@ -37,7 +37,8 @@ class Blocks:
         conversion, names = self.prepared.conversion, self.matrices[name]
         specs = [spec for each in names for spec in conversion.held[each].specs]
         observer.working_on(name)
-        with resident(self.prepared.model.get_submodule(name)):
+        block = self.prepared.model.get_submodule(name)
+        with resident(block), self.prepared.narrowed(names):
             wanted = self._outputs(name, ORIGINAL, chains)
             record = stages.record(name, specs) if names else {"name": name}
             if record is None:
@@ -72,7 +73,7 @@ class Blocks:
     ) -> dict[str, Any]:
         block = self.prepared.model.get_submodule(name)
         conversion, names = self.prepared.conversion, self.matrices[name]
-        placed = self.prepared.placed(names)
+        placed = self.prepared.placed(names, self.course.rates)
 
         def loss_of(window: int) -> torch.Tensor:
             args, kwargs = chains.given(name, REFINED, window)

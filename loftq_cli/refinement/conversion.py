@@ -144,10 +144,15 @@ class Conversion:
                 )
 
     def begin(
-        self, name: str, device: torch.device, tensors: Mapping[str, torch.Tensor] | None = None
+        self,
+        name: str,
+        device: torch.device,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        *,
+        codes: bool = True,
     ) -> Fixed:
         """The trainable form of a matrix, as it is held, or as :meth:`Held.encoded` gave
-        ``tensors``, on ``device``."""
+        ``tensors``, on ``device``. Without ``codes`` those stay."""
         held = self.held[name]
         pair = self._pair(held) if tensors is None else held.pair_in(tensors)
         tensors = self.stored(name) if tensors is None else tensors
@@ -156,7 +161,8 @@ class Conversion:
         quantized = None if adapted else held.layout.quantized(held.matrix, tensors)
         if quantized is None:
             return Fixed(held.layout.decode(held.matrix, tensors).to(device), pair)
-        if quantized.is_trellis:  # one code for another would be another level for five weights
+        # Of the trellis one code for another would be another level for five weights.
+        if quantized.is_trellis or not codes:
             return Scaled(quantized.to(device), pair)
         return Latent(quantized.to(device), pair, self.weight(name).to(device))
 

@@ -11,9 +11,12 @@ from loftq_cli.families.blocks import block_of
 from loftq_cli.layouts.base import Matrix
 from loftq_cli.refinement.settings import BATCH, HELD
 
-_COPIES = 12
-"""Of a weight, in float32, while it is trained: itself, its gradient and the latent value's, two of
-the optimizer, two snapshots, and what is computed on the way."""
+_OF_BLOCK = 48
+"""Bytes of a weight while its codes are trained, too: itself, its gradient and the latent value's,
+two moments, two snapshots, what its scale is multiplied with, and what is computed on the way."""
+_OF_WHOLE = 24
+"""The same if codes stay: itself, its code and what that stands for, the gradients of two halves of
+a step, and its share of A and B with their gradients, moments and snapshots."""
 _OF_INPUT = 6  # bytes that are kept of a value that goes into a matrix or comes out of it
 _OF_LOGIT = 16
 _FORWARD, _TRAINED = 2, 6  # operations a weight and token: a product, and its two gradients too
@@ -34,17 +37,18 @@ class Size:
 
     def block_memory(self) -> int:
         """Bytes for one block in training."""
-        return self.largest_block * 4 * _COPIES
+        return self.largest_block * _OF_BLOCK
 
     def whole_memory(self, length: int) -> int:
         """Bytes for the whole model in training on windows of ``length`` tokens, whose blocks keep
         nothing but their inputs."""
-        logits = BATCH * length * self.vocabulary * _OF_LOGIT
-        return self.matrices * 4 * _COPIES + self.others * 4 + logits
+        logits = length * self.vocabulary * _OF_LOGIT
+        return self.matrices * _OF_WHOLE + self.others * 4 + logits
 
     def activations(self, length: int) -> int:
-        """Bytes that are kept beyond that if blocks keep everything."""
-        return BATCH * length * self.sides * _OF_INPUT
+        """Bytes that are kept beyond that if blocks keep everything: one window at a time goes
+        through them."""
+        return length * self.sides * _OF_INPUT
 
     def block_operations(self, tokens: int, epochs: int) -> int:
         """Multiplications and additions to refine every block on a text of so many ``tokens``: both

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from loftq_cli.numerics.divergence import divergence
 from loftq_cli.refinement.block import token_loss
 
 LIKELIEST = 128
 """How many tokens' probabilities are known of the original; the others are one."""
-_LEAST = 1e-6  # of the probability of those others
 
 Hold = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,15 +42,5 @@ def distance(output: torch.Tensor, known: Sequence[Told]) -> torch.Tensor:
     values = torch.stack([one.values for one in known]).to(output.device)
     if known[0].tokens is None:
         return token_loss(output, values)
-    tokens = torch.stack([one.tokens for one in known if one.tokens is not None])
-    logits = output.float()
-    ours = logits.gather(2, tokens.to(output.device).long()) - torch.logsumexp(
-        logits, dim=-1, keepdim=True
-    )
-    theirs = values.float()
-    divergence = (theirs.exp() * (theirs - ours)).sum(dim=-1)
-    if values.shape[-1] < output.shape[-1]:
-        rest = (1 - theirs.exp().sum(dim=-1)).clamp_min(_LEAST)
-        remaining = (1 - ours.exp().sum(dim=-1)).clamp_min(_LEAST)
-        divergence = divergence + rest * (rest.log() - remaining.log())
-    return divergence.mean()
+    tokens = torch.stack([one.tokens for one in known if one.tokens is not None]).to(output.device)
+    return divergence(output.flatten(0, 1), values.flatten(0, 1), tokens.flatten(0, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from loftq_cli.calibration.measure import Calibration, class_to_run, prepare
 from loftq_cli.calibration.text_input import runs_on_text
 from loftq_cli.errors import InputError
 from loftq_cli.families.kinds import turned
+from loftq_cli.families.modules import kind_of
 from loftq_cli.numerics.lowrank import fastest_products
 from loftq_cli.refinement.conversion import Conversion, Tensors
 from loftq_cli.refinement.settings import HELD, SAMPLES, Refining
-from loftq_cli.refinement.training import Placed
+from loftq_cli.refinement.training import Placed, Rates
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,33 @@ class Prepared:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Products in bfloat16, where that is fast; nothing is kept of them, as weights change."""
-        fast = fastest_products(self.device) == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self._fast, cache_enabled=False
+        )
+
+    @property
+    def _fast(self) -> bool:
+        return fastest_products(self.device) == torch.bfloat16
+
+    @contextlib.contextmanager
+    def narrowed(self, names: Sequence[str]) -> Iterator[None]:
+        """Within it the matrices ``names`` are in the dtype that products are computed in, and are
+        not converted for every window; all but those that something else reads."""
+        read = {
+            parameter
+            for module in self.model.modules()
+            if kind_of(module) not in ("linear", "conv1d")
+            for parameter in module.parameters(recurse=False)
+        }
+        weights = {*map(self.weight, names)} - read
+        dtypes = [(weight, weight.dtype) for weight in weights] if self._fast else []
+        for weight, _ in dtypes:
+            weight.data = weight.data.bfloat16()
+        try:
+            yield
+        finally:
+            for weight, dtype in dtypes:
+                weight.data = weight.data.to(dtype)
 
     def weight(self, name: str) -> nn.Parameter:
         """The parameter of the model that is the matrix ``name``."""
@@ -79,14 +105,17 @@ class Prepared:
         self.weight(name).copy_(turned(value, self.conversion.held[name].matrix.kind))
 
     def placed(
-        self, names: Sequence[str], begun: Mapping[str, Tensors | None] | None = None
+        self,
+        names: Sequence[str],
+        rates: Rates,
+        begun: Mapping[str, Tensors | None] | None = None,
     ) -> list[Placed]:
-        """The matrices ``names`` to be trained, as their tensors in ``begun`` are, or as the
-        conversion has them."""
+        """The matrices ``names`` to be trained at ``rates``, as their tensors in ``begun`` are, or
+        as the conversion has them."""
         found = []
         for name in names:
             tensors = None if begun is None else begun[name]
-            trained = self.conversion.begin(name, self.device, tensors)
+            trained = self.conversion.begin(name, self.device, tensors, codes=rates.codes > 0)
             matrix = self.conversion.held[name].matrix
             found.append(Placed(matrix, trained, self.weight(name)))
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,28 +39,48 @@ class Rates:
         return {"scales": self.scales, "codes": self.codes}.get(name, self.pair)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Placed:
-    """A matrix and the parameter of the model that is its weight, stored as ``matrix`` says."""
+    """A matrix and the parameter of the model that is its weight, stored as ``matrix`` says.
+    ``gradient``: the sum of the parameter's since it was last given up, float32."""
 
     matrix: Matrix
     latent: Fixed
     parameter: nn.Parameter
+    gradient: torch.Tensor | None = None
+
+    def take(self, parameter: torch.Tensor) -> None:
+        """Add the gradient of the parameter, which gives it up: sums are float32, whatever dtype
+        the model is in."""
+        found, parameter.grad = parameter.grad, None
+        if found is not None:
+            self.add(found)
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add to the gradient."""
+        if self.gradient is None:
+            self.gradient = gradient.float()
+        else:
+            self.gradient.add_(gradient)
+
+    def give_up(self) -> torch.Tensor | None:
+        """The gradient, None if the loss does not depend on the matrix; its sum begins anew."""
+        found, self.gradient = self.gradient, None
+        return found
 
     @torch.no_grad()
     def put(self) -> None:
         """Give the model the weight as it is now."""
-        value = turned(self.latent.weight(), self.matrix.kind)
-        self.parameter.copy_(value.to(self.parameter.dtype))
+        self.parameter.copy_(turned(self.latent.weight(), self.matrix.kind))
 
     @torch.no_grad()
     def pull(self) -> dict[str, torch.Tensor]:
-        """The gradients of the latent's parameters; the model's own is given up. A matrix that the
-        loss does not depend on has none."""
-        grad, self.parameter.grad = self.parameter.grad, None
-        if grad is None:
+        """The gradients of the latent's parameters; that of the weight is given up. A matrix that
+        the loss does not depend on has none."""
+        gradient = self.give_up()
+        if gradient is None:
             return {}
-        return self.latent.pull(turned(grad, self.matrix.kind).float().contiguous())
+        return self.latent.pull(turned(gradient, self.matrix.kind).contiguous())
 
 
 Snapshot = Sequence[Mapping[str, torch.Tensor]]
@@ -82,17 +103,22 @@ class Trainer:
         self._lengths = [rates.of(name) * _unit(item.latent, name) for item, name, _ in self._named]
         groups = [{"params": [tensor]} for _, _, tensor in self._named]
         self._optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPS, fused=True)
+        self._hooks: list[Any] = []
 
     def __enter__(self) -> Trainer:
         for item in self._placed:
             item.parameter.requires_grad_(True)
+            hook = item.parameter.register_post_accumulate_grad_hook(item.take)  # type: ignore[no-untyped-call]
+            self._hooks.append(hook)
             item.put()
         return self
 
     def __exit__(self, *raised: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
         for item in self._placed:
             item.parameter.requires_grad_(False)
-            item.parameter.grad = None
+            item.parameter.grad = item.gradient = None
 
     @torch.no_grad()
     def step(self) -> None:

@@ -53,8 +53,9 @@ class Whole:
             return distance(output, [self.known[window]])
 
         begins = {name: stages.begun(conversion.held[name].specs, begun) for name in names}
-        placed = self.prepared.placed(names, begins)
-        with checkpointed([model.get_submodule(name) for name in self.blocks]):
+        placed = self.prepared.placed(names, self.course.rates, begins)
+        blocks = [model.get_submodule(name) for name in self.blocks]
+        with self.prepared.narrowed(names), checkpointed(blocks):
             outcome = train(
                 placed,
                 loss_of,

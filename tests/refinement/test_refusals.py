@@ -87,7 +87,8 @@ def test_a_conversion_without_a_start_is_refused(place: Path) -> None:
 def test_too_little_memory_and_disk_are_told_before_anything_is_written(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost, "_COPIES", 1 << 40)
+    monkeypatch.setattr(cost, "_OF_BLOCK", 1 << 40)
+    monkeypatch.setattr(cost, "_OF_WHOLE", 1 << 40)
     with pytest.raises(EnvironmentFailure, match=r"the largest block: .* of memory needed"):
         refine(place, "llama-out", "refused")
     with pytest.raises(EnvironmentFailure, match=r"the whole model, end to end: .* needed"):
