@@ -84,14 +84,14 @@ class Prepared:
             for parameter in module.parameters(recurse=False)
         }
         weights = {*map(self.weight, names)} - read
-        dtypes = [(weight, weight.dtype) for weight in weights] if self._fast else []
-        for weight, _ in dtypes:
-            weight.data = weight.data.bfloat16()
+        wide = [(weight, weight.data) for weight in weights if weight.dtype != torch.bfloat16]
+        for weight, values in wide if self._fast else ():
+            weight.data = values.bfloat16()
         try:
             yield
         finally:
-            for weight, dtype in dtypes:
-                weight.data = weight.data.to(dtype)
+            for weight, values in wide:
+                weight.data = values.copy_(weight.data)
 
     def weight(self, name: str) -> nn.Parameter:
         """The parameter of the model that is the matrix ``name``."""
