@@ -18,7 +18,7 @@ _OF_WHOLE = 24
 """The same if codes stay: itself, its code and what that stands for, the gradients of two halves of
 a step, and its share of A and B with their gradients, moments and snapshots."""
 _OF_INPUT = 6  # bytes that are kept of a value that goes into a matrix or comes out of it
-_OF_LOGIT = 16
+_OF_LOGIT = 12
 _FORWARD, _TRAINED = 2, 6  # operations a weight and token: a product, and its two gradients too
 
 

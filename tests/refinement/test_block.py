@@ -94,6 +94,22 @@ def test_training_lowers_the_loss_and_tells_of_it() -> None:
     assert line.parameter.grad is None
 
 
+def test_gradients_of_narrow_weights_are_summed_in_float32() -> None:
+    """256 and 1 are 257, which bfloat16 has no value for."""
+    item = Line().placed[0]
+    item.parameter.data = item.parameter.data.bfloat16()
+    item.parameter.requires_grad_()
+    item.parameter.register_post_accumulate_grad_hook(item.take)
+    for factor in (256.0, 1.0, 1.0):
+        (item.parameter * factor).sum().backward()
+    assert item.parameter.grad is None
+    found = item.give_up()
+    assert found is not None
+    assert found.dtype == torch.float32
+    assert torch.equal(found, torch.full((4, 4), 258.0))
+    assert item.give_up() is None
+
+
 @pytest.mark.parametrize("unit", [2.0**-12, 2.0**8])
 def test_how_large_weights_are_makes_no_difference(unit: float) -> None:
     found = []

@@ -103,6 +103,18 @@ def test_end_to_end_after_the_blocks(place: Path) -> None:
     assert loftq_cli.inspect(place / "both", verify=True)["refined"]["end_to_end"] == told
 
 
+@pytest.mark.parametrize("layout", ["loftq", "gptq", "int8"])
+def test_end_to_end_codes_stay(place: Path, layout: str) -> None:
+    before, after = f"{layout}-begun", f"{layout}-ended"
+    loftq_cli.convert(place / "llama", place / before, **{**SETTINGS, **LAYOUTS[layout]})
+    told = refine(place, before, after, epochs=0, end_to_end=16)["end_to_end"]
+    assert told["held_after"] < told["held_before"]
+    old, new = (stored(place / name) for name in (before, after))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed
+    assert all("scale" in name or "absmax" in name for name in changed)
+
+
 def test_activations_beyond_the_limit_go_to_the_disk_and_nothing_changes(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,7 +152,6 @@ TESTED_BY = {
     "planning/unused.py": "cli/test_remarks.py",
     "refinement/blocks.py": "refinement/test_refine.py",
     "refinement/conversion.py": "refinement/test_refine.py",
-    "refinement/model.py": "refinement/test_refine.py",
     "refinement/room.py": "refinement/test_refine.py",
     "refinement/run.py": "refinement/test_refine.py",
     "refinement/settings.py": "refinement/test_refine.py",
