@@ -76,7 +76,8 @@ class Prepared:
     @contextlib.contextmanager
     def narrowed(self, names: Sequence[str]) -> Iterator[None]:
         """Within it the matrices ``names`` are in the dtype that products are computed in, and are
-        not converted for every window; all but those that something else reads."""
+        not converted for every window; all but those that something else reads. Those that were
+        converted are what they were after it."""
         read = {
             parameter
             for module in self.model.modules()
@@ -84,14 +85,18 @@ class Prepared:
             for parameter in module.parameters(recurse=False)
         }
         weights = {*map(self.weight, names)} - read
-        wide = [(weight, weight.data) for weight in weights if weight.dtype != torch.bfloat16]
-        for weight, values in wide if self._fast else ():
+        wide = [
+            (weight, weight.data)
+            for weight in weights
+            if self._fast and weight.dtype != torch.bfloat16 and not weight.is_meta  # offloaded
+        ]
+        for weight, values in wide:
             weight.data = values.bfloat16()
         try:
             yield
         finally:
             for weight, values in wide:
-                weight.data = values.copy_(weight.data)
+                weight.data = values
 
     def weight(self, name: str) -> nn.Parameter:
         """The parameter of the model that is the matrix ``name``."""

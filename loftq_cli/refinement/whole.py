@@ -80,9 +80,10 @@ def known_of(
     called for each."""
     call, logits = called(prepared.model, prepared.device, _OPTION), predicts(prepared.model)
     found = {}
-    for window in windows:
-        with prepared.autocast():
-            output = call(prepared.windows[window][None])[0]
-        found[window] = told(output, hold, logits=logits)
-        advance()
+    with prepared.narrowed(list(prepared.calibration.layers)):
+        for window in windows:
+            with prepared.autocast():
+                output = call(prepared.windows[window][None])[0]
+            found[window] = told(output, hold, logits=logits)
+            advance()
     return found

@@ -41,13 +41,20 @@ def test_what_is_only_multiplied_with_is_in_the_dtype_of_products(
     head.weight = table.weight
     found = prepared(linear=nn.Linear(8, 8), turned=Conv1D(), table=table, head=head)
     held = [found.weight(name).data_ptr() for name in NAMES]
-    value = torch.full((8, 8), 1 + 2.0**-7)
+    values = found.weight("linear").detach().clone()
     with found.narrowed(NAMES):
         kept = torch.float32
         assert [found.weight(name).dtype for name in NAMES] == [fast, fast, kept, kept]
-        found.weight("linear").data.copy_(value)
+        torch.testing.assert_close(found.weight("linear").data.float(), values, rtol=1e-2, atol=0)
     assert [found.weight(name).data_ptr() for name in NAMES] == held
-    assert torch.equal(found.weight("linear").data, value)
+    assert torch.equal(found.weight("linear").data, values)
+
+
+def test_what_is_offloaded_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "fastest_products", lambda device: torch.bfloat16)
+    found = prepared(linear=nn.Linear(8, 8, device="meta"))
+    with found.narrowed(["linear"]):
+        assert found.weight("linear").dtype == torch.float32
 
 
 def test_weights_that_are_narrow_already_stay_where_they_are(
