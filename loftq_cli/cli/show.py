@@ -293,7 +293,7 @@ def refinement(result: Mapping[str, Any], *, as_json: bool) -> None:
         losses = f"{end['held_before']:.4f} -> {end['held_after']:.4f} on text held out"
         pairs.append(("end to end", f"{losses}, after {end['kept']} of {end['steps']} steps"))
     pairs += [
-        ("residual", f"{result['relative_residual']:.4f} of the weights, which is to rise"),
+        ("residual", f"{result['relative_residual']:.4f} of the weights, expected to rise"),
         ("time", f"{result['seconds']:.1f} s on {result['device']}"),
     ]
     console.pairs(f"wrote {result['output']}", pairs)
