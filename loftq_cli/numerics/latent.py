@@ -78,11 +78,10 @@ class Scaled(Fixed):
         super().__init__(quantized.scales, pair)
         self._start = quantized
         self._portable = is_portable(quantized.scales)
-        self._units: torch.Tensor | None = None
+        self._units = self._blocks(quantized.unscaled())  # what scales are multiplied with
         self.parameters["scales"] = torch.zeros_like(quantized.scales)
 
     def weight(self) -> torch.Tensor:
-        self._units = self._unscaled()
         return self._with_product(self._flat(self._units * self.scales()[:, None]))
 
     def scales(self) -> torch.Tensor:
@@ -93,8 +92,7 @@ class Scaled(Fixed):
         return where_kept(portable(scales), held) if self._portable else scales
 
     def pull(self, grad: torch.Tensor) -> dict[str, torch.Tensor]:
-        units = self._unscaled() if self._units is None else self._units
-        gradient = torch.linalg.vecdot(units, self._blocks(grad))
+        gradient = torch.linalg.vecdot(self._units, self._blocks(grad))
         return {**super().pull(grad), "scales": gradient.mul_(self.scales())}
 
     def settle(self) -> None:
@@ -103,10 +101,6 @@ class Scaled(Fixed):
     def quantized(self) -> Quantized:
         """Codes and scales as they are now."""
         return replace(self._start, scales=self.scales())
-
-    def _unscaled(self) -> torch.Tensor:
-        """What scales are multiplied with, (blocks, size)."""
-        return self._blocks(self._start.unscaled()) if self._units is None else self._units
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
         """One value a block to one an element, (out, in)."""
@@ -163,6 +157,10 @@ class Latent(Scaled):
         codes = held.codes.long()
         return wanted.clamp((low + margin)[codes], (high - margin)[codes])
 
+    def weight(self) -> torch.Tensor:
+        self._units = self._unscaled()
+        return super().weight()
+
     def codes(self) -> torch.Tensor:
         """The codes as they are stored, uint8 (out, in)."""
         latent, held = self.parameters["codes"], self._start
@@ -201,6 +199,7 @@ class Latent(Scaled):
         return low, high
 
     def _unscaled(self) -> torch.Tensor:
+        """What scales are multiplied with, of the codes as they are now, (blocks, size)."""
         held = self._start
         if held.levels is not None:
             return self._blocks(held.levels[self.codes().int()])

@@ -128,7 +128,8 @@ class Run:
                 self.observer.count(count, "blocks")
             try:
                 hold = on_disk(folder)
-                known = known_of(ready, used, hold, lambda: self.observer.advance(looked))
+                advance = self.observer.advance
+                known = known_of(ready, used, hold, lambda: advance(looked)) if used else {}
                 whole = Whole(ready, known, again, end_course, cost, self.world)
                 if self.wanted.epochs:
                     own = course.used(self.world)
