@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loftq_cli.cli import show
+from loftq_cli.cli import show, show_plan
 from loftq_cli.cli.guard import CONTEXT, guarded
 from loftq_cli.cli.narrator import Narrator
 from loftq_cli.cli.options import (
@@ -100,7 +100,7 @@ def adapt(
     )
     if dry_run:
         say_remarks(plan, narrator)
-        show.plan(describe(plan, path), as_json=as_json)
+        show_plan.plan(describe(plan, path), as_json=as_json)
         return
     outcome = run(plan, path, overwrite=overwrite, observer=narrator)
     if outcome.nothing_to_do:

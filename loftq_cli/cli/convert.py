@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loftq_cli.cli import console, show
+from loftq_cli.cli import console, show, show_plan
 from loftq_cli.cli.guard import CONTEXT, ExpandedPath, guarded
 from loftq_cli.cli.narrator import Narrator
 from loftq_cli.cli.options import (
@@ -232,4 +232,4 @@ def _show(plan: Plan, path: Path, narrator: Narrator, *, as_json: bool) -> None:
     from loftq_cli.planning.describe import describe
 
     say_remarks(plan, narrator)
-    show.plan(describe(plan, path), as_json=as_json)
+    show_plan.plan(describe(plan, path), as_json=as_json)

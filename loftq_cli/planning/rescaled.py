@@ -9,40 +9,25 @@ as both sides have the same; what cannot be explained so is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
 
 import torch
 
-from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor
-from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.errors import InputError, UnsupportedInputError
-from loftq_cli.families.architecture import kind_of
 from loftq_cli.families.blocks import block_of
-from loftq_cli.families.experts import is_expert
-from loftq_cli.families.kinds import turned, turned_shape
 from loftq_cli.families.readers import Readers, norm_readers
-from loftq_cli.layouts.base import Matrix
 from loftq_cli.layouts.rescaled import Rescaled, Rescaling
 from loftq_cli.machine.observer import Observer
-from loftq_cli.numerics.finite import computable
 from loftq_cli.numerics.rescaling import Scales, counterpart, fit
-from loftq_cli.planning.pairs import ROUNDING
 from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.sides import HINT, Sides, alike
 
 _SMALLEST = 2**-14
 """Smaller values have fewer than 11 bits in float16: they say little of a scale."""
 _OFF = 0.25
 """The most that a scale may differ from what a bias says of it."""
-_STEP = 2**-24
-"""The least that two float16 numbers differ by."""
-_HINT = (
-    "give the model that the backbone was made from, or take a backbone that was not rescaled "
-    "(GPTQ, AutoRound, bitsandbytes)"
-)
 
 
 def find_rescaling(plan: Plan, observer: Observer) -> Rescaling:
@@ -53,7 +38,7 @@ def find_rescaling(plan: Plan, observer: Observer) -> Rescaling:
     Raises InputError for a difference that no rescaling explains, UnsupportedInputError if the
     model cannot be followed, and what reading raises.
     """
-    sides = _Sides(plan)
+    sides = Sides(plan)
     changed = sides.changed()
     if not changed:
         return Rescaling()
@@ -78,75 +63,6 @@ def find_rescaling(plan: Plan, observer: Observer) -> Rescaling:
     )
 
 
-class _Sides:
-    """The source and the backbone of ``plan``, tensor by tensor."""
-
-    def __init__(self, plan: Plan) -> None:
-        assert plan.given is not None
-        self.plan, self.given = plan, plan.given
-        self._quantized = self.given.reader()
-        self._places = plan.source.stored
-
-    @cached_property
-    def homes(self) -> Mapping[str, str]:
-        """Names of modules in the source by what they are in memory."""
-        names = self.plan.anatomy.names
-        return {names.get(n, n).rpartition(".")[0]: n.rpartition(".")[0] for n in self._places}
-
-    def changed(self) -> list[str]:
-        """The vectors that differ: weights of norms, and biases."""
-        found = []
-        for name, (_, tensor) in self._places.items():
-            if len(tensor.shape) == 1 and name.endswith((".weight", ".bias")):
-                both = self.vectors(name)
-                if both is not None and not _alike(*both):
-                    found.append(name)
-        return found
-
-    def vectors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A vector of the source and the backbone's, float64; None if one of them has none, or not
-        in floating point."""
-        other = self.plan.pairs.get(name)
-        if name not in self._places or other is None or other.name not in self.given.stored:
-            return None
-        both = [self._places[name], self.given.stored[other.name]]
-        if any(tensor.dtype not in FLOATS or not tensor.elements for _, tensor in both):
-            return None
-        ours, theirs = (_read(path, tensor).double() for path, tensor in both)
-        return None if ours.shape != theirs.shape else (ours, theirs)
-
-    @cached_property
-    def compared(self) -> Mapping[str, StoredTensor]:
-        """The matrices of linear layers that are in both, by name."""
-        return {t.name: t for t in self.plan.source.tensors if self._is_compared(t)}
-
-    def _is_compared(self, tensor: StoredTensor) -> bool:
-        other = self.plan.pairs.get(tensor.name)
-        if other is None or len(tensor.shape) != 2 or not tensor.name.endswith(".weight"):
-            return False
-        held = self.given.is_quantized(other) or other.dtype in FLOATS
-        kind = kind_of(tensor.name, self.plan.source.config.content)
-        return held and kind != "embedding" and not is_expert(tensor.name)
-
-    def matrices(self, tensor: StoredTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """W and Q, float32 (out, in)."""
-        kind = kind_of(tensor.name, self.plan.source.config.content)
-        path = self._places[tensor.name][0]
-        weight = computable(_read(path, tensor), f"{path}: tensor {tensor.name!r}")
-        shape = turned_shape((tensor.shape[0], tensor.shape[1]), kind)
-        wanted = Matrix(tensor.name, shape, tensor.dtype, "", 0, 0, kind)
-        matrix = self.given.matrix(wanted, self.plan.pairs[tensor.name])
-        return turned(weight, kind).float().contiguous(), self._quantized(matrix)
-
-    def refusal(self, what: str) -> InputError:
-        """The error that says ``what`` is not explained."""
-        return InputError(
-            f"{self.given.id}: {what}: the backbone was made from another model, or rescaled in a "
-            "way that is not known here",
-            hint=_HINT,
-        )
-
-
 @dataclass(frozen=True)
 class _Fitted:
     """A matrix, and the scales of its columns and rows beside those of its norm."""
@@ -165,7 +81,7 @@ class _Finder:
     """``vectors`` and ``matrices``: what was found so far. ``unknown``: where a norm is zero, and
     does not tell its s. ``behind``: the matrices that read what a norm gives."""
 
-    sides: _Sides
+    sides: Sides
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     matrices: dict[str, Rescaled] = field(default_factory=dict)
     unknown: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -179,7 +95,7 @@ class _Finder:
             raise UnsupportedInputError(
                 f"{self.sides.given.id} was rescaled ({changed[0]} is not the source's), and what "
                 f"reads it is not known: {readers}",
-                hint=_HINT,
+                hint=HINT,
             )
         for module, found in readers.items():
             home = self.sides.homes.get(module, module)
@@ -322,7 +238,7 @@ class _Finder:
             if s is not None:
                 ours = ours.clone()
                 ours[-len(s) :] /= s
-            if not _alike(ours, theirs, least=_SMALLEST):
+            if not alike(ours, theirs, least=_SMALLEST):
                 raise self._of_bias(name)
 
 
@@ -334,14 +250,3 @@ def _counterpart(later: _Fitted, earlier: _Fitted) -> tuple[float, Scales] | Non
     if len(earlier.rows) != width and not halves:
         return None
     return counterpart(later.columns, earlier.rows.last(width))
-
-
-def _alike(ours: torch.Tensor, theirs: torch.Tensor, least: float = _STEP) -> bool:
-    """Whether two vectors differ by no more than roundings to 16 bits."""
-    largest = torch.maximum(ours.abs(), theirs.abs())
-    return bool(((ours - theirs).abs() <= ROUNDING * largest + least).all())
-
-
-def _read(path: Path, tensor: StoredTensor) -> torch.Tensor:
-    with TensorFile(path) as file:
-        return file.read(tensor)
