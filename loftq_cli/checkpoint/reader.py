@@ -106,8 +106,14 @@ class TensorFile:
 
     def _other(self, part: Part) -> torch.Tensor:
         """A part beside the codes, which may be in another file."""
-        with TensorFile(part.path) as file:
-            return file.read(part.tensor)
+        return read_tensor(part.path, part.tensor)
+
+
+def read_tensor(path: Path, tensor: StoredTensor) -> torch.Tensor:
+    """One tensor of the file ``path``, as :meth:`TensorFile.read` gives it. Raises
+    EnvironmentFailure if the file cannot be opened."""
+    with TensorFile(path) as file:
+        return file.read(tensor)
 
 
 class ShardReader(TensorFile):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
-from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.errors import VerificationError
 
 Stored = Mapping[str, tuple[Path, StoredTensor]]
@@ -31,6 +31,4 @@ def find(directory: Path, stored: Stored, spec: TensorSpec) -> tuple[Path, Store
 
 def read(directory: Path, stored: Stored, spec: TensorSpec) -> torch.Tensor:
     """The tensor ``spec``, found as by :func:`find`, in its own dtype."""
-    path, tensor = find(directory, stored, spec)
-    with TensorFile(path) as file:
-        return file.read(tensor)
+    return read_tensor(*find(directory, stored, spec))

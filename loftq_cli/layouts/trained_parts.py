@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from loftq_cli.checkpoint.header import StoredTensor
-from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.checkpoint.reader import TensorFile, read_tensor
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Recent:
         self.read = lru_cache(maxsize=4)(self._read)
 
     def _read(self, tensor: StoredTensor) -> torch.Tensor:
-        with TensorFile(self._file) as file:
-            return file.read(tensor).float()
+        return read_tensor(self._file, tensor).float()
 
 
 @dataclass(frozen=True)

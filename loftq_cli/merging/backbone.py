@@ -11,7 +11,7 @@ import torch
 
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.output import Output
-from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.stored import Stored, find, read
 from loftq_cli.errors import UnsupportedInputError
@@ -44,8 +44,7 @@ class InFile:
 
     def read(self) -> torch.Tensor:
         """The tensor in float32."""
-        with TensorFile(self.file) as file:
-            return file.read(self.tensor).float()
+        return read_tensor(self.file, self.tensor).float()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
-from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.checkpoint.source import Shard, Source
 from loftq_cli.errors import InputError
 from loftq_cli.families.architecture import EMBEDDING, kind_of
@@ -86,9 +86,7 @@ def check_same_model(shard: Shard, tensor: StoredTensor, given: Given) -> None:
 
 def _rows(path: Path, tensor: StoredTensor, rows: int) -> torch.Tensor:
     """The first ``rows``, float32."""
-    first = replace(tensor, shape=(rows, *tensor.shape[1:]))
-    with TensorFile(path) as file:
-        return file.read(first).float()
+    return read_tensor(path, replace(tensor, shape=(rows, *tensor.shape[1:]))).float()
 
 
 def _fits(tensor: TensorSpec, other: TensorSpec, source: Source) -> bool:

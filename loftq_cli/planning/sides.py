@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
 from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor
-from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.errors import InputError
 from loftq_cli.families.architecture import kind_of
 from loftq_cli.families.experts import is_expert
@@ -62,7 +61,7 @@ class Sides:
         both = [self._places[name], self.given.stored[other.name]]
         if any(tensor.dtype not in FLOATS or not tensor.elements for _, tensor in both):
             return None
-        ours, theirs = (_read(path, tensor).double() for path, tensor in both)
+        ours, theirs = (read_tensor(path, tensor).double() for path, tensor in both)
         return None if ours.shape != theirs.shape else (ours, theirs)
 
     @cached_property
@@ -82,7 +81,7 @@ class Sides:
         """W and Q, float32 (out, in)."""
         kind = kind_of(tensor.name, self.plan.source.config.content)
         path = self._places[tensor.name][0]
-        weight = computable(_read(path, tensor), f"{path}: tensor {tensor.name!r}")
+        weight = computable(read_tensor(path, tensor), f"{path}: tensor {tensor.name!r}")
         shape = turned_shape((tensor.shape[0], tensor.shape[1]), kind)
         wanted = Matrix(tensor.name, shape, tensor.dtype, "", 0, 0, kind)
         matrix = self.given.matrix(wanted, self.plan.pairs[tensor.name])
@@ -101,8 +100,3 @@ def alike(ours: torch.Tensor, theirs: torch.Tensor, least: float = _STEP) -> boo
     """Whether two vectors of one shape differ by at most roundings to 16 bits, and ``least``."""
     largest = torch.maximum(ours.abs(), theirs.abs())
     return bool(((ours - theirs).abs() <= ROUNDING * largest + least).all())
-
-
-def _read(path: Path, tensor: StoredTensor) -> torch.Tensor:
-    with TensorFile(path) as file:
-        return file.read(tensor)

@@ -24,7 +24,7 @@ from loftq_cli.checkpoint.header import (
     shown,
     strict_json,
 )
-from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.checkpoint.reader import TensorFile, read_tensor
 from loftq_cli.checkpoint.source import Source, file_hashes
 from loftq_cli.errors import (
     CorruptFileError,
@@ -161,23 +161,17 @@ def _entry(path: Path, name: str, parts: Mapping[str, StoredTensor], tokens: int
     if len(parts) == 1:
         ((suffix, tensor),) = parts.items()
         kind = FULL if suffix == FULL else DIAGONAL
-        return Entry(kind, tensor.shape[0], tokens, lambda: _read(path, tensor))
+        return Entry(kind, tensor.shape[0], tokens, lambda: read_tensor(path, tensor))
     diagonal, directions, correlations = (parts[part] for part in PARTS)
     (width,) = diagonal.shape
     if directions.shape[1] != width or correlations.elements != length(width):
         raise StatisticsError(f"{path}: the parts of entry {shown(name)} do not fit each other")
 
     def read() -> torch.Tensor:
-        return unpack(
-            Triangle(_read(path, diagonal), _read(path, directions), _read(path, correlations))
-        )
+        held = (diagonal, directions, correlations)
+        return unpack(Triangle(*(read_tensor(path, part) for part in held)))
 
     return Entry(FULL, width, tokens, read)
-
-
-def _read(path: Path, tensor: StoredTensor) -> torch.Tensor:
-    with TensorFile(path) as file:
-        return file.read(tensor)
 
 
 def _map(path: Path, metadata: Mapping[str, str], key: str, kind: type) -> dict[str, Any]:

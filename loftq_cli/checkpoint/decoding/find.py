@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.dtypes import tag_named, tag_of
 from loftq_cli.checkpoint.encoded import EncodedTensor, Part
 from loftq_cli.checkpoint.header import StoredTensor
 from loftq_cli.checkpoint.quantized import KEYS, stated
-from loftq_cli.checkpoint.reader import TensorFile
+from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.checkpoint.source import Shard, Source
 from loftq_cli.errors import CorruptFileError
 
@@ -100,8 +100,7 @@ def _reader(source: Source) -> Callable[[Part], torch.Tensor]:
 
     def read(part: Part) -> torch.Tensor:
         source.supply.ensure(part.shard)
-        with TensorFile(part.path) as file:
-            return file.read(part.tensor)
+        return read_tensor(part.path, part.tensor)
 
     return read
 
