@@ -41,7 +41,7 @@ def cut(
     count, least = len(ids) // room, samples or 1
     if count < least:
         raise InputError(
-            f"the text: {len(ids)} tokens make {count} windows of {length}, {least} are needed",
+            f"the text is too short: {least * room} tokens are needed, and it has {len(ids)}",
             hint="give more text, or lower --samples or --length, which `loftq calibrate`, "
             "`refine` and `evaluate` take",
         )

@@ -105,17 +105,36 @@ def _is_backbone_of(other: Output, output: Output) -> bool:
 
 
 def refuse_other_conversion(output: Output, file: Path, config: Mapping[str, Any]) -> None:
-    """Raise InputError if the adapter in ``file`` says that it was trained on another conversion:
-    PEFT records the path that the backbone was loaded from."""
+    """Raise InputError if the adapter in ``file`` was trained on another conversion, or is the
+    start of one. PEFT records the path that the backbone was loaded from; for a start nothing is
+    recorded, and it lies in its conversion."""
     base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    if isinstance(base, str) and base:
+        other, what = _conversion_in(Path(base)), "trained on"
+        hint = "take that one, or correct base_model_name_or_path in its config"
+    else:
+        other, what = _conversion_around(file), "the start of"
+        hint = f"give one that was trained on {output.directory}"
+    if other is None or other.origin == output.origin or _is_backbone_of(other, output):
         return
+    raise InputError(
+        f"{file}: {what} {other.directory}, another conversion than {output.directory}", hint=hint
+    )
+
+
+def _conversion_in(directory: Path) -> Output | None:
+    """The conversion in ``directory``; None if it was moved, renamed, or never a path."""
     try:
-        other = open_output(Path(base))
+        return open_output(directory)
     except (LoftqError, OSError, ValueError):
-        return  # moved, renamed, or never a path: nothing can be said
-    if other.origin != output.origin and not _is_backbone_of(other, output):
-        raise InputError(
-            f"{file}: trained on {base}, another conversion than {output.directory}",
-            hint="take that one, or correct base_model_name_or_path in its config",
-        )
+        return None
+
+
+def _conversion_around(start: Path) -> Output | None:
+    """The conversion whose start is the file ``start``; None if it is nobody's."""
+    file = start.absolute()
+    for directory in (file.parent, file.parent.parent):
+        found = _conversion_in(directory)
+        if found is not None and directory / start_of(found) == file:
+            return found
+    return None

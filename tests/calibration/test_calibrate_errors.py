@@ -59,7 +59,7 @@ def refused(error: type[LoftqError], said: str, model: Path, text: Path, **setti
         (b"", InputError, "bad.txt: no text in it"),
         (b" \n\t", InputError, "bad.txt: no text in it"),
         (b"caf\xe9", InputError, "bad.txt: not UTF-8 at byte 3"),
-        (b"short", InputError, "5 tokens make 0 windows of 20"),
+        (b"short", InputError, "18 tokens are needed, and it has 5"),
     ],
 )
 def test_texts_that_cannot_be_used(content, error, said, checkpoint, tmp_path):

@@ -319,7 +319,7 @@ def test_a_dry_run_measures_nothing(loftq: Command, measurements: list[Path]) ->
         ((*TEXT, "--discard-shards"), 2, "--discard-shards and --calibrate-text"),
         (("--moments", "full"), 2, "--moments full needs text"),
         (("--calibrate-text", "none.txt"), 3, "--calibrate-text none.txt: no such file"),
-        (("--calibrate-text", "short.txt"), 3, "windows of 64, 1 are needed"),
+        (("--calibrate-text", "short.txt"), 3, "too short: 62 tokens are needed"),
     ],
 )
 def test_what_is_refused(words: tuple[str, ...], code: int, said: str, loftq: Command) -> None:

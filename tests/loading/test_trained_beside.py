@@ -199,6 +199,9 @@ def test_adapters_that_do_not_belong_to_the_backbone(converted, tmp_path) -> Non
     loftq_cli.load(other).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="another conversion than"):
         loftq_cli.load(directory, adapter=tmp_path / "other")
+    with pytest.raises(InputError, match=r"the start of .*, another conversion than"):
+        loftq_cli.load(directory, adapter=other / "loftq_init")
+    loftq_cli.load(directory, adapter=directory / "loftq_init")
     loftq_cli.load(directory).save_pretrained(tmp_path / "mine")
     file = tmp_path / "mine/adapter_model.safetensors"
     tensors = load_file(file)

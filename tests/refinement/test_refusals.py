@@ -35,7 +35,7 @@ def test_what_is_refused(place: Path, tmp_path: Path) -> None:
     for options, said in cases:
         with pytest.raises(UsageError, match=said):
             refine(place, start, "refused", **options)
-    with pytest.raises(InputError, match=r"the text: .* are needed"):
+    with pytest.raises(InputError, match=r"the text is too short: .* are needed"):
         refine(place, start, "refused", samples=500)
     (tmp_path / "short.txt").write_text("Once. " * 5)
     with pytest.raises(InputError, match="1 window of 20 tokens, 2 are needed"):
