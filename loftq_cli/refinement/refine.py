@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def refine(
     workspace = RefineWorkspace(final)
     adapter = None if trained is None else file_sha256(trained.file)
     asked = _Job(conversion, read, wanted, adapter, device, world)
-    world.agree(asked.settings(), [*asked.subject().sources, *file_hashes(original)], device)
+    world.agree(asked.settings(), [*asked.subject.sources, *file_hashes(original)], device)
     job = replace(asked, wanted=_settled(asked, workspace))
     if world.first:
         if overwrite or not workspace.is_taken():
@@ -185,6 +186,7 @@ class _Job:
             "threads": torch.get_num_threads(),
         }
 
+    @cached_property
     def subject(self) -> Subject:
         """What the work is of."""
         manifest = self.conversion.directory / MANIFEST
@@ -199,7 +201,7 @@ class _Job:
         """The manifest of the output if it is this refinement's, unaltered."""
         if overwrite or not (workspace.final / MANIFEST).is_file():
             return None
-        existing, subject = open_output(workspace.final), self.subject()
+        existing, subject = open_output(workspace.final), self.subject
         if existing.fingerprint != subject.fingerprint:
             return None
         verified(existing)
@@ -212,10 +214,10 @@ class _Job:
     ) -> dict[str, Any] | None:
         """Do what is left, and publish; the manifest, of rank 0."""
         if not self.world.first:
-            self._run(self.subject(), observer).assist(workspace)
+            self._run(self.subject, observer).assist(workspace)
             return None
         workspace.refuse_other_output(overwrite)
-        subject = self.subject()
+        subject = self.subject
         if workspace.refuse_other_partial({subject.fingerprint: subject}, overwrite) is not None:
             observer.note(f"resuming the unfinished refinement in {workspace.partial}")
         if self.world.size > 1:

@@ -70,7 +70,7 @@ class Quantized:
     @property
     def is_trellis(self) -> bool:
         """Whether several codes choose a level together."""
-        return self.levels is not None and len(self.levels) > 2**self.bits
+        return trellis_code.are_levels(self.levels)
 
     def to(self, device: torch.device) -> Quantized:
         """The same on ``device``."""

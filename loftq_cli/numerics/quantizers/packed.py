@@ -40,7 +40,7 @@ class Packed:
     @property
     def is_trellis(self) -> bool:
         """Whether several codes choose a level together (trellis_code.py)."""
-        return self.levels is not None and len(self.levels) > 2**self.bits
+        return trellis_code.are_levels(self.levels)
 
     @property
     def alone(self) -> torch.Tensor | None:

@@ -62,6 +62,11 @@ def levels(device: torch.device) -> torch.Tensor:
     return _on(device, _LEVELS)
 
 
+def are_levels(levels: torch.Tensor | None) -> bool:
+    """Whether ``levels`` are those of the trellis code: a code alone has 256 at most."""
+    return levels is not None and len(levels) == 1 << WINDOW
+
+
 def alone(device: torch.device) -> torch.Tensor:
     """The numbers of the levels that a code chooses between alone, int32 (4,) on ``device``: those
     nearest to the best four for a normal distribution."""
