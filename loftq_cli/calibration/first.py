@@ -19,6 +19,7 @@ from loftq_cli.checkpoint.source import Source
 from loftq_cli.errors import OutputConflictError, UsageError
 from loftq_cli.machine.observer import Observer
 from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.target import may_be_narrow
 from loftq_cli.settings.table import BEST, DEFAULT
 from loftq_cli.statistics.file import model_sha256, open_statistics, statistics_for
 from loftq_cli.statistics.save import contents_sha256
@@ -80,7 +81,7 @@ def asked(
 def moments_for(plan: Plan) -> str:
     """The kind of moments that pays, if nobody said: full ones if a matrix is narrow and they take
     no more of the disk than the model does."""
-    if not plan.is_narrow:
+    if not may_be_narrow(plan):
         return "diagonal"
     # Of one module, layers with as many inputs mostly share them.
     inputs = {

@@ -29,10 +29,10 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise EnvironmentFailure(
-            f"{error.filename or path}: {reason}",
-            hint="free space or fix the permissions; the same command then resumes",
-        ) from error
+        hint = "free space or fix the permissions; the same command then resumes"
+        if error.errno == errno.ENAMETOOLONG:
+            hint = "choose a shorter name for the output"
+        raise EnvironmentFailure(f"{error.filename or path}: {reason}", hint=hint) from error
 
 
 @contextmanager

@@ -20,8 +20,6 @@ from loftq_cli.planning.selection import Selection
 from loftq_cli.settings.recipe import Recipe, fingerprint
 from loftq_cli.statistics.statistics import Statistics
 
-_NARROW = 3  # bits
-
 
 @dataclass(frozen=True)
 class PlannedMatrix:
@@ -102,11 +100,6 @@ class Plan:
         if self.statistics is None:
             return []
         return [name for name in self.matrices if name not in self.statistics.matrices]
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether a matrix has so few bits that statistics decide (docs/statistics.md)."""
-        return any(item.matrix.bits <= _NARROW for item in self.matrices.values())
 
     @property
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ from loftq_cli.errors import InputError, listed
 from loftq_cli.families import experts
 from loftq_cli.planning.adapted import adapted_remarks
 from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.target import may_be_narrow
 from loftq_cli.planning.unused import unused_notes
 from loftq_cli.settings.options import Options
 from loftq_cli.settings.table import PAPER
@@ -76,7 +77,7 @@ def statistics_note(plan: Plan, preset: str) -> str | None:
     """What narrow codes without statistics usually lose, None if that is not so or asked for
     (docs/statistics.md has the figures)."""
     unneeded = plan.statistics is not None or preset == PAPER or not plan.recipe.iters
-    if unneeded or not plan.is_narrow:
+    if unneeded or not may_be_narrow(plan):
         return None
     return (
         "without activation statistics: at 2 bits a small language model had 4 to 21 times, at 3 "

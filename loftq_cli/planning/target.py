@@ -21,6 +21,8 @@ from loftq_cli.planning.estimate import estimate
 from loftq_cli.planning.make import in_width, with_widths
 from loftq_cli.planning.plan import Plan
 
+_NARROW = 3  # bits
+
 
 def check(plan: Plan) -> None:
     """Raise UsageError for a target that the plan cannot meet, whatever the weights are."""
@@ -42,20 +44,32 @@ def check(plan: Plan) -> None:
 
 def headroom(plan: Plan) -> int:
     """Bytes that settling the widths can add to what the plan counts, at most."""
-    if not plan.unsettled:
-        return 0
-    widest = sum(_bytes(plan, forms[-1]) for forms in _forms(plan).values())
-    narrowest = sum(_bytes(plan, forms[0]) for forms in _forms(plan).values())
-    return min(_budget(plan) - _stored(plan), widest - narrowest)
+    return min(_budget(plan) - _stored(plan), _range(plan)) if plan.unsettled else 0
+
+
+def takes_the_widest(plan: Plan) -> bool:
+    """Whether the target leaves every width that is to be settled at its widest."""
+    return bool(plan.unsettled) and _budget(plan) - _stored(plan) >= _range(plan)
+
+
+def may_be_narrow(plan: Plan) -> bool:
+    """Whether a matrix has, or may get, so few bits that statistics decide (docs/statistics.md)."""
+    wide = plan.unsettled if takes_the_widest(plan) else ()
+    held = (item.matrix.bits for name, item in plan.matrices.items() if name not in wide)
+    return any(bits <= _NARROW for bits in held)
+
+
+def _range(plan: Plan) -> int:
+    """Bytes between the narrowest and the widest codes of all that is to be settled."""
+    ends = [(forms[0], forms[-1]) for forms in _forms(plan).values()]
+    return sum(_bytes(plan, widest) - _bytes(plan, narrowest) for narrowest, widest in ends)
 
 
 def settle(plan: Plan, observer: Observer) -> Plan:
     """The plan with every width settled, by a pass over the weights if the target leaves a
     choice. Raises what :func:`loftq_cli.planning.estimate.estimate` raises."""
     forms = _forms(plan)
-    budget = _budget(plan) - _stored(plan)
-    costs = {name: [_bytes(plan, form) for form in each] for name, each in forms.items()}
-    if budget >= sum(cost[-1] - cost[0] for cost in costs.values()):
+    if takes_the_widest(plan):
         widths = {name: each[-1].bits for name, each in forms.items()}
         observer.note(
             f"{plan.recipe.target_bpw:g} stored bits per weight are more than the widest codes "
@@ -67,6 +81,7 @@ def settle(plan: Plan, observer: Observer) -> Plan:
             "the statistics hold no sensitivities: widths are settled by errors alone "
             "(`loftq calibrate --sensitivity` measures what these cost the model)"
         )
+    costs = {name: [_bytes(plan, form) for form in each] for name, each in forms.items()}
     errors = estimate(plan, forms, observer)
     together = _together(plan, forms)
     groups = [
@@ -79,7 +94,7 @@ def settle(plan: Plan, observer: Observer) -> Plan:
         ]
         for names in together
     ]
-    chosen = allocate(groups, budget)
+    chosen = allocate(groups, _budget(plan) - _stored(plan))
     widths = {
         name: forms[name][number].bits
         for names, number in zip(together, chosen, strict=True)

@@ -27,6 +27,23 @@ def test_a_plan_comes_with_its_remarks(loftq: Command) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--target-bpw", "3"], True),
+        (["--target-bpw", "20"], False),
+        (["--target-bpw", "20", "--bits-map", "*.mlp.*=2"], True),
+        (["--bits", "4"], False),
+    ],
+)
+def test_statistics_are_recommended_if_codes_may_be_narrow(
+    words: list[str], said: bool, loftq: Command
+) -> None:
+    result = loftq("convert", "model", "--dry-run", "--rank", "1", *words)
+    assert result.exit_code == 0, result.stderr
+    assert (NARROW in result.stderr) == said
+
+
+@pytest.mark.parametrize(
     ("words", "remark"),
     [
         (["--dense-dtype", "float16"], "--dense-dtype float16 changes nothing: the layout is bnb"),

@@ -85,6 +85,11 @@ def test_an_error_without_a_file_name_gets_one(tmp_path):
         raise OSError("unlucky")
 
 
+def test_a_name_that_is_too_long_is_to_be_shorter(tmp_path):
+    with pytest.raises(EnvironmentFailure, match=r"too long.*shorter name"):
+        write_file(tmp_path / ("a" * 300), b"")
+
+
 def test_hashes_are_of_the_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(durable, "_PIECE", 7)
     content = bytes(range(256))
