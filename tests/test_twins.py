@@ -142,3 +142,7 @@ def test_every_setting_of_one_matrix_is_taken_and_others_are_refused() -> None:
         loftq_cli.decompose(weight, moments=torch.ones(3))
     with pytest.raises(StatisticsError, match="is all zeros"):
         loftq_cli.decompose(weight, moments=torch.zeros(64))
+    no_tensor: Any = weight.tolist()
+    for wrong in (no_tensor, weight.to("meta"), weight.to_sparse(), weight[0]):
+        with pytest.raises(UsageError, match=r"^weight "):
+            loftq_cli.decompose(wrong)

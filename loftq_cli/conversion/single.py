@@ -31,6 +31,12 @@ def decompose(
     weight: torch.Tensor, options: Options, moments: Moments | torch.Tensor | None = None
 ) -> Decomposition:
     """Decompose ``weight`` (out, in). See ``loftq_cli.decompose``."""
+    if not isinstance(weight, torch.Tensor):
+        raise UsageError(f"weight is a {type(weight).__name__}, not a torch.Tensor", hint="")
+    if weight.is_meta or weight.layout != torch.strided:
+        raise UsageError(
+            "weight has no values here, or is sparse: a dense tensor is needed", hint=""
+        )
     if weight.dim() != 2 or weight.dtype not in _DTYPES or weight.numel() == 0:
         raise UsageError(
             f"weight of shape {tuple(weight.shape)} and {weight.dtype}: a non-empty "

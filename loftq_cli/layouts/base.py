@@ -140,6 +140,8 @@ class Layout(ABC):
     """Whether a quantizer rounds each scale to a portable one as it fits it."""
     scale_dtypes: ClassVar[tuple[ScaleDtype, ...]] = ("float32",)
     """What scales can be stored in, if somebody asks for less than the layout has."""
+    scale_dtype: ScaleDtype = "float32"
+    """What they are stored in, of those."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Settings that concern this layout and not every other."""
     mixes: ClassVar[bool] = True

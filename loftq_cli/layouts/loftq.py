@@ -47,7 +47,7 @@ class PackedLayout(Layout):
     holds_experts = True
 
     def __init__(self, scales: ScaleDtype = "float32") -> None:
-        self._scales: ScaleDtype = scales
+        self.scale_dtype: ScaleDtype = scales
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any]) -> PackedLayout:
@@ -59,9 +59,9 @@ class PackedLayout(Layout):
         scales = scale_count(matrix.shape, stored_block_size(matrix), decoding)
         specs = [
             TensorSpec(matrix.name, "U8", (packed_length(matrix.elements, matrix.bits),)),
-            TensorSpec(f"{matrix.name}_scales", tag_named(self._scales), (scales,)),
+            TensorSpec(f"{matrix.name}_scales", tag_named(self.scale_dtype), (scales,)),
         ]
-        if self._scales == "int8":
+        if self.scale_dtype == "int8":
             shape = (block_count(scales, STEP_GROUP),)
             specs.append(TensorSpec(f"{matrix.name}_scale_steps", "BF16", shape))
         if decoding == "affine":
@@ -72,7 +72,7 @@ class PackedLayout(Layout):
         return specs
 
     def encode(self, matrix: Matrix, quantized: Quantized) -> dict[str, torch.Tensor]:
-        scales, steps = pack_scales(quantized.scales, self._scales)
+        scales, steps = pack_scales(quantized.scales, self.scale_dtype)
         tensors = {
             matrix.name: pack(quantized.codes, quantized.bits),
             f"{matrix.name}_scales": scales,
@@ -110,7 +110,7 @@ class PackedLayout(Layout):
     def quantization_config(
         self, matrices: Sequence[Matrix], surroundings: Surroundings
     ) -> dict[str, Any]:
-        stored = {} if self._scales == "float32" else {"scales": self._scales}
+        stored = {} if self.scale_dtype == "float32" else {"scales": self.scale_dtype}
 
         def kind(matrix: Matrix) -> dict[str, str]:
             return {} if matrix.kind == "linear" else {"kind": matrix.kind}

@@ -156,7 +156,11 @@ def utc(nanoseconds: int) -> str:
 
 
 def pretty_json(value: Any, *, in_order: bool = False) -> bytes:
-    """UTF-8, two spaces, a final newline; keys sorted, or ``in_order`` as they are."""
-    text = json.dumps(value, indent=2, sort_keys=not in_order, ensure_ascii=False) + "\n"
+    """UTF-8, two spaces, a final newline; keys sorted, or ``in_order`` as they are. Raises
+    ValueError for NaN and Infinity, which JSON has not."""
+    text = json.dumps(
+        value, indent=2, sort_keys=not in_order, ensure_ascii=False, allow_nan=in_order
+    )
+    text += "\n"
     # What UTF-8 cannot hold, lone surrogates from file names, becomes JSON's own escape.
     return text.encode("utf-8", "backslashreplace")

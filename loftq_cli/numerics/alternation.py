@@ -46,6 +46,10 @@ from loftq_cli.numerics.weighting import Weighting
 _BEYOND_AT_FIRST, _BEYOND = 0.5, 0.7
 
 
+_SURE = 0.9
+"""Of an estimated norm: what is less is less than the exact one, too."""
+
+
 @dataclass(frozen=True)
 class _Best:
     residual: float
@@ -105,6 +109,10 @@ def decompose(
         weighted.see_step(sweep.remains, product, along, exact=not feedback)
         if feedback:
             fed = fed_back(sweep, weight, previous, basis, procedure, weighting)
+            close = fed is not None and fed.weighted > _SURE * weighted.steps[-1]
+            if close and weighted.is_estimated(procedure.iters):
+                exact = _weighted_norm(weight, sweep.quantizer, previous, procedure, weighting)
+                weighted.correct(procedure.iters, exact)
             if fed is not None and fed.weighted < weighted.steps[-1]:
                 previous, plain.steps[-1] = fed.iterate, fed.plain
                 weighted.correct(procedure.iters, fed.weighted)
@@ -115,9 +123,8 @@ def decompose(
             if weighted.is_estimated(kept.step):
                 exact = _weighted_norm(weight, sweep.quantizer, kept.iterate, procedure, weighting)
                 weighted.correct(kept.step, exact)
-            if weighted.steps[kept.step - 1] <= weighted.steps[-1]:
-                best = kept
-                break
+        steps = weighted.steps
+        best = min(best, last, key=lambda kept: steps[kept.step - 1])
     return _finish(procedure, best.iterate, best.step, plain, weighted)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from loftq_cli.errors import InputError
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.scale_storage import Stored
 from loftq_cli.numerics.sweep import as_stored
@@ -59,6 +61,10 @@ class Norms:
     steps: list[float]
     final: float
 
+    @property
+    def are_finite(self) -> bool:
+        return all(map(math.isfinite, (self.weight, self.quantized, *self.steps, self.final)))
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -75,6 +81,16 @@ class Adapted:
     frobenius: Norms
     weighted: Norms | None
     scaling: float
+
+    def __post_init__(self) -> None:
+        """Raises InputError for norms that are not finite."""
+        for norms in (self.frobenius, self.weighted):
+            if norms is not None and not norms.are_finite:
+                raise InputError(
+                    "the residual is not finite: values, moments or lora_alpha are too large for "
+                    "float32",
+                    hint="pass the tensor through with --exclude",
+                )
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 What a model multiplies with is ``W = Q + scaling * B A``. Trained are A, B, a factor for each
 scale (its logarithm), and a latent value for each code, in steps of the code: what is stored is
-the nearest code, and the gradient goes past the rounding (straight through). Zero points and levels
-stay. The gradient of a loss for W, which any model gives for its weight, is all that is needed
-(:meth:`Latent.pull`).
+the nearest code, and the gradient goes past the rounding of codes and scales (straight through).
+Zero points and levels stay. The gradient of a loss for W, which any model gives for its weight, is
+all that is needed (:meth:`Latent.pull`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from loftq_cli.numerics.quantizers.blocks import Quantized, nonzero
-from loftq_cli.numerics.quantizers.portable import is_portable, portable, where_kept
+from loftq_cli.numerics.quantizers.scale_storage import Stored, rounding_like
 
 MARGIN = 0.05
 """How far from the border of a code's bin, in steps, its latent value begins at least."""
@@ -72,12 +72,12 @@ class Fixed:
 
 class Scaled(Fixed):
     """The trainable form of ``quantized``, whose codes stay, and its ``pair``. ``parameters`` by
-    name: "A", "B", "scales" (blocks,)."""
+    name: "A", "B", "scales" (blocks,). ``stored``: what scales are rounded to."""
 
-    def __init__(self, quantized: Quantized, pair: Pair) -> None:
+    def __init__(self, quantized: Quantized, pair: Pair, stored: Stored = "float32") -> None:
         super().__init__(quantized.scales, pair)
         self._start = quantized
-        self._portable = is_portable(quantized.scales)
+        self._rounded_scales = rounding_like(quantized.scales, stored)
         self._units = self._blocks(quantized.unscaled())  # what scales are multiplied with
         self.parameters["scales"] = torch.zeros_like(quantized.scales)
 
@@ -85,11 +85,8 @@ class Scaled(Fixed):
         return self._with_product(self._flat(self._units * self.scales()[:, None]))
 
     def scales(self) -> torch.Tensor:
-        """The scales, portable ones if those at the start were: where they would leave the range of
-        those, as they were."""
-        held = self._start.scales
-        scales = held * self.parameters["scales"].exp()
-        return where_kept(portable(scales), held) if self._portable else scales
+        """The scales as they are stored, float32 (blocks,)."""
+        return self._rounded_scales(self._start.scales * self.parameters["scales"].exp())
 
     def pull(self, grad: torch.Tensor) -> dict[str, torch.Tensor]:
         gradient = torch.linalg.vecdot(self._units, self._blocks(grad))
@@ -133,11 +130,15 @@ class Latent(Scaled):
     """The same with codes that are trained: ``parameters`` has "codes" (out, in) too."""
 
     def __init__(
-        self, quantized: Quantized, pair: Pair, original: torch.Tensor | None = None
+        self,
+        quantized: Quantized,
+        pair: Pair,
+        original: torch.Tensor | None = None,
+        stored: Stored = "float32",
     ) -> None:
         """``original``, float32 (out, in): what W is to be like. Latent values begin where it
         lies in the bin of today's code, without it in the middle."""
-        super().__init__(quantized, pair)
+        super().__init__(quantized, pair, stored)
         self._step = _spacing(quantized)
         low, high = self._bins()
         self._range = float(low.min()), float(high.max())

@@ -14,8 +14,7 @@ from __future__ import annotations
 import torch
 
 from loftq_cli.numerics.quantizers.blocks import Quantized, block_count
-from loftq_cli.numerics.quantizers.portable import is_portable, portable, where_kept
-from loftq_cli.numerics.quantizers.scale_storage import Stored, round_scales
+from loftq_cli.numerics.quantizers.scale_storage import Stored, rounding_like
 from loftq_cli.numerics.quantizers.trellis_code import SEQUENCE
 
 _RIDGE = 1e-3  # of the mean of M's diagonal: what products in bfloat16 lose
@@ -58,9 +57,7 @@ def refit_scales(
             wanted[chosen] = scales[chosen] + _added(own, size, remains[chosen], moments)
     ratio = wanted / scales
     kept = torch.where((ratio > 1 / _MOST) & (ratio < _MOST), wanted, scales).view(-1)
-    held = quantized.scales
-    rounded = portable(kept) if is_portable(held) else round_scales(kept, stored)
-    return where_kept(rounded, held)
+    return rounding_like(quantized.scales, stored)(kept)
 
 
 def _added(

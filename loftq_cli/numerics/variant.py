@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-REVISION = 11
+REVISION = 12
 """Raised whenever the same settings begin to give other bytes, so that a conversion begun by one
 version of this package is not finished by another."""
 

@@ -21,6 +21,7 @@ _CHUNK_ELEMENTS = 1 << 21  # few enough that scratch memory is reused, not mappe
 _GPU_CHUNK_ELEMENTS = 1 << 26
 _BLOCK = 512  # columns of H at a time
 _DIRECTIONS = 8  # kept apart
+_LEAST = 1e-20  # of a sum of squares; beneath it float32 may have lost some of them
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,11 @@ class Weighting:
     def norm(self, matrix: torch.Tensor, along: torch.Tensor | None = None) -> float:
         """||matrix||_H of a floating-point (out, in). ``along``: as :meth:`along` gives it, of what
         ``matrix`` was before it was rounded."""
-        return math.sqrt(self._squared(matrix, along) * self.unit)
+        squared = self._squared(matrix, along)
+        power = _power(matrix, squared)
+        if power:
+            squared = self._squared(matrix * 2.0**power, _times(along, power))
+        return math.ldexp(math.sqrt(squared * self.unit), -power)
 
     def norms(
         self,
@@ -111,13 +116,27 @@ class Weighting:
     ) -> tuple[float, float]:
         """(||matrix||_H, ||matrix + left @ right||_H) of (out, in), (out, r), (r, in), the last
         two float32: the second by thin products alone. ``along`` as for :meth:`norm`."""
+        squared, together = self._both_squared(matrix, left, right, along)
+        power = _power(matrix, squared + together)
+        if power:
+            scaled = matrix * 2.0**power, left * 2.0**power, right, _times(along, power)
+            squared, together = self._both_squared(*scaled)
+        factor = math.ldexp(math.sqrt(self.unit), -power)
+        return math.sqrt(squared) * factor, math.sqrt(together) * factor
+
+    def _both_squared(
+        self,
+        matrix: torch.Tensor,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        along: torch.Tensor | None,
+    ) -> tuple[float, float]:
         squared = self._squared(matrix, along)
         weighed = right @ self.moments if self.is_full else right * self.moments
         mixed = self._mixed(matrix, along, weighed)
         twice = 2 * (mixed * left).sum(dtype=torch.float64)
         added = ((left.T @ left) * (weighed @ right.T)).sum(dtype=torch.float64)
-        together = max(squared + float(twice + added), 0.0)
-        return math.sqrt(squared * self.unit), math.sqrt(together * self.unit)
+        return squared, max(squared + float(twice + added), 0.0)
 
     def _mixed(
         self, matrix: torch.Tensor, along: torch.Tensor | None, rows: torch.Tensor
@@ -168,6 +187,19 @@ class Weighting:
             total += image.mul_(doubled[:, start:stop]).sum(dtype=torch.float64)
             doubled[:, start:stop].mul_(2)
         return total
+
+
+def _power(matrix: torch.Tensor, squared: float) -> int:
+    """The power of two that brings the values of ``matrix`` near 1, if their sum of squares left
+    the range in which float32 adds it up; else 0."""
+    if _LEAST < squared < math.inf:
+        return 0
+    largest = float(matrix.abs().max())
+    return -math.frexp(largest)[1] if 0 < largest < math.inf else 0
+
+
+def _times(along: torch.Tensor | None, power: int) -> torch.Tensor | None:
+    return None if along is None else along * 2.0**power
 
 
 def make_weighting(moments: torch.Tensor, products: torch.dtype) -> Weighting:

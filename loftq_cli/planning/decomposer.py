@@ -21,7 +21,7 @@ from loftq_cli.numerics.alternation import decompose, make_sweep
 from loftq_cli.numerics.decomposition import Adapted, Decomposition, Procedure
 from loftq_cli.numerics.given import adapt
 from loftq_cli.numerics.quantizers.base import Quantizer
-from loftq_cli.numerics.quantizers.methods import make_quantizer, method
+from loftq_cli.numerics.quantizers.methods import make_quantizer, stored_in
 from loftq_cli.numerics.quantizers.scale_storage import Stored
 from loftq_cli.numerics.sweep import Sweep
 from loftq_cli.numerics.variant import Variant
@@ -151,11 +151,10 @@ class Decomposer:
         )
 
     def _stored(self, matrix: Matrix) -> Stored:
-        """What its scales are rounded to. bfloat16 holds whatever a method rounds to by itself."""
+        """What its scales are rounded to."""
         if matrix.held is not None:  # no method of ours has scales there
             return self._recipe.scale_dtype
-        asked, own = self._recipe.scale_dtype, method(matrix.method).stored
-        return asked if own == "float32" or asked == "int8" else own
+        return stored_in(matrix.method, self._recipe.scale_dtype)
 
     def _alone(self, matrix: Matrix) -> Procedure:
         return Procedure(

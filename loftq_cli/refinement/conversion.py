@@ -24,6 +24,8 @@ from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
 from loftq_cli.layouts.trained_parts import Pair as StoredPair
 from loftq_cli.loading.trained_beside import refuse_other_conversion
 from loftq_cli.numerics.latent import Fixed, Latent, Pair, Scaled
+from loftq_cli.numerics.quantizers.methods import stored_in
+from loftq_cli.numerics.quantizers.scale_storage import Stored as StoredScales
 from loftq_cli.reporting.original import Original
 
 Tensors = dict[str, torch.Tensor]
@@ -36,6 +38,11 @@ class Held:
     matrix: Matrix
     layout: Layout
     pair: StoredPair
+
+    @property
+    def rounding(self) -> StoredScales:
+        """What its scales are rounded to."""
+        return stored_in(self.matrix.method, self.layout.scale_dtype)
 
     @property
     def sides(self) -> tuple[StoredTensor, StoredTensor]:
@@ -163,8 +170,8 @@ class Conversion:
             return Fixed(held.layout.decode(held.matrix, tensors).to(device), pair)
         # Of the trellis one code for another would be another level for five weights.
         if quantized.is_trellis or not codes:
-            return Scaled(quantized.to(device), pair)
-        return Latent(quantized.to(device), pair, self.weight(name).to(device))
+            return Scaled(quantized.to(device), pair, held.rounding)
+        return Latent(quantized.to(device), pair, self.weight(name).to(device), held.rounding)
 
     def stored(self, name: str) -> Tensors:
         """The tensors of Q, as they are held."""

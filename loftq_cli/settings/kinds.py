@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from loftq_cli.errors import UsageError
 from loftq_cli.machine.paths import expanded
 from loftq_cli.settings import maps
 
-LARGEST = sys.float_info.max
+LARGEST = 1e30
 
 
 class Kind:
@@ -100,7 +99,9 @@ class Positive(Kind):
 
     def checked(self, name: str, value: Any) -> Any:
         if not (is_number(value) and 0 < value <= LARGEST):
-            raise UsageError(f"{flag(name)} {shown(value)}: must be a positive number")
+            raise UsageError(
+                f"{flag(name)} {shown(value)}: must be a positive number up to {LARGEST:g}"
+            )
         return value
 
     def schema(self) -> dict[str, Any]:

@@ -37,7 +37,9 @@ class Options:
             for name, value in given.items()
             if value is not None
         }
-        object.__setattr__(self, "given", {n: v for n, v in held.items() if v != ()})
+        object.__setattr__(
+            self, "given", {n: v for n, v in held.items() if not (isinstance(v, tuple) and not v)}
+        )
         object.__setattr__(self, "preset", DEFAULT if preset is None else preset)
 
     def having(self, **given: Any) -> Options:

@@ -146,6 +146,8 @@ def fault_of(values: torch.Tensor) -> str | None:
     if largest == 0:
         return "is all zeros: the layer's inputs were never anything else"
     diagonal = values if values.dim() == 1 else values.diagonal()
+    if not diagonal.any():
+        return "holds no squares: its diagonal is all zeros"
     if float(diagonal.min()) < 0:
         return f"holds a negative square, {float(diagonal.min()):.6g}"
     if values.dim() == 2:

@@ -104,6 +104,11 @@ def test_json_is_sorted_utf8_and_ends_its_line():
     )
 
 
+def test_json_is_never_written_with_what_it_cannot_hold():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        pretty_json({"norm": float("nan")})
+
+
 def test_json_holds_file_names_that_are_not_utf8():
     name = os.fsdecode(b"caf\xe9")
     assert json.loads(pretty_json({"id": name}).decode("utf-8")) == {"id": name}

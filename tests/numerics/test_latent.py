@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from loftq_cli.numerics.latent import Fixed, Latent, Pair, Scaled
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.portable import is_portable
+from loftq_cli.numerics.quantizers.scale_storage import Stored, round_scales
 from tests.support import textbook_trellis
 from tests.support.quantizing import fit, gaussian, prepared, quantizer_of
 
@@ -191,3 +194,17 @@ def test_of_the_trellis_code_pair_and_scales_are_trained() -> None:
         torch.testing.assert_close(found[name].double(), leaf.grad, rtol=1e-4, atol=1e-5)
     assert torch.equal(scaled.quantized().codes, held.codes)
     assert torch.equal(scaled.quantized().scales, scaled.scales())
+
+
+@pytest.mark.parametrize("stored", ["int8", "bfloat16", "half"])
+def test_scales_are_trained_as_they_are_stored(stored: Stored) -> None:
+    weight, held, pair = made("nf", 4, 20, False)
+    held = replace(held, scales=round_scales(held.scales * 1e-3, stored))
+    latent = Latent(held, pair, weight * 1e-3, stored)
+    torch.testing.assert_close(latent.scales(), held.scales, rtol=0, atol=0)
+    latent.parameters["scales"] += 0.3 * gaussian(len(held.scales), 1, seed=7).view(-1)
+    found = latent.quantized()
+    assert not torch.equal(found.scales, held.scales)
+    assert torch.equal(round_scales(found.scales, stored), found.scales)
+    product = pair.scaling * pair.lora_B @ pair.lora_A
+    torch.testing.assert_close(latent.weight(), found.decode() + product)

@@ -12,7 +12,7 @@ from loftq_cli.numerics.decomposition import Decomposition, Procedure
 from loftq_cli.numerics.quantizers.blocks import Quantized
 from loftq_cli.numerics.quantizers.methods import make_quantizer
 from loftq_cli.numerics.quantizers.portable import is_portable
-from loftq_cli.numerics.quantizers.scale_storage import round_scales
+from loftq_cli.numerics.quantizers.scale_storage import Stored, round_scales
 from loftq_cli.numerics.refit import can_refit, refit_scales
 from loftq_cli.numerics.weighting import make_weighting
 from tests.support import textbook_trellis
@@ -82,9 +82,10 @@ def test_blocks_that_go_on_in_the_next_row_are_left_alone() -> None:
 def test_scales_stay_what_can_be_stored_and_near_what_they_were() -> None:
     weight, H = llm_like(24, 128), moments(128)
     coarse = quantized("nf", weight)
-    for stored in ("bfloat16", "int8"):
-        held = replace(coarse, scales=round_scales(coarse.scales, stored))
-        found = refit_scales(held, weight - held.decode(), H, stored)
+    cases: list[tuple[Stored, float]] = [("bfloat16", 1), ("int8", 1), ("half", 1), ("half", 0.01)]
+    for stored, times in cases:  # the last with scales that few multiples of 2^-17 are near
+        held = replace(coarse, scales=round_scales(coarse.scales * times, stored))
+        found = refit_scales(held, weight * times - held.decode(), H, stored)
         assert torch.equal(round_scales(found, stored), found)
         assert not torch.equal(found, held.scales)
     quantizer = make_quantizer("uniform", 3, 32, "mse", True, native=False)

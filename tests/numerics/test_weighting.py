@@ -74,6 +74,19 @@ def test_the_norm_is_that_of_its_definition(kind, width, products):
 
 @every_kind
 @every_dtype
+@pytest.mark.parametrize("power", [-100, 70, 120])
+def test_norms_of_values_whose_squares_float32_cannot_hold(kind, products, power):
+    weighting, matrix = make_weighting(moments(kind, 96), products), gaussian(40, 96)
+    left, right = gaussian(40, 5, seed=1), gaussian(5, 96, seed=2)
+    expected = weighting.norms(matrix.to(products), left, right)
+    times = 2.0**power
+    found = weighting.norms(matrix.to(products) * times, left * times, right)
+    assert found == pytest.approx([norm * times for norm in expected], rel=1e-6)
+    assert weighting.norm(matrix * times) == pytest.approx(weighting.norm(matrix) * times, rel=1e-6)
+
+
+@every_kind
+@every_dtype
 @pytest.mark.parametrize("shape", [(256, 192), (192, 256)], ids=str)
 @pytest.mark.parametrize("factor", [1e-6, 1.0, 1e8])
 def test_the_fast_step_is_close_to_the_best_and_the_exact_one_is_it(kind, products, shape, factor):

@@ -130,9 +130,11 @@ def test_ranges(name, lowest, highest):
         )
 
 
-@pytest.mark.parametrize("alpha", [0, 0.0, -1, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("alpha", [0, 0.0, -1, 1e31, float("nan"), float("inf"), float("-inf")])
 def test_lora_alpha_is_a_positive_number(alpha):
-    assert usage_error(lora_alpha=alpha) == f"--lora-alpha {alpha}: must be a positive number"
+    assert usage_error(lora_alpha=alpha) == (
+        f"--lora-alpha {alpha}: must be a positive number up to 1e+30"
+    )
     assert Options(lora_alpha=0.5).resolve().lora_alpha == 0.5
 
 

@@ -319,6 +319,7 @@ def test_a_file_that_is_not_well_formed_is_refused_when_opened(file, changes, er
         ({"full": [2, -1, -1.1, 3]}, "a.k.weight", "'a.q' is not symmetric"),
         ({"full": [2, -1, float("-inf"), 3]}, "a.k.weight", "'a.q' holds NaN or Inf"),
         ({"full": [0, 0, 0, 0]}, "a.k.weight", "'a.q' is all zeros"),
+        ({"full": [0, 1, 1, 0]}, "a.k.weight", "'a.q' holds no squares"),
     ],
 )
 def test_values_that_no_inputs_have_are_refused_when_read(file, changes, name, said):

@@ -86,8 +86,11 @@ class CodebookQuantizer(Flattened):
         """(codes, scales, values) of float32 ``blocks`` (count, size)."""
         if self.scale == "spread":
             # The reference code's block-wise uniform: mean + 2.5 standard deviations.
-            spread = blocks.std(dim=1) if blocks.shape[1] > 1 else blocks.new_zeros(len(blocks))
-            scales = blocks.mean(dim=1) + 2.5 * spread
+            # At powers of two, which change no digit: squares of large values would overflow.
+            _, powers = torch.frexp(blocks.abs().amax(dim=1))
+            near = torch.ldexp(blocks, -powers[:, None])
+            spread = near.std(dim=1) if near.shape[1] > 1 else near.new_zeros(len(near))
+            scales = torch.ldexp(near.mean(dim=1) + 2.5 * spread, powers)
             unit = divide(blocks, scales)
         else:
             scales = blocks.abs().amax(dim=1)

@@ -15,7 +15,7 @@ from loftq_cli.errors import UnsupportedInputError
 
 if TYPE_CHECKING:
     from loftq_cli.numerics.quantizers.base import Quantizer, Scale
-    from loftq_cli.numerics.quantizers.scale_storage import Stored
+    from loftq_cli.numerics.quantizers.scale_storage import ScaleDtype, Stored
 
 AUTO = "auto"
 """The setting that leaves the choice to :func:`auto`."""
@@ -122,6 +122,13 @@ def searches_scales(name: str, scale: str) -> bool:
 def on_host(name: str) -> bool:
     """Whether the method, which may be "auto", searches on the host."""
     return name != AUTO and method(name).on_host
+
+
+def stored_in(name: str, dtype: ScaleDtype) -> Stored:
+    """What scales of the method ``name`` are rounded to if ``dtype`` is asked for. bfloat16 holds
+    whatever a method rounds to by itself."""
+    own = method(name).stored
+    return dtype if own == "float32" or dtype == "int8" else own
 
 
 def make_quantizer(

@@ -9,11 +9,12 @@ same step again, and every code with it: scales that were rounded once do not ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 
-from loftq_cli.numerics.quantizers.portable import portable, where_kept
+from loftq_cli.numerics.quantizers.portable import is_portable, portable, where_kept
 
 ScaleDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -38,6 +39,17 @@ def round_scales(scales: torch.Tensor, dtype: Stored) -> torch.Tensor:
     if dtype == "half":
         return where_kept(portable(scales / _UNIT) * _UNIT, scales)
     return unpack_scales(*pack_scales(scales, dtype))
+
+
+def rounding_like(held: torch.Tensor, dtype: Stored) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What rounds changed scales, float32 (blocks,), to what is stored in ``dtype`` in the place of
+    ``held``: portable ones stay portable, and one that would leave the range stays as it was."""
+    keeps = dtype in ("float32", "bfloat16") and is_portable(held)
+
+    def rounded(scales: torch.Tensor) -> torch.Tensor:
+        return where_kept(portable(scales) if keeps else round_scales(scales, dtype), held)
+
+    return rounded
 
 
 def pack_scales(

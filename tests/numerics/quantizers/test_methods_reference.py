@@ -71,6 +71,15 @@ def test_uniform_block_is_the_loftq_authors_formula(weight, bits):
     assert_nearest(fitted.values.view(-1, 64), blocks, scaled)
 
 
+@every_width
+def test_uniform_block_of_values_whose_squares_overflow(bits):
+    weight = gaussian(8, 64)
+    near = fit(make_quantizer("uniform-block", bits, 64, "absmax"), weight)
+    far = fit(make_quantizer("uniform-block", bits, 64, "absmax"), weight * 2.0**100)
+    assert torch.equal(far.codes, near.codes)
+    assert torch.equal(far.parameters.scales, near.parameters.scales * 2.0**100)
+
+
 @every_weight
 @every_width
 def test_uniform_tensor_is_min_max_after_clipping_to_two_deviations(weight, bits):
