@@ -22,6 +22,12 @@ from loftq_cli.cli.options import (
 )
 from loftq_cli.settings.table import OF_ADAPTERS
 
+_TOLD = {
+    "include": "Of a BACKBONE in floating point: adapt these tensors as well (glob, repeatable).",
+    "exclude": "No adapter for these tensors (glob, repeatable).",
+    "base_model": "base_model_name_or_path of the adapter.  [default: BACKBONE]",
+}
+
 
 @click.command(context_settings=CONTEXT)
 @click.argument("backbone", type=str)
@@ -29,7 +35,8 @@ from loftq_cli.settings.table import OF_ADAPTERS
     "--source",
     type=str,
     metavar="MODEL",
-    help="The model in full precision that BACKBONE was made from, a directory or hub id.",
+    help="The model in full precision that BACKBONE was made from, a directory or hub id.  "
+    "[required]",
 )
 @output_option
 @click.option(
@@ -37,7 +44,7 @@ from loftq_cli.settings.table import OF_ADAPTERS
     is_flag=True,
     help="Copy the backbone's files, too: what the other commands take.",
 )
-@settings_options(OF_ADAPTERS)
+@settings_options(OF_ADAPTERS, _TOLD)
 @calibrate_text_option
 @moments_option
 @click.option("--revision", type=str, help="Branch, tag or commit of BACKBONE on the hub.")

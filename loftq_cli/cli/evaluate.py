@@ -67,7 +67,7 @@ def evaluate(
     log_file: Path | None,
     verbose: bool,
 ) -> None:
-    """Perplexity on text, and how near the original is.
+    """Measure perplexity on text, and how near the model is to the original.
 
     DIR is a conversion, an export, a merged or any other checkpoint, or the hub id of a conversion.
     With --source: KL divergence and agreement of the likeliest tokens; of models that are no causal

@@ -46,7 +46,7 @@ def import_adapter(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Write an adapter that mlx-lm trained as PEFT stores one.
+    """Convert an adapter that mlx-lm trained to PEFT's format.
 
     DIR is the conversion, a directory or a hub id, that `loftq export --layout mlx` exported. Every
     command that takes --adapter takes the result, and so does PEFT.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -55,8 +55,8 @@ calibrate_text_option = click.option(
     multiple=True,
     type=ExpandedPath(),
     metavar="FILE",
-    help="Measure statistics first, on this text (UTF-8, repeatable), and keep them beside the "
-    "output.  Needs the extra [train].",
+    help="Measure statistics first, on this text (UTF-8, repeatable; self: text that the "
+    "model writes), and keep them beside the output.  Needs the extra [train].",
 )
 
 
@@ -79,14 +79,19 @@ def setting_options(group: Group) -> Callable[[_F], _F]:
     return settings_options(entry.name for entry in entries().values() if entry.group == group)
 
 
-def settings_options(names: Iterable[str]) -> Callable[[_F], _F]:
-    """Options for the settings of these ``names``, as :func:`setting_options`."""
+def settings_options(
+    names: Iterable[str], told: Mapping[str, str] | None = None
+) -> Callable[[_F], _F]:
+    """Options for the settings of these ``names``, as :func:`setting_options`; ``told``: the help
+    of those that mean something else here."""
     known = entries()
     found = [known[name] for name in names]
 
     def decorate(command: _F) -> _F:
         for entry in reversed(found):
-            command = click.option(*_flags(entry), **_keywords(entry))(command)
+            keywords = _keywords(entry)
+            keywords["help"] = (told or {}).get(entry.name, keywords["help"])
+            command = click.option(*_flags(entry), **keywords)(command)
         return command
 
     return decorate

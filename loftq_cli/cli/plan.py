@@ -82,7 +82,7 @@ def plan(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """What MODEL takes on disk, loaded and fine-tuned, and what of that fits.
+    """Show what MODEL takes on disk, loaded and fine-tuned, and what of that fits.
 
     Reads headers only. MODEL is a directory or a hub id, as for convert.
 

@@ -95,8 +95,8 @@ def refine(
     """Train a conversion's codes, scales and adapter against its original.
 
     DIR is a finished conversion, a directory or a hub id. The result is a conversion of the same
-    layout, widths and ranks. Takes text and time, and makes up for most of what closed forms leave
-    at 2 bits. Needs the extra [train].
+    layout, widths and ranks. Takes text and time, and makes up for about half of what closed forms
+    leave at 2 bits. Needs the extra [train].
 
     \b
     loftq refine out/ --source ./my-model --text notes.txt -o refined

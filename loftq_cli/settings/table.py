@@ -134,8 +134,8 @@ class Settings:
         None,
         group="how",
         metavar="X",
-        help="Choose a width for every matrix, instead of --bits: the least residual at an average "
-        "of X stored bits per weight, scales included.",
+        help="Choose a width for every matrix, instead of --bits: the least residual, or with "
+        "sensitivities the least loss, at an average of X stored bits per weight, scales included.",
         absent=None,
     )
     method: str = _setting(
