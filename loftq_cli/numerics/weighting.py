@@ -21,6 +21,7 @@ _CHUNK_ELEMENTS = 1 << 21  # few enough that scratch memory is reused, not mappe
 _GPU_CHUNK_ELEMENTS = 1 << 26
 _BLOCK = 512  # columns of H at a time
 _DIRECTIONS = 8  # kept apart
+_POWER = 120  # of two, at most: float32 holds it, and what divides by it
 _LEAST = 1e-20  # of a sum of squares; beneath it float32 may have lost some of them
 
 
@@ -195,7 +196,9 @@ def _power(matrix: torch.Tensor, squared: float) -> int:
     if _LEAST < squared < math.inf:
         return 0
     largest = float(matrix.abs().max())
-    return -math.frexp(largest)[1] if 0 < largest < math.inf else 0
+    if not 0 < largest < math.inf:
+        return 0
+    return max(-_POWER, min(-math.frexp(largest)[1], _POWER))
 
 
 def _times(along: torch.Tensor | None, power: int) -> torch.Tensor | None:

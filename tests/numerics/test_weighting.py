@@ -83,6 +83,8 @@ def test_norms_of_values_whose_squares_float32_cannot_hold(kind, products, power
     found = weighting.norms(matrix.to(products) * times, left * times, right)
     assert found == pytest.approx([norm * times for norm in expected], rel=1e-6)
     assert weighting.norm(matrix * times) == pytest.approx(weighting.norm(matrix) * times, rel=1e-6)
+    least = weighting.norm(torch.full((40, 96), 1e-40))  # 2^-133, below float32's normal numbers
+    assert least == pytest.approx(weighting.norm(torch.ones(40, 96)) * 1e-40, rel=1e-3)
 
 
 @every_kind
