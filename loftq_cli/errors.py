@@ -149,12 +149,6 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def listed_faults(faults: Sequence[str], most: int = 3) -> str:
-    """``faults`` for a message, of more than ``most`` the first ones: "a; b; c; and 4 more"."""
-    more = f"; and {len(faults) - most} more" if len(faults) > most else ""
-    return "; ".join(faults[:most]) + more
-
-
 def printable(text: str) -> str:
     """``text`` with control characters and lone surrogates escaped, so that names taken from
     files cannot drive a terminal."""

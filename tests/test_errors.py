@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loftq_cli.errors import listed, listed_faults
+from loftq_cli.errors import listed
 
 
 @pytest.mark.parametrize(
@@ -18,11 +18,3 @@ from loftq_cli.errors import listed, listed_faults
 )
 def test_names_are_listed_up_to_a_number(names: list[str], most: int, text: str) -> None:
     assert listed(names, most) == text
-
-
-@pytest.mark.parametrize(
-    ("faults", "text"),
-    [(["a", "b", "c"], "a; b; c"), (["a", "b", "c", "d", "e"], "a; b; c; and 2 more")],
-)
-def test_faults_are_listed_up_to_a_number(faults: list[str], text: str) -> None:
-    assert listed_faults(faults) == text

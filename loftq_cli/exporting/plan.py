@@ -14,7 +14,7 @@ from loftq_cli.checkpoint.output import MANIFEST, Output
 from loftq_cli.checkpoint.source import CONFIG, INDEX, Source
 from loftq_cli.checkpoint.stored import Stored, find, read
 from loftq_cli.checkpoint.writer import place
-from loftq_cli.errors import LayoutError, listed_faults
+from loftq_cli.errors import LayoutError
 from loftq_cli.families.blocks import stacks
 from loftq_cli.families.experts import is_expert
 from loftq_cli.families.kinds import turned_shape
@@ -274,6 +274,6 @@ def _refuse(plan: ExportPlan, moved: Sequence[Moved], surroundings: Surroundings
         obstacles.append(together)
     if obstacles:
         raise LayoutError(
-            f"--layout {wanted.name} cannot hold {listed_faults([*dict.fromkeys(obstacles)])}",
+            f"--layout {wanted.name} cannot hold " + "; ".join(dict.fromkeys(obstacles)),
             hint="an export keeps methods and widths; convert the model anew for another layout",
         )

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import torch
 
-from loftq_cli.errors import EnvironmentFailure, LayoutError, UsageError, listed_faults
+from loftq_cli.errors import EnvironmentFailure, LayoutError, UsageError
 from loftq_cli.families.experts import is_expert
 from loftq_cli.kernels import native
 from loftq_cli.layouts import registry
@@ -100,7 +100,7 @@ def _check_layout(
         )
     obstacles = _obstacles(wanted, matrices, surroundings)
     if obstacles:
-        raise LayoutError(f"--layout {wanted.name} cannot hold {listed_faults(obstacles)}")
+        raise LayoutError(f"--layout {wanted.name} cannot hold " + "; ".join(obstacles))
     if mixed and not wanted.mixes:
         raise LayoutError(f"--layout {wanted.name} cannot hold matrices of several widths")
 

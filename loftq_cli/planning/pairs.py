@@ -14,7 +14,7 @@ from loftq_cli.checkpoint.dtypes import FLOATS
 from loftq_cli.checkpoint.header import StoredTensor, TensorSpec
 from loftq_cli.checkpoint.reader import read_tensor
 from loftq_cli.checkpoint.source import Shard, Source
-from loftq_cli.errors import InputError, listed_faults
+from loftq_cli.errors import InputError
 from loftq_cli.families.architecture import EMBEDDING, kind_of
 from loftq_cli.families.blocks import is_in_block
 from loftq_cli.planning.given import Given
@@ -57,7 +57,7 @@ def paired(
     if faults:
         count = "1 tensor" if len(faults) == 1 else f"{len(faults)} tensors"
         raise InputError(
-            f"{given.id} and {source.id} do not pair up, {count}: {listed_faults(faults)}",
+            f"{given.id} and {source.id} do not pair up, {count}: {'; '.join(faults)}",
             hint=_hint(faults),
         )
     return found

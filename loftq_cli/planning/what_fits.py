@@ -130,13 +130,21 @@ def _rows(
                     plan = make_plan(source, options.resolve())
                 except LayoutError as found:
                     error = error or found
-                    refused.append({"bits": bits, "layout": layout, "reason": found.message})
+                    refused.append(
+                        {"bits": bits, "layout": layout, "reason": _first(found.message)}
+                    )
                     break
                 memory = training_memory(plan, training, steps)
                 rows.append(_Row(bits, rank, layout, plan, memory))
     if not rows:
         raise error or UsageError("no setting is left to look at")
     return rows, refused
+
+
+def _first(message: str) -> str:
+    """Of a list of matrices that a layout cannot hold, the first."""
+    first, *others = message.split("; ")
+    return first + (f" (and {len(others)} more)" if others else "")
 
 
 def _command(request: Request, row: _Row) -> str:

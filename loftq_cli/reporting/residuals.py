@@ -14,7 +14,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.locate import Place
 from loftq_cli.checkpoint.output import Output, open_output
-from loftq_cli.errors import UsageError, VerificationError, listed_faults
+from loftq_cli.errors import UsageError, VerificationError
 from loftq_cli.machine.paths import expanded
 from loftq_cli.reporting.recompute import Recomputed, Weighted, recompute
 from loftq_cli.reporting.summary import together
@@ -102,9 +102,7 @@ def _compare(output: Output, layers: Sequence[Mapping[str, Any]]) -> None:
     figures = {name: (stated[name], value) for name, value in _totals(layers).items()}
     wrong += [f"totals: {fault}" for fault in _differences(figures, _ROUNDING)]
     if wrong:
-        raise VerificationError(
-            f"{output.directory}: the manifest disagrees: {listed_faults(wrong)}"
-        )
+        raise VerificationError(f"{output.directory}: the manifest disagrees: " + "; ".join(wrong))
 
 
 def _differences(

@@ -45,7 +45,7 @@ ROOT = Path(loftq_cli.__file__).parents[1]
         (["--scale-dtype", "int8", "--method", "uniform-tensor"], "does not apply"),
         (["--include", "*nothing*"], "--include '*nothing*' matches no tensor"),
         (["--exclude", "*nothing*"], "--exclude '*nothing*' matches no tensor"),
-        (["--layout", "bnb", "--bits", "2"], "not 2-bit nf; and "),
+        (["--layout", "bnb", "--bits", "2"], "--layout bnb cannot hold"),
         (["--output", "model/out"], "inside the input"),
     ],
 )

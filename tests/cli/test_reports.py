@@ -167,5 +167,4 @@ def test_error_report_recomputes_from_the_source(loftq: Command) -> None:
     result = loftq("error-report", "--source", "./model")
     assert result.exit_code == 3
     assert "the manifest disagrees" in result.stderr
-    assert "disagrees: model.layers.0.mlp.down_proj.weight: weight " in result.stderr
-    assert "; and " in result.stderr
+    assert all(name in result.stderr for name in MATRICES)

@@ -142,7 +142,7 @@ def test_an_explicit_layout_that_cannot_hold_a_matrix_lists_every_one(planned: P
 def test_an_explicit_layout_that_contradicts_the_settings(
     layout: str, settings: dict[str, Any], planned: Planner
 ) -> None:
-    with pytest.raises(LayoutError, match=rf"--layout {layout} cannot hold model\.layers\.0"):
+    with pytest.raises(LayoutError, match=rf"--layout {layout} cannot hold .*q_proj"):
         planned(checkpoints.llama(), layout=layout, **settings)
 
 

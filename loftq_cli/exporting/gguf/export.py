@@ -20,7 +20,7 @@ import torch
 from loftq_cli.checkpoint.output import Output, file_entries, open_output, require_backbone, verify
 from loftq_cli.checkpoint.reader import PIECE, TensorFile, pieces_of
 from loftq_cli.checkpoint.source import open_source
-from loftq_cli.errors import LayoutError, UsageError, listed_faults
+from loftq_cli.errors import LayoutError, UsageError
 from loftq_cli.exporting.gguf import blocks
 from loftq_cli.exporting.gguf.adapter import GgufAdapter
 from loftq_cli.exporting.gguf.file import (
@@ -161,9 +161,10 @@ def _original(found: Output, wanted: WantedGguf) -> Original | None:
 def _tell(plan: GgufPlan, wanted: WantedGguf, observer: Observer) -> None:
     inexact = plan.inexact
     if inexact and wanted.strict:
-        lines = listed_faults([f"{each.skeleton.name}: {each.reason}" for each in inexact], 5)
+        lines = "; ".join(f"{each.skeleton.name}: {each.reason}" for each in inexact[:5])
+        more = f"; and {len(inexact) - 5} more" if len(inexact) > 5 else ""
         raise LayoutError(
-            f"--strict: no type holds these codes: {lines}",
+            f"--strict: no type holds these codes: {lines}{more}",
             hint="convert with --method uniform-symmetric --block-size 32 (64 at 2 bits)",
         )
     if inexact:
