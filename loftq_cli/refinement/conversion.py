@@ -15,7 +15,12 @@ from loftq_cli.checkpoint.output import Output
 from loftq_cli.checkpoint.reader import TensorFile
 from loftq_cli.checkpoint.source import Source
 from loftq_cli.checkpoint.stored import Stored, find, read
-from loftq_cli.errors import InputError, UnsupportedInputError, VerificationError
+from loftq_cli.errors import (
+    InputError,
+    NonFiniteWeightError,
+    UnsupportedInputError,
+    VerificationError,
+)
 from loftq_cli.families.experts import is_expert
 from loftq_cli.layouts.adapter import DIRECTORY, sides
 from loftq_cli.layouts.base import Layout, Matrix, matrix_of
@@ -24,6 +29,7 @@ from loftq_cli.layouts.trained import TrainedAdapter, open_adapter
 from loftq_cli.layouts.trained_parts import Pair as StoredPair
 from loftq_cli.loading.trained_beside import refuse_other_conversion
 from loftq_cli.numerics.latent import Fixed, Latent, Pair, Scaled
+from loftq_cli.numerics.metrics import first_non_finite
 from loftq_cli.numerics.quantizers.methods import stored_in
 from loftq_cli.numerics.quantizers.scale_storage import Stored as StoredScales
 from loftq_cli.reporting.original import Original
@@ -116,6 +122,7 @@ class Conversion:
         self._weights.check(held.matrix for held in self.held.values())
         if trained is not None:
             self._refuse_strangers(trained)
+            _refuse_non_finite(trained)
 
     @property
     def directory(self) -> Path:
@@ -191,6 +198,19 @@ class Conversion:
             lora_A, lora_B = sides(held.matrix, *pair.read(file))
         factor = pair.scaling / held.pair.scaling
         return Pair(lora_A.contiguous(), lora_B.contiguous() * factor, held.pair.scaling)
+
+
+def _refuse_non_finite(trained: TrainedAdapter) -> None:
+    """Raise NonFiniteWeightError if a pair of ``trained`` holds NaN or Inf."""
+    with TensorFile(trained.file) as file:
+        for pair in trained.pairs.values():
+            for side in (pair.lora_A, pair.lora_B):
+                bad = first_non_finite(file.read(side))
+                if bad is not None:
+                    raise NonFiniteWeightError(
+                        f"{trained.file}: tensor {side.name!r} holds {bad[1]} at {list(bad[0])}",
+                        hint="its training diverged, or the file is damaged",
+                    )
 
 
 def refuse_expert(directory: Path, name: str) -> None:

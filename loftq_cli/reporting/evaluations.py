@@ -9,7 +9,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.output import Output, open_output
 from loftq_cli.checkpoint.small_file import read_json
-from loftq_cli.errors import CorruptFileError, UsageError
+from loftq_cli.errors import CorruptFileError, InputError, UsageError
 from loftq_cli.machine.durable import pretty_json, write_file
 from loftq_cli.reporting.rows import FIGURES
 
@@ -28,9 +28,15 @@ def refuse_to_save(directory: Path, *, on_hub: bool) -> None:
 
 def save(directory: Path, found: Mapping[str, Any]) -> None:
     """Keep what was ``found`` of the conversion in ``directory``, in the place of an evaluation of
-    the same on the same text. Raises as :func:`refuse_to_save`, and EnvironmentFailure."""
+    the same on the same text. Raises as :func:`refuse_to_save`, InputError for figures that are not
+    finite, and EnvironmentFailure."""
     output = open_output(directory)
     entry = {**found, "fingerprint": output.fingerprint}
+    if not _is_sound(entry):
+        raise InputError(
+            f"{directory}: what was found is not finite, and is not kept",
+            hint="evaluate without --save to see it: the model, or its source, is damaged",
+        )
     others = [each for each in saved(output) if key(each) != key(entry)]
     content = {"format_version": 1, "evaluations": [*others, entry]}
     write_file(directory / FILE, pretty_json(content))

@@ -23,6 +23,8 @@ from loftq_cli.refinement import cost, room
 from tests.support import models
 from tests.support.refined import ASKED, SETTINGS, refine
 
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
 
 def test_what_is_refused(place: Path, tmp_path: Path) -> None:
     start = "llama-out"
@@ -35,7 +37,7 @@ def test_what_is_refused(place: Path, tmp_path: Path) -> None:
     for options, said in cases:
         with pytest.raises(UsageError, match=said):
             refine(place, start, "refused", **options)
-    with pytest.raises(InputError, match=r"the text is too short: .* are needed"):
+    with pytest.raises(InputError, match=r"short: \d+ tokens are needed, and it has \d+"):
         refine(place, start, "refused", samples=500)
     (tmp_path / "short.txt").write_text("Once. " * 5)
     with pytest.raises(InputError, match="1 window of 20 tokens, 2 are needed"):
@@ -64,6 +66,7 @@ def test_other_adapters_are_refused(place: Path, tmp_path: Path) -> None:
     for name, change, said in (
         ("full", {"base_model.model.model.norm.weight": torch.ones(64)}, "was trained too"),
         ("less", None, "no pair of rank 4 for"),
+        ("diverged", {QUERY: torch.full((4, 64), torch.nan)}, "q_proj.lora_A.* holds nan at"),
     ):
         shutil.copytree(adapter, tmp_path / name)
         file = tmp_path / name / "adapter_model.safetensors"

@@ -147,6 +147,13 @@ def test_an_evaluation_of_what_was_there_before_is_left_out(two):
     assert evaluations.saved(open_output(two[0])) == []
 
 
+@pytest.mark.parametrize("figure", [float("nan"), float("inf")])
+def test_figures_that_are_not_finite_are_not_kept(figure, two):
+    with pytest.raises(InputError, match="not finite, and is not kept"):
+        evaluations.save(two[0], {**FOUND, "kl": figure})
+    assert not (two[0] / evaluations.FILE).exists()
+
+
 @pytest.mark.parametrize(
     "content",
     [
