@@ -109,6 +109,8 @@ def refuse_other_conversion(output: Output, file: Path, config: Mapping[str, Any
     start of one. PEFT records the path that the backbone was loaded from; for a start nothing is
     recorded, and it lies in its conversion."""
     base = config.get("base_model_name_or_path")
+    if not base and file.absolute() == output.directory.absolute() / start_of(output):
+        return  # its own, which is the usual case: no other manifest is read
     if isinstance(base, str) and base:
         other, what = _conversion_in(Path(base)), "trained on"
         hint = "take that one, or correct base_model_name_or_path in its config"

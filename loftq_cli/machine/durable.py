@@ -156,8 +156,9 @@ def utc(nanoseconds: int) -> str:
 
 
 def pretty_json(value: Any, *, in_order: bool = False) -> bytes:
-    """UTF-8, two spaces, a final newline; keys sorted, or ``in_order`` as they are. Raises
-    ValueError for NaN and Infinity, which JSON has not."""
+    """UTF-8, two spaces, a final newline; keys sorted. ``in_order``: as a model's own config has
+    them, with its NaN and Infinity if it has any; else those, which JSON has not, are a
+    ValueError."""
     text = json.dumps(
         value, indent=2, sort_keys=not in_order, ensure_ascii=False, allow_nan=in_order
     )

@@ -10,10 +10,9 @@ from dataclasses import replace
 import torch
 
 from loftq_cli.numerics.alternation import make_sweep
-from loftq_cli.numerics.decomposition import Decomposition, Norms, Procedure
+from loftq_cli.numerics.decomposition import Decomposition, Norms, Procedure, too_large
 from loftq_cli.numerics.feedback import make_feedback, requantize
 from loftq_cli.numerics.left import Left
-from loftq_cli.numerics.lora import too_large
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.quantizers.base import Quantizer
 from loftq_cli.numerics.quantizers.blocks import Parameters

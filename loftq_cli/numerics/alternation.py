@@ -31,9 +31,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loftq_cli.numerics.decomposition import Decomposition, Keep, Procedure
+from loftq_cli.numerics.decomposition import Decomposition, Keep, Procedure, too_large
 from loftq_cli.numerics.iterate import Iterate
-from loftq_cli.numerics.lora import drawn_adapter, fit_adapter, too_large
+from loftq_cli.numerics.lora import drawn_adapter, fit_adapter
 from loftq_cli.numerics.metrics import squared_norm
 from loftq_cli.numerics.native_sweep import NativeSweep
 from loftq_cli.numerics.passes import fed_back

@@ -86,11 +86,7 @@ class Adapted:
         """Raises InputError for norms that are not finite."""
         for norms in (self.frobenius, self.weighted):
             if norms is not None and not norms.are_finite:
-                raise InputError(
-                    "the residual is not finite: values, moments or lora_alpha are too large for "
-                    "float32",
-                    hint="pass the tensor through with --exclude",
-                )
+                raise too_large("a norm of the residual", torch.float32)
 
 
 @dataclass(frozen=True)
@@ -124,3 +120,11 @@ class Decomposition(Adapted):
     def backbone(self) -> torch.Tensor:
         """Q, float32 (out, in), decoded from the codes and the stored scales."""
         return as_stored(self.quantized.decode(), self.backbone_dtype)
+
+
+def too_large(what: str, dtype: torch.dtype) -> InputError:
+    wider = "" if dtype == torch.float32 else "store it in a wider dtype, or "
+    return InputError(
+        f"{what} is too large for {str(dtype).removeprefix('torch.')}",
+        hint=f"{wider}pass the tensor through with --exclude",
+    )

@@ -7,9 +7,8 @@ import math
 
 import torch
 
-from loftq_cli.errors import InputError
 from loftq_cli.numerics import lowrank
-from loftq_cli.numerics.decomposition import Procedure
+from loftq_cli.numerics.decomposition import Procedure, too_large
 from loftq_cli.numerics.weighting import Weighting
 
 
@@ -63,14 +62,6 @@ def fit_adapter(
     right[:rank] = torch.where(alive[:, None], A, right[:rank])
     # A basis with dead directions would never find what the next residual has there: go cold.
     return right, left, low.basis if all_alive else None
-
-
-def too_large(what: str, dtype: torch.dtype) -> InputError:
-    wider = "" if dtype == torch.float32 else "store it in a wider dtype, or "
-    return InputError(
-        f"{what} is too large for {str(dtype).removeprefix('torch.')}",
-        hint=f"{wider}pass the tensor through with --exclude",
-    )
 
 
 def drawn_adapter(

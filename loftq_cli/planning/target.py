@@ -44,12 +44,12 @@ def check(plan: Plan) -> None:
 
 def headroom(plan: Plan) -> int:
     """Bytes that settling the widths can add to what the plan counts, at most."""
-    return min(_budget(plan) - _stored(plan), _range(plan)) if plan.unsettled else 0
+    return min(_left(plan), _range(plan)) if plan.unsettled else 0
 
 
 def takes_the_widest(plan: Plan) -> bool:
     """Whether the target leaves every width that is to be settled at its widest."""
-    return bool(plan.unsettled) and _budget(plan) - _stored(plan) >= _range(plan)
+    return bool(plan.unsettled) and _left(plan) >= _range(plan)
 
 
 def may_be_narrow(plan: Plan) -> bool:
@@ -57,6 +57,11 @@ def may_be_narrow(plan: Plan) -> bool:
     wide = plan.unsettled if takes_the_widest(plan) else ()
     held = (item.matrix.bits for name, item in plan.matrices.items() if name not in wide)
     return any(bits <= _NARROW for bits in held)
+
+
+def _left(plan: Plan) -> int:
+    """Bytes of the target beyond what the plan counts."""
+    return _budget(plan) - _stored(plan)
 
 
 def _range(plan: Plan) -> int:
@@ -94,7 +99,7 @@ def settle(plan: Plan, observer: Observer) -> Plan:
         ]
         for names in together
     ]
-    chosen = allocate(groups, _budget(plan) - _stored(plan))
+    chosen = allocate(groups, _left(plan))
     widths = {
         name: forms[name][number].bits
         for names, number in zip(together, chosen, strict=True)

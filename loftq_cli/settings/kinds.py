@@ -12,6 +12,7 @@ from loftq_cli.machine.paths import expanded
 from loftq_cli.settings import maps
 
 LARGEST = 1e30
+"""Of a positive number: an adapter that is divided by it still fits float32."""
 
 
 class Kind:

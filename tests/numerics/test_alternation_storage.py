@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from loftq_cli.errors import InputError, ScaleRangeError
 from loftq_cli.numerics.alternation import decompose
-from loftq_cli.numerics.decomposition import Decomposition, Procedure
+from loftq_cli.numerics.decomposition import Adapted, Decomposition, Norms, Procedure
 from loftq_cli.numerics.quantizers.methods import make_quantizer
 from loftq_cli.numerics.quantizers.portable import is_portable
 from tests.support.quantizing import METHODS, effective, fit, gaussian, recomputed
@@ -238,3 +239,15 @@ def test_float16_maxima_decompose():
     d = decompose(weight, make_quantizer("nf", 4, 64, "mse"), settings)
     assert bool(torch.isfinite(effective(d)).all())
     assert d.final == pytest.approx(recomputed(d, weight), rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_an_error(norm):
+    nothing = torch.zeros(1, 1)
+    sound = Norms(1.0, 1.0, [0.5], 0.5)
+    for plain, weighted in (
+        (Norms(1.0, 1.0, [norm], 0.5), None),
+        (sound, replace(sound, weight=norm)),
+    ):
+        with pytest.raises(InputError, match="a norm of the residual is too large for float32"):
+            Adapted(nothing, nothing, 1, plain, weighted, 1.0)
