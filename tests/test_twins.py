@@ -143,8 +143,9 @@ def test_every_setting_of_one_matrix_is_taken_and_others_are_refused() -> None:
         loftq_cli.decompose(weight, moments=torch.ones(3))
     with pytest.raises(StatisticsError, match="is all zeros"):
         loftq_cli.decompose(weight, moments=torch.zeros(64))
+    no_integer: Any = np.int64(4)
     with pytest.raises(UsageError, match="--rank 4: must be a whole number"):
-        loftq_cli.decompose(weight, rank=np.int64(4))
+        loftq_cli.decompose(weight, rank=no_integer)
     no_tensor: Any = weight.tolist()
     for wrong in (no_tensor, weight.to("meta"), weight.to_sparse(), weight[0]):
         with pytest.raises(UsageError, match=r"^weight "):
